@@ -1,0 +1,88 @@
+"""Configuration and command lines: frozen pydantic models, read from YAML and dotted flags by jsonargparse.
+
+A config class sits beside the code that it configures; its attribute docstrings are the command's `--help`.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from curate.errors import UserError
+
+_TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse_tokens(value: int | str) -> int:
+    """Read a token count: `50_000_000`, `"50M"`, `"1.5B"` (K, M, B, T are powers of 1000).
+
+    Raises:
+        ValueError: the text is not a positive token count.
+    """
+    match = _TOKENS.fullmatch(str(value).replace("_", "").strip())
+    count = round(float(match["number"]) * _UNITS[match["unit"].upper()]) if match else 0
+    if count < 1:
+        raise ValueError(f"{value!r} is not a token count; write for example 500000, 50M or 1.5B")
+    return count
+
+
+TokenCount = Annotated[int | str, BeforeValidator(parse_tokens)]
+
+
+def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
+    """Build `config` from the command line: `--config FILE.yaml`, then dotted overrides; `--print_config` shows it.
+
+    Dashes and underscores in option names are the same (`--budget-tokens`, `--budget_tokens`).
+
+    Raises:
+        SystemExit: status 2 with one message where an option is unknown or a value is not valid.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    parser.add_class_arguments(config, None)
+    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    namespace = parser.parse_args(arguments)
+    namespace.pop("config", None)
+    try:
+        return config(**vars(parser.instantiate(namespace)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        parser.error(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+def _underscored(argument: str) -> str:
+    """`--budget-tokens=5` -> `--budget_tokens=5`; values and positional arguments stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + separator + value
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command's main function and turn what a user can meet into one sentence and an exit status.
+
+    Raises:
+        SystemExit: 2 for bad input (`UserError`), 130 for Ctrl-C.
+    """
+    try:
+        command()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing is lost; run the same command again to continue\n")
+        raise SystemExit(130) from None

@@ -1,0 +1,100 @@
+"""`python -m curate.embed`: value embeddings of a run's windows, and their index."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from curate.config import Config, parse_command, run_command
+from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.index import IndexConfig
+from curate.trajectory.run import Run, find_run
+
+if TYPE_CHECKING:
+    from curate.embeddings.store import Embedding, Horizon
+
+_log = logging.getLogger(__name__)
+
+
+class EmbedConfig(Config):
+    """What to embed, and how."""
+
+    run: Path | None = None
+    """Recorded run; none: the newest finished one below `runs_root`."""
+    runs_root: Path = Path("runs")
+    """Where runs are looked for."""
+    window: Literal["early", "late", "both"] = "both"
+    """Window or windows of the run to value."""
+    horizon: Literal["window_end", "stage_end"] = "window_end"
+    """State that the target's loss is read at."""
+    estimator: Literal["adjoint", "dvemb"] = "adjoint"
+    """adjoint: exact first-order values for one target. dvemb: the published, cheaper and target-free embedding."""
+    target: Path | None = None
+    """Target documents (JSONL); required by adjoint."""
+    min_target_tokens: int = 1000
+    """Fewest predicted tokens of a target."""
+    target_batch_size: int = 16
+    """Sequences per pass over the target."""
+    device: str = "cpu"
+    """Device of replay and estimator, for example cuda."""
+    tolerance: float = 1e-3
+    """Largest relative difference between recorded and replayed losses."""
+    adjoint: AdjointConfig = AdjointConfig()
+    """Settings of adjoint."""
+    dvemb: DvembConfig = DvembConfig()
+    """Settings of dvemb."""
+    index: IndexConfig = IndexConfig()
+    """Settings of the FAISS index."""
+
+    @property
+    def windows(self) -> list[str]:
+        """Names of the windows to embed."""
+        return ["early", "late"] if self.window == "both" else [self.window]
+
+
+def embed(config: EmbedConfig, run: Run) -> dict[str, Embedding]:
+    """Embed and index every window of the config; complete ones are reused.
+
+    Returns:
+        Window name -> embedding.
+
+    Raises:
+        UserError: bad run, target or settings.
+    """
+    from curate.embeddings.store import embed_window, embedding_folder, plan_job
+    from curate.index import build_index
+    from curate.target import load_target
+    from curate.trajectory.replay import Replay
+
+    target = None if config.target is None else load_target(config.target, run.spec, config.min_target_tokens)
+    replay = Replay(run, config.device, config.tolerance)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
+    horizon: Horizon = config.horizon
+    jobs = {window: plan_job(replay, window, horizon, target, config.target_batch_size) for window in config.windows}
+    for window, job in jobs.items():
+        folder, _ = embedding_folder(job, window, horizon, estimator)
+        if not (folder / "manifest.json").exists():
+            units = estimator.cost_units(job)
+            _log.info(
+                "%s window, steps %d to %d, horizon %d: %s will cost about %.0f units (%.1f %% of the stage's %d)",
+                window, job.start, job.stop, job.horizon, estimator.name, units, 100 * units / run.spec.steps, run.spec.steps,
+            )  # fmt: skip
+    embeddings = {}
+    for window, job in jobs.items():
+        embeddings[window] = embed_window(job, window, horizon, estimator)
+        build_index(embeddings[window].folder, embeddings[window].vectors, embeddings[window].targets, config.index)
+    return embeddings
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    embeddings = embed(config, Run(config.run or find_run(config.runs_root)))
+    for window, embedding in embeddings.items():
+        _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)
+
+
+if __name__ == "__main__":
+    run_command(main)

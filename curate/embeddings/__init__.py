@@ -1,0 +1,1 @@
+"""Value embeddings: rows `E[z]` such that the value of z for a target is `<E[z], t>`."""

@@ -1,0 +1,66 @@
+"""The protocol between estimators and everything that uses their embeddings.
+
+An estimator turns the steps of a window into rows `E[z]` (N, D) and a target into vectors t (D,) such that
+`value(z; target) ~ <E[z], t>` with the sign of METHOD.md section 1. Nothing else crosses this border, so every estimator can be
+indexed, rolled up and searched in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from curate.artifacts import Json
+    from curate.target import Target
+    from curate.trajectory.replay import Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowJob:
+    """One window to embed.
+
+    Attributes:
+        replay: repeats the run's steps.
+        start: first step of the window.
+        stop: step after its last.
+        horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
+        targets: the targets to serve.
+        batch_size: samples per pass where the estimator chooses (targets).
+        scratch: folder for progress that an interrupted job continues from; deleted when the job is done.
+    """
+
+    replay: Replay
+    start: int
+    stop: int
+    horizon: int
+    target: Target | None
+    batch_size: int
+    scratch: Path
+
+
+class Estimator(Protocol):
+    """Computes the embeddings of one window."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in artifacts."""
+
+    def settings(self, job: WindowJob) -> Json:
+        """What the embeddings depend on beside run, window and horizon."""
+
+    def dimension(self, job: WindowJob) -> int:
+        """D."""
+
+    def cost_units(self, job: WindowJob) -> float:
+        """Expected cost of `embed` in forward+backward passes of a training batch, stated before a run (METHOD.md section 6)."""
+
+    def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
+        """Fill `out` (N, D), rows in the order of `window_rows`; returns facts for the manifest."""
+
+    def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
+        """One vector t for each half of the job's target: (2, D)."""

@@ -1,0 +1,144 @@
+"""Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npy`, a manifest, timings.
+
+A folder is named after its settings, so other settings never overwrite it; progress of an interrupted job lies in `scratch/`
+inside and the same call continues it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+
+from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal, write_json
+from curate.embeddings.estimator import WindowJob
+from curate.trajectory.samples import window_rows
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.artifacts import Json
+    from curate.embeddings.estimator import Estimator
+    from curate.target import Target
+    from curate.trajectory.replay import Replay
+
+Horizon = Literal["window_end", "stage_end"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A window's embeddings.
+
+    Attributes:
+        folder: where they lie.
+        vectors: (N, D) float32, memory-mapped.
+        rows: N rows, see `curate.trajectory.samples.window_rows`.
+        targets: (2, D), the vector t of each half of the target, or None without a target.
+        seconds: time it took to make.
+        cost_units: the same in forward+backward passes of a training batch, measured in that job.
+    """
+
+    folder: Path
+    vectors: npt.NDArray[np.float32]
+    rows: pl.DataFrame
+    targets: npt.NDArray[np.float32] | None
+    seconds: float
+    cost_units: float
+
+
+def plan_job(replay: Replay, window: str, horizon: Horizon, target: Target | None, batch_size: int) -> WindowJob:
+    """The job of one declared window; its scratch folder is set by `embed_window`.
+
+    Raises:
+        UserError: the run declared no such window.
+    """
+    start, stop = replay.run.window(window)
+    end = stop if horizon == "window_end" else replay.run.spec.steps
+    return WindowJob(
+        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, scratch=Path()
+    )
+
+
+def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator) -> tuple[Path, Json]:
+    """Where the embeddings of a job belong, and the settings that they depend on."""
+    settings = {
+        "run": job.replay.run.fingerprint,
+        "window": [job.start, job.stop],
+        "horizon": job.horizon,
+        "estimator": estimator.name,
+        **estimator.settings(job),
+    }
+    name = f"{window}-{horizon}-{estimator.name}-{fingerprint(settings)[:8]}"
+    return job.replay.run.folder / "embeddings" / name, settings
+
+
+def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator) -> Embedding:
+    """Make a window's embeddings, continue an interrupted job, or open them where they are complete.
+
+    Raises:
+        UserError: what the estimator or the replay refuses.
+    """
+    folder, settings = embedding_folder(job, window, horizon, estimator)
+    job = replace(job, scratch=folder / "scratch")
+    if not is_complete(folder, settings):
+        job.scratch.mkdir(parents=True, exist_ok=True)
+        begin, spent = perf_counter(), _spent(folder)
+        rows = window_rows(job.replay.run, window, horizon)
+        with replacing(folder / "rows.parquet") as part:
+            rows.write_parquet(part)
+        vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
+        try:
+            facts = estimator.embed(job, vectors)
+        finally:
+            _add_time(folder, spent, perf_counter() - begin, job.replay.unit_seconds)
+        vectors.flush()
+        seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    return _open(folder, job, estimator)
+
+
+def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
+    timings = read_json(folder / "timings.json")
+    targets = None
+    if job.target is not None:
+        path = folder / f"target-{job.target.fingerprint}.npy"
+        if not path.exists():
+            encoded = estimator.encode(job)
+            with replacing(path) as part, part.open("wb") as file:
+                np.save(file, encoded)
+        targets = np.load(path)
+    return Embedding(
+        folder=folder,
+        vectors=np.load(folder / "embeddings.npy", mmap_mode="r"),
+        rows=pl.read_parquet(folder / "rows.parquet"),
+        targets=targets,
+        seconds=timings["seconds"],
+        cost_units=timings["cost_units"],
+    )
+
+
+def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """An existing output of an interrupted job is kept: the estimator continues in it."""
+    if path.exists():
+        found: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "r+")
+        if found.shape == shape:
+            return found
+    created: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    return created
+
+
+def _spent(folder: Path) -> float:
+    path = folder / "timings.json"
+    return float(read_json(path)["seconds"]) if path.exists() else 0.0
+
+
+def _add_time(folder: Path, spent: float, seconds: float, unit_seconds: float | None) -> None:
+    total = spent + seconds
+    write_json(
+        folder / "timings.json", {"seconds": total, "cost_units": total / unit_seconds if unit_seconds else 0.0}
+    )

@@ -1,0 +1,245 @@
+"""MDS shards: the only module that imports mosaicml-streaming.
+
+Reading here is random access on local shards with streaming's own shard reader: no shared memory, no background
+threads, so it can run beside a training job on the same folder. Training itself uses `StreamingDataset`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from curate.artifacts import replacing
+from curate.config import Config
+from curate.errors import UserError
+
+# Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
+COLUMNS = {
+    "tokens": "ndarray:int32",  # (T,) token ids
+    "loss_mask": "ndarray:uint8",  # (T,) 1 where the token is predicted and its loss counts
+    "sample_id": "int64",  # content_id(tokens, loss_mask)
+    "domain": "str",
+    "documents": "json",  # [[document id, first token, token after the last], ...]
+}
+
+
+class Columns(Config):
+    """Names of the columns of an MDS stream; the defaults are those of `pipelines.prepare`."""
+
+    tokens: str = "tokens"
+    """Token ids: an ndarray, or raw bytes of `tokens_dtype` (llm-foundry)."""
+    tokens_dtype: str = "int64"
+    """Type of the token ids where the column holds raw bytes."""
+    loss_mask: str = "loss_mask"
+    """1 where a token's loss counts; a stream without this column predicts every token but the first."""
+    documents: str = "documents"
+    """JSON list of [document id, first token, token after the last]; may be absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One training sequence of T tokens, as stored."""
+
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    documents: list[tuple[str, int, int]]
+
+    @property
+    def sample_id(self) -> int:
+        """Content hash: equal content, equal id, whatever the shard."""
+        return content_id(self.tokens, self.loss_mask)
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Number of tokens whose loss counts (the first token of a sequence is never predicted)."""
+        return int(self.loss_mask[1:].sum())
+
+    def document_tokens(self) -> list[dict[str, str | int]]:
+        """`id` and predicted `tokens` of each document in the sample; a document's share of the sample's value follows them."""
+        return [
+            {"id": name, "tokens": int(self.loss_mask[max(start, 1) : stop].sum())} for name, start, stop in self.documents
+        ]
+
+
+def content_id(tokens: npt.NDArray[Any], loss_mask: npt.NDArray[Any]) -> int:
+    """63-bit content hash of a sample; it survives re-sharding and needs no id column in the shards."""
+    digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8)
+    digest.update(loss_mask.astype(np.uint8).tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+class MdsStream:
+    """Random access to the samples of one local MDS folder.
+
+    Args:
+        folder: a folder with `index.json` and its shards.
+        columns: names of the columns.
+
+    Raises:
+        UserError: no index, an unsafe column type (pickle), a shard missing, of another size than the index says,
+            or present only in compressed form.
+    """
+
+    def __init__(self, folder: Path, columns: Columns | None = None) -> None:
+        from streaming.base.format import reader_from_json
+
+        self.folder = folder
+        self.columns = columns or Columns()
+        self._verified: set[int] = set()
+        try:
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            self._readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'index.json'} is not a valid MDS index: {error}") from None
+        for reader in self._readers:
+            self._check(reader)
+
+    def _check(self, reader: Any) -> None:
+        try:
+            reader.validate(allow_unsafe_types=False)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error} curate loads no pickle; write the column as ndarray, str or json") from None
+        path = self.folder / reader.raw_data.basename
+        if not path.exists():
+            zipped = reader.zip_data is not None and (self.folder / reader.zip_data.basename).exists()
+            hint = "only its compressed form is there; iterate a StreamingDataset over the folder once" if zipped else "restore it"
+            raise UserError(f"shard {path} is missing: {hint}")
+        if path.stat().st_size != reader.raw_data.bytes:
+            raise UserError(
+                f"shard {path} has {path.stat().st_size} bytes, its index says {reader.raw_data.bytes}: "
+                "it is corrupted; restore it or write the stream again"
+            )
+
+    def _verify(self, reader: Any) -> None:
+        """Compare a shard's bytes with the hashes of its index, once, when it is first read."""
+        from streaming.base.hashing import get_hash
+
+        path = self.folder / reader.raw_data.basename
+        for algorithm, recorded in reader.raw_data.hashes.items():
+            if get_hash(algorithm, path.read_bytes()) != recorded:
+                raise UserError(f"shard {path} is corrupted: its {algorithm} is not that of its index; restore it or write the stream again")
+
+    @cached_property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [reader.samples for reader in self._readers]
+
+    @cached_property
+    def _shard_starts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *self.shard_sizes])
+
+    def __len__(self) -> int:
+        """Samples in the stream."""
+        return int(self._shard_starts[-1])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(reader.raw_data.bytes for reader in self._readers)
+
+    @cached_property
+    def encodings(self) -> dict[str, str]:
+        """Column name -> MDS encoding."""
+        first = self._readers[0]
+        return dict(zip(first.column_names, first.column_encodings, strict=True))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """All columns of the sample at a stream-wide index, as stored.
+
+        Raises:
+            UserError: the shard's bytes cannot be decoded.
+        """
+        shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        reader = self._readers[shard]
+        if shard not in self._verified:
+            self._verify(reader)
+            self._verified.add(shard)
+        try:
+            row: dict[str, Any] = reader[int(index - self._shard_starts[shard])]
+        except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+            path = self.folder / reader.raw_data.basename
+            raise UserError(f"shard {path} is corrupted (sample {index}: {error}); restore it or write the stream again") from None
+        return row
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at a stream-wide index.
+
+        Raises:
+            UserError: the tokens column is missing, or the shard is corrupted.
+        """
+        row = self.row(index)
+        if self.columns.tokens not in row:
+            raise UserError(f"{self.folder} has no column {self.columns.tokens!r} (it has {sorted(row)}); set columns.tokens")
+        tokens = row[self.columns.tokens]
+        if isinstance(tokens, bytes):
+            tokens = np.frombuffer(tokens, self.columns.tokens_dtype)
+        tokens = np.asarray(tokens).astype(np.int32)
+        mask = row.get(self.columns.loss_mask)
+        return Sample(
+            tokens=tokens,
+            loss_mask=np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool),
+            documents=[(str(name), int(start), int(stop)) for name, start, stop in row.get(self.columns.documents, [])],
+        )
+
+    def catalogue(self) -> pl.DataFrame:
+        """Read the whole stream once.
+
+        Returns:
+            One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens),
+            `tokens` (predicted tokens).
+        """
+        rows = [
+            (index, shard, sample.sample_id, len(sample.tokens), sample.predicted_tokens)
+            for index, shard in enumerate(np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist())
+            for sample in [self[index]]
+        ]
+        return pl.DataFrame(rows, schema=["index", "shard", "sample_id", "length", "tokens"], orient="row")
+
+
+def write_stream(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], shard_bytes: int = 1 << 26) -> None:
+    """Write one MDS folder atomically: shards of at most `shard_bytes` with content hashes, and their index.
+
+    Args:
+        folder: replaced as a whole once every row is written.
+        columns: column name -> MDS encoding (`COLUMNS`, or another stream's `encodings`).
+        rows: samples with those columns.
+        shard_bytes: size limit of a shard.
+    """
+    from streaming import MDSWriter
+
+    with replacing(folder) as part:
+        with MDSWriter(columns=dict(columns), out=str(part), hashes=["xxh64"], size_limit=shard_bytes) as writer:
+            for row in rows:
+                writer.write(dict(row))
+
+
+def merge_indexes(folder: Path, streams: list[str]) -> None:
+    """Write `folder/index.json` so that the sub-folders `streams` read as one MDS dataset, in that order.
+
+    The sub-folders stay valid on their own.
+    """
+    shards = []
+    for name in streams:
+        for shard in json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["shards"]:
+            shard["raw_data"]["basename"] = os.path.join(name, shard["raw_data"]["basename"])  # noqa: PTH118
+            shards.append(shard)
+    with replacing(folder / "index.json") as part:
+        part.write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
+
+
+def iterate(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    yield from dataset

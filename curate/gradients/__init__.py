@@ -1,0 +1,1 @@
+"""Projected per-sample gradients."""

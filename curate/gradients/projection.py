@@ -1,0 +1,53 @@
+"""Random projections of activations and output gradients.
+
+`P` (F, k) has orthonormal columns scaled by sqrt(F / k): inner products of projected vectors are unbiased over seeds,
+`E[P P^T] = I`. Each layer and side has a seed of its own. A side of at most k features is not projected at all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from curate.rng import derive_seed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def projection(features: int, width: int, seed: int, layer: str, side: str) -> Tensor:
+    """The projection of one side of one layer.
+
+    Args:
+        features: F, size of the side.
+        width: k, size after projection.
+        seed: of the run of the estimator.
+        layer: name of the module.
+        side: "input" or "output".
+
+    Returns:
+        (F, min(F, k)) float32 on the CPU, the same on every machine for one torch version.
+    """
+    import torch
+
+    if features <= width:
+        return torch.eye(features)
+    random = torch.Generator().manual_seed(derive_seed(seed, "projection", layer, side))
+    gaussian = torch.randn(features, width, generator=random, dtype=torch.float64)
+    orthonormal, _ = torch.linalg.qr(gaussian)
+    return (orthonormal * (features / width) ** 0.5).float()
+
+
+class LayerProjection:
+    """Both projections of one layer, on its device.
+
+    Attributes:
+        input: (I, k_i).
+        output: (O, k_o).
+        size: k_o * k_i, length of the layer's projected gradient.
+    """
+
+    def __init__(self, layer: str, inputs: int, outputs: int, width: int, seed: int, device: torch.device) -> None:
+        self.input = projection(inputs, width, seed, layer, "input").to(device)
+        self.output = projection(outputs, width, seed, layer, "output").to(device)
+        self.size = self.input.shape[1] * self.output.shape[1]

@@ -1,0 +1,188 @@
+"""The one object that knows the model, the batch layout and the per-sample loss; everything above is model-agnostic.
+
+Shapes: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from curate.config import Config
+from curate.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+    from torch import Tensor, nn
+
+    from curate.formats.mds import Sample
+
+
+class ModelSpec(Config):
+    """Where the model's code comes from; its weights come from a snapshot."""
+
+    hf_config: Path | None = None
+    """Folder or JSON file with the config of a Hugging Face causal LM."""
+    factory: str | None = None
+    """`module:function` that returns any `nn.Module` mapping token ids (B, T) to logits (B, T, V)."""
+    kwargs: dict[str, Any] = {}
+    """Arguments of the factory."""
+
+
+class TaskSpec(Config):
+    """Everything needed to recompute the loss of a training sample."""
+
+    model: ModelSpec
+    """The model."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Autocast type that the run trained with; none: the parameters' own type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences with their weights in a loss `sum_z c_z l_z`.
+
+    Attributes:
+        tokens: (B, T) int64; shorter sequences are padded at the end.
+        loss_mask: (B, T) bool, True where a token is predicted; column 0 is ignored; padding is False.
+        weights: (B,) float32, `c_z`.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        """Number of samples B."""
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            tokens=self.tokens.to(device), loss_mask=self.loss_mask.to(device), weights=self.weights.to(device)
+        )
+
+    def split(self, size: int) -> list[Batch]:
+        """Consecutive batches of at most `size` samples with the weights that they have here."""
+        return [
+            replace(self, tokens=self.tokens[i : i + size], loss_mask=self.loss_mask[i : i + size],
+                    weights=self.weights[i : i + size])
+            for i in range(0, len(self), size)
+        ]  # fmt: skip
+
+
+def collate(samples: Sequence[Sample], weights: npt.NDArray[np.float32]) -> Batch:
+    """Stack samples of possibly different length; padding is token 0 with loss mask False."""
+    import torch
+
+    length = max(len(sample.tokens) for sample in samples)
+    tokens = np.zeros((len(samples), length), np.int64)
+    mask = np.zeros((len(samples), length), bool)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+        mask[row, : len(sample.tokens)] = sample.loss_mask
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        loss_mask=torch.from_numpy(mask),
+        weights=torch.from_numpy(np.asarray(weights, np.float32)),
+    )
+
+
+class Task:
+    """Builds the model and computes per-sample losses.
+
+    Args:
+        spec: see `TaskSpec`.
+        device: where the model lives.
+        dtype: type of the parameters; float64 serves oracles.
+    """
+
+    def __init__(self, spec: TaskSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        import torch
+
+        self.spec = spec
+        self.device = torch.device(device)
+        self.dtype = dtype or torch.float32
+        self.model = build_model(spec.model).to(device=self.device, dtype=self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision context that the run trained in."""
+        import torch
+
+        if self.spec.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.spec.autocast))
+
+    def sample_losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`l_z`: mean cross-entropy over the predicted tokens of each sample, nats per token.
+
+        Args:
+            batch: B samples.
+            parameters: values to use instead of the model's own (name -> tensor), for functional transforms.
+
+        Returns:
+            (B,) losses; 0 for a sample without predicted tokens.
+        """
+        import torch
+        from torch.nn import functional
+
+        arguments: dict[str, Any] = {"use_cache": False} if _is_hugging_face(self.model) else {}
+        with self.autocast():
+            if parameters is None:
+                output = self.model(batch.tokens, **arguments)
+            else:
+                output = torch.func.functional_call(self.model, dict(parameters), (batch.tokens,), arguments)
+        logits = getattr(output, "logits", output)[:, :-1]  # (B, T-1, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")  # (B, T-1)
+        mask = batch.loss_mask[:, 1:].to(nll.dtype)
+        return (nll * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """An untrained model in training mode.
+
+    Raises:
+        UserError: no or two sources, a source that cannot be loaded, or a model with dropout (replay could not repeat it).
+    """
+    if (spec.hf_config is None) == (spec.factory is None):
+        raise UserError("the model needs exactly one of model.hf_config and model.factory")
+    model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
+    active = [name for name, module in model.named_modules() if getattr(module, "p", 0) and "Dropout" in type(module).__name__]
+    if active:
+        raise UserError(f"{active[0]} is a dropout with p > 0: replay could not repeat it; train with dropout 0")
+    return model.train()
+
+
+def _from_hugging_face(path: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.hf_config {path} is not a Hugging Face config: {error}") from None
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _from_factory(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    module, _, function = source.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"model.factory {source!r} cannot be loaded ({error}); write module:function") from None
+    model: nn.Module = factory(**kwargs)
+    return model
+
+
+def _is_hugging_face(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)

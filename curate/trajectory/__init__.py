@@ -1,0 +1,1 @@
+"""What training did: step records, state snapshots, and their replay."""

@@ -1,0 +1,48 @@
+"""All trainable parameters as one vector, ordered by optimizer parameter group.
+
+P is the number of trainable parameters. Group order makes each group's hyper-parameters scalars on one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class FlatLayout:
+    """Where each named parameter lies in a vector of length P.
+
+    Args:
+        model: supplies the shapes; tied parameters count once, under their first name.
+        groups: parameter names of each optimizer group.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.names = [name for group in groups for name in group]
+        self.shapes = {name: shapes[name] for name in self.names}
+        self.group_slices: list[slice] = []
+        self._sizes = [prod(shapes[name]) for name in self.names]
+        start = 0
+        for group in groups:
+            stop = start + sum(prod(shapes[name]) for name in group)
+            self.group_slices.append(slice(start, stop))
+            start = stop
+        self.size = start
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy named tensors of shape (..., *parameter shape) into one of shape (..., P)."""
+        import torch
+
+        parts = [tensors[name] for name in self.names]
+        lead = parts[0].shape[: parts[0].dim() - len(self.shapes[self.names[0]])]
+        return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views (..., *parameter shape) of a vector (..., P); nothing is copied."""
+        parts = flat.split(self._sizes, dim=-1)
+        return {name: part.view(*flat.shape[:-1], *self.shapes[name]) for name, part in zip(self.names, parts, strict=True)}

@@ -1,0 +1,282 @@
+"""The recorder: a few lines in a PyTorch training loop that change no number of it.
+
+    recorder = TrajectoryRecorder(folder, config, model, optimizer, ...)
+    for step in range(first_step, steps):
+        recorder.begin_step(step)
+        for batch in micro_batches:
+            ...
+            recorder.micro_batch(batch["sample_id"], weights, predicted_tokens)
+        norm = clip_grad_norm_(...)
+        optimizer.step()
+        recorder.end_step(loss, norm)
+    recorder.finish()
+
+It only reads: losses and norms are kept as tensors and copied to the host when rows are flushed, so there is no
+synchronisation per step. Rows since the last flush are lost in a crash; call `flush()` where you write a checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from curate.artifacts import replacing, write_json
+from curate.config import Config, TokenCount
+from curate.errors import UserError
+from curate.formats.mds import Columns
+from curate.task import TaskSpec
+from curate.trajectory.run import STEPS, RunSpec
+from curate.trajectory.snapshots import named_parameters, save_state, snapshot_path, state_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+Border = int | float
+
+
+class RecorderConfig(Config):
+    """What is recorded beside the step records."""
+
+    windows: dict[str, tuple[Border, Border]] = {"early": (0.0, 0.1), "late": (0.9, 1.0)}
+    """Windows to value: first step and step after the last. An integer is a step, a decimal a fraction of the stage."""
+    cadence_snapshots: int = 8
+    """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too small."""
+    snapshot_bytes: TokenCount = "8B"
+    """Byte budget of all snapshots (8B = 8 GB); those at window borders come first."""
+    flush_steps: int = 100
+    """Steps between writes of the step records."""
+
+
+def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[str, tuple[int, int]]:
+    """Turn declared windows into step ranges.
+
+    Raises:
+        UserError: a window is empty or reaches beyond the stage.
+    """
+    resolved = {}
+    for name, borders in windows.items():
+        start, stop = (round(border * steps) if isinstance(border, float) else border for border in borders)
+        if not 0 <= start < stop <= steps:
+            raise UserError(f"window {name!r} covers steps {start} to {stop} of a stage of {steps}; set recorder.windows to a range inside it")
+        resolved[name] = (start, stop)
+    return resolved
+
+
+def snapshot_schedule(
+    windows: dict[str, tuple[int, int]], steps: int, cadence: int, snapshot_bytes: int, budget_bytes: int
+) -> set[int]:
+    """Steps to snapshot before: all window borders and the stage's end, then an even cadence within the byte budget.
+
+    Args:
+        windows: step ranges.
+        steps: steps of the stage.
+        cadence: snapshots wanted beside those at the borders.
+        snapshot_bytes: size of one snapshot.
+        budget_bytes: size of all of them.
+
+    Raises:
+        UserError: the borders alone exceed the budget.
+    """
+    borders = {step for window in windows.values() for step in window} | {steps}
+    needed = len(borders) * snapshot_bytes
+    if needed > budget_bytes:
+        raise UserError(
+            f"{len(borders)} snapshots of {snapshot_bytes:,} bytes at the window borders exceed "
+            f"recorder.snapshot_bytes = {budget_bytes:,}; set it to at least {needed}"
+        )
+    spare = min(cadence, (budget_bytes - needed) // snapshot_bytes)
+    return borders | (set(range(0, steps, ceil(steps / spare))) if spare else set())
+
+
+class TrajectoryRecorder:
+    """Writes `run.json`, `steps.parquet` and `snapshots/` while a model trains.
+
+    Args:
+        folder: the run; one recorder per rank may share it.
+        config: windows, byte budget.
+        model: the model as trained (DDP and torch.compile wrappers are seen through).
+        optimizer: its optimizer.
+        task: how to rebuild the model and its loss.
+        streams: domain -> MDS folder trained on.
+        steps: optimizer steps of the stage.
+        seq_len: tokens of a sequence.
+        clip_norm: threshold given to `clip_grad_norm_`, or None.
+        first_step: where this process starts; records of that step and later ones are dropped (they are repeated).
+        columns: columns of the streams.
+        tokenizer: tokenizer file of the tokens.
+
+    Raises:
+        UserError: the folder holds a finished run, or another run; windows or byte budget do not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RecorderConfig,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        task: TaskSpec,
+        streams: dict[str, Path],
+        steps: int,
+        seq_len: int,
+        clip_norm: float | None,
+        first_step: int = 0,
+        columns: Columns | None = None,
+        tokenizer: Path | None = None,
+    ) -> None:
+        self._folder, self._model, self._optimizer = folder, model, optimizer
+        self._clip_norm, self._flush_steps = clip_norm, config.flush_steps
+        self._rank, self._world = _rank_and_world()
+        self._rows: list[dict[str, Any]] = []
+        self._step = -1
+        windows = window_steps(config.windows, steps)
+        names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+        task = self._own_copy(task)
+        self._spec = RunSpec(
+            task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()}, columns=columns or Columns(),
+            tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len, steps=steps, windows=windows,
+            optimizer=type(optimizer).__name__, clip_norm=clip_norm,
+            groups=[[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups],
+        )  # fmt: skip
+        self._snapshot_steps = snapshot_schedule(
+            windows, steps, config.cadence_snapshots, state_bytes(model), int(config.snapshot_bytes)
+        )
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        if (self._folder / "steps.parquet").exists():
+            raise UserError(f"{self._folder} holds a finished run; choose another output folder")
+        self._parts = self._folder / "steps.parts" / f"rank-{self._rank:05d}"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            write_json(self._folder / "run.json", self._spec.model_dump(mode="json"))
+        for path in sorted(self._parts.glob("*.parquet")):
+            kept = pl.read_parquet(path).filter(pl.col("step") < first_step)
+            path.unlink()
+            if len(kept):
+                self._write(kept)
+
+    def _own_copy(self, task: TaskSpec) -> TaskSpec:
+        """Keep the model's config in the run, so that later edits of the original do not matter."""
+        source = task.model.hf_config
+        if source is None:
+            return task
+        copy = self._folder / "model" / "config.json"
+        if self._rank == 0:
+            with replacing(copy) as part:
+                part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
+        return task.model_copy(update={"model": task.model.model_copy(update={"hf_config": copy.resolve()})})
+
+    def begin_step(self, step: int) -> None:
+        """Call before the first micro-batch of a step: takes the snapshot where one is due."""
+        self._step = step
+        self._first_row = len(self._rows)
+        if step in self._snapshot_steps:
+            self._snapshot(step)
+
+    def micro_batch(self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]) -> None:
+        """Call once per micro-batch.
+
+        Args:
+            sample_ids: B content ids (`curate.formats.mds.content_id`; a column of prepared streams).
+            weights: B weights `c_z` of the step's loss; over all micro-batches and ranks the gradient is `sum c_z g_z`.
+            tokens: B predicted token counts.
+        """
+        self._rows.append(
+            {
+                "step": self._step,
+                "rank": self._rank,
+                "micro_batch": len(self._rows) - self._first_row,
+                "sample_ids": np.asarray(sample_ids, dtype=np.int64),
+                "weights": _detached(weights),
+                "tokens": _detached(tokens),
+            }
+        )
+
+    def end_step(self, loss: Tensor | float, grad_norm: Tensor | float | None = None) -> None:
+        """Call after the optimizer's step and before the schedule's.
+
+        Args:
+            loss: `L_k` of the whole step (all micro-batches and ranks), nats per token.
+            grad_norm: global gradient norm before clipping, as `clip_grad_norm_` returns it.
+        """
+        groups = [_settings(group) for group in self._optimizer.param_groups]
+        for row in self._rows[self._first_row :]:
+            row.update(loss=_detached(loss), grad_norm=_detached(grad_norm), groups=groups)
+        if (self._step + 1) % self._flush_steps == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows gathered so far; call it where you write a checkpoint."""
+        if not self._rows:
+            return
+        rows = [{key: _host(value) for key, value in row.items()} for row in self._rows]
+        for row in rows:
+            row["clip_factor"] = _clip_factor(row["grad_norm"], self._clip_norm)
+        self._write(pl.DataFrame(rows, schema=STEPS))
+        self._rows = []
+        self._first_row = 0
+
+    def finish(self) -> None:
+        """Write the last snapshot and merge all ranks' records into `steps.parquet`; the run is then complete."""
+        self.flush()
+        self._snapshot(self._spec.steps)
+        _barrier(self._world)
+        if self._rank == 0:
+            parts = sorted((self._folder / "steps.parts").glob("*/*.parquet"))
+            merged = pl.concat([pl.read_parquet(part) for part in parts]).sort("step", "rank", "micro_batch")
+            with replacing(self._folder / "steps.parquet") as part:
+                merged.write_parquet(part)
+            shutil.rmtree(self._folder / "steps.parts")
+
+    def _snapshot(self, step: int) -> None:
+        if self._rank == 0:
+            save_state(snapshot_path(self._folder, step), self._model, self._optimizer)
+
+    def _write(self, frame: pl.DataFrame) -> None:
+        with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
+            frame.write_parquet(part)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, float]:
+    beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
+    return {
+        "lr": float(group["lr"]), "weight_decay": float(group.get("weight_decay", 0.0)),
+        "beta1": float(beta1), "beta2": float(beta2), "eps": float(group.get("eps", 0.0)),
+    }  # fmt: skip
+
+
+def _clip_factor(grad_norm: float | None, clip_norm: float | None) -> float:
+    """`torch.nn.utils.clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6))."""
+    return 1.0 if grad_norm is None or clip_norm is None else min(1.0, clip_norm / (grad_norm + 1e-6))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if hasattr(value, "detach") else value
+
+
+def _host(value: Any) -> Any:
+    if hasattr(value, "detach"):
+        return value.tolist()
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _rank_and_world() -> tuple[int, int]:
+    from torch import distributed
+
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def _barrier(world: int) -> None:
+    from torch import distributed
+
+    if world > 1:
+        distributed.barrier()

@@ -1,0 +1,257 @@
+"""Replay: run recorded steps again from a snapshot, with the training's own optimizer and kernels, and verify each one.
+
+P is the number of trainable parameters. Memory: model, gradients and optimizer state, as in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from curate.errors import UserError
+from curate.task import Batch, Task, collate
+from curate.trajectory.flat import FlatLayout
+from curate.trajectory.samples import SampleReader
+from curate.trajectory.snapshots import load_state, named_parameters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from curate.trajectory.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """Hyper-parameters of one optimizer group at one step."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One recorded step.
+
+    Attributes:
+        step: its number.
+        micro_batches: sample ids and weights `c_z` of each micro-batch, over all ranks.
+        loss: recorded `L_k`, nats per token.
+        grad_norm: recorded norm before clipping, or None.
+        clip_factor: what clipping multiplied the gradient by.
+        groups: settings per optimizer group.
+    """
+
+    step: int
+    micro_batches: list[tuple[list[int], list[float]]]
+    loss: float
+    grad_norm: float | None
+    clip_factor: float
+    groups: list[GroupSettings]
+
+    @property
+    def size(self) -> int:
+        """Samples of the step."""
+        return sum(len(ids) for ids, _ in self.micro_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedStep:
+    """A step whose backward pass has been repeated and whose update has not: the model holds `theta_k`, `.grad` holds `ghat_k`.
+
+    Attributes:
+        record: the step.
+        batches: its micro-batches.
+        captured: what `after_backward` returned for each micro-batch.
+    """
+
+    record: StepRecord
+    batches: list[Batch]
+    captured: list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything the update of one step read, as vectors of length P (see `FlatLayout`).
+
+    Attributes:
+        record: the step.
+        batches: its micro-batches.
+        parameters: `theta_k`.
+        exp_avg: first moment `m_k` before the step.
+        exp_avg_sq: second moment `v_k` before the step.
+        gradient: `ghat_k` before clipping.
+        updates: optimizer updates done before this step.
+    """
+
+    record: StepRecord
+    batches: list[Batch]
+    parameters: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    updates: int
+
+
+class Replay:
+    """Repeats steps of a run.
+
+    Args:
+        run: the recorded run.
+        device: where to run; the training's own kind of device repeats its numbers best.
+        tolerance: largest relative difference between recorded and replayed loss and gradient norm.
+
+    Raises:
+        UserError: the run used an optimizer that cannot be rebuilt.
+    """
+
+    def __init__(self, run: Run, device: torch.device | str = "cpu", tolerance: float = 1e-3) -> None:
+        import torch
+
+        self.run, self.device, self.tolerance = run, torch.device(device), tolerance
+        if run.spec.optimizer != "AdamW":
+            raise UserError(f"run {run.folder} was trained with {run.spec.optimizer}; replay rebuilds torch.optim.AdamW")
+        self.reader = SampleReader(run)
+        self.task = Task(run.spec.task, self.device)
+        self.layout = FlatLayout(self.task.model, run.spec.groups)
+        self._pass_seconds: list[float] = []
+
+    @property
+    def unit_seconds(self) -> float | None:
+        """Median time of one forward+backward of a step's batch in this process; the unit of METHOD.md section 6."""
+        return median(self._pass_seconds) if self._pass_seconds else None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; its parameters are those of the step being replayed."""
+        return self.task.model
+
+    def load(self, step: int) -> None:
+        """Put the model into its state before `step`, which must have a snapshot."""
+        load_state(self.run.snapshot(step), self.model)
+
+    def horizon_model(self, step: int) -> nn.Module:
+        """The model at `step`, replayed from the snapshot before it where it has none."""
+        start = self.run.snapshot_before(step)
+        if start == step:
+            self.load(step)
+        else:
+            for _ in self.steps(start, step):
+                pass
+        return self.model
+
+    def batches(self, record: StepRecord) -> list[Batch]:
+        """The micro-batches of a step, on the device."""
+        return [
+            collate(self.reader.samples(ids), np.asarray(weights, np.float32)).to(self.device)
+            for ids, weights in record.micro_batches
+        ]
+
+    def steps(
+        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[ReplayedStep]:
+        """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
+
+        Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
+
+        Args:
+            start: first step.
+            stop: step after the last.
+            after_backward: called with the weights (B,) after each micro-batch's backward pass.
+
+        Raises:
+            UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
+        """
+        for replayed, _ in self._run(start, stop, after_backward):
+            yield replayed
+
+    def states(self, start: int, stop: int) -> Iterator[State]:
+        """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
+        parameters = named_parameters(self.model)
+        for replayed, optimizer in self._run(start, stop):
+            buffers = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+            zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
+            yield State(
+                record=replayed.record,
+                batches=replayed.batches,
+                parameters=self.layout.flatten(parameters).detach().clone(),
+                exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
+                exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
+                gradient=self.layout.flatten({n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}),
+                updates=max((int(buffer["step"]) for buffer in buffers.values() if buffer), default=0),
+            )
+
+    def _run(
+        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[ReplayedStep, torch.optim.Optimizer]]:
+        from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+        first = self.run.snapshot_before(start)
+        optimizer = self._optimizer()
+        load_state(self.run.snapshot(first), self.model, optimizer)
+        trainable = list(named_parameters(self.model).values())
+        for record in records(self.run, first, stop):
+            optimizer.zero_grad(set_to_none=True)
+            batches, captured = self.batches(record), []
+            loss, begin = 0.0, perf_counter()
+            for batch in batches:
+                micro_loss = (self.task.sample_losses(batch) * batch.weights).sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                if after_backward is not None:
+                    captured.append(after_backward(batch.weights))
+            self._pass_seconds.append(perf_counter() - begin)
+            norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
+            self._verify(record, loss, norm)
+            if record.step >= start:
+                yield ReplayedStep(record=record, batches=batches, captured=captured), optimizer
+            if self.run.spec.clip_norm is not None:
+                clip_grad_norm_(trainable, self.run.spec.clip_norm)
+            for group, settings in zip(optimizer.param_groups, record.groups, strict=True):
+                group.update(
+                    lr=settings.lr, weight_decay=settings.weight_decay, eps=settings.eps, betas=(settings.beta1, settings.beta2)
+                )
+            optimizer.step()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        import torch
+
+        parameters = named_parameters(self.model)
+        groups = [{"params": [parameters[name] for name in group]} for group in self.run.spec.groups]
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.run.spec.optimizer)(groups)
+        return optimizer
+
+    def _verify(self, record: StepRecord, loss: float, norm: float) -> None:
+        """Raise where loss or norm differ by more than the tolerance; a NaN differs from everything."""
+        for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
+            if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
+                raise UserError(
+                    f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely causes are dropout or "
+                    "other randomness, another autocast type, streams or snapshots changed since, or sample weights that are not those "
+                    "of the loss; a run on other hardware may need a larger replay.tolerance"
+                )
+
+
+def records(run: Run, start: int, stop: int) -> Iterator[StepRecord]:
+    """The recorded steps `start` to `stop - 1`."""
+    frame = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
+    for (step,), rows in frame.group_by("step", maintain_order=True):
+        first = rows.row(0, named=True)
+        yield StepRecord(
+            step=int(step),  # type: ignore[call-overload]
+            micro_batches=list(zip(rows["sample_ids"].to_list(), rows["weights"].to_list(), strict=True)),
+            loss=first["loss"],
+            grad_norm=first["grad_norm"],
+            clip_factor=first["clip_factor"],
+            groups=[GroupSettings(**group) for group in first["groups"]],
+        )

@@ -1,0 +1,173 @@
+"""A recorded run on disk: `run.json`, `steps.parquet`, `snapshots/`.
+
+`steps.parquet` has one row per (step, rank, micro-batch); see `STEPS`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+from pydantic import ValidationError
+
+from curate.artifacts import fingerprint, read_json, replacing
+from curate.config import Config
+from curate.errors import UserError
+from curate.formats.mds import Columns, MdsStream
+from curate.task import TaskSpec
+from curate.trajectory.snapshots import snapshot_path, snapshot_steps
+
+STEPS = pl.Schema(
+    {
+        "step": pl.Int64,
+        "rank": pl.Int32,
+        "micro_batch": pl.Int32,
+        "sample_ids": pl.List(pl.Int64),
+        "weights": pl.List(pl.Float32),  # c_z of L_k = sum over all ranks and micro-batches of c_z l_z
+        "tokens": pl.List(pl.Int32),  # predicted tokens per sample
+        "loss": pl.Float64,  # L_k, nats per token, the same on every row of a step
+        "grad_norm": pl.Float64,  # before clipping; null where the trainer does not clip
+        "clip_factor": pl.Float64,  # what clipping multiplied the gradient by
+        "groups": pl.List(
+            pl.Struct(
+                {"lr": pl.Float64, "weight_decay": pl.Float64, "beta1": pl.Float64, "beta2": pl.Float64, "eps": pl.Float64}
+            )
+        ),
+    }
+)
+
+
+class RunSpec(Config):
+    """What a run was, as written by the recorder into `run.json`."""
+
+    task: TaskSpec
+    """Model and precision."""
+    streams: dict[str, Path]
+    """Domain -> MDS folder that the run trained on."""
+    columns: Columns = Columns()
+    """Columns of the streams."""
+    tokenizer: Path | None = None
+    """`tokenizers` JSON file that made the tokens; needed for targets and examples given as text."""
+    seq_len: int
+    """Tokens of a training sequence; long target documents are split to it."""
+    steps: int
+    """Optimizer steps of the stage."""
+    windows: dict[str, tuple[int, int]]
+    """Name -> first step and step after the last."""
+    optimizer: str
+    """Class name of the optimizer."""
+    groups: list[list[str]]
+    """Parameter names of each optimizer group."""
+    clip_norm: float | None
+    """Clipping threshold of the global gradient norm; none: no clipping."""
+
+
+class Run:
+    """A finished recorded run.
+
+    Args:
+        folder: its directory.
+
+    Raises:
+        UserError: no run there, not finished, unreadable, or without snapshots.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        raw = read_json(folder / "run.json")
+        try:
+            self.spec = RunSpec(**raw)
+        except ValidationError as error:
+            raise UserError(f"{folder / 'run.json'} does not describe a run: {error.errors()[0]['msg']}") from None
+        if not (folder / "steps.parquet").exists():
+            raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
+        if not self.snapshots:
+            raise UserError(
+                f"{folder} has no snapshots: values need the states at the window borders; train with the recorder's windows set"
+            )
+
+    @property
+    def snapshots(self) -> list[int]:
+        """Steps whose state is stored."""
+        return snapshot_steps(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the recorded trajectory: spec and steps, not the place where it lies."""
+        data = self.steps.select("step", "sample_ids", "loss").hash_rows(seed=0).to_list()
+        return fingerprint([self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task"}), data])
+
+    @cached_property
+    def steps(self) -> pl.DataFrame:
+        """The step records, ordered by step, rank, micro-batch.
+
+        Raises:
+            UserError: the file is truncated, has other columns, or steps are missing.
+        """
+        path = self.folder / "steps.parquet"
+        try:
+            frame = pl.read_parquet(path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} is corrupted or truncated ({error}); restore it or train the stage again") from None
+        if frame.schema != STEPS:
+            raise UserError(f"{path} has columns {list(frame.schema)}, expected {list(STEPS)}; it was not written by the recorder")
+        missing = sorted(set(range(self.spec.steps)) - set(frame["step"].unique()))
+        if missing:
+            raise UserError(f"{path} lacks step {missing[0]} and {len(missing) - 1} more of {self.spec.steps}; train the stage again")
+        return frame.sort("step", "rank", "micro_batch")
+
+    def window(self, name: str) -> tuple[int, int]:
+        """First step and step after the last of a declared window.
+
+        Raises:
+            UserError: the run declared no such window.
+        """
+        if name not in self.spec.windows:
+            raise UserError(f"run {self.folder} has no window {name!r}; it declared {sorted(self.spec.windows)}")
+        return self.spec.windows[name]
+
+    def snapshot_before(self, step: int) -> int:
+        """The last snapshot at or before `step`.
+
+        Raises:
+            UserError: there is none.
+        """
+        earlier = [found for found in self.snapshots if found <= step]
+        if not earlier:
+            raise UserError(f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}); restore it")
+        return earlier[-1]
+
+    def snapshot(self, step: int) -> Path:
+        """File of the snapshot at `step`."""
+        return snapshot_path(self.folder, step)
+
+    @cached_property
+    def streams(self) -> dict[str, MdsStream]:
+        """The streams that the run trained on, by domain."""
+        return {domain: MdsStream(folder, self.spec.columns) for domain, folder in self.spec.streams.items()}
+
+    @cached_property
+    def catalogue(self) -> pl.DataFrame:
+        """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in `catalogue.parquet`."""
+        stamp = fingerprint({domain: (stream.folder / "index.json").read_text() for domain, stream in self.streams.items()})
+        path = self.folder / f"catalogue-{stamp}.parquet"
+        if not path.exists():
+            frames = [
+                stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in self.streams.items()
+            ]
+            with replacing(path) as part:
+                pl.concat(frames).write_parquet(part)
+        return pl.read_parquet(path)
+
+
+def find_run(root: Path) -> Path:
+    """The newest finished run below `root`.
+
+    Raises:
+        UserError: there is none.
+    """
+    finished = [path.parent for path in root.glob("**/run.json") if (path.parent / "steps.parquet").exists()]
+    if not finished:
+        raise UserError(f"no finished run below {root}; train one with the recorder, or name it with --run")
+    return max(finished, key=lambda path: ((path / "steps.parquet").stat().st_mtime, str(path)))

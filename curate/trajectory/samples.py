@@ -1,0 +1,66 @@
+"""The samples of a run: read by content id, and listed as the rows of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from curate.errors import UserError
+
+if TYPE_CHECKING:
+    from curate.formats.mds import Sample
+    from curate.trajectory.run import Run
+
+
+class SampleReader:
+    """Random access to the samples of a run's streams by content id.
+
+    Args:
+        run: the run; its catalogue is read once. Exact duplicates resolve to their first place.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        catalogue = run.catalogue.unique("sample_id", keep="first", maintain_order=True).sort("sample_id")
+        self._ids = catalogue["sample_id"].to_numpy()
+        self._indexes = catalogue["index"].to_numpy()
+        self._domains = catalogue["domain"].to_list()
+
+    def samples(self, sample_ids: Sequence[int]) -> list[Sample]:
+        """Read samples in the order of their ids.
+
+        Raises:
+            UserError: a sample is not in the streams (they were changed after training).
+        """
+        wanted = np.asarray(sample_ids, np.int64)
+        places = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
+        missing = self._ids[places] != wanted
+        if missing.any():
+            raise UserError(
+                f"sample {wanted[int(missing.argmax())]} of run {self._run.folder} is not in its streams "
+                f"({', '.join(self._run.spec.streams)}): they were changed after training; restore them"
+            )
+        return [self._run.streams[self._domains[place]][int(self._indexes[place])] for place in places]
+
+
+def window_rows(run: Run, window: str, horizon: str) -> pl.DataFrame:
+    """The row table of a window: one row per (sample, step), in step order, then rank, micro-batch and position.
+
+    Returns:
+        row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), window, horizon, domain, index
+        (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
+    """
+    start, stop = run.window(window)
+    steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
+    rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
+    catalogue = run.catalogue.unique("sample_id", keep="first", maintain_order=True)
+    joined = rows.join(catalogue, on="sample_id", how="left", maintain_order="left").with_row_index("row")
+    documents = [sample.document_tokens() for sample in SampleReader(run).samples(joined["sample_id"].to_list())]
+    return joined.select(
+        pl.col("row").cast(pl.Int64), "step", "sample_id", "weight", "tokens", "length",
+        pl.lit(window).alias("window"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
+        pl.Series("documents", documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+    )  # fmt: skip

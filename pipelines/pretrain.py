@@ -1,0 +1,251 @@
+"""`python -m pipelines.pretrain`: a plain PyTorch pretraining loop over MDS streams.
+
+The trace of curate in the loop is the recorder: `begin_step`, `micro_batch`, `end_step`, `flush` at checkpoints, `finish`.
+Float32 on one device; the loss of a step is the token mean or the sample mean over all its micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from curate.config import Config, parse_command, run_command
+from curate.errors import UserError
+from curate.task import ModelSpec, TaskSpec
+from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from pipelines.checkpoints import resume, save
+
+if TYPE_CHECKING:
+    from streaming import StreamingDataLoader
+    from torch import nn
+    from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up, cosine decay and clipping."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """lr at the end of the cosine, as a share of the peak."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+
+class PretrainConfig(Config):
+    """One training stage."""
+
+    out: Path
+    """Folder of the run: records, snapshots, checkpoint, final weights."""
+    data: Path
+    """Folder of `pipelines.prepare`, or a streams.yaml of `curate.select`."""
+    model: Path
+    """JSON file or folder with the config of a Hugging Face causal LM."""
+    steps: int
+    """Optimizer steps; more than one pass over the data starts a new epoch."""
+    batch_size: int = 16
+    """Sequences per optimizer step."""
+    micro_batch_size: int = 16
+    """Sequences per forward and backward pass."""
+    loss_mean: Literal["token", "sample"] = "token"
+    """Mean over the step's predicted tokens, or over its samples."""
+    init_from: Path | None = None
+    """State of an earlier stage to start from (model and optimizer), e.g. RUN/checkpoint.safetensors; none: random weights."""
+    seed: int = 0
+    """Seed of the initial weights and of the sample order."""
+    checkpoint_steps: int = 100
+    """Steps between checkpoints; an interrupted run continues from the last one."""
+    device: str = "cpu"
+    """Device to train on."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    recorder: RecorderConfig | None = RecorderConfig()
+    """What is recorded; null: train without a recorder."""
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """lr of one step: linear warm-up, then cosine to `min_lr_ratio` of the peak."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def load_streams(data: Path) -> list[dict[str, Any]]:
+    """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
+
+    Raises:
+        UserError: there are none.
+    """
+    if data.suffix in (".yaml", ".yml"):
+        streams: list[dict[str, Any]] = yaml.safe_load(data.read_text(encoding="utf-8"))
+    else:
+        streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
+    if not streams:
+        raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
+    return streams
+
+
+def train(config: PretrainConfig) -> list[float]:
+    """Train the stage to its end, from its checkpoint where it has one.
+
+    Returns:
+        Losses of the steps that this call trained, nats per token.
+
+    Raises:
+        UserError: the data or settings do not fit, or the stage is already complete.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model)).to(config.device).train()
+    optimizer = _optimizer(model, config.optimizer)
+    streams = load_streams(config.data)
+    loader = _loader(streams, config)
+    first_step = resume(config, model, optimizer, loader)
+    recorder = _recorder(config, model, optimizer, streams, first_step)
+    batches = _forever(loader)
+    losses = []
+    for step in tqdm(range(first_step, config.steps), desc="train", unit="step", initial=first_step, total=config.steps):
+        if recorder:
+            recorder.begin_step(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=config.device)
+        for micro_batch in _micro_batches(next(batches), config):
+            tokens = micro_batch["tokens"].to(config.device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+            micro_loss = (nll * micro_batch["token_weights"].to(config.device)).sum()
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            if recorder:
+                recorder.micro_batch(micro_batch["sample_ids"], micro_batch["weights"], micro_batch["predicted"])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        if recorder:
+            recorder.end_step(loss, norm)
+        losses.append(loss.item())
+        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
+            if recorder:
+                recorder.flush()
+            save(config, step + 1, model, optimizer, loader)
+    if recorder:
+        recorder.finish()
+    _log.info("trained %d steps, last loss %.4f nats per token -> %s", len(losses), losses[-1] if losses else math.nan, config.out)
+    return losses
+
+
+def _recorder(
+    config: PretrainConfig, model: nn.Module, optimizer: Optimizer, streams: list[dict[str, Any]], first_step: int
+) -> TrajectoryRecorder | None:
+    if config.recorder is None:
+        return None
+    tokenizer = next((path for path in _tokenizers(config.data, streams) if path.exists()), None)
+    return TrajectoryRecorder(
+        config.out, config.recorder, model, optimizer, steps=config.steps, first_step=first_step,
+        task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
+        streams={Path(stream["local"]).name: Path(stream["local"]) for stream in streams}, tokenizer=tokenizer,
+        seq_len=_seq_len(streams), clip_norm=config.optimizer.clip_norm,
+    )  # fmt: skip
+
+
+def _tokenizers(data: Path, streams: list[dict[str, Any]]) -> Iterator[Path]:
+    """Places where `pipelines.prepare` or `curate.select` may have left the tokenizer."""
+    yield (data if data.is_dir() else data.parent) / "tokenizer.json"
+    for stream in streams:
+        yield Path(stream["local"]).parent / "tokenizer.json"
+
+
+def _seq_len(streams: list[dict[str, Any]]) -> int:
+    from curate.formats.mds import MdsStream
+
+    return len(MdsStream(Path(streams[0]["local"]))[0].tokens)
+
+
+def _optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    import torch
+
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingDataLoader:
+    from streaming import Stream, StreamingDataLoader, StreamingDataset
+
+    if config.batch_size % config.micro_batch_size:
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}")
+    dataset = StreamingDataset(
+        streams=[Stream(**stream) for stream in streams],
+        shuffle=True,
+        shuffle_seed=config.seed,
+        batch_size=config.batch_size,
+        num_canonical_nodes=1,
+    )
+    return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=list, drop_last=True)
+
+
+def _forever(loader: StreamingDataLoader) -> Iterator[list[dict[str, Any]]]:
+    while True:
+        yield from loader
+
+
+def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Iterator[dict[str, Any]]:
+    """The micro-batches of one step.
+
+    Yields:
+        sample_ids, tokens (b, T) int64, predicted (b,) token counts, weights (b,) `c_z` that sum to 1 over the step, and
+        token_weights (b, T-1), `c_z / predicted` where a token is predicted and 0 elsewhere.
+    """
+    import torch
+
+    tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+    mask = torch.from_numpy(np.stack([sample["loss_mask"] for sample in samples])[:, 1:].astype(np.float32))
+    predicted = mask.sum(1)
+    mass = predicted if config.loss_mean == "token" else (predicted > 0).float()
+    weights = mass / mass.sum().clamp(min=1)
+    token_weights = mask * (weights / predicted.clamp(min=1))[:, None]
+    for start in range(0, len(samples), config.micro_batch_size):
+        part = slice(start, start + config.micro_batch_size)
+        yield {
+            "sample_ids": [int(sample["sample_id"]) for sample in samples[part]],
+            "tokens": tokens[part],
+            "predicted": predicted[part].int(),
+            "weights": weights[part],
+            "token_weights": token_weights[part],
+        }
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(PretrainConfig, "python -m pipelines.pretrain", "Train one stage on MDS streams, recorded.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,154 @@
+"""`adjoint` against finite differences of training itself, in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from curate.embeddings.adamw import TrainingState, adamw_update
+from curate.embeddings.adjoint import adjoint_step, check_forward_mode, directional_products
+from curate.errors import UserError
+from curate.task import Batch, ModelSpec, Task, TaskSpec
+from curate.trajectory.flat import FlatLayout
+from curate.trajectory.replay import GroupSettings, State, StepRecord
+from tests.tiny import VOCABULARY
+
+STEPS, BATCH, LENGTH = 5, 4, 7
+
+
+def record(step: int) -> StepRecord:
+    matrices = GroupSettings(lr=0.02 / (1 + step), weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    vectors = GroupSettings(lr=0.01 / (1 + step), weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
+    return StepRecord(step=step, micro_batches=[], loss=0.0, grad_norm=None, clip_factor=1.0, groups=[matrices, vectors])
+
+
+class Problem:
+    """A few AdamW steps of a tiny model with two micro-batches, unequal weights, masks, clipping and unseen tokens."""
+
+    def __init__(self, clip_norm: float | None, *, tied: bool = True) -> None:
+        random = torch.Generator().manual_seed(1)
+        self.clip_norm = clip_norm
+        spec = TaskSpec(model=ModelSpec(factory="tests.tiny:factory", kwargs={"tied": tied}))
+        self.task = Task(spec, dtype=torch.float64)
+        matrices = [name for name, p in self.task.model.named_parameters() if p.dim() > 1]
+        vectors = [name for name, p in self.task.model.named_parameters() if p.dim() == 1]
+        self.layout = FlatLayout(self.task.model, [matrices, vectors])
+        self.start = self.layout.flatten(dict(self.task.model.named_parameters())).detach()
+
+        def batch() -> Batch:
+            weights = torch.rand(BATCH, generator=random, dtype=torch.float64) + 0.05
+            mask = torch.rand(BATCH, LENGTH, generator=random) > 0.3
+            mask[:, 1] = True
+            tokens = torch.randint(0, VOCABULARY // 4, (BATCH, LENGTH), generator=random)
+            return Batch(tokens=tokens, loss_mask=mask, weights=weights / weights.sum() / 2)
+
+        self.batches = [[batch(), batch()] for _ in range(STEPS)]
+        self.targets = [batch(), batch()]
+
+    def loss(self, batches: list[Batch], flat: torch.Tensor) -> torch.Tensor:
+        values = self.layout.views(flat)
+        return sum((self.task.sample_losses(b, values) * b.weights).sum() for b in batches)
+
+    def gradient(self, batches: list[Batch], flat: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda value: self.loss(batches, value))(flat)
+
+    def train(self, batches: list[list[Batch]]) -> tuple[torch.Tensor, list[State]]:
+        zeros = torch.zeros_like(self.start)
+        state = TrainingState(parameters=self.start, exp_avg=zeros, exp_avg_sq=zeros)
+        states = []
+        for step in range(STEPS):
+            gradient = self.gradient(batches[step], state.parameters)
+            groups = list(zip(self.layout.group_slices, record(step).groups, strict=True))
+            states.append(
+                State(record=record(step), batches=batches[step], gradient=gradient, updates=step, **vars(state))
+            )
+            state = adamw_update(state, gradient, step, groups, self.clip_norm)
+        return state.parameters, states
+
+    def embeddings(self, states: list[State], final: torch.Tensor) -> list[torch.Tensor]:
+        anchors = torch.stack([self.gradient([target], final) for target in self.targets])
+        cotangent = TrainingState(parameters=anchors, exp_avg=0 * anchors, exp_avg_sq=0 * anchors)
+        rows = []
+        for state in reversed(states):
+            embedded, cotangent = adjoint_step(self.task, self.layout, state, self.clip_norm, cotangent)
+            rows.append(embedded)
+        return rows[::-1]
+
+    def scaled(self, step: int, part: int, sample: int, factor: float) -> list[list[Batch]]:
+        """The batches with one sample's weight multiplied."""
+        weights = self.batches[step][part].weights.clone()
+        weights[sample] *= factor
+        changed = [list(batches) for batches in self.batches]
+        changed[step][part] = dataclasses.replace(self.batches[step][part], weights=weights)
+        return changed
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("clip_norm", [0.3, None, 1000.0])
+def test_embeddings_are_the_derivative_of_training(clip_norm, tied):
+    """E[z] is the first-order effect of removing z: d l_q(theta_S) / d(weight of z) * (-c_z), for both targets."""
+    problem = Problem(clip_norm, tied=tied)
+    final, states = problem.train(problem.batches)
+    assert (states[-1].exp_avg_sq == 0).any() != tied  # rows of tokens never seen
+    rows = problem.embeddings(states, final)
+    if clip_norm == 0.3:
+        assert all(float(state.gradient.norm()) > clip_norm for state in states)
+    epsilon = 1e-5
+    for step, part, sample in [(0, 0, 0), (0, 1, 2), (1, 0, 3), (2, 1, 1), (4, 0, 0), (4, 1, 3)]:
+        up, _ = problem.train(problem.scaled(step, part, sample, 1 + epsilon))
+        down, _ = problem.train(problem.scaled(step, part, sample, 1 - epsilon))
+        for anchor, target in enumerate(problem.targets):
+            slope = (problem.loss([target], up) - problem.loss([target], down)) / (2 * epsilon)
+            found = rows[step][part * BATCH + sample, anchor]
+            assert float(found) == pytest.approx(-float(slope), rel=1e-4, abs=1e-9)
+
+
+def test_products_equal_a_plain_loop_over_samples():
+    problem = Problem(None)
+    batch, directions = problem.batches[0][0], torch.randn(3, problem.layout.size, dtype=torch.float64)
+    products, curvature = directional_products(
+        problem.task, problem.layout, batch, problem.layout.views(problem.start), directions
+    )
+    for z in range(BATCH):
+        alone = dataclasses.replace(batch.split(1)[z], weights=torch.ones(1, dtype=torch.float64))
+        torch.testing.assert_close(products[:, z], directions @ problem.gradient([alone], problem.start))
+    hessian = torch.func.jacfwd(lambda flat: problem.gradient([batch], flat))(problem.start)
+    torch.testing.assert_close(curvature, directions @ hessian.T)
+
+
+def test_values_do_not_depend_on_micro_batches():
+    problem = Problem(0.3)
+    final, states = problem.train(problem.batches)
+    whole = problem.embeddings(states, final)
+    parts = [
+        dataclasses.replace(state, batches=[one for batch in state.batches for one in batch.split(1)]) for state in states
+    ]
+    for one, other in zip(whole, problem.embeddings(parts, final), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Opaque(torch.autograd.Function):
+    """Stands for a fused kernel without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_a_model_without_forward_mode_is_refused_by_name():
+    problem = Problem(None)
+    problem.task.model.mix.register_forward_hook(lambda _module, _inputs, output: Opaque.apply(output))
+    with pytest.raises(UserError, match=r"module mix has no forward-mode derivative.*dvemb"):
+        check_forward_mode(problem.task, problem.layout, problem.batches[0][0])
+
+
+def test_a_diverged_step_is_named():
+    problem = Problem(None)
+    final, states = problem.train(problem.batches)
+    broken = dataclasses.replace(states[3], gradient=states[3].gradient * float("nan"))
+    with pytest.raises(UserError, match="not finite at step 3"):
+        problem.embeddings([*states[:3], broken, states[4]], final)

@@ -1,0 +1,145 @@
+"""A tiny language model, tiny MDS streams of real text and a recorded run over them, built in seconds by the tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
+from curate.task import ModelSpec, TaskSpec
+from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.trajectory.run import Run
+
+VOCABULARY = 128  # ASCII
+SEQ_LEN = 12
+STEPS = 12
+CLIP_NORM = 0.7
+SOURCES = {"json": json.__file__, "dataclasses": __import__("dataclasses").__file__}
+
+
+class TinyLM(nn.Module):
+    """Causal, nonlinear and small: embedding, a causal mixing layer, an MLP, a norm, a head (tied where asked)."""
+
+    def __init__(self, vocabulary: int = VOCABULARY, width: int = 8, *, tied: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=hidden.dtype)
+        hidden = hidden + torch.tanh(self.mix(hidden.cumsum(1) / positions[:, None]))
+        hidden = hidden + self.down(torch.nn.functional.gelu(self.up(hidden)))
+        return self.lm_head(self.norm(hidden))
+
+
+def factory(**kwargs: Any) -> TinyLM:
+    torch.manual_seed(0)
+    return TinyLM(**kwargs)
+
+
+TASK = TaskSpec(model=ModelSpec(factory="tests.tiny:factory"))
+
+
+def write_tiny_streams(folder: Path, samples: int = 80) -> dict[str, Path]:
+    """One stream per source file: consecutive pieces of real source text, bytes as tokens, some positions masked."""
+    for domain, source in SOURCES.items():
+        text = np.frombuffer(Path(source).read_bytes(), np.uint8).astype(np.int32) % VOCABULARY
+        write_stream(folder / domain, COLUMNS, list(_rows(text, domain, samples)), shard_bytes=4000)
+    return {domain: folder / domain for domain in SOURCES}
+
+
+def _rows(text: np.ndarray, domain: str, samples: int) -> Iterator[dict[str, Any]]:
+    for index in range(samples):
+        tokens = text[index * SEQ_LEN : (index + 1) * SEQ_LEN].copy()
+        mask = np.ones(SEQ_LEN, np.uint8)
+        mask[: index % 4] = 0  # samples predict different numbers of tokens
+        yield {
+            "tokens": tokens, "loss_mask": mask, "sample_id": content_id(tokens, mask), "domain": domain,
+            "documents": [[f"{domain}-{index}a", 0, 5], [f"{domain}-{index}b", 5, SEQ_LEN]],
+        }  # fmt: skip
+
+
+@dataclass
+class Training:
+    """A plain loop with everything that replay has to repeat: token-mean weights, two micro-batches, two groups, clipping."""
+
+    streams: dict[str, Path]
+    seed: int = 0
+    steps: int = STEPS
+    batch_size: int = 6
+    dtype: torch.dtype = torch.float32
+
+    def run(self, folder: Path | None, config: RecorderConfig | None = None, *, stop: int | None = None) -> list[float]:
+        """Train; with a folder, record there. Stops early (as in a crash) where asked."""
+        model = factory().to(self.dtype)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+                {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "eps": 1e-7},
+            ],
+            lr=1e-2, betas=(0.9, 0.95),
+        )  # fmt: skip
+        recorder = folder and TrajectoryRecorder(
+            folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), model, optimizer,
+            task=TASK, streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
+        )  # fmt: skip
+        pools = [MdsStream(path) for path in self.streams.values()]
+        losses = []
+        for step in range(stop or self.steps):
+            if recorder:
+                recorder.begin_step(step)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (1 - step / (2 * self.steps))
+            optimizer.zero_grad()
+            samples = [pools[i % 2][(self.seed * 31 + step * self.batch_size + i) % 80] for i in range(self.batch_size)]
+            total = sum(sample.predicted_tokens for sample in samples)
+            loss = torch.zeros((), dtype=self.dtype)
+            for half in (samples[: self.batch_size // 2], samples[self.batch_size // 2 :]):
+                tokens = torch.from_numpy(np.stack([sample.tokens for sample in half]).astype(np.int64))
+                mask = torch.from_numpy(np.stack([sample.loss_mask for sample in half]))[:, 1:]
+                nll = torch.nn.functional.cross_entropy(
+                    model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+                )
+                micro_loss = (nll * mask).sum() / total
+                micro_loss.backward()
+                loss += micro_loss.detach()
+                if recorder:
+                    recorder.micro_batch([sample.sample_id for sample in half], mask.sum(1) / total, mask.sum(1))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            if recorder:
+                recorder.end_step(loss, norm)
+            losses.append(float(loss))
+        if recorder and stop is None:
+            recorder.finish()
+        return losses
+
+
+def record_tiny_run(folder: Path, **settings: Any) -> Run:
+    """Streams and a finished recorded run below `folder`."""
+    Training(write_tiny_streams(folder / "data"), **settings).run(folder / "run")
+    return Run(folder / "run")
+
+
+def write_tiny_target(path: Path, documents: int = 12, length: int = 30) -> Path:
+    """Documents of ASCII tokens from another real source file; longer than a sequence, so that they are split."""
+    text = Path(__import__("argparse").__file__).read_bytes()
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(documents):
+            piece = [byte % VOCABULARY for byte in text[index * length : (index + 1) * length]]
+            file.write(json.dumps({"id": f"t{index}", "tokens": piece}) + "\n")
+    return path
