@@ -63,9 +63,10 @@ class Sample:
         return int(self.loss_mask[1:].sum())
 
     def document_tokens(self) -> list[dict[str, str | int]]:
-        """`id` and predicted `tokens` of each document in the sample; a document's share of the sample's value follows them."""
+        """`id` and predicted `tokens` of each document in the sample: its share of the sample's value."""
         return [
-            {"id": name, "tokens": int(self.loss_mask[max(start, 1) : stop].sum())} for name, start, stop in self.documents
+            {"id": name, "tokens": int(self.loss_mask[max(start, 1) : stop].sum())}
+            for name, start, stop in self.documents
         ]
 
 
@@ -98,7 +99,9 @@ class MdsStream:
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             self._readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
         except FileNotFoundError:
-            raise UserError(f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)") from None
+            raise UserError(
+                f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'index.json'} is not a valid MDS index: {error}") from None
         for reader in self._readers:
@@ -108,11 +111,17 @@ class MdsStream:
         try:
             reader.validate(allow_unsafe_types=False)
         except ValueError as error:
-            raise UserError(f"{self.folder}: {error} curate loads no pickle; write the column as ndarray, str or json") from None
+            raise UserError(
+                f"{self.folder}: {error} curate loads no pickle; write the column as ndarray, str or json"
+            ) from None
         path = self.folder / reader.raw_data.basename
         if not path.exists():
             zipped = reader.zip_data is not None and (self.folder / reader.zip_data.basename).exists()
-            hint = "only its compressed form is there; iterate a StreamingDataset over the folder once" if zipped else "restore it"
+            hint = (
+                "only its compressed form is there; iterate a StreamingDataset over the folder once"
+                if zipped
+                else "restore it"
+            )
             raise UserError(f"shard {path} is missing: {hint}")
         if path.stat().st_size != reader.raw_data.bytes:
             raise UserError(
@@ -127,7 +136,10 @@ class MdsStream:
         path = self.folder / reader.raw_data.basename
         for algorithm, recorded in reader.raw_data.hashes.items():
             if get_hash(algorithm, path.read_bytes()) != recorded:
-                raise UserError(f"shard {path} is corrupted: its {algorithm} is not that of its index; restore it or write the stream again")
+                raise UserError(
+                    f"shard {path} is corrupted: its {algorithm} is not that of its index; "
+                    "restore it or write the stream again"
+                )
 
     @cached_property
     def shard_sizes(self) -> list[int]:
@@ -168,7 +180,9 @@ class MdsStream:
             row: dict[str, Any] = reader[int(index - self._shard_starts[shard])]
         except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
             path = self.folder / reader.raw_data.basename
-            raise UserError(f"shard {path} is corrupted (sample {index}: {error}); restore it or write the stream again") from None
+            raise UserError(
+                f"shard {path} is corrupted (sample {index}: {error}); restore it or write the stream again"
+            ) from None
         return row
 
     def __getitem__(self, index: int) -> Sample:
@@ -179,7 +193,9 @@ class MdsStream:
         """
         row = self.row(index)
         if self.columns.tokens not in row:
-            raise UserError(f"{self.folder} has no column {self.columns.tokens!r} (it has {sorted(row)}); set columns.tokens")
+            raise UserError(
+                f"{self.folder} has no column {self.columns.tokens!r} (it has {sorted(row)}); set columns.tokens"
+            )
         tokens = row[self.columns.tokens]
         if isinstance(tokens, bytes):
             tokens = np.frombuffer(tokens, self.columns.tokens_dtype)
@@ -206,7 +222,9 @@ class MdsStream:
         return pl.DataFrame(rows, schema=["index", "shard", "sample_id", "length", "tokens"], orient="row")
 
 
-def write_stream(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], shard_bytes: int = 1 << 26) -> None:
+def write_stream(
+    folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], shard_bytes: int = 1 << 26
+) -> None:
     """Write one MDS folder atomically: shards of at most `shard_bytes` with content hashes, and their index.
 
     Args:
@@ -217,10 +235,12 @@ def write_stream(folder: Path, columns: Mapping[str, str], rows: Iterable[Mappin
     """
     from streaming import MDSWriter
 
-    with replacing(folder) as part:
-        with MDSWriter(columns=dict(columns), out=str(part), hashes=["xxh64"], size_limit=shard_bytes) as writer:
-            for row in rows:
-                writer.write(dict(row))
+    with (
+        replacing(folder) as part,
+        MDSWriter(columns=dict(columns), out=str(part), hashes=["xxh64"], size_limit=shard_bytes) as writer,
+    ):
+        for row in rows:
+            writer.write(dict(row))
 
 
 def merge_indexes(folder: Path, streams: list[str]) -> None:

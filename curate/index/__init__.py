@@ -1,0 +1,1 @@
+"""Index: maximum-inner-product search over a window's embeddings with FAISS."""

@@ -1,0 +1,56 @@
+"""The one import of FAISS, whose absence or doubling is the user's to mend, and its way onto a GPU."""
+
+import logging
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+from curate.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_OWNERS = ("faiss-cpu", "faiss-gpu")
+
+
+def load_faiss() -> Any:
+    """Import FAISS.
+
+    Raises:
+        UserError: it is not installed, or two packages that own the module are.
+    """
+    installed = [name for name in _OWNERS if _is_installed(name)]
+    if len(installed) > 1:
+        raise UserError(
+            f"both {' and '.join(installed)} are installed and own the same module; uninstall both and install one: "
+            'pip install "curate[cpu]" or pip install "curate[gpu]"'
+        )
+    try:
+        import faiss
+    except ImportError:
+        raise UserError('faiss is not installed; pip install "curate[cpu]" (or "curate[gpu]" with CUDA)') from None
+    return faiss
+
+
+def on_gpu(faiss: Any, index: Any) -> Any:
+    """The index on the first GPU; the index itself where there is none or this kind of index cannot go there."""
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return index
+    try:
+        moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    except RuntimeError as error:
+        log.warning("this index stays on the CPU: %s", str(error).splitlines()[0])
+        return index
+    log.info("the index is on the GPU")
+    return moved
+
+
+def on_cpu(faiss: Any, index: Any) -> Any:
+    """The index in main memory, where it can be written to disk."""
+    return faiss.index_gpu_to_cpu(index) if hasattr(index, "getDevice") else index
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

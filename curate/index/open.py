@@ -1,0 +1,70 @@
+"""Search a saved index. It is memory-mapped: opening reads nothing, searching reads what it visits.
+
+Shape legend: N rows, D embedding dim, Q queries, K results.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curate import artifacts
+from curate.errors import UserError
+from curate.index.build import INDEX_FILE
+from curate.index.exact import Floats, Rows
+from curate.index.library import load_faiss, on_gpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """An opened index.
+
+    Args:
+        recall: share of the exact top 100 that it found when it was built.
+    """
+
+    recall: float
+    _faiss_index: Any
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return int(self._faiss_index.ntotal)
+
+    def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+        """The rows with the largest inner products, best first. For the smallest products search for `-queries`.
+
+        Args:
+            queries: float32 [Q, D].
+            k: results wanted; `min(k, N)` come back.
+
+        Returns:
+            products float32 [Q, K] and row ids int64 [Q, K]. A compressed index that visits too few lists to find K
+            rows fills up with product -inf and row -1.
+
+        Raises:
+            ValueError: the queries have another dimension, or k is not positive.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self._faiss_index.d or k < 1:
+            raise ValueError(f"queries {queries.shape}, k {k}: need [Q, {self._faiss_index.d}] and k >= 1")
+        products, rows = self._faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(self)))
+        return np.where(rows < 0, np.float32(-np.inf), products), rows
+
+
+def open_index(folder: Path) -> Index:
+    """Open an index that `build` wrote: memory-mapped, or copied to the GPU where there is one.
+
+    Raises:
+        UserError: FAISS is missing or doubled, or the folder holds no complete index.
+    """
+    faiss = load_faiss()
+    manifest = artifacts.read_json(folder / artifacts.MANIFEST)
+    # Two ways of mapping: the lists of a k-means, or one flat array of codes.
+    flag = faiss.IO_FLAG_MMAP if manifest["lists"] else faiss.IO_FLAG_MMAP_IFC
+    try:
+        index = faiss.read_index(str(folder / INDEX_FILE), flag)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / INDEX_FILE} cannot be read ({str(error).splitlines()[0]}); delete {folder}"
+        ) from None
+    return Index(recall=manifest["recall_at_100"], _faiss_index=on_gpu(faiss, index))

@@ -1,0 +1,1 @@
+"""Mixture: how many tokens of each domain the next stage trains on, and why."""

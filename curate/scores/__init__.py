@@ -1,0 +1,1 @@
+"""Scores: what samples, documents, shards and domains were worth to a target, with intervals."""

@@ -1,0 +1,50 @@
+"""Read back what was written and compare it with the mixture; a difference is an error, never a rounding."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from curate.errors import UserError
+from curate.formats.mds import Columns, MdsStream
+from curate.mixture.record import Mixture
+
+
+def check_filter(folder: Path, mixture: Mixture, columns: Columns | None = None) -> None:
+    """Count samples and stored tokens of every domain's folder, and of the folder that joins them.
+
+    Raises:
+        UserError: a shard is corrupted, or a count differs from the mixture's.
+    """
+    for name, domain in mixture.domains.items():
+        if domain.samples:
+            _compare(folder / name, (domain.samples, domain.tokens), columns)
+        elif (folder / name).exists():
+            raise UserError(f"{folder / name} exists, the mixture has no sample of {name}; write the data again")
+    _compare(folder, (mixture.samples, mixture.tokens), columns)
+
+
+def _compare(folder: Path, expected: tuple[int, int], columns: Columns | None) -> None:
+    stream = MdsStream(folder, columns)
+    found = (len(stream), sum(len(stream[index].tokens) for index in range(len(stream))))
+    if found != expected:
+        raise UserError(
+            f"{folder} holds {found[0]:,} samples and {found[1]:,} tokens, the mixture says {expected[0]:,} and "
+            f"{expected[1]:,}; delete it and select again"
+        )
+
+
+def check_reweight(path: Path, streams: Mapping[str, Path], mixture: Mixture) -> None:
+    """Compare `choose` of every stream in `streams.yaml` with the mixture's samples, and open every stream.
+
+    Tokens follow from samples where the samples of a domain have one length.
+
+    Raises:
+        UserError: a stream is missing or corrupted, or a count differs.
+    """
+    found = {Path(entry["local"]): entry["choose"] for entry in yaml.safe_load(path.read_text(encoding="utf-8"))}
+    expected = {streams[name].resolve(): domain.samples for name, domain in mixture.domains.items() if domain.samples}
+    if found != expected:
+        raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")
+    for folder in found:
+        MdsStream(folder)

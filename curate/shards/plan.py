@@ -1,0 +1,146 @@
+"""Which sample is used how often in the next stage, and why a sample is not used. Tables in, tables out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from pydantic import Field
+
+from curate.config import Config
+from curate.errors import UserError
+from curate.mixture.constraints import Supply
+from curate.rng import generator
+
+
+class ShardsConfig(Config):
+    """How the next stage's data is written."""
+
+    drop_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Share of each domain's valued samples, those of lowest value, that modes filter and both leave out; samples
+    outside the window have no value and stay."""
+    shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
+    """Size limit of a shard that is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is written.
+
+    Args:
+        uses: one row per sample that is used, sorted: `domain`, `index`, `length`, `uses` (how often).
+        dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` ("low_value",
+            "over_quota"), `value` (per token; null where the sample was not in the window).
+    """
+
+    uses: pl.DataFrame
+    dropped: pl.DataFrame
+
+    def tokens(self) -> dict[str, int]:
+        """Stored tokens delivered per domain (only of domains that are used)."""
+        sums = self.uses.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+        return dict(sums.sort("domain").iter_rows())
+
+
+def make_pool(catalogues: Mapping[str, pl.DataFrame], values: pl.DataFrame, drop_fraction: float) -> pl.DataFrame:
+    """Every sample of the streams with its value per token, and whether it is good enough to be used.
+
+    Args:
+        catalogues: `MdsStream.catalogue()` of each domain.
+        values: the values frame of one window and one target.
+        drop_fraction: share of each domain's valued samples to leave out, lowest value per token first (0 keeps all).
+
+    Returns:
+        One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value` (per predicted
+        token, summed over its uses; null where it was not valued), `kept`.
+
+    Raises:
+        UserError: the values are of other samples than the streams hold.
+    """
+    if values.select("window", "target").n_unique() > 1:
+        raise ValueError("values of one window and one target are needed")
+    columns = ["domain", "index", "sample_id", "length"]
+    samples = pl.concat([table.with_columns(domain=pl.lit(name)).select(columns) for name, table in catalogues.items()])
+    valued = values.group_by("domain", "index").agg(
+        pl.col("sample_id").first(),
+        value=pl.when(pl.col("tokens").sum() > 0).then(pl.col("value").sum() / pl.col("tokens").sum()),
+    )
+    _check_same(samples, valued)
+    pool = samples.join(valued.drop("sample_id"), on=["domain", "index"], how="left")
+    worst_first = pool.sort("domain", "value", "sample_id", "index", nulls_last=True)
+    place, count = pl.int_range(pl.len()).over("domain"), pl.col("value").count().over("domain")
+    kept = (place >= (count * drop_fraction + 1e-9).floor()) | pl.col("value").is_null()
+    return worst_first.with_columns(kept=kept).sort("domain", "index")
+
+
+def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
+    both = valued.join(samples, on=["domain", "index"], how="left", suffix="_stored")
+    other = both.filter(pl.col("sample_id").ne_missing(pl.col("sample_id_stored"))).sort("domain", "index")
+    if other.height:
+        domain, index = other.select("domain", "index").row(0)
+        raise UserError(
+            f"sample {index} of {domain} is not the one the run trained on ({other.height} differ): the stream was "
+            "rewritten since; restore it or record the run again"
+        )
+
+
+def supply_of(pool: pl.DataFrame, consumed_tokens: Mapping[str, int]) -> dict[str, Supply]:
+    """What the kept samples of a pool supply to the mixture.
+
+    Args:
+        pool: see `make_pool`.
+        consumed_tokens: tokens of each domain that earlier stages used; the kept samples' share of them is their share
+            of the domain's tokens.
+    """
+    sums = pool.group_by("domain").agg(
+        samples=pl.col("kept").sum(), tokens=pl.col("length").filter("kept").sum(), all_tokens=pl.col("length").sum()
+    )
+    return {
+        domain: Supply(
+            samples=samples, tokens=tokens, consumed_tokens=round(consumed_tokens.get(domain, 0) * tokens / all_tokens)
+        )
+        for domain, samples, tokens, all_tokens in sums.sort("domain").iter_rows()
+    }
+
+
+def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> Plan:
+    """Use every kept sample equally often, and a random part of them once more, until each domain has its samples.
+
+    The part drawn depends on the samples' content ids, not on their order in the shards.
+
+    Args:
+        pool: see `make_pool`.
+        samples: how many each domain delivers, repeats counted.
+        seed: of the draw.
+
+    Raises:
+        UserError: a domain must deliver samples and has none.
+    """
+    parts = []
+    for (domain,), table in pool.group_by("domain", maintain_order=True):
+        kept = table.filter("kept").sort("sample_id", "index")
+        if kept.is_empty() and samples[str(domain)]:
+            raise UserError(f"{domain} has no samples to deliver; lower shards.drop_fraction")
+        counts = _uses(kept.height, samples[str(domain)], generator(seed, "uses", str(domain)))
+        parts.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
+    uses = pl.concat(parts).select("domain", "index", "length", "uses")
+    planned = pool.join(uses, on=["domain", "index"], how="left").sort("domain", "index")
+    dropped = planned.filter(pl.col("uses").fill_null(0) == 0).select(
+        "domain",
+        "index",
+        "sample_id",
+        reason=pl.when("kept").then(pl.lit("over_quota")).otherwise(pl.lit("low_value")),
+        value="value",
+    )
+    return Plan(uses=uses.filter(pl.col("uses") > 0).sort("domain", "index"), dropped=dropped)
+
+
+def _uses(kept: int, wanted: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """How often each of `kept` samples is used, int64 [kept]: all equally, `wanted` in all, the rest drawn."""
+    if kept == 0:
+        return np.zeros(0, np.int64)
+    rounds, rest = divmod(wanted, kept)
+    uses = np.full(kept, rounds, np.int64)
+    uses[random.choice(kept, rest, replace=False)] += 1
+    return uses

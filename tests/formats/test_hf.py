@@ -1,0 +1,71 @@
+"""Parquet files and saved datasets give the same documents as JSONL."""
+
+from pathlib import Path
+
+import datasets
+import polars as pl
+import pytest
+
+from curate.errors import UserError
+from curate.formats.documents import Document, Fields
+from curate.formats.hf import HfFile, is_saved_dataset
+
+ROWS = {"id": ["a", "b", "c"], "text": ["x", "yy", "zzz"], "extra": [1, 2, 3]}
+DOCUMENTS = [Document(id="c", text="zzz"), Document(id="a", text="x")]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pl.DataFrame(ROWS).write_parquet(tmp_path / "a.parquet")
+    file = HfFile(tmp_path / "a.parquet", "train", tmp_path / "cache")
+    assert len(file) == 3
+    assert file.read([2, 0]) == DOCUMENTS
+
+
+def test_saved_dataset(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "saved")
+    assert is_saved_dataset(tmp_path / "saved")
+    assert not is_saved_dataset(tmp_path)
+    assert HfFile(tmp_path / "saved", "train", tmp_path / "cache").read([2, 0]) == DOCUMENTS
+
+
+def test_saved_dataset_with_splits(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict(ROWS)
+    datasets.DatasetDict({"big": dataset, "small": dataset.select([0])}).save_to_disk(tmp_path / "saved")
+    assert len(HfFile(tmp_path / "saved", "small", tmp_path / "cache")) == 1
+    with pytest.raises(UserError, match=r"saved has no split 'train' \(it has big, small\); set split"):
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+
+
+def test_token_columns(tmp_path: Path) -> None:
+    pl.DataFrame({"tokens": [[1, 2], [3]], "loss_mask": [[0, 1], None]}).write_parquet(tmp_path / "a.parquet")
+    file = HfFile(tmp_path / "a.parquet", "train", tmp_path / "cache")
+    assert file.read([0, 1]) == [
+        Document(id="a.parquet:1", tokens=[1, 2], loss_mask=[0, 1]),
+        Document(id="a.parquet:2", tokens=[3]),
+    ]
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    pl.DataFrame({"body": ["x", ""]}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet row 2: 'body' is empty"):
+        HfFile(tmp_path / "a.parquet", "train", tmp_path / "cache", Fields(text="body")).read([0, 1])
+    with pytest.raises(UserError, match=r"a.parquet row 1: expected either 'text'"):
+        HfFile(tmp_path / "a.parquet", "train", tmp_path / "cache").read([0])
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"bad.parquet is not a Parquet file that can be read"):
+        HfFile(tmp_path / "bad.parquet", "train", tmp_path / "cache")
+    pl.DataFrame({"text": []}, schema={"text": pl.String}).write_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match=r"empty.parquet has no rows; expected one document per row"):
+        HfFile(tmp_path / "empty.parquet", "train", tmp_path / "cache")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "no_rows")
+    with pytest.raises(UserError, match="no_rows is not a dataset with rows, saved by save_to_disk"):
+        HfFile(tmp_path / "no_rows", "train", tmp_path / "cache")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="saved is not a dataset with rows, saved by save_to_disk"):
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+    with pytest.raises(UserError, match="none does not exist"):
+        HfFile(tmp_path / "none", "train", tmp_path / "cache")

@@ -1,0 +1,190 @@
+"""What a trainer reads back with a plain StreamingDataset."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import polars as pl
+import pytest
+import yaml
+from streaming import Stream, StreamingDataset
+
+from curate.errors import UserError
+from curate.formats.mds import MdsStream
+from curate.mixture.constraints import MixtureConfig
+from curate.mixture.record import decide
+from curate.shards.check import check_filter, check_reweight
+from curate.shards.plan import make_plan, make_pool, supply_of
+from curate.shards.write import DROPPED, STREAMS, write_filter, write_reweight
+
+
+@pytest.fixture(scope="module")
+def pool(catalogues, values):
+    return make_pool(catalogues, values, 0.2)
+
+
+@pytest.fixture(scope="module")
+def mixture(pool):
+    """Repeats of a, a part of b, nothing of c."""
+    names = ["a", "b", "c"]
+    row = {"window": ["late"] * 3, "target": ["t"] * 3, "domain": names}
+    scores = {name: [1.0, 0.2, -1.0] for name in ("score", "score_low", "score_high", "shrunk")}
+    config = MixtureConfig(ceilings={"a": 0.9, "c": 0.0})
+    prior = dict.fromkeys(names, 1 / 3)
+    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool, {}), 8 * 101, config)
+
+
+@pytest.fixture(scope="module")
+def plan(pool, mixture):
+    return make_plan(pool, {name: domain.samples for name, domain in mixture.domains.items()}, seed=0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, streams, plan):
+    folder = tmp_path_factory.mktemp("out") / "data"
+    write_filter(folder, streams, plan, seed=0, shard_bytes=2000)
+    return folder
+
+
+SIZES = {"a": 40, "b": 25, "c": 10}
+
+
+def read(**arguments):
+    dataset = StreamingDataset(batch_size=4, shuffle=True, shuffle_seed=5, num_canonical_nodes=1, **arguments)
+    return list(dataset)
+
+
+def counts(rows):
+    return Counter(row["domain"] for row in rows)
+
+
+def test_the_mixture_of_this_test_repeats_and_leaves_out(mixture):
+    samples = {name: domain.samples for name, domain in mixture.domains.items()}
+    assert samples["a"] > 40
+    assert 0 < samples["b"] < 21
+    assert samples["c"] == 0
+    assert mixture.samples == 101
+
+
+def test_filter_is_the_mixture_exactly(written, mixture):
+    rows = read(local=str(written))
+    assert counts(rows) == {name: domain.samples for name, domain in mixture.domains.items() if domain.samples}
+    for name, domain in mixture.domains.items():
+        assert sum(len(row["tokens"]) for row in rows if row["domain"] == name) == domain.tokens
+        assert domain.tokens / mixture.tokens == domain.delivered_weight
+    used, lost = {row["sample_id"] for row in rows}, set(pl.read_parquet(written / DROPPED)["sample_id"])
+    assert used.isdisjoint(lost)
+    assert len(used | lost) == sum(SIZES.values())
+    check_filter(written, mixture)
+
+
+def test_every_domain_folder_is_valid_alone_and_rows_are_unchanged(written, streams, mixture, plan):
+    rows = read(local=str(written / "a"))
+    assert counts(rows) == {"a": mixture.domains["a"].samples}
+    stored = {streams["a"].row(index)["sample_id"]: streams["a"].row(index) for index in range(len(streams["a"]))}
+    for row in rows:
+        original = stored[row["sample_id"]]
+        assert row["tokens"].tolist() == original["tokens"].tolist()
+        assert row["tokens"].dtype == original["tokens"].dtype
+        assert row["documents"] == original["documents"]
+    uses = Counter(row["sample_id"] for row in rows)
+    assert sorted(uses.values()) == sorted(plan.uses.filter(domain="a")["uses"])
+    assert MdsStream(written / "a").encodings == streams["a"].encodings
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_written_twice_has_the_same_bytes(tmp_path, written, streams, plan):
+    write_filter(tmp_path / "again", streams, plan, seed=0, shard_bytes=2000)
+    assert files(tmp_path / "again") == files(written)
+    write_filter(tmp_path / "again", streams, plan, seed=1, shard_bytes=2000)
+    assert files(tmp_path / "again") != files(written)
+
+
+def test_an_error_half_way_leaves_nothing(tmp_path, streams, plan):
+    class Broken(MdsStream):
+        def row(self, index):
+            raise UserError("shard is corrupted")
+
+    with pytest.raises(UserError, match="corrupted"):
+        write_filter(tmp_path / "out", {**streams, "b": Broken(streams["b"].folder)}, plan, seed=0, shard_bytes=2000)
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import polars as pl
+from curate.formats.mds import MdsStream
+from curate.shards.plan import Plan
+from curate.shards.write import write_filter
+
+class Slow(MdsStream):
+    def row(self, index):
+        time.sleep(0.05)
+        return super().row(index)
+
+uses = pl.DataFrame({"domain": ["a"] * 40, "index": range(40), "length": [8] * 40, "uses": [50] * 40})
+plan = Plan(uses=uses, dropped=pl.DataFrame())
+write_filter(Path(sys.argv[2]), {"a": Slow(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
+"""
+
+
+def test_kill_half_way_leaves_nothing_and_it_can_be_redone(tmp_path, folders, written, streams, plan):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folders["a"]), str(out)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("shard.*.mds")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.rglob("shard.*.mds"))
+    assert not out.exists()
+    write_filter(out, streams, plan, seed=0, shard_bytes=2000)
+    assert files(out) == files(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "samples", [{"a": 40, "b": 25, "c": 10}, {"a": 7, "b": 63, "c": 0}, {"a": 81, "b": 1, "c": 20}]
+)
+def test_choose_is_exact_in_a_streaming_dataset(tmp_path, folders, samples):
+    """Whole rounds and a part more, checked at world size 1."""
+    path = tmp_path / STREAMS
+    write_reweight(path, folders, samples)
+    rows = read(streams=[Stream(**stream) for stream in yaml.safe_load(path.read_text())])
+    assert counts(rows) == {name: count for name, count in samples.items() if count}
+    uses = Counter((row["domain"], row["sample_id"]) for row in rows)
+    for (domain, _), count in uses.items():
+        rounds = samples[domain] // SIZES[domain]
+        assert count in {rounds, rounds + 1}
+
+
+def test_reweight_check(tmp_path, folders, mixture):
+    path = tmp_path / STREAMS
+    samples = {name: domain.samples for name, domain in mixture.domains.items()}
+    write_reweight(path, folders, samples)
+    check_reweight(path, folders, mixture)
+    write_reweight(path, folders, {**samples, "b": samples["b"] + 1})
+    with pytest.raises(UserError, match="the mixture says"):
+        check_reweight(path, folders, mixture)
+
+
+def test_check_finds_what_is_missing(tmp_path, streams, pool, mixture):
+    other = make_plan(pool, {"a": 80, "b": 20, "c": 0}, seed=0)
+    write_filter(tmp_path / "out", streams, other, seed=0, shard_bytes=2000)
+    with pytest.raises(UserError, match="holds 80 samples and 640 tokens, the mixture says"):
+        check_filter(tmp_path / "out", mixture)
+
+
+def test_check_finds_a_truncated_shard(tmp_path, streams, plan, mixture):
+    write_filter(tmp_path / "out", streams, plan, seed=0, shard_bytes=2000)
+    shard = next((tmp_path / "out" / "a").glob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(UserError, match="corrupted"):
+        check_filter(tmp_path / "out", mixture)
