@@ -1,4 +1,4 @@
-"""Checkpoints of the pretrainer: one safetensors file with model and optimizer, one JSON file with the place in the data."""
+"""Checkpoints of the pretrainer: model and optimizer as safetensors, the place in the data as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def save(
 ) -> None:
     """State first, then the file that makes it current: a crash between the two repeats steps, it loses none."""
     save_state(config.out / f"step-{step:08d}.{CHECKPOINT}", model, optimizer)
-    write_json(config.out / "trainer.json", {"step": step, "data": loader.state_dict(), "config": json.loads(config.model_dump_json())})
+    write_json(
+        config.out / "trainer.json",
+        {"step": step, "data": loader.state_dict(), "config": json.loads(config.model_dump_json())},
+    )
     for path in config.out.glob(f"step-*.{CHECKPOINT}"):
         if path.name != f"step-{step:08d}.{CHECKPOINT}":
             path.unlink()
@@ -32,9 +35,7 @@ def save(
         (config.out / f"step-{step:08d}.{CHECKPOINT}").replace(config.out / CHECKPOINT)
 
 
-def resume(
-    config: PretrainConfig, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
-) -> int:
+def resume(config: PretrainConfig, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader) -> int:
     """Load the stage's own checkpoint, or the state that it starts from; returns the first step to train."""
     state = config.out / "trainer.json"
     if not state.exists():
@@ -42,9 +43,13 @@ def resume(
             load_state(config.init_from, model, optimizer)
         return 0
     trainer = read_json(state)
-    differing = [key for key, value in json.loads(config.model_dump_json()).items() if trainer["config"].get(key) != value]
+    differing = [
+        key for key, value in json.loads(config.model_dump_json()).items() if trainer["config"].get(key) != value
+    ]
     if differing:
-        raise UserError(f"{config.out} was trained with other {', '.join(differing)}; restore them or choose another out")
+        raise UserError(
+            f"{config.out} was trained with other {', '.join(differing)}; restore them or choose another out"
+        )
     step = int(trainer["step"])
     path = config.out / f"step-{step:08d}.{CHECKPOINT}"
     load_state(path if path.exists() else config.out / CHECKPOINT, model, optimizer)

@@ -1,7 +1,7 @@
 """`python -m pipelines.pretrain`: a plain PyTorch pretraining loop over MDS streams.
 
-The trace of curate in the loop is the recorder: `begin_step`, `micro_batch`, `end_step`, `flush` at checkpoints, `finish`.
-Float32 on one device; the loss of a step is the token mean or the sample mean over all its micro-batches.
+The trace of curate in the loop is the recorder: `begin_step`, `micro_batch`, `end_step`, `flush` at checkpoints,
+`finish`. Float32 on one device; the loss of a step is the token mean or the sample mean over all its micro-batches.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
+from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from pipelines.checkpoints import resume, save
@@ -67,7 +67,9 @@ class PretrainConfig(Config):
     loss_mean: Literal["token", "sample"] = "token"
     """Mean over the step's predicted tokens, or over its samples."""
     init_from: Path | None = None
-    """State of an earlier stage to start from (model and optimizer), e.g. RUN/checkpoint.safetensors; none: random weights."""
+    """State of an earlier stage to start from (model and optimizer), e.g. RUN/checkpoint.safetensors; none: random
+    weights.
+    """
     seed: int = 0
     """Seed of the initial weights and of the sample order."""
     checkpoint_steps: int = 100
@@ -81,7 +83,7 @@ class PretrainConfig(Config):
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """lr of one step: linear warm-up, then cosine to `min_lr_ratio` of the peak."""
+    """Lr of one step: linear warm-up, then cosine to `min_lr_ratio` of the peak."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
@@ -125,7 +127,7 @@ def train(config: PretrainConfig) -> list[float]:
     recorder = _recorder(config, model, optimizer, streams, first_step)
     batches = _forever(loader)
     losses = []
-    for step in tqdm(range(first_step, config.steps), desc="train", unit="step", initial=first_step, total=config.steps):
+    for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
         if recorder:
             recorder.begin_step(step)
         for group in optimizer.param_groups:
@@ -152,7 +154,12 @@ def train(config: PretrainConfig) -> list[float]:
             save(config, step + 1, model, optimizer, loader)
     if recorder:
         recorder.finish()
-    _log.info("trained %d steps, last loss %.4f nats per token -> %s", len(losses), losses[-1] if losses else math.nan, config.out)
+    _log.info(
+        "trained %d steps, last loss %.4f nats per token -> %s",
+        len(losses),
+        losses[-1] if losses else math.nan,
+        config.out,
+    )
     return losses
 
 
@@ -198,13 +205,17 @@ def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingD
     from streaming import Stream, StreamingDataLoader, StreamingDataset
 
     if config.batch_size % config.micro_batch_size:
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}")
+        raise UserError(
+            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
+        )
     dataset = StreamingDataset(
         streams=[Stream(**stream) for stream in streams],
         shuffle=True,
         shuffle_seed=config.seed,
         batch_size=config.batch_size,
         num_canonical_nodes=1,
+        predownload=8 * config.batch_size,
+        shuffle_block_size=1 << 18,
     )
     return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=list, drop_last=True)
 
@@ -218,8 +229,8 @@ def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Ite
     """The micro-batches of one step.
 
     Yields:
-        sample_ids, tokens (b, T) int64, predicted (b,) token counts, weights (b,) `c_z` that sum to 1 over the step, and
-        token_weights (b, T-1), `c_z / predicted` where a token is predicted and 0 elsewhere.
+        sample_ids, tokens (b, T) int64, predicted (b,) token counts, weights (b,) `c_z` that sum to 1 over the step,
+        and token_weights (b, T-1), `c_z / predicted` where a token is predicted and 0 elsewhere.
     """
     import torch
 
@@ -243,7 +254,7 @@ def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Ite
 def main() -> None:
     """Entry point."""
     config = parse_command(PretrainConfig, "python -m pipelines.pretrain", "Train one stage on MDS streams, recorded.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_logging()
     train(config)
 
 

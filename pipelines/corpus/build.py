@@ -1,0 +1,163 @@
+"""Build the corpus: read every source, drop exact duplicates across all files, write JSONL and a manifest.
+
+Documents of a file are taken in the order of a hash of their ids until the file is full, so the choice is spread over
+the packages and depends on nothing but their versions. Peak memory is the text of the sources, about 150 MB.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from tqdm import tqdm
+
+from curate.artifacts import is_complete, replacing, seal
+from curate.config import Config
+from curate.errors import UserError
+from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, Source
+from pipelines.corpus.sources import Text, package_version
+
+RULES = 1  # raised when the same packages give another corpus
+
+
+class CorpusConfig(Config):
+    """Options of `python -m pipelines.corpus`."""
+
+    out: Path
+    """Folder to write; it must not exist yet, or be a corpus made with the same options (which is then reused)."""
+    megabytes: float = Field(default=2.5, gt=0)
+    """Text of each training domain, in MB of UTF-8; a domain that has less is used whole."""
+    target_documents: int = Field(default=256, gt=0)
+    """Documents of each target, and as many again that only the final loss sees."""
+    heldout_characters: int = Field(default=60_000, gt=0)
+    """Held-out text of each training domain."""
+
+
+@dataclass(kw_only=True)
+class _Limit:
+    """How much of one source a file takes: the next document is refused once `used` has reached `most`."""
+
+    most: float
+    unit: str
+    used: float = 0.0
+
+    def take(self, text: str) -> None:
+        self.used += {"bytes": len(text.encode()), "characters": len(text), "documents": 1}[self.unit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    file: str
+    source: Source
+    text: Text
+
+
+def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, dict[str, int]]:
+    """Write the corpus folder, or reuse it.
+
+    Returns:
+        File -> documents, bytes of text, exact duplicates dropped.
+
+    Raises:
+        UserError: a package is not installed, a file would be empty, or `out` holds something else.
+    """
+    names = sorted({package for source in recipe for package in source.packages})
+    settings = {
+        "rules": RULES,
+        "megabytes": config.megabytes,
+        "target_documents": config.target_documents,
+        "heldout_characters": config.heldout_characters,
+        "packages": {name: package_version(name) for name in names},
+        "sources": [source.name for source in recipe],
+    }
+    if is_complete(config.out, settings):
+        return _facts(config.out)
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UserError(f"{config.out} exists and is not a corpus; set out to a folder that does not exist yet")
+    pools = _read_sources(recipe)
+    chosen, dropped = choose(pools, config)
+    with replacing(config.out) as part:
+        facts = {file: _write(part / file, rows, dropped[file]) for file, rows in chosen.items()}
+        seal(part, "corpus", settings, files=facts)
+    return facts
+
+
+def choose(pools: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[_Row]], dict[str, int]]:
+    """Fill the files of the corpus; held-out files come first, so that no training document equals a held-out one.
+
+    Returns:
+        File -> its rows, and file -> exact duplicates met while filling it.
+    """
+    chosen: dict[str, list[_Row]] = {}
+    dropped: dict[str, int] = defaultdict(int)
+    limits: dict[tuple[str, str], _Limit] = {}
+    seen: set[bytes] = set()
+    for row in sorted(pools, key=_priority):
+        rows = chosen.setdefault(row.file, [])
+        limit = limits.setdefault((row.file, row.source.name), _limit(row.file, config))
+        if limit.used >= limit.most:
+            continue
+        digest = _digest(row.text.text)
+        if digest in seen:
+            dropped[row.file] += 1
+            continue
+        seen.add(digest)
+        limit.take(row.text.text)
+        rows.append(row)
+    return chosen, dropped
+
+
+def _priority(row: _Row) -> tuple[int, str, str, bytes]:
+    first = ["heldout", "train"].index(row.file.split("/")[0]) * 2 if "/" in row.file else 1
+    return first, row.file, row.source.name, _digest(row.text.id)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _limit(file: str, config: CorpusConfig) -> _Limit:
+    if file.startswith("train/"):
+        return _Limit(most=config.megabytes * 1e6, unit="bytes")
+    if file in (GENERAL, JUNK):
+        return _Limit(most=config.heldout_characters, unit="characters")
+    return _Limit(most=config.target_documents, unit="documents")
+
+
+def _read_sources(recipe: Sequence[Source]) -> list[_Row]:
+    rows = []
+    jobs = [(source, package) for source in recipe for package in source.packages]
+    for source, package in (bar := tqdm(jobs, desc="corpus", unit="package")):
+        bar.set_postfix_str(f"{source.name}: {package}")
+        texts = list(source.read(package))
+        if not texts:
+            found = f"{package} {package_version(package)} has no text for {source.name!r} of the demo corpus"
+            raise UserError(f"{found}; install the version of the lock file")
+        rows += [_Row(file=source.file_of(text.group), source=source, text=text) for text in texts]
+    return rows
+
+
+def _write(path: Path, rows: list[_Row], dropped: int) -> dict[str, int]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_record(row), ensure_ascii=False) + "\n")
+    return {
+        "documents": len(rows),
+        "bytes": sum(len(row.text.text.encode()) for row in rows),
+        "dropped_duplicates": dropped,
+    }
+
+
+def _record(row: _Row) -> dict[str, Any]:
+    name, text = row.source.name, row.text
+    return {"id": f"{name}/{text.id}", "text": text.text, "source": text.source, "domain": name}
+
+
+def _facts(folder: Path) -> dict[str, dict[str, int]]:
+    files: dict[str, dict[str, int]] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    return files

@@ -1,0 +1,214 @@
+"""`python -m pipelines.prepare`: documents of each domain -> tokenizer -> packed sequences -> one MDS stream each.
+
+A domain is any number of JSONL files, Parquet files or Hugging Face datasets on disk. Its documents are shuffled by the
+seed, joined by end-of-text and cut into sequences of exactly `seq_len` tokens; nothing is lost but exact duplicates
+inside a domain, which are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24 bytes for each
+document; it does not grow with the text.
+
+The result is `OUT/tokenizer.json`, `OUT/<domain>/` (MDS) and `OUT/manifest.json`. A stream appears when it is complete,
+so an interrupted run continues with the next domain; reading and training the tokenizer are repeated, with the same
+result.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from tqdm import tqdm
+
+from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, is_complete, read_json, replacing, seal
+from curate.config import Config, parse_command, run_command
+from curate.errors import UserError
+from curate.formats.documents import Document, Fields, encode_many, eot_id, load_tokenizer
+from curate.formats.mds import COLUMNS, Sample, write_stream
+from curate.rng import generator
+from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains, open_reader
+from pipelines.packing import Encoded, pack
+from pipelines.vocabulary import SMALLEST_VOCABULARY, train_tokenizer, training_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+_VOCABULARY = 32_768  # where neither a tokenizer nor a size is given
+
+
+class PrepareConfig(Config):
+    """Options of `python -m pipelines.prepare`."""
+
+    out: Path
+    """Folder to write the tokenizer and the streams to."""
+    domains: dict[str, str | list[str]] | str
+    """Domain name -> its files (JSONL, Parquet, a dataset saved by `save_to_disk`, or a folder of the first two); or
+    one folder, each entry of which is a domain called by its name."""
+    tokenizer: Path | None = None
+    """A `tokenizer.json` to use; without it a byte-level BPE tokenizer is trained on the documents."""
+    vocab_size: int | None = Field(default=None, ge=SMALLEST_VOCABULARY)
+    """Size of the vocabulary to train (32768 by default); not allowed together with `tokenizer`."""
+    tokenizer_megabytes: float = Field(default=32.0, gt=0)
+    """Text that the tokenizer is trained on, in millions of characters, in equal parts from every domain."""
+    seq_len: int = Field(default=1024, ge=2)
+    """Stored tokens of each sequence."""
+    text_column: str = "text"
+    """Column with the text (`prompt`/`completion` and `tokens`/`loss_mask` have fixed names)."""
+    id_column: str = "id"
+    """Column with the document's id; where it is absent, file name and line number are the id."""
+    split: str = "train"
+    """Split to read where a saved dataset has several."""
+    seed: int = 0
+    """Seed of the order of the documents."""
+    shard_bytes: int = Field(default=1 << 26, gt=0)
+    """Size limit of one MDS shard."""
+
+
+def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
+    """Write the tokenizer and every stream, or reuse what is there.
+
+    Returns:
+        Domain -> documents, dropped duplicates, stored and predicted tokens, padding, samples.
+
+    Raises:
+        UserError: bad input, or `out` was made with other settings.
+    """
+    if config.tokenizer is not None and config.vocab_size is not None:
+        raise UserError("tokenizer and vocab_size exclude each other: a tokenizer has its vocabulary; set only one")
+    domains = find_domains(config.domains)
+    inputs = {domain.name: domain.inputs() for domain in domains}
+    settings = {**_common_settings(config), "domains": inputs}
+    if is_complete(config.out, settings):
+        return _facts(config.out)
+    cache = config.out / "cache.part"
+    shutil.rmtree(cache, ignore_errors=True)
+    try:
+        facts = _write(config, domains, inputs, cache)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    seal(config.out, "data", settings, domains=facts)
+    return facts
+
+
+def _write(
+    config: PrepareConfig, domains: list[Domain], inputs: dict[str, list[str]], cache: Path
+) -> dict[str, dict[str, int]]:
+    fields = Fields(id=config.id_column, text=config.text_column)
+    catalogues = {
+        domain.name: catalogue([open_reader(path, fields, config.split, cache) for path in domain.files], domain.name)
+        for domain in domains
+    }
+    serialised = _tokenizer(config, catalogues)
+    common = {**_common_settings(config), "tokenizer_fingerprint": fingerprint(serialised)}
+    settings = {name: {**common, "inputs": files} for name, files in inputs.items()}
+    done = {name for name in catalogues if is_complete(config.out / name, settings[name])}
+    _refuse_strangers(config.out, set(catalogues), done, serialised)
+    with replacing(config.out / TOKENIZER) as part:
+        part.write_text(serialised, encoding="utf-8")
+    tokenizer = load_tokenizer(config.out / TOKENIZER)
+    facts: dict[str, dict[str, int]] = {}
+    for name, documents in catalogues.items():
+        if name not in done:
+            with replacing(config.out / name) as part:
+                counts = _write_domain(config, part, name, documents, tokenizer)
+                seal(part, "stream", settings[name], domains={name: counts})
+        facts |= _facts(config.out / name)
+    return facts
+
+
+def _refuse_strangers(out: Path, domains: set[str], done: set[str], tokenizer: str) -> None:
+    """Refuse an output folder with anything in the way that this command did not write for these domains."""
+    sealed = {path.parent.name for path in out.glob(f"*/{MANIFEST}")}
+    in_the_way = [name for name in sorted(domains - done) if (out / name).exists()]
+    if (out / TOKENIZER).exists() and (out / TOKENIZER).read_text(encoding="utf-8") != tokenizer:
+        in_the_way.append(TOKENIZER)
+    if sealed - domains or in_the_way:
+        other = [*sorted(sealed - domains), *in_the_way][0]
+        raise UserError(f"{out / other} is in the way: this command would not write it like that; set another out")
+
+
+def _common_settings(config: PrepareConfig) -> dict[str, Any]:
+    """Settings that every stream depends on."""
+    trained = config.tokenizer is None
+    return {
+        "tokenizer": "trained" if config.tokenizer is None else _given_fingerprint(config.tokenizer),
+        "vocab_size": (config.vocab_size or _VOCABULARY) if trained else None,
+        "tokenizer_megabytes": config.tokenizer_megabytes if trained else None,
+        **config.model_dump(include={"seq_len", "text_column", "id_column", "split", "seed", "shard_bytes"}),
+    }
+
+
+def _given_fingerprint(path: Path) -> str:
+    eot_id(load_tokenizer(path))
+    return file_fingerprint(path)
+
+
+def _tokenizer(config: PrepareConfig, catalogues: dict[str, Catalogue]) -> str:
+    """The tokenizer's JSON: read, or trained on text of all domains."""
+    if config.tokenizer is not None:
+        return config.tokenizer.read_text(encoding="utf-8")
+    texts = training_text(catalogues, round(config.tokenizer_megabytes * 1e6), config.seed)
+    return str(train_tokenizer(texts, config.vocab_size or _VOCABULARY).to_str(pretty=True))
+
+
+def _write_domain(
+    config: PrepareConfig, folder: Path, name: str, documents: Catalogue, tokenizer: "Tokenizer"
+) -> dict[str, int]:
+    order = generator(config.seed, "documents", name).permutation(len(documents.kept))
+    counts = {
+        "documents": len(order),
+        "dropped_duplicates": documents.duplicates,
+        "tokens": 0,  # stored, end-of-text included, padding not
+        "predicted_tokens": 0,
+        "padding": 0,
+        "samples": 0,
+    }
+    with tqdm(total=len(order), desc=f"pack {name}", unit="doc") as bar:
+        encoded = _encoded(documents.batches(order), tokenizer, bar)
+        samples = pack(encoded, config.seq_len, eot_id(tokenizer))
+        write_stream(folder, COLUMNS, _rows(samples, name, counts), config.shard_bytes)
+    return counts
+
+
+def _encoded(batches: Iterable[list[Document]], tokenizer: "Tokenizer", bar: "tqdm[Any]") -> Iterator[Encoded]:
+    for batch in batches:
+        for document, (tokens, mask) in zip(batch, encode_many(batch, tokenizer), strict=True):
+            yield document.id, tokens, mask
+        bar.update(len(batch))
+
+
+def _rows(samples: Iterable[Sample], domain: str, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Samples as rows of `COLUMNS`; adds them to `counts` on the way."""
+    for sample in samples:
+        stored = sum(stop - start for _, start, stop in sample.documents)
+        counts["tokens"] += stored
+        counts["padding"] += len(sample.tokens) - stored
+        counts["predicted_tokens"] += sample.predicted_tokens
+        counts["samples"] += 1
+        yield {
+            "tokens": sample.tokens,
+            "loss_mask": sample.loss_mask.astype("uint8"),
+            "sample_id": sample.sample_id,
+            "domain": domain,
+            "documents": [list(span) for span in sample.documents],
+        }
+    if counts["predicted_tokens"] == 0:
+        raise UserError(f"domain {domain!r} has no token to predict: all its documents are masked; remove it")
+
+
+def _facts(folder: Path) -> dict[str, dict[str, int]]:
+    facts: dict[str, dict[str, int]] = read_json(folder / MANIFEST)["domains"]
+    return facts
+
+
+def main() -> None:
+    """Prepare the data and list the streams."""
+    config = parse_command(PrepareConfig, "python -m pipelines.prepare", __doc__ or "")
+    for name, facts in prepare(config).items():
+        counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in facts.items())
+        sys.stdout.write(f"{config.out / name}: {counted}\n")
+    sys.stdout.write(f"{config.out / TOKENIZER}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
