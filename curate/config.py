@@ -65,11 +65,9 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
 
 
 def _underscored(argument: str) -> str:
-    """`--budget-tokens=5` -> `--budget_tokens=5`; values and positional arguments stay as they are."""
-    if not argument.startswith("--"):
-        return argument
-    name, separator, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + separator + value
+    """`--budget-tokens=5` -> `--budget_tokens=5`; values, and what follows a dot (a domain's name), stay."""
+    option = re.match(r"--[\w-]+", argument)
+    return option[0][:2] + option[0][2:].replace("-", "_") + argument[option.end() :] if option else argument
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -6,13 +6,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
-from curate.index import IndexConfig
+from curate.index.build import IndexConfig
+from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding, Horizon
+    from curate.target import Target
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +56,13 @@ class EmbedConfig(Config):
         return ["early", "late"] if self.window == "both" else [self.window]
 
 
-def embed(config: EmbedConfig, run: Run) -> dict[str, Embedding]:
-    """Embed and index every window of the config; complete ones are reused.
+def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Embedding]:
+    """Embed and index every window of the config; complete ones are reused, missing ones are announced with their cost.
+
+    Args:
+        config: what to embed.
+        run: the recorded run.
+        target: the loaded target, or None where the estimator needs none.
 
     Returns:
         Window name -> embedding.
@@ -63,35 +71,59 @@ def embed(config: EmbedConfig, run: Run) -> dict[str, Embedding]:
         UserError: bad run, target or settings.
     """
     from curate.embeddings.store import embed_window, embedding_folder, plan_job
-    from curate.index import build_index
-    from curate.target import load_target
     from curate.trajectory.replay import Replay
 
-    target = None if config.target is None else load_target(config.target, run.spec, config.min_target_tokens)
     replay = Replay(run, config.device, config.tolerance)
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
     horizon: Horizon = config.horizon
     jobs = {window: plan_job(replay, window, horizon, target, config.target_batch_size) for window in config.windows}
     for window, job in jobs.items():
-        folder, _ = embedding_folder(job, window, horizon, estimator)
-        if not (folder / "manifest.json").exists():
+        folder, settings = embedding_folder(job, window, horizon, estimator)
+        if not is_complete(folder, settings):
             units = estimator.cost_units(job)
             _log.info(
-                "%s window, steps %d to %d, horizon %d: %s will cost about %.0f units (%.1f %% of the stage's %d)",
-                window, job.start, job.stop, job.horizon, estimator.name, units, 100 * units / run.spec.steps, run.spec.steps,
+                "%s: the %s window (steps %d to %d, target read at %d) will cost about %.0f forward+backward passes, "
+                "%.0f %% of the stage's %d",
+                estimator.name, window, job.start, job.stop, job.horizon, units, 100 * units / run.spec.steps,
+                run.spec.steps,
             )  # fmt: skip
-    embeddings = {}
-    for window, job in jobs.items():
-        embeddings[window] = embed_window(job, window, horizon, estimator)
-        build_index(embeddings[window].folder, embeddings[window].vectors, embeddings[window].targets, config.index)
+    embeddings = {window: embed_window(job, window, horizon, estimator) for window, job in jobs.items()}
+    for embedding in embeddings.values():
+        _index(embedding, config.index)
     return embeddings
+
+
+def _index(embedding: Embedding, config: IndexConfig) -> None:
+    """Build the FAISS index of one embedding inside its folder."""
+    import numpy as np
+
+    from curate.index.build import build
+
+    queries = np.zeros((0, embedding.vectors.shape[1]), np.float32) if embedding.targets is None else embedding.targets
+    parents = {"embeddings": read_json(embedding.folder / MANIFEST)["fingerprint"]}
+    build(embedding.vectors, index_folder(embedding, config), config, queries=queries, seed=0, parents=parents)
+
+
+def index_folder(embedding: Embedding, config: IndexConfig) -> Path:
+    """Where the index of an embedding lies; other settings, another folder."""
+    return embedding.folder / f"index-{fingerprint(config.model_dump())[:8]}"
+
+
+def read_target(config: EmbedConfig, run: Run) -> Target | None:
+    """Load the target of the config, if it names one."""
+    from curate.target import load_target
+
+    return None if config.target is None else load_target(config.target, run.spec, config.min_target_tokens)
 
 
 def main() -> None:
     """Entry point."""
-    config = parse_command(EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    embeddings = embed(config, Run(config.run or find_run(config.runs_root)))
+    config = parse_command(
+        EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index."
+    )
+    start_logging()
+    run = Run(config.run or find_run(config.runs_root))
+    embeddings = embed(config, run, read_target(config, run))
     for window, embedding in embeddings.items():
         _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)
 

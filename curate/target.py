@@ -1,8 +1,8 @@
 """Targets: held-out documents that say what the next stage should get better at, as a weighted loss.
 
 The loss of a target is the mean over its documents of each document's token mean (METHOD.md section 1); a document
-longer than a training sequence is split, each piece starting with the last token of the piece before, so that every token is
-predicted exactly once. That makes it a loss `sum_p c_p l_p` over pieces, the same form as a training batch.
+longer than a training sequence is split, each piece starting with the last token of the piece before, so that every
+token is predicted exactly once. That makes it a loss `sum_p c_p l_p` over pieces, the same form as a training batch.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     documents = read_documents(path)
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
     start = eot_id(tokenizer) if tokenizer else None
-    pieces = [_pieces(*encode(document, tokenizer), spec.seq_len, start) for document in documents]
+    pieces = [split_document(*encode(document, tokenizer), spec.seq_len, start) for document in documents]
     pieces = [document for document in pieces if document]
     tokens = sum(piece.predicted_tokens for document in pieces for piece in document)
     if len(pieces) < 2 or tokens < min_tokens:
         raise UserError(
-            f"target {path} has {tokens} predicted tokens in {len(pieces)} documents; at least {min_tokens} tokens in 2 documents "
-            "are needed for a gradient that is more than noise; add documents, or lower --min_target_tokens"
+            f"target {path} has {tokens} predicted tokens in {len(pieces)} documents; at least {min_tokens} tokens in "
+            "2 documents are needed for a gradient that is more than noise; add documents, or lower --min_target_tokens"
         )
     order = generator(0, "target halves").permutation(len(pieces))
     halves = [[pieces[i] for i in sorted(half)] for half in (order[::2], order[1::2])]
@@ -90,7 +90,9 @@ def target_loss(task: Task, target: Target, batch_size: int) -> float:
 
     with torch.no_grad():
         losses = [
-            sum(float((task.sample_losses(part) * part.weights).sum()) for part in _parts(half, batch_size, task.device))
+            sum(
+                float((task.sample_losses(part) * part.weights).sum()) for part in _parts(half, batch_size, task.device)
+            )
             for half in target.halves
         ]
     return sum(weight * loss for weight, loss in zip(target.half_weights, losses, strict=True))
@@ -118,7 +120,7 @@ def _parts(half: Batch, batch_size: int, device: torch.device) -> list[Batch]:
     return [part.to(device) for part in half.split(batch_size)]
 
 
-def _pieces(
+def split_document(
     tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], seq_len: int, start: int | None
 ) -> list[Sample]:
     """Split a document into sequences of at most `seq_len` tokens that predict each token once.

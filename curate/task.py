@@ -150,12 +150,15 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """An untrained model in training mode.
 
     Raises:
-        UserError: no or two sources, a source that cannot be loaded, or a model with dropout (replay could not repeat it).
+        UserError: no or two sources, a source that cannot be loaded, or a model with dropout (replay could not repeat
+            it).
     """
     if (spec.hf_config is None) == (spec.factory is None):
         raise UserError("the model needs exactly one of model.hf_config and model.factory")
     model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
-    active = [name for name, module in model.named_modules() if getattr(module, "p", 0) and "Dropout" in type(module).__name__]
+    active = [
+        name for name, module in model.named_modules() if getattr(module, "p", 0) and "Dropout" in type(module).__name__
+    ]
     if active:
         raise UserError(f"{active[0]} is a dropout with p > 0: replay could not repeat it; train with dropout 0")
     return model.train()

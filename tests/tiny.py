@@ -75,7 +75,9 @@ def _rows(text: np.ndarray, domain: str, samples: int) -> Iterator[dict[str, Any
 
 @dataclass
 class Training:
-    """A plain loop with everything that replay has to repeat: token-mean weights, two micro-batches, two groups, clipping."""
+    """A plain loop with everything that replay has to repeat: token-mean weights, two micro-batches, two groups,
+    clipping.
+    """
 
     streams: dict[str, Path]
     seed: int = 0

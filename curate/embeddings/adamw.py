@@ -6,7 +6,8 @@ With `c` the clip factor, `g = c ghat` and `t` the number of this update:
     m' = beta1 m + (1 - beta1) g                  v' = beta2 v + (1 - beta2) g^2
     theta' = (1 - lr wd) theta - lr / (1 - beta1^t) m' / (sqrt(v' / (1 - beta2^t)) + eps)
 
-This is `torch.optim.AdamW` (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) after `torch.nn.utils.clip_grad_norm_`.
+This is `torch.optim.AdamW` (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) after
+`torch.nn.utils.clip_grad_norm_`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrainingState:
 
 def clip_factor(gradient: Tensor, clip_norm: float | None) -> Tensor:
     """min(1, clip_norm / (|ghat| + 1e-6)), a scalar tensor."""
-    norm = gradient.norm()
+    norm: Tensor = gradient.norm()
     return norm.new_ones(()) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -104,7 +105,9 @@ def adamw_vjp(
         v = group.beta2 * state.exp_avg_sq[place] + (1 - group.beta2) * g**2
         step_size, denominator, root = _step_size_and_denominator(v, updates, group)
         # d theta' / d m' = - step_size / denominator
-        d_m = torch.addcmul(cotangent.exp_avg[:, place], cotangent.parameters[:, place], step_size / denominator, value=-1)
+        d_m = torch.addcmul(
+            cotangent.exp_avg[:, place], cotangent.parameters[:, place], step_size / denominator, value=-1
+        )
         # d theta' / d v' = step_size m' / denominator^2 * d root / d v',   d root / d v' = root / (2 v')
         slope = torch.where(v > 0, step_size * m / denominator**2 * root / (2 * v), torch.zeros_like(v))
         d_v = torch.addcmul(cotangent.exp_avg_sq[:, place], cotangent.parameters[:, place], slope)
@@ -116,7 +119,8 @@ def adamw_vjp(
 
 
 def _unclip(u: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
-    """Vjp of `ghat -> c(|ghat|) ghat`: `c u`, minus `c / (|ghat| + 1e-6) <ghat, u> ghat / |ghat|` where the clip is active."""
+    """Vjp of `ghat -> c(|ghat|) ghat`: `c u`; where the clip is active, also `<ghat, u> dc/dghat`."""
+    # d c / d ghat = - c / (|ghat| + 1e-6) ghat / |ghat| where the clip is active
     if float(factor) >= 1:
         return u
     norm = gradient.norm()
@@ -125,7 +129,7 @@ def _unclip(u: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _step_size_and_denominator(v: Tensor, updates: int, group: GroupSettings) -> tuple[float, Tensor, Tensor]:
-    """lr / (1 - beta1^t), sqrt(v / (1 - beta2^t)) + eps, and the root alone."""
+    """Lr / (1 - beta1^t), sqrt(v / (1 - beta2^t)) + eps, and the root alone."""
     step = updates + 1
     root = v.sqrt() / (1 - group.beta2**step) ** 0.5
     return group.lr / (1 - group.beta1**step), root + group.eps, root

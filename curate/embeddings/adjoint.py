@@ -1,7 +1,7 @@
 """`adjoint`: exact first-order values through AdamW [MAGIC, arXiv 2504.16430; METHOD.md section 2.3].
 
-The anchors' gradients at the horizon are pushed backward through training. At step k, with the cotangent `lambda` of the
-state after it,
+The anchors' gradients at the horizon are pushed backward through training. At step k, with the cotangent `lambda` of
+the state after it,
 
     u        = vjp of the update with respect to ghat_k                  (`adamw_vjp`)
     E[z]     = - c_z <g_z(theta_k), u>                                   for all z in B_k, one number per anchor
@@ -10,13 +10,14 @@ state after it,
 `H_k u` and every `<g_z, u>` come out of one pass: forward-mode differentiation of the gradient in direction u, with the
 per-sample losses as auxiliary output. Every parameter counts, tied ones included; no hooks, no projection.
 
-R anchors, P parameters, S steps between the window's start and the horizon. Memory: 4 S P numbers for the states, 6 R P for cotangents,
-and R times the activations of one micro-batch. Cost: S forward+backward passes for the states, and about
-1 + 2 R passes per step for the products.
+R anchors, P parameters, S steps between the window's start and the horizon. Memory: 4 S P numbers for the states, 6 R
+P for cotangents, and R times the activations of one micro-batch. Cost: S forward+backward passes for the states, and
+about 1 + 2 R passes per step for the products.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from curate.embeddings.adamw import TrainingState, adamw_vjp
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from curate.trajectory.replay import State
 
 
-# What PyTorch says where an operation cannot be differentiated forward, or a custom autograd.Function not be transformed.
+# What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
 
 
@@ -67,8 +68,8 @@ def adjoint_step(
     rows = torch.cat(embeddings)
     if not (torch.isfinite(rows).all() and torch.isfinite(pulled.parameters).all()):
         raise UserError(
-            f"the adjoint is not finite at step {state.record.step}: training is unstable there (look at its loss and gradient "
-            "norm); use a shorter window that starts after it"
+            f"the adjoint is not finite at step {state.record.step}: training is unstable there (look at its loss and "
+            "gradient norm); use a shorter window that starts after it"
         )
     return rows, pulled
 
@@ -96,8 +97,8 @@ def directional_products(
         return (losses * batch.weights).sum(), losses
 
     def tangents(direction: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        _, (curvature, products) = jvp(grad(batch_loss, has_aux=True), (parameters,), (direction,))
-        return curvature, products
+        tangent: tuple[dict[str, Tensor], Tensor] = jvp(grad(batch_loss, has_aux=True), (parameters,), (direction,))[1]
+        return tangent
 
     # Fused attention kernels have no forward-mode derivative; the math kernel has.
     with sdpa_kernel(SDPBackend.MATH):
@@ -106,7 +107,7 @@ def directional_products(
 
 
 def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch) -> None:
-    """Try one product on one sample, so that a model that cannot be differentiated forward is refused before any long work.
+    """Try one product on one sample: a model that cannot be differentiated forward is refused before long work.
 
     Raises:
         UserError: an operation has no forward-mode derivative; names the module.
@@ -119,15 +120,19 @@ def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch) -> None:
     first = batch.split(1)[0]
     flat = layout.flatten(dict(task.model.named_parameters())).detach()
     try:
-        directional_products(task, layout, first, layout.views(flat), flat[None])
+        with (
+            warnings.catch_warnings()
+        ):  # torch scripts its own forward-mode formulas on the first product, and warns of it
+            warnings.simplefilter("ignore", FutureWarning)
+            directional_products(task, layout, first, layout.views(flat), flat[None])
     except (RuntimeError, NotImplementedError) as error:
         if not any(phrase in str(error) for phrase in _NO_FORWARD_MODE):
             raise
         place = next((name for name in reversed(entered) if name), "the model")
         raise UserError(
-            f"module {place} has no forward-mode derivative, which adjoint needs ({str(error).splitlines()[0]}); switch it to "
-            "PyTorch's scaled_dot_product_attention or to eager attention (Hugging Face: attn_implementation 'sdpa' or "
-            "'eager'), or use --estimator dvemb"
+            f"module {place} has no forward-mode derivative, which adjoint needs ({str(error).splitlines()[0]}); "
+            "switch it to PyTorch's scaled_dot_product_attention or to eager attention (Hugging Face: attn_"
+            "implementation 'sdpa' or 'eager'), or use --estimator dvemb"
         ) from None
     finally:
         handle.remove()

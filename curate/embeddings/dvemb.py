@@ -1,6 +1,7 @@
 """`dvemb`: data value embedding as published [DVEmb, arXiv 2412.09538, section 4; METHOD.md section 2.1].
 
-For SGD with the empirical Fisher `H_k ~ sum_z c_z g_z g_z^T` as Hessian, walking back from the last step with an operator M that starts at 0:
+For SGD with the empirical Fisher `H_k ~ sum_z c_z g_z g_z^T` as Hessian, walking back from the last step with an
+operator M that starts at 0:
 
     e_z = lr_k c_z (g_z - M g_z)              for all z in B_k, all with the same M
     M  <- M + sum_{z in B_k} e_z g_z^T
@@ -8,8 +9,8 @@ For SGD with the empirical Fisher `H_k ~ sum_z c_z g_z g_z^T` as Hessian, walkin
 Many steps at once (rows latest first, G their gradients, M0 the operator after the block) are matrix products and one
 triangular solve:
 
-    (I + diag(s) K) E = diag(s) (G - G M0^T),    s = lr c,    K[z, z'] = <g_z, g_z'> where z' is of a strictly later step, else 0
-    M0 <- M0 + E^T G
+    (I + diag(s) K) E = diag(s) (G - G M0^T),    s = lr c,    K[z, z'] = <g_z, g_z'> where z' is of a strictly later
+    step, else 0 M0 <- M0 + E^T G
 
 N rows, D dimensions. Memory of a block: n D numbers for G and E, n^2 for K and D^2 for M.
 """
@@ -64,7 +65,8 @@ def recursion(
         scales: (N, len(blocks)) `clip_k lr_k c_z`; the lr is that of each block's parameter group.
         steps: (N,) step of each row, not decreasing.
         out: (N_out, D) memory-mapped; receives the embeddings of the first N_out rows.
-        blocks: columns that share an operator: one slice per layer (block-diagonal, as published), or one for all (full).
+        blocks: columns that share an operator: one slice per layer (block-diagonal, as published), or one for all
+            (full).
         rows_per_block: rows solved at once, rounded to whole steps.
         device: where to compute.
     """

@@ -1,8 +1,8 @@
 """The protocol between estimators and everything that uses their embeddings.
 
 An estimator turns the steps of a window into rows `E[z]` (N, D) and a target into vectors t (D,) such that
-`value(z; target) ~ <E[z], t>` with the sign of METHOD.md section 1. Nothing else crosses this border, so every estimator can be
-indexed, rolled up and searched in the same way.
+`value(z; target) ~ <E[z], t>` with the sign of METHOD.md section 1. Nothing else crosses this border, so every
+estimator can be indexed, rolled up and searched in the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Estimator(Protocol):
         """D."""
 
     def cost_units(self, job: WindowJob) -> float:
-        """Expected cost of `embed` in forward+backward passes of a training batch, stated before a run (METHOD.md section 6)."""
+        """Expected cost of `embed` in forward+backward passes of a training batch, stated before a run."""
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
         """Fill `out` (N, D), rows in the order of `window_rows`; returns facts for the manifest."""

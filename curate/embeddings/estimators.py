@@ -7,7 +7,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from curate.artifacts import read_json, replacing, write_json
 from curate.config import Config
@@ -15,6 +14,7 @@ from curate.embeddings.adamw import TrainingState
 from curate.embeddings.adjoint import adjoint_step, check_forward_mode
 from curate.embeddings.dvemb import recursion
 from curate.errors import UserError
+from curate.progress import progress
 from curate.target import half_gradients
 from curate.trajectory.replay import records
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from curate.embeddings.estimator import Estimator, WindowJob
     from curate.gradients.capture import GradientCapture
     from curate.target import Target
-    from curate.trajectory.replay import ReplayedStep
 
 HALVES = 2
 
@@ -98,10 +97,10 @@ class AdjointEstimator:
         first = next(records(replay.run, job.start, job.stop))
         check_forward_mode(replay.task, layout, replay.batches(first)[0])
         step, cotangent = self._resume(job)
-        states = list(_progress(replay.states(job.start, step), step - job.start, "states"))
+        states = list(progress(replay.states(job.start, step), total=step - job.start, what="states"))
         stop_rows = _row_starts(job)
         saved = monotonic()
-        for state in _progress(reversed(states), len(states), "adjoint"):
+        for state in progress(reversed(states), total=len(states), what="adjoint"):
             rows, cotangent = adjoint_step(replay.task, layout, state, replay.run.spec.clip_norm, cotangent)
             if state.record.step < job.stop:
                 start = stop_rows[state.record.step]
@@ -117,7 +116,8 @@ class AdjointEstimator:
         steps = job.horizon - job.start
         if steps * per_step > self.config.memory_bytes:
             raise UserError(
-                f"the states of {steps} steps need {steps * per_step:,} bytes, adjoint.memory_bytes is {self.config.memory_bytes:,}: "
+                f"the states of {steps} steps need {steps * per_step:,} bytes, "
+                f"adjoint.memory_bytes is {self.config.memory_bytes:,}: "
                 f"{self.config.memory_bytes // per_step} steps fit; raise it, or declare a shorter window"
             )
 
@@ -158,7 +158,7 @@ class DvembEstimator:
         return float(job.horizon - job.start)
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """Capture projected gradients by replay to disk, then run the recursion from disk; see `curate.embeddings.dvemb`.
+        """Capture projected gradients by replay to disk, then run the recursion from disk (`dvemb.py`).
 
         Peak memory: training state, one micro-batch of captures, and one block of the recursion.
         """
@@ -170,7 +170,13 @@ class DvembEstimator:
         blocks = list(capture.blocks.values()) if self.config.operator == "block" else [slice(0, capture.size)]
         scales = np.concatenate([self._scales(job, capture, record) for record in step_records])
         recursion(
-            gradients, scales, steps, out, blocks=blocks, rows_per_block=self.config.rows_per_block, device=str(job.replay.device)
+            gradients,
+            scales,
+            steps,
+            out,
+            blocks=blocks,
+            rows_per_block=self.config.rows_per_block,
+            device=str(job.replay.device),
         )
         return {"layers": capture.layers, "gradient_bytes": gradients.nbytes}
 
@@ -196,11 +202,14 @@ class DvembEstimator:
         return GradientCapture(job.replay.model, self.config.width, self.config.seed, self.config.exclude)
 
     def _captured(self, job: WindowJob, capture: GradientCapture, rows: int) -> npt.NDArray[np.float32]:
-        """(N, D) gradients of all steps from the window's start to the horizon, on disk; continues an interrupted capture."""
-        path, progress = job.scratch / "gradients.npy", job.scratch / "captured.json"
+        """(N, D) gradients of all steps from the window's start to the horizon, on disk.
+
+        An interrupted capture continues at the last snapshot that it passed.
+        """
+        path, marker = job.scratch / "gradients.npy", job.scratch / "captured.json"
         first, row = job.start, 0
-        if progress.exists():
-            done = read_json(progress)
+        if marker.exists():
+            done = read_json(marker)
             first, row = int(done["step"]), int(done["row"])
         mode: Literal["r+", "w+"] = "r+" if row else "w+"
         shape = (rows, capture.size)
@@ -208,13 +217,14 @@ class DvembEstimator:
         if first == job.horizon:
             return gradients
         with capture:
-            for replayed in _progress(job.replay.steps(first, job.horizon, capture.take), job.horizon - first, "capture"):
+            replayed_steps = job.replay.steps(first, job.horizon, capture.take)
+            for replayed in progress(replayed_steps, total=job.horizon - first, what="capture"):
                 for captured in replayed.captured:
                     gradients[row : row + len(captured)] = captured.cpu().numpy()
                     row += len(captured)
                 if (replayed.record.step + 1) in {*job.replay.run.snapshots, job.horizon}:
                     gradients.flush()
-                    write_json(progress, {"step": replayed.record.step + 1, "row": row})
+                    write_json(marker, {"step": replayed.record.step + 1, "row": row})
         return gradients
 
     def _scales(self, job: WindowJob, capture: GradientCapture, record: Any) -> npt.NDArray[np.float64]:
@@ -227,7 +237,9 @@ class DvembEstimator:
         lrs = [record.groups[group_of[f"{layer}.weight"]].lr for layer in capture.layers]
         if self.config.operator == "full":
             if len(set(lrs)) > 1:
-                raise UserError("dvemb.operator full needs one lr for all captured layers; their parameter groups differ: use block")
+                raise UserError(
+                    "dvemb.operator full needs one lr for all captured layers; their parameter groups differ: use block"
+                )
             lrs = lrs[:1]
         weights = np.concatenate([np.asarray(weights) for _, weights in record.micro_batches])
         return np.outer(weights * record.clip_factor, lrs)
@@ -262,7 +274,3 @@ def _load_cotangent(folder: Path, device: Any) -> tuple[int, TrainingState] | No
     with safe_open(str(path), framework="pt", device=str(device)) as file:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         return int(file.metadata()["step"]), TrainingState(**tensors)
-
-
-def _progress(iterable: Any, total: int, what: str) -> Any:
-    return tqdm(iterable, total=total, desc=what, unit="step", leave=False)

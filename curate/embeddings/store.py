@@ -1,7 +1,7 @@
-"""Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npy`, a manifest, timings.
+"""Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npy`, a manifest.
 
-A folder is named after its settings, so other settings never overwrite it; progress of an interrupted job lies in `scratch/`
-inside and the same call continues it.
+A folder is named after its settings, so other settings never overwrite it; progress of an interrupted job lies in
+`scratch/` inside and the same call continues it.
 """
 
 from __future__ import annotations
@@ -139,6 +139,4 @@ def _spent(folder: Path) -> float:
 
 def _add_time(folder: Path, spent: float, seconds: float, unit_seconds: float | None) -> None:
     total = spent + seconds
-    write_json(
-        folder / "timings.json", {"seconds": total, "cost_units": total / unit_seconds if unit_seconds else 0.0}
-    )
+    write_json(folder / "timings.json", {"seconds": total, "cost_units": total / unit_seconds if unit_seconds else 0.0})

@@ -1,9 +1,10 @@
 """Projected per-sample gradients, captured by hooks in a model's own backward pass [LoGra, Ghost].
 
-For a linear layer with inputs `a` (B, T, I) and output gradients `b` (B, T, O) the gradient of sample z is `b_z^T a_z` (O, I); with
-projections `P_i`, `P_o` it is `(b_z P_o)^T (a_z P_i)` (k_o, k_i), and the full gradient is never formed.
+For a linear layer with inputs `a` (B, T, I) and output gradients `b` (B, T, O) the gradient of sample z is `b_z^T a_z`
+(O, I); with projections `P_i`, `P_o` it is `(b_z P_o)^T (a_z P_i)` (k_o, k_i), and the full gradient is never formed.
 
-Policy: the weights of `nn.Linear` and of transformers' `Conv1D` are captured, except modules whose name matches `exclude`
+Policy: the weights of `nn.Linear` and of transformers' `Conv1D` are captured, except modules whose name matches
+    `exclude`
 (the output head by default: its vocabulary side makes it the least informative per byte). Embeddings, norms and biases
 are not captured; the `adjoint` estimator covers every parameter.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from curate.errors import UserError
 from curate.gradients.projection import LayerProjection
@@ -46,10 +47,14 @@ class GradientCapture:
         self._modules = {
             name: module
             for name, module in model.named_modules()
-            if _is_linear(module) and module.weight.requires_grad and not any(fnmatch(name, pattern) for pattern in exclude)
+            if _is_linear(module)
+            and module.weight.requires_grad
+            and not any(fnmatch(name, pattern) for pattern in exclude)
         }
         if not self._modules:
-            raise UserError(f"the model has no Linear or Conv1D layer outside exclude={list(exclude)}; there is nothing to capture")
+            raise UserError(
+                f"the model has no Linear or Conv1D layer outside exclude={list(exclude)}; there is nothing to capture"
+            )
         self._projections: dict[str, LayerProjection] = {}
         self.blocks: dict[str, slice] = {}
         self.size = 0
@@ -67,7 +72,7 @@ class GradientCapture:
         """Names of the captured modules."""
         return list(self._modules)
 
-    def __enter__(self) -> GradientCapture:
+    def __enter__(self) -> Self:
         """Install the hooks."""
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
         return self

@@ -35,7 +35,8 @@ def projection(features: int, width: int, seed: int, layer: str, side: str) -> T
     random = torch.Generator().manual_seed(derive_seed(seed, "projection", layer, side))
     gaussian = torch.randn(features, width, generator=random, dtype=torch.float64)
     orthonormal, _ = torch.linalg.qr(gaussian)
-    return (orthonormal * (features / width) ** 0.5).float()
+    scaled: Tensor = orthonormal * (features / width) ** 0.5
+    return scaled.float()
 
 
 class LayerProjection:

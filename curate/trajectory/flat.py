@@ -45,4 +45,6 @@ class FlatLayout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Named views (..., *parameter shape) of a vector (..., P); nothing is copied."""
         parts = flat.split(self._sizes, dim=-1)
-        return {name: part.view(*flat.shape[:-1], *self.shapes[name]) for name, part in zip(self.names, parts, strict=True)}
+        return {
+            name: part.view(*flat.shape[:-1], *self.shapes[name]) for name, part in zip(self.names, parts, strict=True)
+        }

@@ -47,7 +47,9 @@ class RecorderConfig(Config):
     windows: dict[str, tuple[Border, Border]] = {"early": (0.0, 0.1), "late": (0.9, 1.0)}
     """Windows to value: first step and step after the last. An integer is a step, a decimal a fraction of the stage."""
     cadence_snapshots: int = 8
-    """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too small."""
+    """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too
+    small.
+    """
     snapshot_bytes: TokenCount = "8B"
     """Byte budget of all snapshots (8B = 8 GB); those at window borders come first."""
     flush_steps: int = 100
@@ -64,7 +66,10 @@ def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[
     for name, borders in windows.items():
         start, stop = (round(border * steps) if isinstance(border, float) else border for border in borders)
         if not 0 <= start < stop <= steps:
-            raise UserError(f"window {name!r} covers steps {start} to {stop} of a stage of {steps}; set recorder.windows to a range inside it")
+            raise UserError(
+                f"window {name!r} covers steps {start} to {stop} of a stage of {steps}; "
+                "set recorder.windows to a range inside it"
+            )
         resolved[name] = (start, stop)
     return resolved
 
@@ -141,8 +146,9 @@ class TrajectoryRecorder:
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
         task = self._own_copy(task)
         self._spec = RunSpec(
-            task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()}, columns=columns or Columns(),
-            tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len, steps=steps, windows=windows,
+            task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
+            columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
+            steps=steps, windows=windows,
             optimizer=type(optimizer).__name__, clip_norm=clip_norm,
             groups=[[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups],
         )  # fmt: skip
@@ -182,7 +188,9 @@ class TrajectoryRecorder:
         if step in self._snapshot_steps:
             self._snapshot(step)
 
-    def micro_batch(self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]) -> None:
+    def micro_batch(
+        self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]
+    ) -> None:
         """Call once per micro-batch.
 
         Args:

@@ -67,7 +67,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedStep:
-    """A step whose backward pass has been repeated and whose update has not: the model holds `theta_k`, `.grad` holds `ghat_k`.
+    """A step whose backward pass has been repeated, but not its update: the model holds `theta_k`, `.grad` `ghat_k`.
 
     Attributes:
         record: the step.
@@ -120,7 +120,9 @@ class Replay:
 
         self.run, self.device, self.tolerance = run, torch.device(device), tolerance
         if run.spec.optimizer != "AdamW":
-            raise UserError(f"run {run.folder} was trained with {run.spec.optimizer}; replay rebuilds torch.optim.AdamW")
+            raise UserError(
+                f"run {run.folder} was trained with {run.spec.optimizer}; replay rebuilds torch.optim.AdamW"
+            )
         self.reader = SampleReader(run)
         self.task = Task(run.spec.task, self.device)
         self.layout = FlatLayout(self.task.model, run.spec.groups)
@@ -187,7 +189,9 @@ class Replay:
                 parameters=self.layout.flatten(parameters).detach().clone(),
                 exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
                 exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
-                gradient=self.layout.flatten({n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}),
+                gradient=self.layout.flatten(
+                    {n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}
+                ),
                 updates=max((int(buffer["step"]) for buffer in buffers.values() if buffer), default=0),
             )
 
@@ -219,7 +223,10 @@ class Replay:
                 clip_grad_norm_(trainable, self.run.spec.clip_norm)
             for group, settings in zip(optimizer.param_groups, record.groups, strict=True):
                 group.update(
-                    lr=settings.lr, weight_decay=settings.weight_decay, eps=settings.eps, betas=(settings.beta1, settings.beta2)
+                    lr=settings.lr,
+                    weight_decay=settings.weight_decay,
+                    eps=settings.eps,
+                    betas=(settings.beta1, settings.beta2),
                 )
             optimizer.step()
 
@@ -236,19 +243,19 @@ class Replay:
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
             if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(
-                    f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely causes are dropout or "
-                    "other randomness, another autocast type, streams or snapshots changed since, or sample weights that are not those "
-                    "of the loss; a run on other hardware may need a larger replay.tolerance"
+                    f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely causes "
+                    "are dropout or other randomness, another autocast type, streams or snapshots changed since, or sample "
+                    "weights that are not those of the loss; other hardware may need a larger --tolerance"
                 )
 
 
 def records(run: Run, start: int, stop: int) -> Iterator[StepRecord]:
     """The recorded steps `start` to `stop - 1`."""
     frame = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
-    for (step,), rows in frame.group_by("step", maintain_order=True):
+    for _, rows in frame.group_by("step", maintain_order=True):
         first = rows.row(0, named=True)
         yield StepRecord(
-            step=int(step),  # type: ignore[call-overload]
+            step=first["step"],
             micro_batches=list(zip(rows["sample_ids"].to_list(), rows["weights"].to_list(), strict=True)),
             loss=first["loss"],
             grad_norm=first["grad_norm"],

@@ -18,23 +18,20 @@ from curate.formats.mds import Columns, MdsStream
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 
+_SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 STEPS = pl.Schema(
-    {
-        "step": pl.Int64,
-        "rank": pl.Int32,
-        "micro_batch": pl.Int32,
-        "sample_ids": pl.List(pl.Int64),
-        "weights": pl.List(pl.Float32),  # c_z of L_k = sum over all ranks and micro-batches of c_z l_z
-        "tokens": pl.List(pl.Int32),  # predicted tokens per sample
-        "loss": pl.Float64,  # L_k, nats per token, the same on every row of a step
-        "grad_norm": pl.Float64,  # before clipping; null where the trainer does not clip
-        "clip_factor": pl.Float64,  # what clipping multiplied the gradient by
-        "groups": pl.List(
-            pl.Struct(
-                {"lr": pl.Float64, "weight_decay": pl.Float64, "beta1": pl.Float64, "beta2": pl.Float64, "eps": pl.Float64}
-            )
-        ),
-    }
+    [
+        ("step", pl.Int64()),
+        ("rank", pl.Int32()),
+        ("micro_batch", pl.Int32()),
+        ("sample_ids", pl.List(pl.Int64)),
+        ("weights", pl.List(pl.Float32)),  # c_z of L_k = sum over all ranks and micro-batches of c_z l_z
+        ("tokens", pl.List(pl.Int32)),  # predicted tokens per sample
+        ("loss", pl.Float64()),  # L_k, nats per token, the same on every row of a step
+        ("grad_norm", pl.Float64()),  # before clipping; null where the trainer does not clip
+        ("clip_factor", pl.Float64()),  # what clipping multiplied the gradient by
+        ("groups", pl.List(pl.Struct(dict.fromkeys(_SETTINGS, pl.Float64)))),  # one entry per parameter group
+    ]
 )
 
 
@@ -84,7 +81,8 @@ class Run:
             raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
         if not self.snapshots:
             raise UserError(
-                f"{folder} has no snapshots: values need the states at the window borders; train with the recorder's windows set"
+                f"{folder} has no snapshots: values need the states at the window borders; "
+                "train with the recorder's windows set"
             )
 
     @property
@@ -109,12 +107,19 @@ class Run:
         try:
             frame = pl.read_parquet(path)
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{path} is corrupted or truncated ({error}); restore it or train the stage again") from None
+            raise UserError(
+                f"{path} is corrupted or truncated ({error}); restore it or train the stage again"
+            ) from None
         if frame.schema != STEPS:
-            raise UserError(f"{path} has columns {list(frame.schema)}, expected {list(STEPS)}; it was not written by the recorder")
+            raise UserError(
+                f"{path} has columns {list(frame.schema)}, expected {list(STEPS)}; it was not written by the recorder"
+            )
         missing = sorted(set(range(self.spec.steps)) - set(frame["step"].unique()))
         if missing:
-            raise UserError(f"{path} lacks step {missing[0]} and {len(missing) - 1} more of {self.spec.steps}; train the stage again")
+            raise UserError(
+                f"{path} lacks step {missing[0]} and {len(missing) - 1} more of {self.spec.steps}; "
+                "train the stage again"
+            )
         return frame.sort("step", "rank", "micro_batch")
 
     def window(self, name: str) -> tuple[int, int]:
@@ -135,7 +140,9 @@ class Run:
         """
         earlier = [found for found in self.snapshots if found <= step]
         if not earlier:
-            raise UserError(f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}); restore it")
+            raise UserError(
+                f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}); restore it"
+            )
         return earlier[-1]
 
     def snapshot(self, step: int) -> Path:
@@ -149,13 +156,13 @@ class Run:
 
     @cached_property
     def catalogue(self) -> pl.DataFrame:
-        """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in `catalogue.parquet`."""
-        stamp = fingerprint({domain: (stream.folder / "index.json").read_text() for domain, stream in self.streams.items()})
+        """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
+        stamp = fingerprint(
+            {domain: (stream.folder / "index.json").read_text() for domain, stream in self.streams.items()}
+        )
         path = self.folder / f"catalogue-{stamp}.parquet"
         if not path.exists():
-            frames = [
-                stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in self.streams.items()
-            ]
+            frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in self.streams.items()]
             with replacing(path) as part:
                 pl.concat(frames).write_parquet(part)
         return pl.read_parquet(path)

@@ -1,7 +1,7 @@
 """Snapshots: the state of model and optimizer before a step, as one safetensors file.
 
-Keys are `model.<parameter>` and `optimizer.<parameter>.<buffer>`; nothing is pickled. Writing one holds no second copy of
-the state beyond what the device-to-host transfer needs.
+Keys are `model.<parameter>` and `optimizer.<parameter>.<buffer>`; nothing is pickled. Writing one holds no second copy
+of the state beyond what the device-to-host transfer needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def state_bytes(model: nn.Module, optimizer_copies: int = 2) -> int:
     """Size of one snapshot in bytes: parameters, buffers and `optimizer_copies` moments of the trainable parameters."""
-    own = sum(tensor.nbytes for tensor in model.state_dict(keep_vars=True).values())
+    own: int = sum(tensor.nbytes for tensor in model.state_dict(keep_vars=True).values())
     return own + optimizer_copies * sum(parameter.nbytes for parameter in named_parameters(model).values())
 
 
@@ -67,13 +67,17 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer | None = None)
     tensors = _read(path)
     wanted = dict(_model_tensors(model))
     found = {key: value for key, value in tensors.items() if key.startswith("model.")}
-    wrong = [key for key in sorted({*wanted, *found}) if key not in wanted or key not in found or wanted[key].shape != found[key].shape]
+    wrong = [
+        key
+        for key in sorted({*wanted, *found})
+        if key not in wanted or key not in found or wanted[key].shape != found[key].shape
+    ]
     if wrong:
         there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
         here = tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else "missing"
         raise UserError(
-            f"snapshot {path} is of another model: {len(wrong)} tensors differ, first {wrong[0]} ({there} there, {here} in the "
-            "run's model); restore the run's own snapshot or its model config"
+            f"snapshot {path} is of another model: {len(wrong)} tensors differ, first {wrong[0]} ({there} there, "
+            f"{here} in the run's model); restore the run's own snapshot or its model config"
         )
     with torch.no_grad():
         for key, target in wanted.items():
@@ -82,14 +86,18 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer | None = None)
         _load_optimizer(path, tensors, named_parameters(model), optimizer)
 
 
-def _load_optimizer(path: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer: Optimizer) -> None:
+def _load_optimizer(
+    path: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer: Optimizer
+) -> None:
     optimizer.state.clear()
     for key, value in tensors.items():
         if not key.startswith("optimizer."):
             continue
         name, _, buffer = key.removeprefix("optimizer.").rpartition(".")
         if name not in parameters:
-            raise UserError(f"snapshot {path} has optimizer state of {name}, which is no trainable parameter of the run's model")
+            raise UserError(
+                f"snapshot {path} has optimizer state of {name}, which is no trainable parameter of the run's model"
+            )
         device = value.device if value.dim() == 0 else parameters[name].device
         optimizer.state[parameters[name]][buffer] = value.clone().to(device)
 

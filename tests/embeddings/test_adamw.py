@@ -39,7 +39,9 @@ def test_update_equals_torch_adamw_over_100_steps(clip_norm):
             torch.nn.utils.clip_grad_norm_(parts, clip_norm)
         optimizer.step()
         state = adamw_update(state, gradient, step, groups(), clip_norm)
-        torch.testing.assert_close(state.parameters, torch.cat([part.detach() for part in parts]), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            state.parameters, torch.cat([part.detach() for part in parts]), rtol=1e-11, atol=1e-12
+        )
 
 
 @given(

@@ -19,7 +19,9 @@ STEPS, BATCH, LENGTH = 5, 4, 7
 def record(step: int) -> StepRecord:
     matrices = GroupSettings(lr=0.02 / (1 + step), weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
     vectors = GroupSettings(lr=0.01 / (1 + step), weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
-    return StepRecord(step=step, micro_batches=[], loss=0.0, grad_norm=None, clip_factor=1.0, groups=[matrices, vectors])
+    return StepRecord(
+        step=step, micro_batches=[], loss=0.0, grad_norm=None, clip_factor=1.0, groups=[matrices, vectors]
+    )
 
 
 class Problem:
@@ -121,7 +123,8 @@ def test_values_do_not_depend_on_micro_batches():
     final, states = problem.train(problem.batches)
     whole = problem.embeddings(states, final)
     parts = [
-        dataclasses.replace(state, batches=[one for batch in state.batches for one in batch.split(1)]) for state in states
+        dataclasses.replace(state, batches=[one for batch in state.batches for one in batch.split(1)])
+        for state in states
     ]
     for one, other in zip(whole, problem.embeddings(parts, final), strict=True):
         torch.testing.assert_close(one, other)

@@ -36,7 +36,13 @@ def test_recursion_equals_multiplied_matrices(seed, sizes, dimension, rows_per_b
     scales = random.uniform(0, 0.2, size=len(steps))
     out = np.zeros_like(gradients)
     recursion(
-        gradients, scales[:, None], steps, out, blocks=[slice(0, dimension)], rows_per_block=rows_per_block, device="cpu"
+        gradients,
+        scales[:, None],
+        steps,
+        out,
+        blocks=[slice(0, dimension)],
+        rows_per_block=rows_per_block,
+        device="cpu",
     )
     np.testing.assert_allclose(out, explicit(gradients.astype(np.float64), scales, steps), rtol=2e-3, atol=2e-5)
 
@@ -76,7 +82,9 @@ def test_only_the_first_rows_are_kept_when_the_horizon_lies_behind_the_window():
     np.testing.assert_array_equal(window, whole[:4])
 
 
-@pytest.mark.parametrize(("rows", "wanted"), [(4, [(4, 7), (0, 4)]), (1, [(6, 7), (4, 6), (1, 4), (0, 1)]), (99, [(0, 7)])])
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(4, [(4, 7), (0, 4)]), (1, [(6, 7), (4, 6), (1, 4), (0, 1)]), (99, [(0, 7)])]
+)
 def test_blocks_are_whole_steps(rows, wanted):
     steps = np.array([0, 1, 1, 1, 2, 2, 3])
     assert [(block.start, block.stop) for block in step_blocks(steps, rows)] == wanted

@@ -23,7 +23,9 @@ def one_by_one(task: Task, samples: Batch, names: list[str]) -> list[dict[str, t
     parameters = dict(task.model.named_parameters())
     rows = []
     for sample in samples.split(1):
-        gradients = torch.autograd.grad(task.sample_losses(sample).sum(), [parameters[f"{name}.weight"] for name in names])
+        gradients = torch.autograd.grad(
+            task.sample_losses(sample).sum(), [parameters[f"{name}.weight"] for name in names]
+        )
         rows.append(dict(zip(names, gradients, strict=True)))
     return rows
 

@@ -70,7 +70,9 @@ def test_states_hold_what_each_update_read(run):
 
 
 def test_a_run_killed_and_resumed_records_the_same(run, tmp_path):
-    """Rows after the last flush are lost with the process; the trainer repeats those steps and the record has each step once."""
+    """Rows after the last flush are lost with the process; the trainer repeats those steps and the record has each
+    step once.
+    """
     config = RecorderConfig(windows={"early": (0, 4), "late": (8, tiny.STEPS)}, flush_steps=5)
     Training(run.spec.streams).run(tmp_path / "run", config, stop=9)
     with pytest.raises(UserError, match=r"not finished.*resume"):

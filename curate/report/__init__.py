@@ -1,0 +1,1 @@
+"""The report: one HTML file and the same numbers in the tracker."""

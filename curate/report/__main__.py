@@ -1,0 +1,67 @@
+"""`python -m curate.report --run RUN`: render the report of a finished selection again and log it."""
+
+import sys
+from pathlib import Path
+
+from curate.config import Config, parse_command, run_command
+from curate.errors import UserError
+from curate.tracking import TrackingConfig
+
+
+class ReportConfig(Config):
+    """Which report to render."""
+
+    run: Path
+    """Folder of the recorded run."""
+    select: Path | None = None
+    """Folder of the selection; none: the newest one inside the run's folder."""
+    out: Path | None = None
+    """HTML file to write; none: report.html in the selection's folder."""
+    tracking: TrackingConfig = TrackingConfig(mode="none")
+    """Where the numbers go besides; --tracking.mode=auto logs them to W&B."""
+
+
+def main() -> None:
+    """Parse the command line and render."""
+    config = parse_command(ReportConfig, "python -m curate.report", "Render the report of a selection again.")
+    render_again(config)
+
+
+def render_again(config: ReportConfig) -> Path:
+    """Write the report, log it, and say where it is.
+
+    Raises:
+        UserError: there is no selection, or its report data is incomplete.
+    """
+    from curate.report.data import load_data
+    from curate.report.page import write_report
+    from curate.report.track import log_report
+    from curate.tracking import open_tracker
+
+    selection = config.select or newest_selection(config.run)
+    data = load_data(selection)
+    path = config.out or selection / "report.html"
+    write_report(path, data)
+    tracker = open_tracker(config.tracking, config.run, f"{data.run}-{data.target}", "report")
+    log_report(tracker, data, path, selection / "mixture.yaml")
+    tracker.finish()
+    sys.stdout.write(f"report: {path}\n")
+    return path
+
+
+def newest_selection(run: Path) -> Path:
+    """The folder below `run` whose report data was written last.
+
+    Raises:
+        UserError: there is none.
+    """
+    from curate.report.data import FACTS, FOLDER
+
+    found = sorted(run.glob(f"**/{FOLDER}/{FACTS}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    if not found:
+        raise UserError(f"{run} holds no selection with report data; run `python -m curate.select --run {run}` first")
+    return found[-1].parent.parent
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,112 @@
+"""`ReportData`: the one record that crosses from a selection into its report, and its files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from curate.artifacts import read_json, replacing
+from curate.errors import UserError
+
+FOLDER = "report_data"  # inside a selection folder
+FACTS = "report.json"
+
+# Columns that each frame must have; more are allowed and shown nowhere.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "reliability": ("window", "ranking", "samples", "spearman", "reliability", "reliability_low", "reliability_high"),
+    "curve": ("window", "step", "domain", "value", "value_per_lr"),
+    "training": ("step", "loss", "lr", "grad_norm"),
+    "domains": (
+        *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
+        *("score", "score_low", "score_high", "shrunk"),
+    ),
+    "mixture": ("domain", "prior", "weight", "tokens", "samples", "epochs", "binding"),
+    "examples": ("kind", "rank", "window", "step", "domain", "sample_id", "value", "text"),
+    "shards": ("window", "domain", "shards", "samples", "share_between", "p_value", "verdict"),
+    "costs": ("phase", "units", "seconds", "bytes", "note"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything that a report shows. Values are in nats per token of the target, positive = the sample helped.
+
+    Raises:
+        ValueError: a frame lacks one of its `COLUMNS`.
+    """
+
+    run: str
+    """Name of the run whose samples were valued."""
+    target: str
+    """Name of the target."""
+    target_documents: int
+    """Documents of the target that selection used."""
+    target_tokens: int
+    """Predicted tokens of those documents."""
+    estimator: str
+    """What estimated the values, e.g. "adjoint"."""
+    horizons: Mapping[str, str]
+    """Window -> the state that the target's loss is read at ("window_end" or "stage_end"), windows in time's order."""
+    mixture_window: str
+    """The window whose scores set the mixture."""
+    sign: str
+    """What a positive value means (`curate.artifacts.SIGN`)."""
+    budget_tokens: int
+    """Tokens asked for in the next stage."""
+    loader: str
+    """Python lines that load the next stage's data."""
+    settings: Mapping[str, Any]
+    """The resolved settings of the selection (JSON values)."""
+    reliability: pl.DataFrame
+    """Output of `curate.scores.reliability.halves_reliability`."""
+    curve: pl.DataFrame
+    """One row per (window, step, domain): `value`, the mean value per predicted token, and `value_per_lr`, it divided
+    by the step's learning rate."""
+    training: pl.DataFrame
+    """One row per step of the stage: `loss` (nats per token), `lr`, `grad_norm` (null where unknown)."""
+    domains: pl.DataFrame
+    """Output of `curate.scores.domain.domain_scores` for the target."""
+    mixture: pl.DataFrame
+    """One row per domain: shares `prior` and `weight`, `tokens`, `samples`, `epochs`, `binding` (null, "floor",
+    "ceiling" or "max_epochs")."""
+    examples: pl.DataFrame
+    """Samples to read: `kind` "most" or "least" valuable, `rank` from 1, and where each comes from."""
+    shards: pl.DataFrame
+    """Output of `curate.scores.shards.between_shards` for the target."""
+    costs: pl.DataFrame
+    """One row per phase: `units` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
+    each but the phase may be null."""
+
+    def __post_init__(self) -> None:
+        for name, columns in COLUMNS.items():
+            missing = sorted(set(columns) - set(getattr(self, name).columns))
+            if missing:
+                raise ValueError(f"the frame {name!r} of a report lacks the columns {', '.join(missing)}")
+
+
+def save_data(selection: Path, data: ReportData) -> None:
+    """Write `data` below a selection folder, so that `python -m curate.report` can render it again."""
+    facts = {field.name: getattr(data, field.name) for field in fields(data) if field.name not in COLUMNS}
+    with replacing(selection / FOLDER) as part:
+        part.mkdir()
+        for name in COLUMNS:
+            getattr(data, name).write_parquet(part / f"{name}.parquet")
+        (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def load_data(selection: Path) -> ReportData:
+    """Read what `save_data` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    folder = selection / FOLDER
+    try:
+        frames: dict[str, Any] = {name: pl.read_parquet(folder / f"{name}.parquet") for name in COLUMNS}
+        return ReportData(**read_json(folder / FACTS), **frames)
+    except (OSError, pl.exceptions.PolarsError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{selection} holds no complete report data ({reason}); select again to write it") from None

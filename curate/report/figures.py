@@ -1,0 +1,318 @@
+"""The figures: frames in, Plotly figures as JSON text out. Windows stand side by side, domains one below the other.
+
+Every domain has a row of its own, so that no figure needs a legend and none is read by colour alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from curate.report.style import HELPED, HURT, QUIET, Scale, percent
+
+_GRID = "rgba(128,128,128,0.22)"
+_FONT = {
+    "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
+    "size": 12,
+    "color": "#44484d",
+}
+_SHADE = "rgba(0,114,178,0.13)"
+
+
+def value_figure(
+    curve: pl.DataFrame,
+    training: pl.DataFrame,
+    *,
+    value: str,
+    windows: Sequence[str],
+    domains: Sequence[str],
+    colours: Mapping[str, str],
+    scale: Scale,
+) -> str:
+    """Value over training steps: a row per domain and a column per window, the learning rate below.
+
+    Bars are steps; the line is the mean of neighbouring steps. All rows of a window share their scale.
+
+    Args:
+        curve: columns `window`, `step`, `domain` and the one named by `value`; what is not finite is not drawn.
+        training: columns `step` and `lr`.
+        value: the column of `curve` that is drawn.
+        windows: columns of the figure.
+        domains: rows of the figure.
+        colours: domain -> colour of its line.
+        scale: of the values.
+    """
+    from plotly.subplots import make_subplots
+
+    rows = len(domains) + 1
+    known = curve.filter(pl.col(value).is_finite())
+    figure = make_subplots(
+        rows=rows,
+        cols=max(1, len(windows)),
+        shared_xaxes="columns",
+        horizontal_spacing=0.09,
+        vertical_spacing=0.3 / rows,
+    )
+    for column, window in enumerate(windows, 1):
+        inside = known.filter(window=window).sort("step")
+        for row, domain in enumerate(domains, 1):
+            cell = inside.filter(domain=domain).with_columns(pl.col(value) * scale.factor)
+            for trace in _value_traces(cell, value, domain, colours[domain], scale):
+                figure.add_trace(trace, row=row, col=column)
+            _label(figure, row, column, domain)
+        first, last = _range(inside)
+        rates = training.filter(pl.col("step").is_between(first, last)).sort("step")
+        figure.add_trace(_line(rates, "lr", QUIET, "learning rate %{y:.3g}"), row=rows, col=column)
+        _label(figure, rows, column, "learning rate")
+        limits = _limits(inside[value] * scale.factor)
+        figure.update_yaxes(range=limits, tickvals=_ticks(limits), col=column)
+        figure.update_yaxes(range=None, tickvals=None, rangemode="tozero", nticks=3, row=rows, col=column)
+        figure.update_xaxes(range=[first - 0.7, last + 0.7], col=column)
+        figure.update_xaxes(title=f"step ({window})", row=rows, col=column)
+    figure.update_yaxes(tickfont={"size": 10}, exponentformat="power")
+    return _finished(figure, 44 + 62 * rows, {"l": 40, "r": 8, "t": 18, "b": 44}, bargap=0.25)
+
+
+def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scale: Scale) -> list[Any]:
+    from plotly import graph_objects as go
+
+    bars = go.Bar(
+        x=cell["step"].to_list(),
+        y=cell[value].to_list(),
+        marker={"color": [HELPED if number >= 0 else HURT for number in cell[value]], "line": {"width": 0}},
+        opacity=0.42,
+        hovertemplate=f"{domain}, step %{{x}}<br>%{{y:.3g}} {scale.unit}<extra></extra>",
+    )
+    smooth = cell.with_columns(pl.col(value).rolling_mean(_span(cell.height), center=True, min_samples=1))
+    return [bars, _line(smooth, value, colour, f"{domain}, around step %{{x}}<br>mean %{{y:.3g}} {scale.unit}")]
+
+
+def _span(steps: int) -> int:
+    """Steps in the running mean of a figure: a sixth of the window, odd."""
+    return max(1, steps // 6) | 1
+
+
+def score_figure(
+    domains: pl.DataFrame, *, windows: Sequence[str], order: Sequence[str], colours: Mapping[str, str]
+) -> str:
+    """Domain scores with 95 % intervals, windows side by side on one scale; an upright tick marks the shrunk score.
+
+    Args:
+        domains: columns `window`, `domain`, `score`, `score_low`, `score_high` and `shrunk`.
+        windows: columns of the figure.
+        order: rows of the figure.
+        colours: domain -> colour.
+    """
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=1, cols=len(windows), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=list(windows)
+    )
+    for column, window in enumerate(windows, 1):
+        rows = {row["domain"]: row for row in domains.filter(window=window).to_dicts()}
+        for domain in order:
+            for trace in _score_traces(rows[domain], colours[domain]) if domain in rows else ():
+                figure.add_trace(trace, row=1, col=column)
+        figure.add_vline(x=0, line={"color": QUIET, "width": 1}, row=1, col=column)
+    low, high = (domains.select("score", "shrunk", bound).to_numpy() for bound in ("score_low", "score_high"))
+    limits = _limits(pl.Series([*low.ravel().tolist(), *high.ravel().tolist()], dtype=pl.Float64))
+    figure.update_xaxes(range=limits, nticks=6, title="score", showgrid=True)
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=list(reversed(order)), automargin=True, range=[-0.6, len(order) - 0.4]
+    )
+    return _finished(figure, 96 + 30 * len(order), {"l": 8, "r": 8, "t": 28, "b": 48})
+
+
+def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
+    from plotly import graph_objects as go
+
+    known = row["score_low"] is not None
+    interval = (
+        f"<br>95 % interval {row['score_low']:+.3f} to {row['score_high']:+.3f}" if known else "<br>interval not known"
+    )
+    mark = go.Scatter(
+        x=[row["score"]],
+        y=[row["domain"]],
+        mode="markers",
+        marker={"size": 9, "color": colour, "symbol": "circle" if known else "circle-open"},
+        hovertemplate=f"{row['domain']}<br>score %{{x:+.3f}}{interval}<extra></extra>",
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["score_high"] - row["score"]] if known else [0],
+            "arrayminus": [row["score"] - row["score_low"]] if known else [0],
+            "thickness": 1.6,
+            "width": 0,
+            "color": colour,
+        },
+    )
+    shrunk = go.Scatter(
+        x=[row["shrunk"]],
+        y=[row["domain"]],
+        mode="markers",
+        marker={"size": 13, "color": colour, "symbol": "line-ns-open", "line": {"width": 2}},
+        hovertemplate=f"{row['domain']}<br>shrunk score %{{x:+.3f}}<extra></extra>",
+    )
+    return [mark, shrunk]
+
+
+def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapping[str, str]) -> str:
+    """Shares of the finished stage (grey) and of the next (coloured); a bound that holds a share is named beside it.
+
+    Args:
+        mixture: columns `domain`, `prior`, `weight` and `binding`.
+        order: rows of the figure.
+        colours: domain -> colour.
+    """
+    from plotly import graph_objects as go
+
+    rows = {row["domain"]: row for row in mixture.to_dicts()}
+    shown = [rows[domain] for domain in order if domain in rows]
+    names = [row["domain"] for row in shown]
+    old = go.Bar(
+        y=names,
+        x=[row["prior"] for row in shown],
+        orientation="h",
+        marker={"color": QUIET},
+        opacity=0.55,
+        hovertemplate="%{y}, finished stage: %{x:.2%}<extra></extra>",
+    )
+    notes = [percent(row["weight"]) + (f"  {bound_name(row['binding'])}" if row["binding"] else "") for row in shown]
+    new = go.Bar(
+        y=names,
+        x=[row["weight"] for row in shown],
+        orientation="h",
+        marker={"color": [colours[name] for name in names]},
+        text=notes,
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}, next stage: %{x:.2%}<extra></extra>",
+    )
+    figure = go.Figure([new, old])
+    largest = max((max(row["prior"] * 1.05, row["weight"] * _room(row["binding"])) for row in shown), default=1.0)
+    figure.update_xaxes(range=[0, largest], tickformat=".0%", title="share of tokens", showgrid=True)
+    figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(names)), automargin=True, showgrid=False)
+    return _finished(figure, 72 + 40 * len(shown), {"l": 8, "r": 8, "t": 8, "b": 48}, barmode="group", bargap=0.3)
+
+
+def _room(binding: str | None) -> float:
+    """Width of a bar with its note, as a multiple of the bar, that fits a phone too."""
+    return 1.75 if binding else 1.3
+
+
+def bound_name(binding: str) -> str:
+    """A binding constraint in words."""
+    return {"max_epochs": "epoch cap"}.get(binding, binding)
+
+
+def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int]]) -> str:
+    """Loss, learning rate and gradient norm of the stage, the valued windows shaded.
+
+    Args:
+        training: columns `step`, `loss`, `lr` and `grad_norm`.
+        windows: name -> first and last step.
+    """
+    from plotly.subplots import make_subplots
+
+    names = [("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm")]
+    shown = [(column, label) for column, label in names if training[column].drop_nulls().len()]
+    heights = [3.0 if column == "loss" else 1.0 for column, _ in shown]
+    figure = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=heights)
+    ordered = training.sort("step")
+    for row, (column, label) in enumerate(shown, 1):
+        trace = _line(ordered, column, HELPED if column == "loss" else QUIET, f"step %{{x}}<br>{label} %{{y:.4g}}")
+        figure.add_trace(trace, row=row, col=1)
+        _label(figure, row, 1, label)
+    for window, (first, last) in windows.items():
+        shade = {"x0": first - 0.5, "x1": last + 0.5, "fillcolor": _SHADE, "line_width": 0, "layer": "below"}
+        figure.add_vrect(**shade, row="all", col=1)
+        figure.add_annotation(
+            x=(first + last) / 2,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text=window,
+            showarrow=False,
+            font={"size": 11},
+            yshift=14,
+        )
+    figure.update_xaxes(title="step", row=len(shown), col=1)
+    figure.update_yaxes(nticks=4)
+    return _finished(figure, 140 + 100 * len(shown), {"l": 48, "r": 8, "t": 40, "b": 44})
+
+
+def window_range(curve: pl.DataFrame, window: str) -> tuple[int, int]:
+    """First and last valued step of a window."""
+    return _range(curve.filter(window=window))
+
+
+def _range(frame: pl.DataFrame) -> tuple[int, int]:
+    low, high = frame.select(pl.col("step").min(), pl.col("step").max().alias("last")).row(0)
+    return (0, 0) if low is None else (int(low), int(high))
+
+
+def _line(frame: pl.DataFrame, column: str, colour: str, hover: str) -> Any:
+    from plotly import graph_objects as go
+
+    return go.Scatter(
+        x=frame["step"].to_list(),
+        y=frame[column].to_list(),
+        mode="lines",
+        line={"color": colour, "width": 1.8},
+        hovertemplate=f"{hover}<extra></extra>",
+    )
+
+
+def _label(figure: Any, row: int, column: int, text: str) -> None:
+    """Name a cell at its upper left corner."""
+    figure.add_annotation(
+        row=row,
+        col=column,
+        x=0,
+        y=1,
+        xref="x domain",
+        yref="y domain",
+        xanchor="left",
+        yanchor="bottom",
+        text=text,
+        showarrow=False,
+        font={"size": 11},
+    )
+
+
+def _limits(values: pl.Series) -> list[float]:
+    """An axis range around all values and zero."""
+    finite = values.drop_nulls().drop_nans().to_list()
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    margin = 0.06 * (high - low) or 1.0
+    return [low - margin, high + margin]
+
+
+def _ticks(limits: list[float]) -> list[float]:
+    """Zero and one round number on the longer side."""
+    longer = max(limits, key=abs)
+    power = 10.0 ** math.floor(math.log10(abs(longer)))
+    size = max(step for step in (1.0, 2.0, 5.0) if step * power <= abs(longer)) * power
+    return sorted([0.0, math.copysign(size, longer)])
+
+
+def _finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) -> str:
+    """Common looks; then JSON text that cannot close the script element that holds it."""
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin=margin,
+        font=_FONT,
+        showlegend=False,
+        dragmode=False,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"font": {"size": 12}},
+        **layout,
+    )
+    axis = {"gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": QUIET, "zerolinewidth": 1, "fixedrange": True}
+    figure.update_xaxes(showgrid=None, zeroline=False, **axis)
+    figure.update_yaxes(zeroline=True, **axis)
+    text: str = figure.to_json(engine="json")
+    return text.replace("</", "<\\/")

@@ -1,0 +1,183 @@
+"""One self-contained HTML file from a `ReportData`: equal data, equal bytes; nothing is loaded from anywhere."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from curate.artifacts import replacing
+from curate.report import figures, tables
+from curate.report.data import ReportData
+from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
+
+# Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
+MAX_WINDOW_STEPS = 150
+MAX_STAGE_STEPS = 600
+_SHOWN_EXAMPLES = 4  # of each kind before the fold
+_WEAK_RELIABILITY = 0.5
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the report atomically.
+
+    Args:
+        path: the HTML file.
+        data: what it shows.
+    """
+    with replacing(path) as part:
+        part.write_text(render(data), encoding="utf-8")
+
+
+def render(data: ReportData) -> str:
+    """The report as HTML text."""
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": count, "percent": percent, "signed": signed, "number": number}
+    template = environment.from_string(_resource("template.html"))
+    return template.render(
+        data=data,
+        style=_resource("page.css"),
+        script=_resource("page.js"),
+        plotly=get_plotlyjs(),
+        **_content(data),
+    )
+
+
+def _resource(name: str) -> str:
+    return (files("curate.report") / name).read_text(encoding="utf-8")
+
+
+def _content(data: ReportData) -> dict[str, Any]:
+    """Everything the template needs besides the data itself."""
+    windows = list(data.horizons)
+    order = domain_order(data)
+    colour = colours(order)
+    curve, grouped = group_steps(data.curve, MAX_WINDOW_STEPS, "window", "domain")
+    training, stage_grouped = group_steps(data.training, MAX_STAGE_STEPS)
+    scale, per_lr = scale_of(curve["value"]), scale_of(curve["value_per_lr"])
+    per_token = scale_of([*data.domains["value_per_token"], *data.domains["low"], *data.domains["high"]])
+    sample_scale = scale_of(data.examples["value"])
+    seen = [window for window in windows if window in set(data.curve["window"])]
+    drawn = [domain for domain in order if domain in set(curve["domain"])]
+    shared: dict[str, Any] = {"windows": seen, "domains": drawn, "colours": colour}
+    return {
+        "windows": windows,
+        "colours": colour,
+        "headline": headline(data),
+        "warnings": warnings(data),
+        "facts": facts(data),
+        "grouped": grouped,
+        "stage_grouped": stage_grouped,
+        "curve_figure": figures.value_figure(curve, data.training, value="value", scale=scale, **shared),
+        "curve_lr_figure": figures.value_figure(curve, data.training, value="value_per_lr", scale=per_lr, **shared),
+        "curve_unit": scale.unit,
+        "curve_lr_unit": per_lr.unit,
+        "curve_table": tables.curve_table(curve, order, windows, scale, per_lr),
+        "training_figure": figures.training_figure(
+            training, {window: figures.window_range(data.curve, window) for window in seen}
+        ),
+        "training_table": tables.training_table(training),
+        "score_figure": figures.score_figure(data.domains, windows=windows, order=order, colours=colour),
+        "score_table": tables.domain_table(data.domains, order, windows, per_token),
+        "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour),
+        "mixture_table": tables.mixture_table(data.mixture, order),
+        "examples": examples(data, sample_scale.factor),
+        "examples_unit": sample_scale.unit,
+        "shown_examples": _SHOWN_EXAMPLES,
+        "shard_table": tables.shard_table(data.shards, order, windows),
+        "reliability_table": tables.reliability_table(data.reliability, windows),
+        "cost_table": tables.cost_table(data.costs),
+        "settings": json.dumps(dict(data.settings), indent=2),
+    }
+
+
+def domain_order(data: ReportData) -> list[str]:
+    """All domains, the highest score of the window that set the mixture first, ties by name."""
+    scores = data.domains.filter(window=data.mixture_window).select("domain", "score")
+    rank = dict(scores.iter_rows())
+    everywhere = {domain for frame in (data.domains, data.mixture, data.curve) for domain in frame["domain"]}
+    return sorted(everywhere, key=lambda domain: (-(rank.get(domain) or 0.0), domain))
+
+
+def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFrame, int]:
+    """Average groups of consecutive steps where there are more than a figure can show.
+
+    Args:
+        frame: a column `step`, the `keys`, and numbers.
+        most: steps that may remain.
+        keys: columns that tell apart rows of one step; the first one also tells apart ranges of steps (windows).
+
+    Returns:
+        the frame, and how many steps one of its points stands for.
+    """
+    apart = keys[:1] or [pl.lit(0)]
+    counts = frame.select(pl.col("step").n_unique().over(apart)).to_series().to_list()
+    size = -(-max(counts, default=1) // most)
+    if size <= 1:
+        return frame, 1
+    start = pl.col("step").min().over(apart)
+    grouped = frame.with_columns(step=start + (pl.col("step") - start) // size * size).group_by("step", *keys).mean()
+    return grouped.select(frame.columns).sort("step", *keys), size
+
+
+def headline(data: ReportData) -> str:
+    """The finding in two sentences, with its numbers."""
+    scores = data.domains.filter((pl.col("window") == data.mixture_window) & (pl.col("samples") > 0)).sort(
+        "score", "domain", descending=[True, False]
+    )
+    shares = {row["domain"]: row for row in data.mixture.to_dicts()}
+    if scores.is_empty():
+        return f"No sample of the {data.mixture_window} window was valued."
+    best, worst = scores.row(0, named=True), scores.row(-1, named=True)
+    changes = [
+        f"{row['domain']} from {percent(shares[row['domain']]['prior'])} to {percent(shares[row['domain']]['weight'])}"
+        for row in (best, worst)
+        if row["domain"] in shares
+    ]
+    found = f"In the {data.mixture_window} window {best['domain']} helped the target most and {worst['domain']} least."
+    return f"{found} Their share of the tokens goes with it: {listed(changes)}." if changes else found
+
+
+def warnings(data: ReportData) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    weak = data.reliability.filter((pl.col("ranking") == "within_step") & (pl.col("reliability") < _WEAK_RELIABILITY))
+    found = [
+        f"Another half of the target would have ranked the samples of the {row['window']} window differently "
+        f"(reliability {signed(row['reliability'])}): judge no single sample by its value, or give a larger target."
+        for row in weak.to_dicts()
+    ]
+    unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
+    if unseen:
+        found.append(f"A window has no sample of {listed(unseen)}; the score of 0 there is not a measurement.")
+    return found
+
+
+def facts(data: ReportData) -> list[tuple[str, str]]:
+    """Name and value of what identifies the selection."""
+    horizons = [f"{window} at {horizon.replace('_', ' ')}" for window, horizon in data.horizons.items()]
+    delivered = int(data.mixture["tokens"].sum())
+    weights = data.mixture.filter(pl.col("weight") > 0)["weight"]
+    entropy = float(-(weights * weights.log()).sum())
+    reliability = data.reliability.filter((pl.col("ranking") == "pooled") & (pl.col("window") == data.mixture_window))
+    measured = reliability["reliability"].to_list()
+    return [
+        ("run", data.run),
+        ("target", f"{data.target} ({count(data.target_documents)} documents, {count(data.target_tokens)} tokens)"),
+        ("split-half reliability", signed(measured[0]) if measured else "–"),
+        ("estimator", data.estimator),
+        ("horizon", "; ".join(horizons)),
+        ("next stage", f"{count(delivered)} tokens of {count(data.budget_tokens)} asked for"),
+        ("domains in effect", f"{number(2.718281828459045**entropy)} of {data.mixture.height}"),
+        ("embedding and selection took", duration(float(data.costs["seconds"].sum()))),
+    ]
+
+
+def examples(data: ReportData, factor: float) -> dict[str, list[dict[str, Any]]]:
+    """Samples to read, most and least valuable, with values as text."""
+    rows = data.examples.sort("kind", "rank").to_dicts()
+    shown = [{**row, "value": number(row["value"] * factor), "colour_key": row["domain"]} for row in rows]
+    return {kind: [row for row in shown if row["kind"] == kind] for kind in ("most", "least")}

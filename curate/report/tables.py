@@ -1,0 +1,169 @@
+"""The report's tables: frames in, rows of text out. Each figure has one, so that no number is only drawn."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from curate.report.figures import bound_name
+from curate.report.style import Scale, count, decimal, duration, number, percent, signed, size
+
+Cell = Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns; `numeric` columns are set right-aligned with figures of equal width."""
+
+    headers: list[str]
+    numeric: list[bool]
+    rows: list[list[str]]
+
+
+def table(frame: pl.DataFrame, columns: Mapping[str, tuple[str, Cell | None]]) -> Table:
+    """Choose, name and format columns.
+
+    Args:
+        frame: the rows.
+        columns: column -> (header, format); a format of None leaves text as it is.
+    """
+    formats = [_text if show is None else show for _, show in columns.values()]
+    return Table(
+        headers=[header for header, _ in columns.values()],
+        numeric=[show is not None for _, show in columns.values()],
+        rows=[
+            [show(cell) for show, cell in zip(formats, row, strict=True)]
+            for row in frame.select(list(columns)).iter_rows()
+        ],
+    )
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale) -> Table:
+    """Scores and the values per token that they come from."""
+    scaled = domains.with_columns(pl.col("value_per_token", "low", "high") * scale.factor)
+    return table(
+        _sorted(scaled, order, windows),
+        {
+            "domain": ("domain", None),
+            "window": ("window", None),
+            "score": ("score", signed),
+            "score_low": ("low", signed),
+            "score_high": ("high", signed),
+            "shrunk": ("shrunk", signed),
+            "value_per_token": (f"value per token, {scale.unit}", number),
+            "low": ("low", number),
+            "high": ("high", number),
+            "samples": ("samples", count),
+            "tokens": ("tokens", count),
+        },
+    )
+
+
+def mixture_table(mixture: pl.DataFrame, order: Sequence[str]) -> Table:
+    """Old and new shares and what is delivered."""
+    named = mixture.with_columns(pl.col("binding").map_elements(bound_name, return_dtype=pl.String))
+    return table(
+        _sorted(named, order, ()),
+        {
+            "domain": ("domain", None),
+            "prior": ("finished stage", percent),
+            "weight": ("next stage", percent),
+            "tokens": ("tokens", count),
+            "samples": ("samples", count),
+            "epochs": ("epochs", decimal),
+            "binding": ("held", None),
+        },
+    )
+
+
+def curve_table(
+    curve: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale, per_lr: Scale
+) -> Table:
+    """Value per token of each domain at each step."""
+    scaled = curve.with_columns(pl.col("value") * scale.factor, pl.col("value_per_lr") * per_lr.factor)
+    return table(
+        _sorted(scaled, order, windows, "step"),
+        {
+            "domain": ("domain", None),
+            "window": ("window", None),
+            "step": ("step", count),
+            "value": (f"value per token, {scale.unit}", number),
+            "value_per_lr": (f"per unit of learning rate, {per_lr.unit}", number),
+        },
+    )
+
+
+def training_table(training: pl.DataFrame) -> Table:
+    """The training curve."""
+    return table(
+        training.sort("step"),
+        {
+            "step": ("step", count),
+            "loss": ("loss, nats per token", lambda value: number(value, 5)),
+            "lr": ("learning rate", number),
+            "grad_norm": ("gradient norm", number),
+        },
+    )
+
+
+def shard_table(shards: pl.DataFrame, order: Sequence[str], windows: Sequence[str]) -> Table:
+    """Do shards differ in value?"""
+    return table(
+        _sorted(shards, order, windows),
+        {
+            "domain": ("domain", None),
+            "window": ("window", None),
+            "shards": ("shards", count),
+            "samples": ("samples", count),
+            "share_between": ("variance between shards", percent),
+            "p_value": ("p", number),
+            "verdict": ("verdict", None),
+        },
+    )
+
+
+def reliability_table(reliability: pl.DataFrame, windows: Sequence[str]) -> Table:
+    """Would another half of the target have ranked the samples the same way?"""
+    named = reliability.with_columns(pl.col("ranking").str.replace("_", " "))
+    return table(
+        _sorted(named, (), windows),
+        {
+            "window": ("window", None),
+            "ranking": ("ranking", None),
+            "samples": ("samples", count),
+            "spearman": ("Spearman of the halves", signed),
+            "reliability": ("reliability", signed),
+            "reliability_low": ("low", signed),
+            "reliability_high": ("high", signed),
+        },
+    )
+
+
+def cost_table(costs: pl.DataFrame) -> Table:
+    """What each phase cost."""
+    return table(
+        costs,
+        {
+            "phase": ("phase", None),
+            "units": ("units", lambda value: number(value, 4)),
+            "seconds": ("time", duration),
+            "bytes": ("written", size),
+            "note": ("note", None),
+        },
+    )
+
+
+def _sorted(frame: pl.DataFrame, domains: Sequence[str], windows: Sequence[str], *then: str) -> pl.DataFrame:
+    """Rows in the order of the figures: domains, then windows, then what is named; the rest at the end."""
+    places = {"domain": domains, "window": windows}
+    keys = [
+        pl.col(column).replace_strict({name: place for place, name in enumerate(order)}, default=len(order))
+        for column, order in places.items()
+        if column in frame.columns and order
+    ]
+    return frame.sort([*keys, *then], maintain_order=True) if keys or then else frame

@@ -1,0 +1,320 @@
+"""`python -m curate.select --target domain.jsonl`: the main job, run between two training stages.
+
+Which of the data that the last stage trained on moved the model towards the target, and what should the next stage
+train on? In order: target, embeddings (made where they are missing), search, scores, mixture, data, report.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+from curate.artifacts import MANIFEST, SIGN, fingerprint, is_complete, read_json, replacing, seal
+from curate.config import TokenCount, parse_command, run_command
+from curate.embed import EmbedConfig, embed, index_folder, read_target
+from curate.errors import UserError
+from curate.mixture.constraints import MixtureConfig
+from curate.progress import start_logging
+from curate.shards.plan import ShardsConfig
+from curate.tracking import TrackingConfig
+from curate.trajectory.run import Run, find_run
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.artifacts import Json
+    from curate.embeddings.store import Embedding
+    from curate.mixture.record import Mixture
+    from curate.report.data import ReportData
+    from curate.shards.plan import Plan
+    from curate.target import Target
+
+_log = logging.getLogger(__name__)
+_ELSEWHERE = {"run", "runs_root", "target", "out", "device", "tracking"}  # do not change what is selected
+
+
+class SelectConfig(EmbedConfig):
+    """A selection: everything but the target has a default."""
+
+    target: Path
+    """Target documents (JSONL): what the next stage should get better at."""
+    budget_tokens: TokenCount | None = None
+    """Tokens of the next stage, e.g. 50M; none: as many as the last stage."""
+    out: Path | None = None
+    """Folder to write to; none: a folder inside the run."""
+    mode: Literal["reweight", "filter", "both"] = "reweight"
+    """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
+    folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms."""
+    seed: int = 0
+    """Seed of bootstrap intervals and sample draws."""
+    mixture: MixtureConfig = MixtureConfig()
+    """From scores to weights."""
+    shards: ShardsConfig = ShardsConfig()
+    """How data is written."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Weights & Biases."""
+
+
+def select(config: SelectConfig, run: Run) -> Path:
+    """Select the next stage's data.
+
+    Returns:
+        The selection's folder: mixture.yaml, data/, scores.parquet, domains.parquet, shards.parquet, documents.parquet,
+        report.html. A complete one made with the same settings is returned as it is.
+
+    Raises:
+        UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
+    """
+    begin = perf_counter()
+    target = read_target(config, run)
+    assert target is not None  # the config requires one
+    settings = _settings(config, run, target)
+    out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint(settings)[:8]}"
+    if is_complete(out, settings):
+        _log.info("this selection is complete already")
+        return out
+    embeddings = embed(config, run, target)
+    embedded = perf_counter()
+    values = _values(embeddings, target)
+    trained = _trained_tokens(run)
+    tables = _score(out, values, trained, config)
+    mixture, plan = _mix(run, values, tables["domains"], trained, config)
+    data = _write_data(out / "data", run, mixture, plan, config)
+    costs = _costs(run, embeddings, out, perf_counter() - embedded)
+    report = _report_data(
+        config,
+        run,
+        target,
+        embeddings=embeddings,
+        values=values,
+        tables=tables,
+        mixture=mixture,
+        costs=costs,
+        data=data,
+    )
+    _publish(out, config, report)
+    seal(out, "selection", settings, mixture_fingerprint=fingerprint(mixture.model_dump(mode="json")))
+    _log.info("selected in %.0f seconds", perf_counter() - begin)
+    return out
+
+
+def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
+    chosen = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    return {"run": run.fingerprint, "target": target.fingerprint, **chosen}
+
+
+def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
+    import polars as pl
+
+    from curate.scores.values import value_frame
+
+    frames = []
+    for embedding in embeddings.values():
+        assert embedding.targets is not None
+        frames.append(
+            value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
+        )
+    return pl.concat(frames)
+
+
+def _trained_tokens(run: Run) -> dict[str, int]:
+    """Stored tokens of each domain that the run trained on, repeats counted."""
+    import polars as pl
+
+    uses = run.steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    samples = run.catalogue.unique("sample_id", keep="first", maintain_order=True).join(uses, on="sample_id")
+    tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+    return dict(tokens.sort("domain").iter_rows())
+
+
+def _score(out: Path, values: pl.DataFrame, trained: dict[str, int], config: SelectConfig) -> dict[str, pl.DataFrame]:
+    """Write `scores.parquet` and its roll-ups; returns the roll-ups by name."""
+    from curate.scores.documents import document_values
+    from curate.scores.domain import domain_scores
+    from curate.scores.reliability import halves_reliability
+    from curate.scores.schema import write_scores
+    from curate.scores.shards import between_shards, shard_scores
+
+    write_scores(out / "scores.parquet", values)
+    prior = {domain: float(tokens) for domain, tokens in trained.items()}
+    tables = {
+        "domains": domain_scores(values, prior, seed=config.seed),
+        "shards": shard_scores(values),
+        "documents": document_values(values),
+        "between_shards": between_shards(values),
+        "reliability": halves_reliability(values, seed=config.seed),
+    }
+    for name, table in tables.items():
+        with replacing(out / f"{name}.parquet") as part:
+            table.write_parquet(part)
+    return tables
+
+
+def _mix(
+    run: Run, values: pl.DataFrame, domains: pl.DataFrame, trained: dict[str, int], config: SelectConfig
+) -> tuple[Mixture, Plan]:
+    """Solve the mixture and turn it into whole samples."""
+    from curate.mixture.record import decide, with_tokens
+    from curate.shards.plan import make_plan, make_pool, supply_of
+
+    if config.mixture.window not in config.windows:
+        raise UserError(
+            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.windows}; "
+            "set window or mixture.window"
+        )
+    catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
+    kept = 0.0 if config.mode == "reweight" else config.shards.drop_fraction
+    pool = make_pool(
+        {domain: catalogues[domain] for domain in trained}, values.filter(window=config.mixture.window), kept
+    )
+    budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
+    prior = {domain: float(tokens) for domain, tokens in trained.items()}
+    mixture = decide(domains, prior, supply_of(pool, trained), budget, config.mixture)
+    plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
+    return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan
+
+
+def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: SelectConfig) -> dict[str, Path]:
+    """Write `mixture.yaml` and the next stage's data, and read it back; returns what was written."""
+    from curate.mixture.record import write_mixture
+    from curate.shards.check import check_filter, check_reweight
+    from curate.shards.write import write_filter, write_reweight
+
+    streams = {domain: stream.folder for domain, stream in run.streams.items()}
+    written = {}
+    if config.mode in ("reweight", "both"):
+        written["reweight"] = folder / "streams.yaml"
+        write_reweight(written["reweight"], streams, {name: part.samples for name, part in mixture.domains.items()})
+        check_reweight(written["reweight"], streams, mixture)
+    if config.mode in ("filter", "both"):
+        written["filter"] = folder / "mds"
+        write_filter(written["filter"], run.streams, plan, seed=config.seed, shard_bytes=config.shards.shard_bytes)
+        check_filter(written["filter"], mixture, run.spec.columns)
+        if run.spec.tokenizer is not None:
+            shutil.copyfile(run.spec.tokenizer, written["filter"] / "tokenizer.json")
+    write_mixture(folder.parent / "mixture.yaml", mixture)
+    return written
+
+
+def _costs(run: Run, embeddings: dict[str, Embedding], out: Path, seconds: float) -> pl.DataFrame:
+    """What each phase cost, the stage's training for comparison."""
+    import polars as pl
+
+    rows: list[dict[str, object]] = [{"phase": "training", "units": float(run.spec.steps), "note": "one per step"}]
+    for window, part in embeddings.items():
+        note = f"{100 * part.cost_units / run.spec.steps:.1f} % of the stage"
+        size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
+        rows.append(
+            {"phase": f"embed {window}", "units": part.cost_units, "seconds": part.seconds, "bytes": size, "note": note}
+        )
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    rows.append({"phase": "select", "units": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
+    columns = {"phase": pl.String, "units": pl.Float64, "seconds": pl.Float64, "bytes": pl.Int64, "note": pl.String}
+    return pl.DataFrame(rows, schema=columns)
+
+
+def _report_data(
+    config: SelectConfig, run: Run, target: Target, *, embeddings: dict[str, Embedding], values: pl.DataFrame,
+    tables: dict[str, pl.DataFrame], mixture: Mixture, costs: pl.DataFrame, data: dict[str, Path],
+) -> ReportData:  # fmt: skip
+    from curate.report.collect import example_table, mixture_table, training_curve, value_curve
+    from curate.report.data import ReportData
+
+    training = training_curve(run)
+    found = _search(config, embeddings, target)
+    return ReportData(
+        run=run.folder.name, target=target.name, target_documents=target.documents, target_tokens=target.tokens,
+        estimator=config.estimator, horizons=dict.fromkeys(embeddings, config.horizon),
+        mixture_window=config.mixture.window, sign=SIGN, budget_tokens=mixture.budget_tokens,
+        loader="\n".join(_loader_line(kind, path) for kind, path in data.items()),
+        settings=config.model_dump(mode="json"), reliability=tables["reliability"],
+        curve=value_curve(values, training), training=training, domains=tables["domains"],
+        mixture=mixture_table(mixture), examples=example_table(run, values, found), shards=tables["between_shards"],
+        costs=costs,
+    )  # fmt: skip
+
+
+def _search(config: SelectConfig, embeddings: dict[str, Embedding], target: Target) -> dict[tuple[str, str], list[int]]:
+    """The rows of each window with the largest and the smallest inner product with the target, by the FAISS index."""
+    import numpy as np
+
+    from curate.index.open import open_index
+    from curate.report.collect import EXAMPLES
+
+    found = {}
+    for window, embedding in embeddings.items():
+        assert embedding.targets is not None
+        query = (np.asarray(target.half_weights, np.float32) @ embedding.targets)[None].astype(np.float32)
+        index = open_index(index_folder(embedding, config.index))
+        for kind, sign in (("most", 1), ("least", -1)):
+            _, rows = index.search(sign * query, EXAMPLES)
+            found[window, kind] = rows[0][rows[0] >= 0].tolist()
+    return found
+
+
+def _loader_line(kind: str, path: Path) -> str:
+    if kind == "filter":
+        return f'StreamingDataset(local="{path.resolve()}", batch_size=...)'
+    return f'StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open("{path.resolve()}"))], batch_size=...)'
+
+
+def _publish(out: Path, config: SelectConfig, report: ReportData) -> None:
+    """Write the report and log it."""
+    from curate.report.data import save_data
+    from curate.report.page import write_report
+    from curate.report.track import log_report
+    from curate.tracking import open_tracker
+
+    save_data(out, report)
+    write_report(out / "report.html", report)
+    tracker = open_tracker(config.tracking, out, f"select {report.target}", "select")
+    log_report(tracker, report, out / "report.html", out / "mixture.yaml")
+    tracker.finish()
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        SelectConfig,
+        "python -m curate.select",
+        "Select the next stage's data: which of the data trained on helped the target?",
+    )
+    start_logging()
+    run = Run(config.run or find_run(config.runs_root))
+    out = select(config, run)
+    _summarise(out)
+
+
+def _summarise(out: Path) -> None:
+    """Print the mixture and name the files."""
+    from curate.mixture.record import read_mixture
+
+    mixture = read_mixture(out / "mixture.yaml")
+    _log.info(
+        "%-20s %7s -> %6s %14s %8s %7s  score [95 %% interval]",
+        "domain",
+        "prior",
+        "next",
+        "tokens",
+        "samples",
+        "epochs",
+    )
+    for name, part in sorted(mixture.domains.items(), key=lambda item: -item[1].delivered_weight):
+        interval = "" if part.low is None or part.high is None else f"[{part.low:+.2f}, {part.high:+.2f}]"
+        _log.info(
+            "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
+            name, 100 * part.prior, 100 * part.delivered_weight, f"{part.tokens:,}", f"{part.samples:,}", part.epochs,
+            part.score, interval, part.binding or "",
+        )  # fmt: skip
+    manifest = read_json(out / MANIFEST)
+    assert manifest["kind"] == "selection"
+    for name in ("mixture.yaml", "data/streams.yaml", "data/mds", "scores.parquet", "report.html"):
+        if (out / name).exists():
+            _log.info("wrote %s", out / name)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,22 @@
+"""What every test shares: no network, no accelerator, few threads, a fixed Hypothesis profile."""
+
+import os
+
+# Before any library reads them: xdist runs several workers on few cores, and no test may look for a hub or a server.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_SILENT="true",
+    CUDA_VISIBLE_DEVICES="",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "curate", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("curate")

@@ -1,0 +1,134 @@
+"""Whole windows: embeddings from a recorded run, their values against real removal, interruption, reuse."""
+
+import numpy as np
+import pytest
+import torch
+
+from curate.embeddings import estimators
+from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.embeddings.store import embed_window, embedding_folder, plan_job
+from curate.errors import UserError
+from curate.target import load_target, target_loss
+from curate.trajectory.replay import Replay
+from curate.trajectory.run import Run
+from tests.tiny import Training, record_tiny_run, write_tiny_target
+
+NAMES = ["adjoint", "dvemb"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded")
+    record_tiny_run(folder)
+    write_tiny_target(folder / "target.jsonl")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """A run of its own for tests that write below it."""
+    Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def job_of(run, folder, window="late", horizon="window_end", batch_size=4):
+    target = load_target(folder / "target.jsonl", run.spec, min_tokens=100)
+    return plan_job(Replay(run), window, horizon, target, batch_size)
+
+
+def make(name, **settings):
+    return make_estimator(name, AdjointConfig(**settings), DvembConfig(width=4, rows_per_block=10))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_rank_samples_like_removing_them(folder, run, name):
+    """Replay the late window with one sample's gradient taken out, for every sample, and compare the target's loss."""
+    job = job_of(run, folder)
+    embedding = embed_window(job, "late", "window_end", make(name))
+    values = embedding.vectors @ embedding.targets.T @ np.array(job.target.half_weights)
+    removed = np.array([loss_without(job, row) for row in range(len(values))])
+    ranks = [np.argsort(np.argsort(array)) for array in (values, removed)]
+    assert np.corrcoef(*ranks)[0, 1] > {"adjoint": 0.9, "dvemb": 0.25}[name]
+
+
+def loss_without(job, row):
+    """Target loss at the horizon after training the window without one (sample, step)."""
+    replay, position = Replay(job.replay.run, tolerance=10), 0
+    for replayed in replay.steps(job.start, job.horizon):
+        for batch in replayed.batches:
+            if position <= row < position + len(batch):
+                weight = torch.zeros_like(batch.weights)
+                weight[row - position] = batch.weights[row - position]
+                (-(replay.task.sample_losses(batch) * weight).sum()).backward()
+            position += len(batch)
+    return target_loss(replay.task, job.target, 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_batch_size_of_the_target_changes_nothing(folder, run, name):
+    one = embed_window(job_of(run, folder, batch_size=4), "late", "window_end", make(name))
+    first, targets = np.array(one.vectors), one.targets
+    for path in one.folder.iterdir():
+        path.unlink()
+    other = embed_window(job_of(run, folder, batch_size=7), "late", "window_end", make(name))
+    np.testing.assert_allclose(first, other.vectors, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(targets, other.targets, rtol=1e-3, atol=1e-7)
+
+
+class Killed(BaseException):
+    """Stands for kill -9 at a chosen place."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tmp_path, monkeypatch):
+    job = job_of(run, folder, window="early", horizon="stage_end")
+    whole = embed_window(job, "early", "stage_end", make(name))
+    wanted = whole.vectors.tobytes(), (whole.folder / "manifest.json").read_bytes()
+    Training(run.spec.streams).run(tmp_path / "again")
+    again = job_of(Run(tmp_path / "again"), folder, window="early", horizon="stage_end")
+    calls, original = [], estimators.adjoint_step
+
+    def killing(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(estimators, "adjoint_step", killing)
+    if name == "dvemb":
+        monkeypatch.setattr(estimators, "recursion", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        embed_window(again, "early", "stage_end", make(name, save_seconds=0))
+    monkeypatch.undo()
+    continued = []
+    monkeypatch.setattr(estimators, "adjoint_step", lambda *a: continued.append(1) or original(*a))
+    embedding = embed_window(again, "early", "stage_end", make(name, save_seconds=0))
+    assert (embedding.vectors.tobytes(), (embedding.folder / "manifest.json").read_bytes()) == wanted
+    assert len(continued) == (6 if name == "adjoint" else 0)
+    assert not (embedding.folder / "scratch").exists()
+
+
+def test_a_complete_embedding_is_reused_and_other_settings_get_another_folder(folder, run):
+    job = job_of(run, folder)
+    first = embed_window(job, "late", "window_end", make("dvemb"))
+    stamp = (first.folder / "embeddings.npy").stat().st_mtime_ns
+    assert embed_window(job, "late", "window_end", make("dvemb")).folder == first.folder
+    assert (first.folder / "embeddings.npy").stat().st_mtime_ns == stamp
+    wider = make_estimator("dvemb", AdjointConfig(), DvembConfig(width=5))
+    assert embedding_folder(job, "late", "window_end", wider)[0] != first.folder
+
+
+def test_full_and_block_diagonal_operators_differ_only_through_the_operator(folder, run):
+    job = job_of(run, folder)
+    block = embed_window(job, "late", "window_end", make_estimator("dvemb", AdjointConfig(), DvembConfig(width=4)))
+    full = embed_window(
+        job, "late", "window_end", make_estimator("dvemb", AdjointConfig(), DvembConfig(width=4, operator="full"))
+    )
+    last = block.rows["step"].to_numpy() == 11
+    np.testing.assert_allclose(block.vectors[last], full.vectors[last], rtol=1e-6)
+    assert not np.allclose(block.vectors[~last], full.vectors[~last], rtol=1e-4)
+
+
+def test_a_window_that_does_not_fit_into_memory_says_what_fits(folder, run):
+    with pytest.raises(UserError, match=r"adjoint.memory_bytes is 10,000: \d+ steps fit"):
+        embed_window(job_of(run, folder), "late", "window_end", make("adjoint", memory_bytes=10_000))

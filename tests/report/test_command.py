@@ -1,0 +1,121 @@
+"""`python -m curate.report`, and the report's numbers in a tracker."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from curate.errors import UserError
+from curate.report.__main__ import ReportConfig, newest_selection, render_again
+from curate.report.data import FOLDER, load_data, save_data
+from curate.report.page import render, write_report
+from curate.report.track import log_report
+from curate.tracking import NoTracker, TrackingConfig, open_tracker
+from tests.report.synthetic import report_data
+
+
+class Recorded(NoTracker):
+    """A tracker that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, object] = {}
+        self.metrics: list[tuple[int | None, Mapping[str, float]]] = []
+        self.tables: dict[str, pl.DataFrame] = {}
+        self.files: dict[str, Path] = {}
+
+    def log_config(self, config):
+        self.config |= config
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+    def log_table(self, name, table):
+        self.tables[name] = table
+
+    def log_html(self, name, path):
+        self.files[name] = path
+
+    def log_artifact(self, name, kind, path):
+        self.files[name] = path
+
+
+def test_the_command_renders_the_newest_selection_again(tmp_path: Path) -> None:
+    for place, name in enumerate(("first", "second")):
+        save_data(tmp_path / "select" / name, report_data(target=name))
+        os.utime(tmp_path / "select" / name / FOLDER / "report.json", (place, place))
+    command = [sys.executable, "-m", "curate.report", "--run", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    page = tmp_path / "select" / "second" / "report.html"
+    assert result.stdout == f"report: {page}\n"
+    assert page.read_text(encoding="utf-8") == render(report_data(target="second"))
+
+
+def test_a_selection_and_an_output_can_be_named(tmp_path: Path) -> None:
+    save_data(tmp_path / "elsewhere", report_data())
+    config = ReportConfig(run=tmp_path, select=tmp_path / "elsewhere", out=tmp_path / "out" / "page.html")
+    assert render_again(config) == tmp_path / "out" / "page.html"
+
+
+def test_a_run_without_a_selection_ends_in_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "curate.report", "--run", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "holds no selection with report data" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "facts"])
+def test_damaged_report_data_is_named(tmp_path: Path, damage: str) -> None:
+    save_data(tmp_path, report_data())
+    curve = tmp_path / FOLDER / "curve.parquet"
+    if damage == "missing":
+        curve.unlink()
+    elif damage == "truncated":
+        curve.write_bytes(curve.read_bytes()[:100])
+    else:
+        (tmp_path / FOLDER / "report.json").write_text(json.dumps({"run": "demo"}), encoding="utf-8")
+    with pytest.raises(UserError, match="select again"):
+        load_data(tmp_path)
+
+
+def test_the_newest_selection_is_found_at_any_depth(tmp_path: Path) -> None:
+    save_data(tmp_path / "a" / "b", report_data())
+    assert newest_selection(tmp_path) == tmp_path / "a" / "b"
+
+
+def test_the_tracker_gets_every_number(tmp_path: Path) -> None:
+    data, tracker = report_data(), Recorded()
+    log_report(tracker, data, tmp_path / "report.html", tmp_path / "mixture.yaml")
+    assert tracker.config["mixture"] == {"temperature": 0.5}
+    assert tracker.config["sign"] == data.sign
+    steps = [step for step, _ in tracker.metrics]
+    assert steps == sorted(set(range(300)))
+    late = data.curve.filter(window="late", step=280, domain="api_prose")["value"].item()
+    metrics = dict(tracker.metrics)[280]
+    assert metrics["value/late/api_prose"] == late
+    assert metrics["train/loss"] == data.training["loss"][280]
+    names = {"reliability", "domains", "mixture", "examples", "shards", "costs"}
+    assert set(tracker.tables) == {f"report/{name}" for name in names}
+    assert tracker.files["mixture-demo-astronomy-docstrings"] == tmp_path / "mixture.yaml"
+
+
+def test_wandb_offline_files_hold_the_page_and_the_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    write_report(tmp_path / "report.html", report_data())
+    (tmp_path / "mixture.yaml").write_text("domains: {}\n", encoding="utf-8")
+    tracker = open_tracker(TrackingConfig(mode="offline"), tmp_path / "run", "demo", "select")
+    log_report(tracker, report_data(), tmp_path / "report.html", tmp_path / "mixture.yaml")
+    tracker.finish()
+    assert not [record for record in caplog.records if record.name.startswith("curate")]
+    (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report/page_*.html")
+    assert page.read_bytes() == (tmp_path / "report.html").read_bytes()
+    tables = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/report/*.table.json"))
+    assert len(tables) == 6

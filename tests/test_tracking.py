@@ -1,0 +1,113 @@
+"""The tracker: real W&B files without a network, and jobs that it cannot stop."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from curate.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+
+
+def log_all(tracker: Tracker, folder: Path) -> None:
+    page = folder / "report.html"
+    page.write_text("<p>hello</p>", encoding="utf-8")
+    tracker.log_config({"budget_tokens": 5, "model": {"layers": 2}})
+    tracker.log_metrics({"loss": 1.5, "diverged": float("nan")}, step=0)
+    tracker.log_metrics({"loss": 1.25}, step=7)
+    tracker.log_table("domains", pl.DataFrame({"domain": ["a", None], "score": [1.0, None]}))
+    tracker.log_html("report", page)
+    tracker.log_artifact("mixture", "mixture", page)
+    tracker.finish()
+
+
+def logged(folder: Path, last: bytes) -> bytes:
+    """Every byte of the offline transaction log (names and values stand in it as plain text) once `last` is in it.
+
+    W&B's own process writes the log; the first one of a session may be flushed a moment after `finish` returns.
+    """
+    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while last not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return log.read_bytes()
+
+
+def test_offline_files_hold_everything_that_was_logged(tmp_path: Path) -> None:
+    tracker = open_tracker(TrackingConfig(mode="offline", tags=["demo"]), tmp_path / "run", "first", "select")
+    assert isinstance(tracker, WandbTracker)
+    log_all(tracker, tmp_path)
+    content = logged(tmp_path / "run", last=b"mixture")
+    for text in (b"budget_tokens", b"loss", b"1.25", b"first", b"select", b"demo", b"mixture"):
+        assert text in content
+    assert b"diverged" not in content
+    (table,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/domains_*.table.json")
+    assert json.loads(table.read_text(encoding="utf-8"))["data"] == [["a", 1.0], [None, None]]
+    (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report_*.html")
+    assert page.read_text(encoding="utf-8") == "<p>hello</p>"
+
+
+def test_auto_is_offline_without_a_key(tmp_path: Path) -> None:
+    assert not has_key()
+    tracker = open_tracker(TrackingConfig(), tmp_path, "run", "train")
+    tracker.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_a_key_is_found_in_the_environment_or_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine tracker.example login user password not-a-key\n", encoding="utf-8")
+    (tmp_path / "netrc").chmod(0o600)
+    assert not has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://tracker.example:8080/")
+    assert has_key()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
+    assert has_key()
+
+
+def test_an_unreachable_server_delays_but_never_stops_a_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    tracker = open_tracker(TrackingConfig(timeout_seconds=1.0), tmp_path / "run", "run", "train")
+    log_all(tracker, tmp_path)
+    assert "W&B did not start (online" in caplog.text
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+
+
+def test_a_failing_tracker_warns_once_and_goes_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        config: dict[str, object] = {}
+
+        def log(self, *_: object, **__: object) -> None:
+            raise OSError("disk full")
+
+        def finish(self) -> None:
+            raise AssertionError("not tried after a failure")
+
+    with caplog.at_level(logging.WARNING):
+        log_all(WandbTracker(Broken()), tmp_path)
+    assert [record.getMessage().count("without it") for record in caplog.records] == [1]
+
+
+def test_a_folder_that_cannot_be_written_means_no_tracker(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    tracker = open_tracker(TrackingConfig(mode="offline"), tmp_path / "file" / "run", "run", "train")
+    assert isinstance(tracker, NoTracker)
+
+
+def test_none_writes_nothing(tmp_path: Path) -> None:
+    log_all(open_tracker(TrackingConfig(mode="none"), tmp_path / "run", "run", "train"), tmp_path)
+    assert not (tmp_path / "run").exists()
