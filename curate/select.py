@@ -80,7 +80,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     embedded = perf_counter()
     values = _values(embeddings, target)
     trained = _trained_tokens(run)
-    tables = _score(out, values, trained, config)
+    tables = _score(out, values, trained, _fresh_shares(run), config)
     mixture, plan = _mix(run, values, tables["domains"], trained, config)
     data = _write_data(out / "data", run, mixture, plan, config)
     costs = _costs(run, embeddings, out, perf_counter() - embedded)
@@ -130,7 +130,17 @@ def _trained_tokens(run: Run) -> dict[str, int]:
     return dict(tokens.sort("domain").iter_rows())
 
 
-def _score(out: Path, values: pl.DataFrame, trained: dict[str, int], config: SelectConfig) -> dict[str, pl.DataFrame]:
+def _fresh_shares(run: Run) -> dict[str, float]:
+    """Share of new text in each domain's stream, weighted by tokens."""
+    import polars as pl
+
+    shares = run.catalogue.group_by("domain").agg((pl.col("fresh") * pl.col("length")).sum() / pl.col("length").sum())
+    return dict(shares.sort("domain").iter_rows())
+
+
+def _score(
+    out: Path, values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
+) -> dict[str, pl.DataFrame]:
     """Write `scores.parquet` and its roll-ups; returns the roll-ups by name."""
     from curate.scores.documents import document_values
     from curate.scores.domain import domain_scores
@@ -141,7 +151,7 @@ def _score(out: Path, values: pl.DataFrame, trained: dict[str, int], config: Sel
     write_scores(out / "scores.parquet", values)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     tables = {
-        "domains": domain_scores(values, prior, seed=config.seed),
+        "domains": domain_scores(values, prior, seed=config.seed, fresh=fresh),
         "shards": shard_scores(values),
         "documents": document_values(values),
         "between_shards": between_shards(values),

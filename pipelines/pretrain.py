@@ -217,12 +217,18 @@ def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingD
         predownload=8 * config.batch_size,
         shuffle_block_size=1 << 18,
     )
-    return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=list, drop_last=True)
+    return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=_keep, drop_last=True)
+
+
+def _keep(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Samples as they are; a dict, because that is what StreamingDataLoader counts samples of (for resuming)."""
+    return {"samples": samples}
 
 
 def _forever(loader: StreamingDataLoader) -> Iterator[list[dict[str, Any]]]:
     while True:
-        yield from loader
+        for batch in loader:
+            yield batch["samples"]
 
 
 def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Iterator[dict[str, Any]]:

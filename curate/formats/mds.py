@@ -20,6 +20,7 @@ import polars as pl
 from curate.artifacts import replacing
 from curate.config import Config
 from curate.errors import UserError
+from curate.formats.ngrams import NgramMemory
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {
@@ -29,6 +30,8 @@ COLUMNS = {
     "domain": "str",
     "documents": "json",  # [[document id, first token, token after the last], ...]
 }
+
+CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "fresh")
 
 
 class Columns(Config):
@@ -211,15 +214,23 @@ class MdsStream:
         """Read the whole stream once.
 
         Returns:
-            One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens),
-            `tokens` (predicted tokens).
+            One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens), `tokens`
+            (predicted tokens), `fresh` (share of its n-grams that no earlier sample of the stream has, see `ngrams`).
         """
+        memory = NgramMemory(len(self) * len(self[0].tokens))
         rows = [
-            (index, shard, sample.sample_id, len(sample.tokens), sample.predicted_tokens)
+            (
+                index,
+                shard,
+                sample.sample_id,
+                len(sample.tokens),
+                sample.predicted_tokens,
+                memory.fresh_share(sample.tokens),
+            )
             for index, shard in enumerate(np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist())
             for sample in [self[index]]
         ]
-        return pl.DataFrame(rows, schema=["index", "shard", "sample_id", "length", "tokens"], orient="row")
+        return pl.DataFrame(rows, schema=list(CATALOGUE), orient="row")
 
 
 def write_stream(

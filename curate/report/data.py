@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "training": ("step", "loss", "lr", "grad_norm"),
     "domains": (
         *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
-        *("score", "score_low", "score_high", "shrunk"),
+        *("score", "score_low", "score_high", "shrunk", "fresh"),
     ),
     "mixture": ("domain", "prior", "weight", "tokens", "samples", "epochs", "binding"),
     "examples": ("kind", "rank", "window", "step", "domain", "sample_id", "value", "text"),

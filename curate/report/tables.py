@@ -55,6 +55,7 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[
             "score_low": ("low", signed),
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
+            "fresh": ("new text", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),
             "high": ("high", number),

@@ -17,7 +17,12 @@ _EQUAL = 1e-9
 
 
 def domain_scores(
-    values: pl.DataFrame, prior: Mapping[str, float], *, seed: int, resamples: int = 1000
+    values: pl.DataFrame,
+    prior: Mapping[str, float],
+    *,
+    seed: int,
+    fresh: Mapping[str, float] | None = None,
+    resamples: int = 1000,
 ) -> pl.DataFrame:
     """Score every domain of the prior for every window and target of `values`; windows are never averaged.
 
@@ -27,6 +32,11 @@ def domain_scores(
 
         score_d  = (x_d - x) / sd                     how many deviations of a sample the domain lies above average
         shrunk_d = score_d * max(0, 1 - score_se_d^2 / tau^2)
+
+    Near-duplicates count once: what a text did for the target it does not do again when a near-identical one follows in
+    the next stage, so a positive score is multiplied by the domain's share of new text, `fresh_d`; a negative one is
+    not. (The reference is the average, not a value of 0: Adam ignores the scale of the gradient, so values sum to about
+    0 whatever the data is worth, and text without any gradient has the value of average text.)
 
     Derivation of the factor: let `score_d = theta_d + e_d` with true scores of variance `sigma^2` between domains and
     errors of variance `score_se_d^2`. The posterior mean of theta_d is `score_d sigma^2 / (sigma^2 + se_d^2)`; the
@@ -40,22 +50,24 @@ def domain_scores(
         values: columns `window`, `target`, `step`, `domain`, `sample_id`, `tokens` (predicted), `value` (positive = the
             sample helped the target; nats per token of the target).
         prior: share of each domain in what was trained on; need not sum to 1.
+        fresh: share of new text in each domain (`curate.formats.ngrams`); None: 1 for all.
         seed: of the bootstrap; the same resamples serve every target of a window, so that their scores can be compared.
         resamples: R.
 
     Returns:
-        One row per (window, target, domain): `prior`, `samples` (distinct), `tokens` (predicted, each use counted),
-        `value_per_token` with `se`, `low`, `high`; `score` with `score_se`, `score_low`, `score_high`; `shrunk`. A
-        domain without samples in the window has `samples` 0, score 0 and null intervals; one seen in a single step has
-        null intervals and `shrunk` 0. Where no value differs from its domain's mean there is no scale, and every score
-        is 0.
+        One row per (window, target, domain): `prior`, `fresh`, `samples` (distinct), `tokens` (predicted, each use
+        counted), `value_per_token` with `se`, `low`, `high`; `score` with `score_se`, `score_low`, `score_high`;
+        `shrunk`. A domain without samples in the window has `samples` 0, score 0 and null intervals; one seen in a
+        single step has null intervals and `shrunk` 0. Where no value differs from its domain's mean there is no scale,
+        and every score is 0.
 
     Raises:
         UserError: a domain of `values` is not in the prior, or a prior is not positive.
     """
     shares = _shares(prior, values)
+    new = np.array([1.0 if fresh is None else fresh[domain] for domain in shares])
     parts = [
-        _score(group, shares, generator(seed, "bootstrap", str(window)), resamples).select(
+        _score(group, shares, new, generator(seed, "bootstrap", str(window)), resamples).select(
             pl.lit(window).alias("window"), pl.lit(target).alias("target"), pl.all()
         )
         for (window, target), group in values.group_by("window", "target")
@@ -75,7 +87,9 @@ def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float
     return {domain: prior[domain] / total for domain in sorted(prior)}
 
 
-def _score(group: pl.DataFrame, prior: dict[str, float], random: np.random.Generator, resamples: int) -> pl.DataFrame:
+def _score(
+    group: pl.DataFrame, prior: dict[str, float], fresh: Floats, random: np.random.Generator, resamples: int
+) -> pl.DataFrame:
     """Scores of one window and target."""
     value, tokens = (step_sums(group, list(prior), column) for column in ("value", "tokens"))
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
@@ -83,13 +97,14 @@ def _score(group: pl.DataFrame, prior: dict[str, float], random: np.random.Gener
     weights = step_weights(len(value), resamples, random)
     drawn = ratio(weights @ value, weights @ tokens)
     drawn[:, (tokens > 0).sum(axis=0) < MIN_STEPS] = np.nan
-    score = _centred(mean[None], shares, scale)[0]
+    score = _discounted(_centred(mean[None], shares, scale), fresh)[0]
     se, low, high = spread(drawn)
-    score_se, score_low, score_high = spread(_centred(drawn, shares, scale))
+    score_se, score_low, score_high = spread(_discounted(_centred(drawn, shares, scale), fresh))
     scored = pl.DataFrame(
         {
             "domain": list(prior),
             "prior": shares,
+            "fresh": fresh,
             "tokens": tokens.sum(axis=0).astype(np.int64),
             "value_per_token": mean,
             "se": se,
@@ -106,8 +121,19 @@ def _score(group: pl.DataFrame, prior: dict[str, float], random: np.random.Gener
     return (
         scored.with_columns(pl.selectors.float().fill_nan(None))
         .join(samples, on="domain", how="left")
-        .select("domain", "prior", pl.col("samples").fill_null(0), pl.exclude("domain", "prior", "samples"))
+        .select(
+            "domain",
+            "prior",
+            "fresh",
+            pl.col("samples").fill_null(0),
+            pl.exclude("domain", "prior", "fresh", "samples"),
+        )
     )
+
+
+def _discounted(score: Floats, fresh: Floats) -> Floats:
+    """Scores [R, D]: benefits count for new text only, harm in full."""
+    return np.where(score > 0, score * fresh, score)
 
 
 def _centred(mean: Floats, prior: Floats, scale: float) -> Floats:

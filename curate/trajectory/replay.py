@@ -243,9 +243,9 @@ class Replay:
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
             if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(
-                    f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely causes "
-                    "are dropout or other randomness, another autocast type, streams or snapshots changed since, or sample "
-                    "weights that are not those of the loss; other hardware may need a larger --tolerance"
+                    f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely "
+                    "causes are dropout or other randomness, another autocast type, streams or snapshots changed "
+                    "since, or sample weights that are not those of the loss; on other hardware raise --tolerance"
                 )
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 from pydantic import ValidationError
 
-from curate.artifacts import fingerprint, read_json, replacing
+from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
 from curate.config import Config
 from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream
+from curate.formats.mds import CATALOGUE, Columns, MdsStream
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 
@@ -157,9 +157,8 @@ class Run:
     @cached_property
     def catalogue(self) -> pl.DataFrame:
         """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
-        stamp = fingerprint(
-            {domain: (stream.folder / "index.json").read_text() for domain, stream in self.streams.items()}
-        )
+        indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in self.streams.items()}
+        stamp = fingerprint([CATALOGUE, indexes])
         path = self.folder / f"catalogue-{stamp}.parquet"
         if not path.exists():
             frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in self.streams.items()]

@@ -73,6 +73,7 @@ def domains(target: str) -> pl.DataFrame:
                     "score_low": None if unseen else score - 2 * se,
                     "score_high": None if unseen else score + 2 * se,
                     "shrunk": 0.0 if unseen else score * 0.8,
+                    "fresh": 0.9,
                 }
             )
     return pl.DataFrame(rows)

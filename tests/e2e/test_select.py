@@ -1,0 +1,198 @@
+"""`curate.select` on a recorded run, as a command and as a function: what it writes, reuses, refuses and survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from curate.errors import UserError
+from curate.formats.mds import iterate
+from curate.mixture.record import read_mixture
+from curate.select import SelectConfig, select
+from curate.tracking import TrackingConfig
+from curate.trajectory.run import Run
+from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ["scores.parquet", "domains.parquet", "shards.parquet", "documents.parquet", "mixture.yaml", "report.html"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selected")
+    record_tiny_run(folder)
+    write_tiny_target(folder / "target.jsonl")
+    return folder
+
+
+def config_of(folder, **settings):
+    return SelectConfig(
+        **{
+            "run": folder / "run",
+            "target": folder / "target.jsonl",
+            "min_target_tokens": 100,
+            "budget_tokens": 60 * SEQ_LEN,
+            "tracking": TrackingConfig(mode="none"),
+            **settings,
+        }
+    )
+
+
+def run_select(folder, **settings):
+    config = config_of(folder, **settings)
+    return select(config, Run(config.run))
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return run_select(folder, mode="both")
+
+
+def test_everything_is_written_and_agrees(folder, both):
+    mixture = read_mixture(both / "mixture.yaml")
+    assert (mixture.samples, mixture.tokens) == (60, 60 * SEQ_LEN)
+    for name in FILES:
+        assert (both / name).stat().st_size > 0, name
+    scores = pl.read_parquet(both / "scores.parquet")
+    assert len(scores) == 2 * 4 * 6
+    assert set(scores["window"]) == {"early", "late"}
+    domains = pl.read_parquet(both / "domains.parquet")
+    for window in ("early", "late"):
+        rows = scores.filter(window=window)
+        for domain in ("json", "dataclasses"):
+            mine = rows.filter(domain=domain)
+            wanted = mine["value"].sum() / mine["tokens"].sum()
+            found = domains.filter(window=window, domain=domain)["value_per_token"].item()
+            assert found == pytest.approx(wanted, rel=1e-9)
+    documents = pl.read_parquet(both / "documents.parquet")
+    assert documents["value"].sum() == pytest.approx(scores["value"].sum(), rel=1e-6)
+
+
+def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both):
+    mixture = read_mixture(both / "mixture.yaml")
+    rows = list(iterate(both / "data" / "mds"))
+    assert Counter(row["domain"] for row in rows) == {name: part.samples for name, part in mixture.domains.items()}
+    assert sum(len(row["tokens"]) for row in rows) == mixture.tokens
+    dropped = pl.read_parquet(both / "data" / "mds" / "dropped.parquet")
+    assert set(dropped["reason"]) <= {"low_value", "over_quota"}
+    low = set(dropped.filter(reason="low_value")["sample_id"])
+    assert low
+    assert not low & {row["sample_id"] for row in rows}
+
+
+def test_streams_yaml_loads_in_one_line_with_the_mixture_exactly(both):
+    from streaming import Stream, StreamingDataset
+
+    streams = [Stream(**stream) for stream in yaml.safe_load((both / "data" / "streams.yaml").read_text())]
+    dataset = StreamingDataset(
+        streams=streams, batch_size=6, shuffle=True, num_canonical_nodes=1, predownload=8, shuffle_block_size=1000
+    )
+    found = Counter(row["domain"] for row in dataset)
+    mixture = read_mixture(both / "mixture.yaml")
+    assert found == {name: part.samples for name, part in mixture.domains.items()}
+
+
+def test_a_complete_selection_is_reused_and_other_settings_are_refused(folder, both):
+    stamp = (both / "mixture.yaml").stat().st_mtime_ns
+    assert run_select(folder, mode="both", out=both) == both
+    assert (both / "mixture.yaml").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match=r"made with other settings \(budget_tokens: 720 there, 600 now\)"):
+        run_select(folder, mode="both", out=both, budget_tokens=600)
+
+
+def test_the_same_settings_give_the_same_bytes(folder, both, tmp_path):
+    Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
+    again = run_select(folder, mode="both", run=tmp_path / "run")
+    assert again.name == both.name
+    same = [*FILES[:-1], "data/streams.yaml", "manifest.json"]
+    same += sorted(str(path.relative_to(both)) for path in (both / "data" / "mds").rglob("*") if path.is_file())
+    for name in same:
+        assert (again / name).read_bytes() == (both / name).read_bytes(), name
+
+
+def command(folder, run, *more):
+    return [
+        sys.executable, "-m", "curate.select", "--target", str(folder / "target.jsonl"), "--run", str(run),
+        "--min-target-tokens", "100", "--budget-tokens", str(60 * SEQ_LEN), "--mode", "both",
+        "--tracking.mode", "none", *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, both, tmp_path):
+    Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = command(folder, tmp_path / "run", "--adjoint.save_seconds", "0")
+    markers = [
+        "embeddings/*/scratch/cotangent.safetensors",
+        "embeddings/late*/manifest.json",
+        "selections/*/scores.parquet",
+    ]
+    for marker in markers:
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list((tmp_path / "run").glob(marker)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (out,) = (tmp_path / "run" / "selections").iterdir()
+    for name in ("scores.parquet", "mixture.yaml", "data/mds/index.json", "documents.parquet"):
+        assert (out / name).read_bytes() == (both / name).read_bytes(), name
+    assert f"wrote {out / 'mixture.yaml'}" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "fine"}\n{"text": ', "line 2: not valid JSON"),
+        (b'{"text": "fine"}\n\xff\xfe\n', "line 2: not UTF-8"),
+        (b"", "is empty"),
+        (b'{"tokens": [1, 2, 3]}\n', "predicted tokens in 1 documents; at least 100"),
+    ],
+)
+def test_a_bad_target_ends_in_one_sentence(folder, tmp_path, line, message):
+    (tmp_path / "bad.jsonl").write_bytes(line)
+    arguments = command(folder, folder / "run", "--target", str(tmp_path / "bad.jsonl"))
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_budget_beyond_the_caps_names_what_binds_and_what_would_fit(folder):
+    with pytest.raises(UserError, match=r"max_epochs 4 \(dataclasses has .* left, json has .* the largest feasible"):
+        run_select(folder, budget_tokens=5000 * SEQ_LEN, mode="reweight")
+
+
+def test_a_missing_target_and_an_unknown_key_are_named(folder):
+    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
+        run_select(folder, target=folder / "nowhere.jsonl")
+    result = subprocess.run(
+        command(folder, folder / "run", "--mixture.temprature", "1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "temprature" in result.stderr
+
+
+def test_dvemb_serves_the_same_line(folder):
+    out = run_select(folder, estimator="dvemb", window="late", mode="reweight")
+    assert json.loads((out / "manifest.json").read_text())["settings"]["estimator"] == "dvemb"
+    assert read_mixture(out / "mixture.yaml").samples == 60
+
+
+def test_the_mixture_window_must_be_valued(folder):
+    with pytest.raises(UserError, match=r"mixture.window 'late' is not among the valued windows"):
+        run_select(folder, window="early", mode="reweight")

@@ -1,0 +1,92 @@
+"""The shipped trainer: resumes to the same bytes, records without changing a number, replays."""
+
+import json
+
+import pytest
+
+from curate.errors import UserError
+from curate.trajectory.replay import Replay
+from curate.trajectory.run import Run
+from pipelines import pretrain
+from pipelines.pretrain import OptimizerConfig, PretrainConfig, learning_rate, train
+from tests.tiny import write_tiny_streams
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 16,
+    "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "max_position_embeddings": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_tiny_streams(tmp_path / "data")
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    return PretrainConfig(
+        out=tmp_path / "run", data=tmp_path / "data", model=tmp_path / "model.json", steps=12, batch_size=8,
+        micro_batch_size=4, checkpoint_steps=5, recorder={"windows": {"early": [0, 3], "late": [9, 12]}},
+        optimizer=OptimizerConfig(warmup_steps=3, clip_norm=0.5),
+    )  # fmt: skip
+
+
+def test_the_recorder_changes_no_loss_and_the_record_replays(config, tmp_path):
+    recorded = train(config)
+    assert train(config.model_copy(update={"recorder": None, "out": tmp_path / "plain"})) == recorded
+    run = Run(config.out)
+    assert run.spec.task.model.hf_config == (config.out / "model" / "config.json").resolve()
+    (tmp_path / "model.json").write_text("{}")  # the run keeps its own copy
+    assert len(list(Replay(run, tolerance=1e-5).steps(0, 12))) == 12
+    assert (run.folder / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("crash", [3, 7, 10])
+def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, crash):
+    whole = train(config)
+    other = config.model_copy(update={"out": tmp_path / "crashed"})
+    original = pretrain.learning_rate
+
+    def crashing(optimizer, step, steps):
+        if step == crash:
+            raise KeyboardInterrupt
+        return original(optimizer, step, steps)
+
+    monkeypatch.setattr(pretrain, "learning_rate", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        train(other)
+    monkeypatch.undo()
+    resumed = train(other)
+    assert resumed == whole[-len(resumed) :]
+    assert Run(other.out).steps.equals(Run(config.out).steps)
+    for name in ("checkpoint.safetensors", "snapshots/step-00000012.safetensors"):
+        assert (other.out / name).read_bytes() == (config.out / name).read_bytes()
+
+
+def test_settings_changed_on_resume_are_named(config):
+    train(config)
+    with pytest.raises(UserError, match="was trained with other steps, batch_size"):
+        train(config.model_copy(update={"steps": 13, "batch_size": 4}))
+
+
+def test_a_second_stage_starts_from_the_state_of_the_first(config, tmp_path):
+    train(config)
+    second = config.model_copy(
+        update={"out": tmp_path / "second", "init_from": config.out / "checkpoint.safetensors", "recorder": None}
+    )
+    fresh = config.model_copy(update={"out": tmp_path / "fresh", "recorder": None})
+    assert train(second)[0] < train(fresh)[0]
+
+
+def test_bad_settings(config, tmp_path):
+    with pytest.raises(UserError, match="batch_size 8 is not a multiple of micro_batch_size 3"):
+        train(config.model_copy(update={"micro_batch_size": 3}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no MDS streams.*pipelines.prepare"):
+        train(config.model_copy(update={"data": tmp_path / "empty"}))
+
+
+def test_schedule():
+    optimizer = OptimizerConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
+    assert learning_rate(optimizer, 0, 110) == pytest.approx(0.1)
+    assert learning_rate(optimizer, 9, 110) == pytest.approx(1.0)
+    assert learning_rate(optimizer, 60, 110) == pytest.approx(0.55)
+    assert learning_rate(optimizer, 110, 110) == pytest.approx(0.1)
