@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import read_json, write_json
 from curate.errors import UserError
@@ -14,44 +14,49 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from pipelines.pretrain import PretrainConfig
-
-CHECKPOINT = "checkpoint.safetensors"
+FINAL = "checkpoint.safetensors"
+_TRAINER = "trainer.json"
 
 
 def save(
-    config: PretrainConfig, step: int, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
+    out: Path, step: int, settings: dict[str, Any], model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
 ) -> None:
-    """State first, then the file that makes it current: a crash between the two repeats steps, it loses none."""
-    save_state(config.out / f"step-{step:08d}.{CHECKPOINT}", model, optimizer)
-    write_json(
-        config.out / "trainer.json",
-        {"step": step, "data": loader.state_dict(), "config": json.loads(config.model_dump_json())},
-    )
-    for path in config.out.glob(f"step-*.{CHECKPOINT}"):
-        if path.name != f"step-{step:08d}.{CHECKPOINT}":
+    """Write the state after `step` steps, then the file that makes it current; a crash between them loses nothing."""
+    save_state(_path(out, step), model, optimizer)
+    write_json(out / _TRAINER, {"step": step, "data": loader.state_dict(), "settings": settings})
+    for path in out.glob(f"step-*.{FINAL}"):
+        if path != _path(out, step):
             path.unlink()
-    if step == config.steps:
-        (config.out / f"step-{step:08d}.{CHECKPOINT}").replace(config.out / CHECKPOINT)
 
 
-def resume(config: PretrainConfig, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader) -> int:
-    """Load the stage's own checkpoint, or the state that it starts from; returns the first step to train."""
-    state = config.out / "trainer.json"
-    if not state.exists():
-        if config.init_from is not None:
-            load_state(config.init_from, model, optimizer)
+def finish(out: Path, step: int) -> None:
+    """Give the last checkpoint its final name."""
+    if _path(out, step).exists():
+        _path(out, step).replace(out / FINAL)
+
+
+def resume(
+    out: Path, settings: dict[str, Any], model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
+) -> int:
+    """Load the last checkpoint, if there is one.
+
+    Returns:
+        The first step to train; 0 without a checkpoint.
+
+    Raises:
+        UserError: it was made with other settings (names them).
+    """
+    if not (out / _TRAINER).exists():
         return 0
-    trainer = read_json(state)
-    differing = [
-        key for key, value in json.loads(config.model_dump_json()).items() if trainer["config"].get(key) != value
-    ]
+    trainer = read_json(out / _TRAINER)
+    differing = [key for key, value in settings.items() if trainer["settings"].get(key) != value]
     if differing:
-        raise UserError(
-            f"{config.out} was trained with other {', '.join(differing)}; restore them or choose another out"
-        )
+        raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
     step = int(trainer["step"])
-    path = config.out / f"step-{step:08d}.{CHECKPOINT}"
-    load_state(path if path.exists() else config.out / CHECKPOINT, model, optimizer)
+    load_state(_path(out, step) if _path(out, step).exists() else out / FINAL, model, optimizer)
     loader.load_state_dict(trainer["data"])
     return step
+
+
+def _path(out: Path, step: int) -> Path:
+    return out / f"step-{step:08d}.{FINAL}"

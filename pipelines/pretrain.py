@@ -17,14 +17,16 @@ import yaml
 
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
+from curate.formats.mds import Columns, MdsStream, as_sample
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
-from pipelines.checkpoints import resume, save
+from curate.trajectory.snapshots import load_state
+from pipelines.checkpoints import finish, resume, save
 
 if TYPE_CHECKING:
     from streaming import StreamingDataLoader
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class PretrainConfig(Config):
     """Sequences per optimizer step."""
     micro_batch_size: int = 16
     """Sequences per forward and backward pass."""
+    columns: Columns = Columns()
+    """Columns of the streams, where another program wrote them."""
     loss_mean: Literal["token", "sample"] = "token"
     """Mean over the step's predicted tokens, or over its samples."""
     init_from: Path | None = None
@@ -115,7 +119,6 @@ def train(config: PretrainConfig) -> list[float]:
         UserError: the data or settings do not fit, or the stage is already complete.
     """
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(config.seed)
@@ -123,7 +126,10 @@ def train(config: PretrainConfig) -> list[float]:
     optimizer = _optimizer(model, config.optimizer)
     streams = load_streams(config.data)
     loader = _loader(streams, config)
-    first_step = resume(config, model, optimizer, loader)
+    settings = config.model_dump(mode="json")
+    first_step = resume(config.out, settings, model, optimizer, loader)
+    if first_step == 0 and config.init_from is not None:
+        load_state(config.init_from, model, optimizer)
     recorder = _recorder(config, model, optimizer, streams, first_step)
     batches = _forever(loader)
     losses = []
@@ -135,10 +141,7 @@ def train(config: PretrainConfig) -> list[float]:
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=config.device)
         for micro_batch in _micro_batches(next(batches), config):
-            tokens = micro_batch["tokens"].to(config.device)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-            nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-            micro_loss = (nll * micro_batch["token_weights"].to(config.device)).sum()
+            micro_loss = _loss(model, micro_batch, config.device)
             micro_loss.backward()
             loss += micro_loss.detach()
             if recorder:
@@ -151,7 +154,8 @@ def train(config: PretrainConfig) -> list[float]:
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
             if recorder:
                 recorder.flush()
-            save(config, step + 1, model, optimizer, loader)
+            save(config.out, step + 1, settings, model, optimizer, loader)
+    finish(config.out, config.steps)
     if recorder:
         recorder.finish()
     _log.info(
@@ -161,6 +165,16 @@ def train(config: PretrainConfig) -> list[float]:
         config.out,
     )
     return losses
+
+
+def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
+    """This micro-batch's part of the step's loss, nats per token."""
+    from torch.nn.functional import cross_entropy
+
+    tokens = micro_batch["tokens"].to(device)
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return (nll * micro_batch["token_weights"].to(device)).sum()
 
 
 def _recorder(
@@ -173,7 +187,8 @@ def _recorder(
         config.out, config.recorder, model, optimizer, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
         streams={Path(stream["local"]).name: Path(stream["local"]) for stream in streams}, tokenizer=tokenizer,
-        seq_len=_seq_len(streams), clip_norm=config.optimizer.clip_norm,
+        columns=config.columns,
+        seq_len=_seq_len(streams, config.columns), clip_norm=config.optimizer.clip_norm,
     )  # fmt: skip
 
 
@@ -184,10 +199,8 @@ def _tokenizers(data: Path, streams: list[dict[str, Any]]) -> Iterator[Path]:
         yield Path(stream["local"]).parent / "tokenizer.json"
 
 
-def _seq_len(streams: list[dict[str, Any]]) -> int:
-    from curate.formats.mds import MdsStream
-
-    return len(MdsStream(Path(streams[0]["local"]))[0].tokens)
+def _seq_len(streams: list[dict[str, Any]], columns: Columns) -> int:
+    return len(MdsStream(Path(streams[0]["local"]), columns)[0].tokens)
 
 
 def _optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -231,17 +244,19 @@ def _forever(loader: StreamingDataLoader) -> Iterator[list[dict[str, Any]]]:
             yield batch["samples"]
 
 
-def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Iterator[dict[str, Any]]:
+def _micro_batches(rows: list[dict[str, Any]], config: PretrainConfig) -> Iterator[dict[str, Any]]:
     """The micro-batches of one step.
 
     Yields:
-        sample_ids, tokens (b, T) int64, predicted (b,) token counts, weights (b,) `c_z` that sum to 1 over the step,
-        and token_weights (b, T-1), `c_z / predicted` where a token is predicted and 0 elsewhere.
+        sample_ids, tokens (b, T) int64 (padded at the end), predicted (b,) token counts, weights (b,) `c_z` that sum
+        to 1 over the step, and token_weights (b, T-1), `c_z / predicted` where a token is predicted and 0 elsewhere.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
-    mask = torch.from_numpy(np.stack([sample["loss_mask"] for sample in samples])[:, 1:].astype(np.float32))
+    samples = [as_sample(row, config.columns, str(config.data)) for row in rows]
+    tokens = pad_sequence([torch.from_numpy(sample.tokens.astype(np.int64)) for sample in samples], batch_first=True)
+    mask = pad_sequence([torch.from_numpy(sample.loss_mask[1:].astype(np.float32)) for sample in samples], True)
     predicted = mask.sum(1)
     mass = predicted if config.loss_mean == "token" else (predicted > 0).float()
     weights = mass / mass.sum().clamp(min=1)
@@ -249,7 +264,7 @@ def _micro_batches(samples: list[dict[str, Any]], config: PretrainConfig) -> Ite
     for start in range(0, len(samples), config.micro_batch_size):
         part = slice(start, start + config.micro_batch_size)
         yield {
-            "sample_ids": [int(sample["sample_id"]) for sample in samples[part]],
+            "sample_ids": [sample.sample_id for sample in samples[part]],
             "tokens": tokens[part],
             "predicted": predicted[part].int(),
             "weights": weights[part],

@@ -80,6 +80,31 @@ def content_id(tokens: npt.NDArray[Any], loss_mask: npt.NDArray[Any]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def as_sample(row: Mapping[str, Any], columns: Columns, where: str) -> Sample:
+    """Read one row of an MDS stream, as `StreamingDataset` or `MdsStream.row` gives it.
+
+    Args:
+        row: column -> value.
+        columns: names of the columns; those for the mask and the documents may be absent.
+        where: the stream, for the error.
+
+    Raises:
+        UserError: the tokens column is missing.
+    """
+    if columns.tokens not in row:
+        raise UserError(f"{where} has no column {columns.tokens!r} (it has {sorted(row)}); set columns.tokens")
+    tokens = row[columns.tokens]
+    if isinstance(tokens, bytes):
+        tokens = np.frombuffer(tokens, columns.tokens_dtype)
+    tokens = np.asarray(tokens).astype(np.int32)
+    mask = row.get(columns.loss_mask)
+    return Sample(
+        tokens=tokens,
+        loss_mask=np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool),
+        documents=[(str(name), int(start), int(stop)) for name, start, stop in row.get(columns.documents, [])],
+    )
+
+
 class MdsStream:
     """Random access to the samples of one local MDS folder.
 
@@ -194,21 +219,7 @@ class MdsStream:
         Raises:
             UserError: the tokens column is missing, or the shard is corrupted.
         """
-        row = self.row(index)
-        if self.columns.tokens not in row:
-            raise UserError(
-                f"{self.folder} has no column {self.columns.tokens!r} (it has {sorted(row)}); set columns.tokens"
-            )
-        tokens = row[self.columns.tokens]
-        if isinstance(tokens, bytes):
-            tokens = np.frombuffer(tokens, self.columns.tokens_dtype)
-        tokens = np.asarray(tokens).astype(np.int32)
-        mask = row.get(self.columns.loss_mask)
-        return Sample(
-            tokens=tokens,
-            loss_mask=np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool),
-            documents=[(str(name), int(start), int(stop)) for name, start, stop in row.get(self.columns.documents, [])],
-        )
+        return as_sample(self.row(index), self.columns, str(self.folder))
 
     def catalogue(self) -> pl.DataFrame:
         """Read the whole stream once.

@@ -39,7 +39,7 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def state_bytes(model: nn.Module, optimizer_copies: int = 2) -> int:
     """Size of one snapshot in bytes: parameters, buffers and `optimizer_copies` moments of the trainable parameters."""
-    own: int = sum(tensor.nbytes for tensor in model.state_dict(keep_vars=True).values())
+    own: int = sum(tensor.nbytes for _, tensor in _model_tensors(model))
     return own + optimizer_copies * sum(parameter.nbytes for parameter in named_parameters(model).values())
 
 

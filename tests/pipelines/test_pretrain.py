@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from curate.errors import UserError
+from curate.formats.mds import Columns, write_stream
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from pipelines import pretrain
@@ -90,3 +92,21 @@ def test_schedule():
     assert learning_rate(optimizer, 9, 110) == pytest.approx(1.0)
     assert learning_rate(optimizer, 60, 110) == pytest.approx(0.55)
     assert learning_rate(optimizer, 110, 110) == pytest.approx(0.1)
+
+
+def test_streams_of_another_writer_need_only_tokens(config, tmp_path):
+    """llm-foundry writes raw int64 bytes and nothing else; sequences may differ in length."""
+    text = (b"the quick brown fox jumps over the lazy dog " * 40)[:1500]
+    rows = [{"ids": np.frombuffer(text[i : i + 20 + i % 7], np.uint8).astype(np.int64).tobytes()} for i in range(300)]
+    write_stream(tmp_path / "foreign" / "web", {"ids": "bytes"}, rows)
+    columns = Columns(tokens="ids")
+    trained = config.model_copy(update={"data": tmp_path / "foreign", "columns": columns, "loss_mean": "sample"})
+    train(trained)
+    run = Run(trained.out)
+    assert run.streams["web"][3].tokens.tolist() == list(text[3:26])
+    assert len(list(Replay(run, tolerance=1e-5).steps(0, 12))) == 12
+
+
+def test_a_missing_tokens_column_is_named(config):
+    with pytest.raises(UserError, match=r"has no column 'ids' \(it has .*'tokens'.*set columns.tokens"):
+        train(config.model_copy(update={"columns": Columns(tokens="ids")}))
