@@ -20,7 +20,7 @@ from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream, as_sample
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.trajectory.snapshots import load_state
 from pipelines.checkpoints import finish, resume, save
 
@@ -134,8 +134,7 @@ def train(config: PretrainConfig) -> list[float]:
     batches = _forever(loader)
     losses = []
     for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
-        if recorder:
-            recorder.begin_step(step)
+        recorder.begin_step(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -144,20 +143,16 @@ def train(config: PretrainConfig) -> list[float]:
             micro_loss = _loss(model, micro_batch, config.device)
             micro_loss.backward()
             loss += micro_loss.detach()
-            if recorder:
-                recorder.micro_batch(micro_batch["sample_ids"], micro_batch["weights"], micro_batch["predicted"])
+            recorder.micro_batch(micro_batch["sample_ids"], micro_batch["weights"], micro_batch["predicted"])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        if recorder:
-            recorder.end_step(loss, norm)
+        recorder.end_step(loss, norm)
         losses.append(loss.item())
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
-            if recorder:
-                recorder.flush()
+            recorder.flush()
             save(config.out, step + 1, settings, model, optimizer, loader)
     finish(config.out, config.steps)
-    if recorder:
-        recorder.finish()
+    recorder.finish()
     _log.info(
         "trained %d steps, last loss %.4f nats per token -> %s",
         len(losses),
@@ -174,14 +169,15 @@ def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
     tokens = micro_batch["tokens"].to(device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return (nll * micro_batch["token_weights"].to(device)).sum()
+    loss: Tensor = (nll * micro_batch["token_weights"].to(device)).sum()
+    return loss
 
 
 def _recorder(
     config: PretrainConfig, model: nn.Module, optimizer: Optimizer, streams: list[dict[str, Any]], first_step: int
-) -> TrajectoryRecorder | None:
+) -> TrajectoryRecorder | NoRecorder:
     if config.recorder is None:
-        return None
+        return NoRecorder()
     tokenizer = next((path for path in _tokenizers(config.data, streams) if path.exists()), None)
     return TrajectoryRecorder(
         config.out, config.recorder, model, optimizer, steps=config.steps, first_step=first_step,

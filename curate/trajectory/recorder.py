@@ -254,6 +254,27 @@ class TrajectoryRecorder:
             frame.write_parquet(part)
 
 
+class NoRecorder:
+    """Stands where a loop may run without recording; every call does nothing."""
+
+    def begin_step(self, step: int) -> None:
+        """Nothing is taken."""
+
+    def micro_batch(
+        self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]
+    ) -> None:
+        """Nothing is kept."""
+
+    def end_step(self, loss: Tensor | float, grad_norm: Tensor | float | None = None) -> None:
+        """Nothing is kept."""
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+    def finish(self) -> None:
+        """Nothing is written."""
+
+
 def _settings(group: dict[str, Any]) -> dict[str, float]:
     beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
     return {
