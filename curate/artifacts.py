@@ -18,6 +18,7 @@ from typing import Any
 from curate.errors import UserError
 
 MANIFEST = "manifest.json"
+STARTED = "settings.json"
 SIGN = "positive = removing the sample would raise the target's loss = the sample helped"
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "polars", "mosaicml-streaming", "transformers")
 
@@ -112,7 +113,24 @@ def is_complete(folder: Path, settings: Json) -> bool:
     """
     if not (folder / MANIFEST).exists():
         return False
-    found = read_json(folder / MANIFEST)["settings"]
+    _same_settings(folder, "is complete but was made", read_json(folder / MANIFEST)["settings"], settings)
+    return True
+
+
+def start(folder: Path, settings: Json) -> None:
+    """Start an artifact that takes several files, or continue it after an interruption; `settings.json` marks it.
+
+    Raises:
+        UserError: the folder holds something else, or was started with other settings (names those that differ).
+    """
+    if (folder / STARTED).exists():
+        _same_settings(folder, "was started", read_json(folder / STARTED), settings)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and was not made by this command; choose another output folder")
+    write_json(folder / STARTED, settings)
+
+
+def _same_settings(folder: Path, how: str, found: Json, settings: Json) -> None:
     wanted = json.loads(json.dumps(dict(settings), default=str))
     differing = [
         f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
@@ -121,10 +139,9 @@ def is_complete(folder: Path, settings: Json) -> bool:
     ]
     if differing:
         raise UserError(
-            f"{folder} is complete but was made with other settings ({'; '.join(differing)}); "
+            f"{folder} {how} with other settings ({'; '.join(differing)}); "
             "choose another output folder, or delete it to make it again"
         )
-    return True
 
 
 def _flush(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from curate.artifacts import MANIFEST, SIGN, fingerprint, is_complete, read_json, replacing, seal
+from curate.artifacts import MANIFEST, SIGN, fingerprint, is_complete, read_json, replacing, seal, start
 from curate.config import TokenCount, parse_command, run_command
 from curate.embed import EmbedConfig, embed, index_folder, read_target
 from curate.errors import UserError
@@ -21,6 +21,7 @@ from curate.progress import start_logging
 from curate.shards.plan import ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run, find_run
+from curate.trajectory.samples import fresh_shares, trained_tokens
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,6 +69,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
+    from curate.report.collect import cost_table
+
     begin = perf_counter()
     target = read_target(config, run)
     assert target is not None  # the config requires one
@@ -76,14 +79,15 @@ def select(config: SelectConfig, run: Run) -> Path:
     if is_complete(out, settings):
         _log.info("this selection is complete already")
         return out
+    start(out, settings)
     embeddings = embed(config, run, target)
     embedded = perf_counter()
     values = _values(embeddings, target)
-    trained = _trained_tokens(run)
-    tables = _score(out, values, trained, _fresh_shares(run), config)
+    trained = trained_tokens(run)
+    tables = _score(out, values, trained, fresh_shares(run), config)
     mixture, plan = _mix(run, values, tables["domains"], trained, config)
     data = _write_data(out / "data", run, mixture, plan, config)
-    costs = _costs(run, embeddings, out, perf_counter() - embedded)
+    costs = cost_table(run, embeddings, out, perf_counter() - embedded)
     report = _report_data(
         config,
         run,
@@ -118,24 +122,6 @@ def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
             value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
         )
     return pl.concat(frames)
-
-
-def _trained_tokens(run: Run) -> dict[str, int]:
-    """Stored tokens of each domain that the run trained on, repeats counted."""
-    import polars as pl
-
-    uses = run.steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-    samples = run.catalogue.unique("sample_id", keep="first", maintain_order=True).join(uses, on="sample_id")
-    tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
-    return dict(tokens.sort("domain").iter_rows())
-
-
-def _fresh_shares(run: Run) -> dict[str, float]:
-    """Share of new text in each domain's stream, weighted by tokens."""
-    import polars as pl
-
-    shares = run.catalogue.group_by("domain").agg((pl.col("fresh") * pl.col("length")).sum() / pl.col("length").sum())
-    return dict(shares.sort("domain").iter_rows())
 
 
 def _score(
@@ -207,23 +193,6 @@ def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: Se
             shutil.copyfile(run.spec.tokenizer, written["filter"] / "tokenizer.json")
     write_mixture(folder.parent / "mixture.yaml", mixture)
     return written
-
-
-def _costs(run: Run, embeddings: dict[str, Embedding], out: Path, seconds: float) -> pl.DataFrame:
-    """What each phase cost, the stage's training for comparison."""
-    import polars as pl
-
-    rows: list[dict[str, object]] = [{"phase": "training", "units": float(run.spec.steps), "note": "one per step"}]
-    for window, part in embeddings.items():
-        note = f"{100 * part.cost_units / run.spec.steps:.1f} % of the stage"
-        size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
-        rows.append(
-            {"phase": f"embed {window}", "units": part.cost_units, "seconds": part.seconds, "bytes": size, "note": note}
-        )
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    rows.append({"phase": "select", "units": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
-    columns = {"phase": pl.String, "units": pl.Float64, "seconds": pl.Float64, "bytes": pl.Int64, "note": pl.String}
-    return pl.DataFrame(rows, schema=columns)
 
 
 def _report_data(

@@ -10,6 +10,9 @@ import polars as pl
 from curate.formats.documents import load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
     from curate.trajectory.run import Run
 
@@ -60,3 +63,18 @@ def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str]
             chosen = {name: row[name] for name in ("window", "step", "domain", "sample_id", "value")}
             rows.append({"kind": kind, "rank": rank, **chosen, "text": text})
     return pl.DataFrame(rows)
+
+
+def cost_table(run: Run, embeddings: dict[str, Embedding], out: Path, seconds: float) -> pl.DataFrame:
+    """What each phase cost, the stage's training for comparison."""
+    rows: list[dict[str, object]] = [{"phase": "training", "units": float(run.spec.steps), "note": "one per step"}]
+    for window, part in embeddings.items():
+        note = f"{100 * part.cost_units / run.spec.steps:.1f} % of the stage"
+        size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
+        rows.append(
+            {"phase": f"embed {window}", "units": part.cost_units, "seconds": part.seconds, "bytes": size, "note": note}
+        )
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    rows.append({"phase": "select", "units": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
+    columns = {"phase": pl.String, "units": pl.Float64, "seconds": pl.Float64, "bytes": pl.Int64, "note": pl.String}
+    return pl.DataFrame(rows, schema=columns)

@@ -64,3 +64,17 @@ def window_rows(run: Run, window: str, horizon: str) -> pl.DataFrame:
         pl.lit(window).alias("window"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
         pl.Series("documents", documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
     )  # fmt: skip
+
+
+def trained_tokens(run: Run) -> dict[str, int]:
+    """Stored tokens of each domain that the run trained on, repeats counted."""
+    uses = run.steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    samples = run.catalogue.unique("sample_id", keep="first", maintain_order=True).join(uses, on="sample_id")
+    tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+    return dict(tokens.sort("domain").iter_rows())
+
+
+def fresh_shares(run: Run) -> dict[str, float]:
+    """Share of new text in each domain's stream, weighted by tokens."""
+    shares = run.catalogue.group_by("domain").agg((pl.col("fresh") * pl.col("length")).sum() / pl.col("length").sum())
+    return dict(shares.sort("domain").iter_rows())

@@ -108,6 +108,13 @@ def test_a_complete_selection_is_reused_and_other_settings_are_refused(folder, b
         run_select(folder, mode="both", out=both, budget_tokens=600)
 
 
+def test_a_folder_of_something_else_is_not_written_to(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="was not made by this command"):
+        run_select(folder, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_the_same_settings_give_the_same_bytes(folder, both, tmp_path):
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
     again = run_select(folder, mode="both", run=tmp_path / "run")
