@@ -113,12 +113,22 @@ def is_complete(folder: Path, settings: Json) -> bool:
     """
     if not (folder / MANIFEST).exists():
         return False
-    _same_settings(folder, "is complete but was made", read_json(folder / MANIFEST)["settings"], settings)
+    _same_settings(folder, "is complete but was made", read_json(folder / MANIFEST).get("settings", {}), settings)
     return True
 
 
 def start(folder: Path, settings: Json) -> None:
     """Start an artifact that takes several files, or continue it after an interruption; `settings.json` marks it.
+
+    Raises:
+        UserError: see `check_startable`.
+    """
+    check_startable(folder, settings)
+    write_json(folder / STARTED, settings)
+
+
+def check_startable(folder: Path, settings: Json) -> None:
+    """Ask, before any long work, whether `start` would succeed.
 
     Raises:
         UserError: the folder holds something else, or was started with other settings (names those that differ).
@@ -127,7 +137,6 @@ def start(folder: Path, settings: Json) -> None:
         _same_settings(folder, "was started", read_json(folder / STARTED), settings)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and was not made by this command; choose another output folder")
-    write_json(folder / STARTED, settings)
 
 
 def _same_settings(folder: Path, how: str, found: Json, settings: Json) -> None:

@@ -47,21 +47,25 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
     Dashes and underscores in option names are the same (`--budget-tokens`, `--budget_tokens`).
 
     Raises:
-        SystemExit: status 2 with one message where an option is unknown or a value is not valid.
+        UserError: an option is unknown, missing, or its value is not valid.
     """
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=description)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
     parser.add_class_arguments(config, None)
     arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    namespace = parser.parse_args(arguments)
-    namespace.pop("config", None)
     try:
+        namespace = parser.parse_args(arguments)
+        namespace.pop("config", None)
         return config(**vars(parser.instantiate(namespace)))
     except ValidationError as error:
         first = error.errors()[0]
-        parser.error(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        raise UserError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}; see --help") from None
+    except ArgumentError as error:
+        raise UserError(f"{' '.join(str(error).split())}; see --help") from None
 
 
 def _underscored(argument: str) -> str:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
@@ -29,6 +31,10 @@ class EmbedConfig(Config):
     """Where runs are looked for."""
     window: Literal["early", "late", "both"] = "both"
     """Window or windows of the run to value."""
+    window_steps: int | None = Field(default=None, ge=1)
+    """Value only the last steps of each window, as many as this; none: the whole window."""
+    streams: dict[str, Path] = {}
+    """Where the run's streams lie now, by domain, if they were moved since."""
     horizon: Literal["window_end", "stage_end"] = "window_end"
     """State that the target's loss is read at."""
     estimator: Literal["adjoint", "dvemb"] = "adjoint"
@@ -76,7 +82,12 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     replay = Replay(run, config.device, config.tolerance)
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
     horizon: Horizon = config.horizon
-    jobs = {window: plan_job(replay, window, horizon, target, config.target_batch_size) for window in config.windows}
+    jobs = {
+        window: plan_job(
+            replay, window, horizon, target, batch_size=config.target_batch_size, window_steps=config.window_steps
+        )
+        for window in config.windows
+    }
     for window, job in jobs.items():
         folder, settings = embedding_folder(job, window, horizon, estimator)
         if not is_complete(folder, settings):
@@ -122,7 +133,7 @@ def main() -> None:
         EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index."
     )
     start_logging()
-    run = Run(config.run or find_run(config.runs_root))
+    run = Run(config.run or find_run(config.runs_root), config.streams)
     embeddings = embed(config, run, read_target(config, run))
     for window, embedding in embeddings.items():
         _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)

@@ -10,9 +10,19 @@ import logging
 import shutil
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from curate.artifacts import MANIFEST, SIGN, fingerprint, is_complete, read_json, replacing, seal, start
+from curate.artifacts import (
+    MANIFEST,
+    SIGN,
+    check_startable,
+    fingerprint,
+    is_complete,
+    read_json,
+    replacing,
+    seal,
+    start,
+)
 from curate.config import TokenCount, parse_command, run_command
 from curate.embed import EmbedConfig, embed, index_folder, read_target
 from curate.errors import UserError
@@ -34,7 +44,13 @@ if TYPE_CHECKING:
     from curate.target import Target
 
 _log = logging.getLogger(__name__)
-_ELSEWHERE = {"run", "runs_root", "target", "out", "device", "tracking"}  # do not change what is selected
+# What does not change what is selected.
+_ELSEWHERE: dict[str, Any] = {
+    **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking"), True),
+    **dict.fromkeys(("tolerance", "target_batch_size"), True),
+    "adjoint": {"memory_bytes", "save_seconds"},
+    "dvemb": {"rows_per_block"},
+}
 
 
 class SelectConfig(EmbedConfig):
@@ -79,13 +95,15 @@ def select(config: SelectConfig, run: Run) -> Path:
     if is_complete(out, settings):
         _log.info("this selection is complete already")
         return out
-    start(out, settings)
+    check_startable(out, settings)
     embeddings = embed(config, run, target)
     embedded = perf_counter()
     values = _values(embeddings, target)
     trained = trained_tokens(run)
-    tables = _score(out, values, trained, fresh_shares(run), config)
+    tables = _score(values, trained, fresh_shares(run), config)
     mixture, plan = _mix(run, values, tables["domains"], trained, config)
+    start(out, settings)
+    _write_tables(out, values, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
     costs = cost_table(run, embeddings, out, perf_counter() - embedded)
     report = _report_data(
@@ -125,28 +143,31 @@ def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
 
 
 def _score(
-    out: Path, values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
+    values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
 ) -> dict[str, pl.DataFrame]:
-    """Write `scores.parquet` and its roll-ups; returns the roll-ups by name."""
+    """The roll-ups of the values, by name."""
     from curate.scores.documents import document_values
     from curate.scores.domain import domain_scores
     from curate.scores.reliability import halves_reliability
-    from curate.scores.schema import write_scores
     from curate.scores.shards import between_shards, shard_scores
 
-    write_scores(out / "scores.parquet", values)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    tables = {
+    return {
         "domains": domain_scores(values, prior, seed=config.seed, fresh=fresh),
         "shards": shard_scores(values),
         "documents": document_values(values),
         "between_shards": between_shards(values),
         "reliability": halves_reliability(values, seed=config.seed),
     }
+
+
+def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFrame]) -> None:
+    from curate.scores.schema import write_scores
+
+    write_scores(out / "scores.parquet", values)
     for name, table in tables.items():
         with replacing(out / f"{name}.parquet") as part:
             table.write_parquet(part)
-    return tables
 
 
 def _mix(
@@ -262,7 +283,7 @@ def main() -> None:
         "Select the next stage's data: which of the data trained on helped the target?",
     )
     start_logging()
-    run = Run(config.run or find_run(config.runs_root))
+    run = Run(config.run or find_run(config.runs_root), config.streams)
     out = select(config, run)
     _summarise(out)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from curate.artifacts import file_fingerprint
 from curate.errors import UserError
-from curate.formats.documents import encode, eot_id, load_tokenizer, read_documents
+from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
 from curate.formats.mds import Sample
 from curate.rng import generator
 from curate.task import Batch, Task, collate
@@ -63,7 +63,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     """
     documents = read_documents(path)
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
-    start = eot_id(tokenizer) if tokenizer else None
+    start = find_eot(tokenizer) if tokenizer else None
     pieces = [split_document(*encode(document, tokenizer), spec.seq_len, start) for document in documents]
     pieces = [document for document in pieces if document]
     tokens = sum(piece.predicted_tokens for document in pieces for piece in document)

@@ -31,7 +31,7 @@ class ModelSpec(Config):
     hf_config: Path | None = None
     """Folder or JSON file with the config of a Hugging Face causal LM."""
     factory: str | None = None
-    """`module:function` that returns any `nn.Module` mapping token ids (B, T) to logits (B, T, V)."""
+    """`module:function` that returns any `nn.Module` mapping token ids (B, T) to logits (B, T, V), alone or first."""
     kwargs: dict[str, Any] = {}
     """Arguments of the factory."""
 
@@ -42,7 +42,7 @@ class TaskSpec(Config):
     model: ModelSpec
     """The model."""
     autocast: Literal["bfloat16", "float16"] | None = None
-    """Autocast type that the run trained with; none: the parameters' own type."""
+    """Autocast type that the run trained with; none: float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,8 @@ class Task:
                 output = self.model(batch.tokens, **arguments)
             else:
                 output = torch.func.functional_call(self.model, dict(parameters), (batch.tokens,), arguments)
-        logits = getattr(output, "logits", output)[:, :-1]  # (B, T-1, V)
+        output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+        logits = output[:, :-1]  # (B, T-1, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")  # (B, T-1)
         mask = batch.loss_mask[:, 1:].to(nll.dtype)
@@ -156,12 +157,21 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if (spec.hf_config is None) == (spec.factory is None):
         raise UserError("the model needs exactly one of model.hf_config and model.factory")
     model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
+    refuse_dropout(model)
+    return model.train()
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Refuse a model whose replay could not repeat it.
+
+    Raises:
+        UserError: names the first dropout with p > 0.
+    """
     active = [
-        name for name, module in model.named_modules() if getattr(module, "p", 0) and "Dropout" in type(module).__name__
+        name for name, part in model.named_modules() if "Dropout" in type(part).__name__ and getattr(part, "p", False)
     ]
     if active:
         raise UserError(f"{active[0]} is a dropout with p > 0: replay could not repeat it; train with dropout 0")
-    return model.train()
 
 
 def _from_hugging_face(path: Path) -> nn.Module:

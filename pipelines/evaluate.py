@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.formats.documents import encode, eot_id, load_tokenizer, read_documents
+from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
 from curate.target import load_target, split_document, target_loss
 from curate.task import Batch, Task, collate
 from curate.trajectory.snapshots import load_state
@@ -35,7 +35,7 @@ def domain_losses(task: Task, spec: RunSpec, path: Path) -> dict[str, float]:
     import torch
 
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
-    start = eot_id(tokenizer) if tokenizer else None
+    start = find_eot(tokenizer) if tokenizer else None
     domains = [json.loads(line)["domain"] for line in path.read_text(encoding="utf-8").splitlines()]
     pieces: dict[str, list[Batch]] = {}
     for domain, document in zip(domains, read_documents(path), strict=True):

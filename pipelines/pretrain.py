@@ -19,7 +19,7 @@ from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream, as_sample
 from curate.progress import progress, start_logging
-from curate.task import ModelSpec, TaskSpec
+from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.trajectory.snapshots import load_state
 from pipelines.checkpoints import finish, resume, save
@@ -64,8 +64,8 @@ class PretrainConfig(Config):
     """Optimizer steps; more than one pass over the data starts a new epoch."""
     batch_size: int = 16
     """Sequences per optimizer step."""
-    micro_batch_size: int = 16
-    """Sequences per forward and backward pass."""
+    micro_batch_size: int | None = None
+    """Sequences per forward and backward pass; none: the whole batch."""
     columns: Columns = Columns()
     """Columns of the streams, where another program wrote them."""
     loss_mean: Literal["token", "sample"] = "token"
@@ -98,15 +98,37 @@ def load_streams(data: Path) -> list[dict[str, Any]]:
     """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the file cannot be read.
     """
     if data.suffix in (".yaml", ".yml"):
-        streams: list[dict[str, Any]] = yaml.safe_load(data.read_text(encoding="utf-8"))
+        try:
+            streams: Any = yaml.safe_load(data.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{data} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
+        if not isinstance(streams, list) or not all(
+            isinstance(stream, dict) and "local" in stream for stream in streams
+        ):
+            raise UserError(f"{data} must hold a list of Stream arguments, each with `local`")
     else:
         streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
     if not streams:
         raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
-    return streams
+    return list(streams)
+
+
+def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:
+    """Domain -> MDS folder: domains are called by their folders, with the parent's name where that is not enough.
+
+    Raises:
+        UserError: two streams would have the same name.
+    """
+    folders = [Path(stream["local"]) / (stream.get("split") or "") for stream in streams]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.name}.{folder.name}" for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"two streams are called {max(names, key=names.count)}; give their folders different names")
+    return dict(zip(names, folders, strict=True))
 
 
 def train(config: PretrainConfig) -> list[float]:
@@ -119,18 +141,18 @@ def train(config: PretrainConfig) -> list[float]:
         UserError: the data or settings do not fit, or the stage is already complete.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model)).to(config.device).train()
+    model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
     optimizer = _optimizer(model, config.optimizer)
     streams = load_streams(config.data)
+    seq_len = _check_streams(streams, model, config)
     loader = _loader(streams, config)
     settings = config.model_dump(mode="json")
     first_step = resume(config.out, settings, model, optimizer, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizer)
-    recorder = _recorder(config, model, optimizer, streams, first_step)
+    recorder = _recorder(config, model, optimizer, streams, seq_len, first_step)
     batches = _forever(loader)
     losses = []
     for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
@@ -174,7 +196,12 @@ def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
 
 
 def _recorder(
-    config: PretrainConfig, model: nn.Module, optimizer: Optimizer, streams: list[dict[str, Any]], first_step: int
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    streams: list[dict[str, Any]],
+    seq_len: int,
+    first_step: int,
 ) -> TrajectoryRecorder | NoRecorder:
     if config.recorder is None:
         return NoRecorder()
@@ -182,9 +209,9 @@ def _recorder(
     return TrajectoryRecorder(
         config.out, config.recorder, model, optimizer, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
-        streams={Path(stream["local"]).name: Path(stream["local"]) for stream in streams}, tokenizer=tokenizer,
+        streams=domain_folders(streams), tokenizer=tokenizer,
         columns=config.columns,
-        seq_len=_seq_len(streams, config.columns), clip_norm=config.optimizer.clip_norm,
+        seq_len=seq_len, clip_norm=config.optimizer.clip_norm,
     )  # fmt: skip
 
 
@@ -195,8 +222,28 @@ def _tokenizers(data: Path, streams: list[dict[str, Any]]) -> Iterator[Path]:
         yield Path(stream["local"]).parent / "tokenizer.json"
 
 
-def _seq_len(streams: list[dict[str, Any]], columns: Columns) -> int:
-    return len(MdsStream(Path(streams[0]["local"]), columns)[0].tokens)
+def _check_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> int:
+    """Open every stream and hold its first sample against the model; returns the tokens of a sequence.
+
+    Raises:
+        UserError: a stream is missing or damaged, too short for a batch, or does not fit the model.
+    """
+    opened = [MdsStream(folder, config.columns) for folder in domain_folders(streams).values()]
+    samples = sum(int(stream.get("choose", len(found))) for stream, found in zip(streams, opened, strict=True))
+    if samples < config.batch_size:
+        raise UserError(
+            f"{config.data} holds {samples} samples, fewer than one batch of {config.batch_size}; lower batch_size"
+        )
+    first = [found[0].tokens for found in opened]
+    seq_len, largest = max(len(tokens) for tokens in first), max(int(tokens.max()) for tokens in first)
+    shape: Any = model.config
+    vocabulary, positions = int(shape.vocab_size), int(getattr(shape, "max_position_embeddings", seq_len))
+    if largest >= vocabulary or not 2 <= seq_len <= positions:
+        raise UserError(
+            f"the data has token ids up to {largest} at least, in sequences of {seq_len}; {config.model} has a "
+            f"vocabulary of {vocabulary} and {positions} positions: set vocab_size and max_position_embeddings in it"
+        )
+    return seq_len
 
 
 def _optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -213,7 +260,7 @@ def _optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingDataLoader:
     from streaming import Stream, StreamingDataLoader, StreamingDataset
 
-    if config.batch_size % config.micro_batch_size:
+    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
         raise UserError(
             f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
         )
@@ -257,8 +304,9 @@ def _micro_batches(rows: list[dict[str, Any]], config: PretrainConfig) -> Iterat
     mass = predicted if config.loss_mean == "token" else (predicted > 0).float()
     weights = mass / mass.sum().clamp(min=1)
     token_weights = mask * (weights / predicted.clamp(min=1))[:, None]
-    for start in range(0, len(samples), config.micro_batch_size):
-        part = slice(start, start + config.micro_batch_size)
+    size = config.micro_batch_size or config.batch_size
+    for start in range(0, len(samples), size):
+        part = slice(start, start + size)
         yield {
             "sample_ids": [sample.sample_id for sample in samples[part]],
             "tokens": tokens[part],

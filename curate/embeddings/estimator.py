@@ -29,7 +29,7 @@ class WindowJob:
         start: first step of the window.
         stop: step after its last.
         horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
-        targets: the targets to serve.
+        target: the target to serve, or None where the estimator needs none.
         batch_size: samples per pass where the estimator chooses (targets).
         scratch: folder for progress that an interrupted job continues from; deleted when the job is done.
     """

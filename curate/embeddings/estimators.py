@@ -118,7 +118,7 @@ class AdjointEstimator:
             raise UserError(
                 f"the states of {steps} steps need {steps * per_step:,} bytes, "
                 f"adjoint.memory_bytes is {self.config.memory_bytes:,}: "
-                f"{self.config.memory_bytes // per_step} steps fit; raise it, or declare a shorter window"
+                f"{self.config.memory_bytes // per_step} steps fit; raise it, or value a part with --window_steps"
             )
 
     def _resume(self, job: WindowJob) -> tuple[int, TrainingState]:

@@ -51,13 +51,22 @@ class Embedding:
     cost_units: float
 
 
-def plan_job(replay: Replay, window: str, horizon: Horizon, target: Target | None, batch_size: int) -> WindowJob:
-    """The job of one declared window; its scratch folder is set by `embed_window`.
+def plan_job(
+    replay: Replay,
+    window: str,
+    horizon: Horizon,
+    target: Target | None,
+    *,
+    batch_size: int,
+    window_steps: int | None = None,
+) -> WindowJob:
+    """The job of one declared window, or of its last `window_steps`; its scratch folder is set by `embed_window`.
 
     Raises:
         UserError: the run declared no such window.
     """
     start, stop = replay.run.window(window)
+    start = start if window_steps is None else max(start, stop - window_steps)
     end = stop if horizon == "window_end" else replay.run.spec.steps
     return WindowJob(
         replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, scratch=Path()
@@ -87,15 +96,15 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
     job = replace(job, scratch=folder / "scratch")
     if not is_complete(folder, settings):
         job.scratch.mkdir(parents=True, exist_ok=True)
-        begin, spent = perf_counter(), _spent(folder)
-        rows = window_rows(job.replay.run, window, horizon)
+        begin = perf_counter()
+        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon)
         with replacing(folder / "rows.parquet") as part:
             rows.write_parquet(part)
         vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
         try:
             facts = estimator.embed(job, vectors)
         finally:
-            _add_time(folder, spent, perf_counter() - begin, job.replay.unit_seconds)
+            _add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
         vectors.flush()
         seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
     shutil.rmtree(folder / "scratch", ignore_errors=True)
@@ -132,11 +141,10 @@ def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     return created
 
 
-def _spent(folder: Path) -> float:
+def _add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
+    """Add the time of one attempt; an attempt without a replay is counted in the unit that an earlier one measured."""
     path = folder / "timings.json"
-    return float(read_json(path)["seconds"]) if path.exists() else 0.0
-
-
-def _add_time(folder: Path, spent: float, seconds: float, unit_seconds: float | None) -> None:
-    total = spent + seconds
-    write_json(folder / "timings.json", {"seconds": total, "cost_units": total / unit_seconds if unit_seconds else 0.0})
+    before: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
+    unit = unit_seconds or before["unit_seconds"]
+    total = before["seconds"] + seconds
+    write_json(path, {"seconds": total, "cost_units": total / unit if unit else None, "unit_seconds": unit})

@@ -221,16 +221,21 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     return tokenizer
 
 
+def find_eot(tokenizer: "Tokenizer") -> int | None:
+    """Id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has, or None."""
+    found = (tokenizer.token_to_id(name) for name in END_OF_TEXT)
+    return next((int(number) for number in found if number is not None), None)
+
+
 def eot_id(tokenizer: "Tokenizer") -> int:
-    """Id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has.
+    """`find_eot` where one is needed.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the tokenizer has none.
     """
-    for name in END_OF_TEXT:
-        number = tokenizer.token_to_id(name)
-        if number is not None:
-            return int(number)
+    number = find_eot(tokenizer)
+    if number is not None:
+        return number
     raise UserError(f"the tokenizer has no end-of-text token; add one of {', '.join(END_OF_TEXT)} to it")
 
 

@@ -21,6 +21,7 @@ from curate.artifacts import replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.ngrams import NgramMemory
+from curate.progress import progress
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {
@@ -31,7 +32,10 @@ COLUMNS = {
     "documents": "json",  # [[document id, first token, token after the last], ...]
 }
 
-CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "fresh")
+CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "fresh", "ngrams")
+
+
+_BYTES_PER_TOKEN = 4  # of a shard, at least; bounds the number of tokens from above
 
 
 class Columns(Config):
@@ -93,16 +97,26 @@ def as_sample(row: Mapping[str, Any], columns: Columns, where: str) -> Sample:
     """
     if columns.tokens not in row:
         raise UserError(f"{where} has no column {columns.tokens!r} (it has {sorted(row)}); set columns.tokens")
-    tokens = row[columns.tokens]
-    if isinstance(tokens, bytes):
-        tokens = np.frombuffer(tokens, columns.tokens_dtype)
-    tokens = np.asarray(tokens).astype(np.int32)
+    tokens = _token_ids(row[columns.tokens], columns, where)
     mask = row.get(columns.loss_mask)
     return Sample(
         tokens=tokens,
         loss_mask=np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool),
         documents=[(str(name), int(start), int(stop)) for name, start, stop in row.get(columns.documents, [])],
     )
+
+
+def _token_ids(stored: Any, columns: Columns, where: str) -> npt.NDArray[np.int32]:
+    hint = f"the token ids of {where} do not fit columns.tokens_dtype {columns.tokens_dtype}"
+    try:
+        ids = np.frombuffer(stored, columns.tokens_dtype) if isinstance(stored, bytes) else np.asarray(stored)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{hint} ({error}); set it to the type that the stream was written with") from None
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 31:
+        raise UserError(
+            f"{hint} (found {ids.min()} to {ids.max()}); set it to the type that the stream was written with"
+        )
+    return ids.astype(np.int32)
 
 
 class MdsStream:
@@ -132,6 +146,8 @@ class MdsStream:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'index.json'} is not a valid MDS index: {error}") from None
+        if not self._readers:
+            raise UserError(f"{folder} is an MDS folder without shards; write samples to it, or leave it out")
         for reader in self._readers:
             self._check(reader)
 
@@ -226,21 +242,18 @@ class MdsStream:
 
         Returns:
             One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens), `tokens`
-            (predicted tokens), `fresh` (share of its n-grams that no earlier sample of the stream has, see `ngrams`).
+            (predicted tokens), `fresh` and `ngrams` (n-grams that no earlier sample of the stream has, of all; see
+            `ngrams`).
         """
-        memory = NgramMemory(len(self) * len(self[0].tokens))
-        rows = [
-            (
-                index,
-                shard,
-                sample.sample_id,
-                len(sample.tokens),
-                sample.predicted_tokens,
-                memory.fresh_share(sample.tokens),
-            )
-            for index, shard in enumerate(np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist())
-            for sample in [self[index]]
-        ]
+        memory = NgramMemory(sum(reader.raw_data.bytes for reader in self._readers) // _BYTES_PER_TOKEN)
+        shards = np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist()
+        rows = []
+        for index, shard in enumerate(
+            progress(shards, total=len(self), what=f"read {self.folder.name}", unit="sample")
+        ):
+            sample = self[index]
+            counts = memory.count(sample.tokens)
+            rows.append((index, shard, sample.sample_id, len(sample.tokens), sample.predicted_tokens, *counts))
         return pl.DataFrame(rows, schema=list(CATALOGUE), orient="row")
 
 

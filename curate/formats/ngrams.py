@@ -25,20 +25,21 @@ class NgramMemory:
         self._factors = generator(0, "n-grams").integers(0, 1 << 63, size=N, dtype=np.uint64) * 2 + 1
         self._threshold = np.uint64(min(1.0, MEMORY / max(total_tokens, 1)) * (2**64 - 2**11))
 
-    def fresh_share(self, tokens: npt.NDArray[np.int32]) -> float:
-        """Share of the n-grams of a sequence that were not seen before; they count as seen afterwards.
+    def count(self, tokens: npt.NDArray[np.int32]) -> tuple[int, int]:
+        """Count the n-grams of a sequence; they count as seen afterwards.
 
         Args:
             tokens: (T,) token ids.
 
         Returns:
-            0 to 1; 1 where the sequence has no n-gram that is remembered (too short).
+            How many of its remembered n-grams were not seen before, and how many there are. The share of new text of a
+            stream is the ratio of the two sums.
         """
         if len(tokens) < N:
-            return 1.0
+            return 0, 0
         windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + 1, N)
         hashes = windows @ self._factors  # modulo 2^64; the high bits are well mixed
         kept = hashes[hashes <= self._threshold].tolist()
         before = len(self._seen)
         self._seen.update(kept)
-        return (len(self._seen) - before) / len(kept) if kept else 1.0
+        return len(self._seen) - before, len(kept)

@@ -1,7 +1,7 @@
 """Build a FAISS inner-product index over a window's embeddings, measure its recall, and save both.
 
-Up to 200,000 rows the search is exact. Above, rows are quantised to one byte per number inside the lists of a k-means
-(`IVF<lists>,SQ8`); the number of lists visited per query is doubled until the recall measured against exact search
+Up to 200,000 rows the search is exact. Above, rows are rounded to two bytes per number inside the lists of a k-means
+(`IVF<lists>,SQbf16`); the number of lists visited per query is doubled until the recall measured against exact search
 reaches its target. Time: k-means on a sample, then one pass over the memory map; memory: the index (N (D + 8) bytes
 compressed) and one chunk of rows, never a copy of the embeddings.
 

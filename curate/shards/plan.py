@@ -62,12 +62,11 @@ def make_pool(catalogues: Mapping[str, pl.DataFrame], values: pl.DataFrame, drop
         raise ValueError("values of one window and one target are needed")
     columns = ["domain", "index", "sample_id", "length"]
     samples = pl.concat([table.with_columns(domain=pl.lit(name)).select(columns) for name, table in catalogues.items()])
-    valued = values.group_by("domain", "index").agg(
-        pl.col("sample_id").first(),
+    _check_same(samples, values.select("domain", "index", "sample_id").unique())
+    valued = values.group_by("domain", "sample_id").agg(
         value=pl.when(pl.col("tokens").sum() > 0).then(pl.col("value").sum() / pl.col("tokens").sum()),
     )
-    _check_same(samples, valued)
-    pool = samples.join(valued.drop("sample_id"), on=["domain", "index"], how="left")
+    pool = samples.join(valued, on=["domain", "sample_id"], how="left")  # copies of a sample share its value
     worst_first = pool.sort("domain", "value", "sample_id", "index", nulls_last=True)
     place, count = pl.int_range(pl.len()).over("domain"), pl.col("value").count().over("domain")
     kept = (place >= (count * drop_fraction + 1e-9).floor()) | pl.col("value").is_null()

@@ -30,7 +30,7 @@ from curate.artifacts import replacing, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
-from curate.task import TaskSpec
+from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec
 from curate.trajectory.snapshots import named_parameters, save_state, snapshot_path, state_bytes
 
@@ -44,8 +44,9 @@ Border = int | float
 class RecorderConfig(Config):
     """What is recorded beside the step records."""
 
-    windows: dict[str, tuple[Border, Border]] = {"early": (0.0, 0.1), "late": (0.9, 1.0)}
-    """Windows to value: first step and step after the last. An integer is a step, a decimal a fraction of the stage."""
+    windows: dict[str, tuple[Border, Border]] | None = None
+    """Windows to value, `early` and `late`: first step and step after the last; an integer is a step, a decimal a
+    fraction of the stage. None: the first and the last tenth of the stage, at most 50 steps each."""
     cadence_snapshots: int = 8
     """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too
     small.
@@ -54,6 +55,12 @@ class RecorderConfig(Config):
     """Byte budget of all snapshots (8B = 8 GB); those at window borders come first."""
     flush_steps: int = 100
     """Steps between writes of the step records."""
+
+
+def default_windows(steps: int) -> dict[str, tuple[int, int]]:
+    """The first and the last tenth of a stage, at most 50 steps each: values cost several passes per step."""
+    length = min(max(steps // 10, 1), 50)
+    return {"early": (0, length), "late": (steps - length, steps)}
 
 
 def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[str, tuple[int, int]]:
@@ -137,12 +144,13 @@ class TrajectoryRecorder:
         columns: Columns | None = None,
         tokenizer: Path | None = None,
     ) -> None:
-        self._folder, self._model, self._optimizer = folder, model, optimizer
+        _check_replayable(model, optimizer)
+        self._folder, self._model, self._optimizer = Path(folder), model, optimizer
         self._clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self._rank, self._world = _rank_and_world()
         self._rows: list[dict[str, Any]] = []
         self._step = -1
-        windows = window_steps(config.windows, steps)
+        windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
         task = self._own_copy(task)
         self._spec = RunSpec(
@@ -165,9 +173,11 @@ class TrajectoryRecorder:
         if self._rank == 0:
             write_json(self._folder / "run.json", self._spec.model_dump(mode="json"))
         for path in sorted(self._parts.glob("*.parquet")):
-            kept = pl.read_parquet(path).filter(pl.col("step") < first_step)
-            path.unlink()
-            if len(kept):
+            rows = pl.read_parquet(path)
+            kept = rows.filter(pl.col("step") < first_step)
+            if kept.is_empty():
+                path.unlink()
+            elif len(kept) < len(rows):
                 self._write(kept)
 
     def _own_copy(self, task: TaskSpec) -> TaskSpec:
@@ -179,7 +189,8 @@ class TrajectoryRecorder:
         if self._rank == 0:
             with replacing(copy) as part:
                 part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
-        return task.model_copy(update={"model": task.model.model_copy(update={"hf_config": copy.resolve()})})
+        relative = copy.relative_to(self._folder)
+        return task.model_copy(update={"model": task.model.model_copy(update={"hf_config": relative})})
 
     def begin_step(self, step: int) -> None:
         """Call before the first micro-batch of a step: takes the snapshot where one is due."""
@@ -252,6 +263,20 @@ class TrajectoryRecorder:
     def _write(self, frame: pl.DataFrame) -> None:
         with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
             frame.write_parquet(part)
+
+
+def _check_replayable(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse before training what replay could not repeat after it.
+
+    Raises:
+        UserError: dropout, another optimizer than AdamW, or a variant of it.
+    """
+    refuse_dropout(model)
+    if type(optimizer).__name__ != "AdamW":
+        raise UserError(f"the optimizer is {type(optimizer).__name__}; values are computed for torch.optim.AdamW")
+    for name in ("amsgrad", "maximize"):
+        if any(group.get(name) for group in optimizer.param_groups):
+            raise UserError(f"AdamW with {name} cannot be replayed; set {name}=False")
 
 
 class NoRecorder:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import polars as pl
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
 from curate.config import Config
@@ -18,6 +21,7 @@ from curate.formats.mds import CATALOGUE, Columns, MdsStream
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 
+_log = logging.getLogger(__name__)
 _SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 STEPS = pl.Schema(
     [
@@ -35,13 +39,16 @@ STEPS = pl.Schema(
 )
 
 
+DOMAIN = r"^\w[\w.-]*$"
+
+
 class RunSpec(Config):
     """What a run was, as written by the recorder into `run.json`."""
 
     task: TaskSpec
     """Model and precision."""
-    streams: dict[str, Path]
-    """Domain -> MDS folder that the run trained on."""
+    streams: dict[Annotated[str, Field(pattern=DOMAIN)], Path]
+    """Domain -> MDS folder that the run trained on. Domains become folder names: letters, digits, '_', '-' and '.'."""
     columns: Columns = Columns()
     """Columns of the streams."""
     tokenizer: Path | None = None
@@ -65,18 +72,20 @@ class Run:
 
     Args:
         folder: its directory.
+        streams: where streams lie now, by domain, if they were moved since.
 
     Raises:
         UserError: no run there, not finished, unreadable, or without snapshots.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None) -> None:
         self.folder = folder
         raw = read_json(folder / "run.json")
+        raw["streams"] = {**raw.get("streams", {}), **(streams or {})}
         try:
-            self.spec = RunSpec(**raw)
+            self.spec = _resolved(RunSpec(**raw), folder)
         except ValidationError as error:
-            raise UserError(f"{folder / 'run.json'} does not describe a run: {error.errors()[0]['msg']}") from None
+            raise UserError(f"{folder / 'run.json'} does not describe a run: {_first(error)}") from None
         if not (folder / "steps.parquet").exists():
             raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
         if not self.snapshots:
@@ -84,6 +93,25 @@ class Run:
                 f"{folder} has no snapshots: values need the states at the window borders; "
                 "train with the recorder's windows set"
             )
+
+    @cached_property
+    def places(self) -> pl.DataFrame:
+        """The catalogue with each distinct sample once, at its first place; copies elsewhere are reported.
+
+        Raises:
+            UserError: every sample of a domain is a copy of another domain's.
+        """
+        first = self.catalogue.unique("sample_id", keep="first", maintain_order=True)
+        copies = self.catalogue.join(first.select("sample_id", owner="domain"), on="sample_id")
+        copies = copies.filter(pl.col("domain") != pl.col("owner"))
+        if len(copies):
+            _log.warning("%d samples are exact copies of samples of an earlier domain and count there", len(copies))
+        lost = sorted(set(self.streams) - set(first["domain"]))
+        if lost:
+            raise UserError(
+                f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
+            )
+        return first
 
     @property
     def snapshots(self) -> list[int]:
@@ -93,8 +121,8 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the recorded trajectory: spec and steps, not the place where it lies."""
-        data = self.steps.select("step", "sample_ids", "loss").hash_rows(seed=0).to_list()
-        return fingerprint([self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task"}), data])
+        spec = self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task"})
+        return fingerprint([spec, file_fingerprint(self.folder / "steps.parquet")])
 
     @cached_property
     def steps(self) -> pl.DataFrame:
@@ -165,6 +193,20 @@ class Run:
             with replacing(path) as part:
                 pl.concat(frames).write_parquet(part)
         return pl.read_parquet(path)
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _resolved(spec: RunSpec, folder: Path) -> RunSpec:
+    """The model's config lies inside the run: its path is relative to it, so that a run can be moved."""
+    config = spec.task.model.hf_config
+    if config is None:
+        return spec
+    model = spec.task.model.model_copy(update={"hf_config": folder / config})
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"model": model})})
 
 
 def find_run(root: Path) -> Path:

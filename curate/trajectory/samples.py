@@ -24,7 +24,7 @@ class SampleReader:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        catalogue = run.catalogue.unique("sample_id", keep="first", maintain_order=True).sort("sample_id")
+        catalogue = run.places.sort("sample_id")
         self._ids = catalogue["sample_id"].to_numpy()
         self._indexes = catalogue["index"].to_numpy()
         self._domains = catalogue["domain"].to_list()
@@ -46,18 +46,23 @@ class SampleReader:
         return [self._run.streams[self._domains[place]][int(self._indexes[place])] for place in places]
 
 
-def window_rows(run: Run, window: str, horizon: str) -> pl.DataFrame:
+def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> pl.DataFrame:
     """The row table of a window: one row per (sample, step), in step order, then rank, micro-batch and position.
+
+    Args:
+        run: the run.
+        window: name of the window.
+        start: its first step.
+        stop: step after its last.
+        horizon: state that the target is read at.
 
     Returns:
         row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), window, horizon, domain, index
         (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
     """
-    start, stop = run.window(window)
     steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
     rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
-    catalogue = run.catalogue.unique("sample_id", keep="first", maintain_order=True)
-    joined = rows.join(catalogue, on="sample_id", how="left", maintain_order="left").with_row_index("row")
+    joined = rows.join(run.places, on="sample_id", how="left", maintain_order="left").with_row_index("row")
     documents = [sample.document_tokens() for sample in SampleReader(run).samples(joined["sample_id"].to_list())]
     return joined.select(
         pl.col("row").cast(pl.Int64), "step", "sample_id", "weight", "tokens", "length",
@@ -69,12 +74,12 @@ def window_rows(run: Run, window: str, horizon: str) -> pl.DataFrame:
 def trained_tokens(run: Run) -> dict[str, int]:
     """Stored tokens of each domain that the run trained on, repeats counted."""
     uses = run.steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-    samples = run.catalogue.unique("sample_id", keep="first", maintain_order=True).join(uses, on="sample_id")
+    samples = run.places.join(uses, on="sample_id")
     tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())
 
 
 def fresh_shares(run: Run) -> dict[str, float]:
-    """Share of new text in each domain's stream, weighted by tokens."""
-    shares = run.catalogue.group_by("domain").agg((pl.col("fresh") * pl.col("length")).sum() / pl.col("length").sum())
+    """Share of new text in each domain's stream: n-grams that occur for the first time (`formats.ngrams`)."""
+    shares = run.catalogue.group_by("domain").agg(pl.col("fresh").sum() / pl.col("ngrams").sum().clip(1))
     return dict(shares.sort("domain").iter_rows())

@@ -33,7 +33,7 @@ def run(folder, tmp_path):
 
 def job_of(run, folder, window="late", horizon="window_end", batch_size=4):
     target = load_target(folder / "target.jsonl", run.spec, min_tokens=100)
-    return plan_job(Replay(run), window, horizon, target, batch_size)
+    return plan_job(Replay(run), window, horizon, target, batch_size=batch_size)
 
 
 def make(name, **settings):

@@ -10,7 +10,7 @@ from curate.formats.mds import Columns, write_stream
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from pipelines import pretrain
-from pipelines.pretrain import OptimizerConfig, PretrainConfig, learning_rate, train
+from pipelines.pretrain import OptimizerConfig, PretrainConfig, domain_folders, learning_rate, train
 from tests.tiny import write_tiny_streams
 
 MODEL = {
@@ -81,6 +81,15 @@ def test_a_second_stage_starts_from_the_state_of_the_first(config, tmp_path):
 def test_bad_settings(config, tmp_path):
     with pytest.raises(UserError, match="batch_size 8 is not a multiple of micro_batch_size 3"):
         train(config.model_copy(update={"micro_batch_size": 3}))
+    with pytest.raises(UserError, match="holds 160 samples, fewer than one batch of 200"):
+        train(config.model_copy(update={"batch_size": 200, "micro_batch_size": None}))
+    with pytest.raises(UserError, match=r"is not a Hugging Face config"):
+        train(config.model_copy(update={"model": tmp_path / "missing.json"}))
+    with pytest.raises(UserError, match="cannot be read as a list of streams"):
+        train(config.model_copy(update={"data": tmp_path / "missing.yaml"}))
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "vocab_size": 64}))
+    with pytest.raises(UserError, match=r"has a vocabulary of 64 and 32 positions: set vocab_size"):
+        train(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no MDS streams.*pipelines.prepare"):
         train(config.model_copy(update={"data": tmp_path / "empty"}))
@@ -105,6 +114,20 @@ def test_streams_of_another_writer_need_only_tokens(config, tmp_path):
     run = Run(trained.out)
     assert run.streams["web"][3].tokens.tolist() == list(text[3:26])
     assert len(list(Replay(run, tolerance=1e-5).steps(0, 12))) == 12
+
+
+def test_a_wrong_token_type_is_named(config, tmp_path):
+    rows = [{"tokens": np.arange(i, i + 8, dtype=np.int32).tobytes()} for i in range(20)]
+    write_stream(tmp_path / "foreign" / "web", {"tokens": "bytes"}, rows)
+    with pytest.raises(UserError, match=r"do not fit columns\.tokens_dtype int64"):
+        train(config.model_copy(update={"data": tmp_path / "foreign"}))
+
+
+def test_streams_in_folders_of_one_name_keep_their_parents_names(tmp_path):
+    folders = [{"local": str(tmp_path / name / "train")} for name in ("web", "code")]
+    assert list(domain_folders(folders)) == ["web.train", "code.train"]
+    with pytest.raises(UserError, match=r"two streams are called web\.train"):
+        domain_folders([folders[0], folders[0]])
 
 
 def test_a_missing_tokens_column_is_named(config):

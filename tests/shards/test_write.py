@@ -32,7 +32,7 @@ def mixture(pool):
     names = ["a", "b", "c"]
     row = {"window": ["late"] * 3, "target": ["t"] * 3, "domain": names}
     scores = {name: [1.0, 0.2, -1.0] for name in ("score", "score_low", "score_high", "shrunk")}
-    config = MixtureConfig(ceilings={"a": 0.9, "c": 0.0})
+    config = MixtureConfig(temperature=0.25, ceilings={"a": 0.9, "c": 0.0})
     prior = dict.fromkeys(names, 1 / 3)
     return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool, {}), 8 * 101, config)
 

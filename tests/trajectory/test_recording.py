@@ -1,12 +1,22 @@
 """Recording changes nothing, survives a crash, and replays."""
 
+import shutil
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from pydantic import ValidationError
 
 from curate.errors import UserError
-from curate.trajectory.recorder import RecorderConfig, snapshot_schedule, window_steps
+from curate.formats.mds import COLUMNS, MdsStream, write_stream
+from curate.trajectory.recorder import (
+    RecorderConfig,
+    TrajectoryRecorder,
+    default_windows,
+    snapshot_schedule,
+    window_steps,
+)
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.run import STEPS, Run, find_run
 from curate.trajectory.samples import window_rows
@@ -83,7 +93,7 @@ def test_a_run_killed_and_resumed_records_the_same(run, tmp_path):
 
 
 def test_window_rows_name_each_sample_with_its_documents(run):
-    rows = window_rows(run, "late", "window_end")
+    rows = window_rows(run, "late", 8, 12, "window_end")
     assert rows["step"].to_list() == list(np.repeat(np.arange(8, 12), 6))
     assert rows["row"].to_list() == list(range(24))
     first = run.streams[rows["domain"][0]][rows["index"][0]]
@@ -167,8 +177,48 @@ class TestBadInput:
             run.window("middle")
 
 
+def test_a_moved_run_and_moved_streams_still_replay(copy, tmp_path):
+    for stream in copy.spec.streams.values():
+        shutil.copytree(stream, tmp_path / "elsewhere" / stream.name)
+    before = copy.fingerprint
+    copy.folder.rename(tmp_path / "moved")
+    moved = Run(tmp_path / "moved", {name: tmp_path / "elsewhere" / name for name in copy.spec.streams})
+    assert moved.fingerprint == before
+    assert len(list(Replay(moved).steps(8, 12))) == 4
+
+
+def test_copies_of_another_domain_are_said_and_a_domain_of_copies_is_refused(tmp_path, caplog):
+    streams = write_tiny_streams(tmp_path / "data")
+    rows = [MdsStream(streams["json"]).row(index) for index in range(80)]
+    write_stream(tmp_path / "data" / "zzz", COLUMNS, rows)
+    Training(streams).run(tmp_path / "run")
+    copied = Run(tmp_path / "run", {**streams, "zzz": tmp_path / "data" / "zzz"})
+    with pytest.raises(UserError, match="domain zzz holds only exact copies"):
+        copied.places  # noqa: B018
+    assert "80 samples are exact copies" in caplog.text
+
+
+def test_what_replay_could_not_repeat_is_refused_before_training(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+    settings = {"task": tiny.TASK, "streams": {}, "steps": 10, "seq_len": 8, "clip_norm": None}
+
+    def recorder(model, optimizer, **changes):
+        return TrajectoryRecorder(tmp_path / "run", RecorderConfig(), model, optimizer, **{**settings, **changes})
+
+    with pytest.raises(UserError, match="1 is a dropout with p > 0"):
+        recorder(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(UserError, match="the optimizer is SGD"):
+        recorder(model[0], torch.optim.SGD(model[0].parameters()))
+    with pytest.raises(UserError, match="AdamW with amsgrad"):
+        recorder(model[0], torch.optim.AdamW(model[0].parameters(), amsgrad=True))
+    with pytest.raises(ValidationError, match="pattern"):
+        recorder(model[0], torch.optim.AdamW(model[0].parameters()), streams={"/data/web": tmp_path})
+
+
 def test_windows_as_fractions_and_steps():
     assert window_steps({"early": (0.0, 0.1), "late": (350, 1.0)}, 400) == {"early": (0, 40), "late": (350, 400)}
+    assert default_windows(2000) == {"early": (0, 50), "late": (1950, 2000)}
+    assert default_windows(300) == {"early": (0, 30), "late": (270, 300)}
     with pytest.raises(UserError, match=r"window 'late' covers steps 350 to 500 of a stage of 400"):
         window_steps({"late": (350, 500)}, 400)
 
