@@ -35,23 +35,31 @@ def finish(out: Path, step: int) -> None:
         _path(out, step).replace(out / FINAL)
 
 
-def resume(
-    out: Path, settings: dict[str, Any], model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
-) -> int:
+def finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the stage is complete.
+
+    Raises:
+        UserError: the folder holds a stage made with other settings (names them).
+    """
+    if not (out / _TRAINER).exists():
+        return False
+    found = read_json(out / _TRAINER)["settings"]
+    differing = [key for key, value in settings.items() if found.get(key) != value]
+    if differing:
+        raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
+    recorded = settings["recorder"] is None or (out / "steps.parquet").exists()
+    return recorded and (out / FINAL).exists()
+
+
+def resume(out: Path, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader) -> int:
     """Load the last checkpoint, if there is one.
 
     Returns:
         The first step to train; 0 without a checkpoint.
-
-    Raises:
-        UserError: it was made with other settings (names them).
     """
     if not (out / _TRAINER).exists():
         return 0
     trainer = read_json(out / _TRAINER)
-    differing = [key for key, value in settings.items() if trainer["settings"].get(key) != value]
-    if differing:
-        raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
     step = int(trainer["step"])
     load_state(_path(out, step) if _path(out, step).exists() else out / FINAL, model, optimizer)
     loader.load_state_dict(trainer["data"])

@@ -86,7 +86,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         prepare(_load(config, "prepare", PrepareConfig, out=data, domains=str(corpus / "train")))
     stage1 = _load(config, "stage1", PretrainConfig, out=root / "stage1", data=data, seed=config.seed)
     with watch.phase("stage1"):
-        _train_once(stage1, stage1.out / "steps.parquet")
+        train(stage1)
     run = Run(stage1.out)
     selection = _load(
         config,
@@ -102,7 +102,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     branches = _branches(config, root, run)
     with watch.phase("stage2"):
         for branch in branches.values():
-            _train_once(branch, branch.out / "checkpoint.safetensors")
+            train(branch)
     states = {"before": stage1.out, **{name: branch.out for name, branch in branches.items()}}
     with watch.phase("evaluate"):
         losses = _losses(run, corpus, {name: folder / "checkpoint.safetensors" for name, folder in states.items()})
@@ -115,11 +115,6 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 def _load(config: DemoConfig, name: str, kind: type[ConfigT], **changes: Any) -> ConfigT:
     raw = yaml.safe_load((config.configs / f"{name}.yaml").read_text(encoding="utf-8"))
     return kind(**{**raw, **changes})
-
-
-def _train_once(config: PretrainConfig, finished: Path) -> None:
-    if not finished.exists():
-        train(config)
 
 
 def _branches(config: DemoConfig, root: Path, run: Run) -> dict[str, PretrainConfig]:

@@ -22,7 +22,7 @@ from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.trajectory.snapshots import load_state
-from pipelines.checkpoints import finish, resume, save
+from pipelines.checkpoints import finish, finished, resume, save
 
 if TYPE_CHECKING:
     from streaming import StreamingDataLoader
@@ -135,21 +135,24 @@ def train(config: PretrainConfig) -> list[float]:
     """Train the stage to its end, from its checkpoint where it has one.
 
     Returns:
-        Losses of the steps that this call trained, nats per token.
+        Losses of the steps that this call trained, nats per token; none where the stage is complete.
 
     Raises:
-        UserError: the data or settings do not fit, or the stage is already complete.
+        UserError: the data or settings do not fit, or the folder holds a stage made with other settings.
     """
     import torch
 
+    settings = config.model_dump(mode="json", exclude={"out"})
+    if finished(config.out, settings):
+        _log.info("%s is complete already", config.out)
+        return []
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
     optimizer = _optimizer(model, config.optimizer)
     streams = load_streams(config.data)
     seq_len = _check_streams(streams, model, config)
     loader = _loader(streams, config)
-    settings = config.model_dump(mode="json")
-    first_step = resume(config.out, settings, model, optimizer, loader)
+    first_step = resume(config.out, model, optimizer, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizer)
     recorder = _recorder(config, model, optimizer, streams, seq_len, first_step)

@@ -65,6 +65,7 @@ def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, 
 
 def test_settings_changed_on_resume_are_named(config):
     train(config)
+    assert train(config) == []
     with pytest.raises(UserError, match="was trained with other steps, batch_size"):
         train(config.model_copy(update={"steps": 13, "batch_size": 4}))
 
