@@ -21,7 +21,7 @@ import yaml
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.mixture.apportion import apportion
-from curate.progress import start_logging
+from curate.progress import progress, start_logging
 from curate.select import SelectConfig, select
 from curate.shards.write import write_reweight
 from curate.trajectory.run import Run
@@ -143,7 +143,7 @@ def _mixture(root: Path) -> Mixture:
 def _losses(run: Run, corpus: Path, states: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Held-out losses of each state: the target's, the natural-text domains' (equal weight), and the junk domains'."""
     found: dict[str, dict[str, float]] = {"target_loss": {}, "general_loss": {}, "junk_loss": {}}
-    for name, state in states.items():
+    for name, state in progress(states.items(), total=len(states), what="evaluate", unit="state"):
         task = load_task(run.spec, state, "cpu")
         found["target_loss"][name] = document_loss(task, run.spec, corpus / "heldout" / "target.jsonl")
         for key in ("general", "junk"):

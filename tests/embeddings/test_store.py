@@ -108,6 +108,16 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
     assert not (embedding.folder / "scratch").exists()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_steps_of_a_window_have_the_values_that_they_have_in_the_whole(folder, run, name):
+    whole = embed_window(job_of(run, folder), "late", "window_end", make(name))
+    target = load_target(folder / "target.jsonl", run.spec, min_tokens=100)
+    job = plan_job(Replay(run), "late", "window_end", target, batch_size=4, window_steps=2)
+    part = embed_window(job, "late", "window_end", make(name))
+    assert part.rows["sample_id"].to_list() == whole.rows["sample_id"].to_list()[12:]
+    np.testing.assert_allclose(part.vectors, whole.vectors[12:], rtol=1e-4, atol=1e-9)
+
+
 def test_a_complete_embedding_is_reused_and_other_settings_get_another_folder(folder, run):
     job = job_of(run, folder)
     first = embed_window(job, "late", "window_end", make("dvemb"))
