@@ -77,9 +77,12 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
         UserError: bad run, target or settings.
     """
     from curate.embeddings.store import embed_window, embedding_folder, plan_job
+    from curate.target import check_vocabulary
     from curate.trajectory.replay import Replay
 
     replay = Replay(run, config.device, config.tolerance)
+    if target is not None:
+        check_vocabulary(target, replay.task)
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
     horizon: Horizon = config.horizon
     jobs = {

@@ -84,6 +84,21 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     )
 
 
+def check_vocabulary(target: Target, task: Task) -> None:
+    """Refuse a target whose token ids the model does not have, where the model says how many it has.
+
+    Raises:
+        UserError: names the largest id and the vocabulary.
+    """
+    vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
+    largest = max(int(half.tokens.max()) for half in target.halves)
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(
+            f"target {target.name} has token id {largest}, the model's vocabulary is {vocabulary}: give it as text, or "
+            "tokenise it with the run's tokenizer"
+        )
+
+
 def target_loss(task: Task, target: Target, batch_size: int) -> float:
     """`l_q` of the task's model, nats per token."""
     import torch

@@ -1,13 +1,14 @@
 """Targets: every token predicted once, documents weigh the same, bad files refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from curate.errors import UserError
-from curate.target import half_gradients, load_target, target_loss
+from curate.target import check_vocabulary, half_gradients, load_target, target_loss
 from curate.task import Batch, Task
 from curate.trajectory.run import RunSpec
 from tests.tiny import TASK
@@ -74,6 +75,15 @@ def test_a_mask_is_honoured(tmp_path):
 def test_too_small_a_target_is_refused(tmp_path, documents):
     with pytest.raises(UserError, match=r"predicted tokens in \d documents; at least 100 tokens in 2 documents"):
         load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=100)
+
+
+def test_token_ids_beyond_the_vocabulary_are_named(tmp_path):
+    target = load_target(write(tmp_path / "t.jsonl", [{"tokens": [1, 2, 99]}] * 2), SPEC, min_tokens=1)
+    task = Task(TASK)
+    check_vocabulary(target, task)  # this model does not say how many ids it has
+    task.model.config = SimpleNamespace(vocab_size=50)
+    with pytest.raises(UserError, match="has token id 99, the model's vocabulary is 50"):
+        check_vocabulary(target, task)
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
