@@ -1,6 +1,6 @@
 """Targets: held-out documents that say what the next stage should get better at, as a weighted loss.
 
-The loss of a target is the mean over its documents of each document's token mean (METHOD.md section 1); a document
+The loss of a target is the mean over its documents of each document's token mean; a document
 longer than a training sequence is split, each piece starting with the last token of the piece before, so that every
 token is predicted exactly once. That makes it a loss `sum_p c_p l_p` over pieces, the same form as a training batch.
 """

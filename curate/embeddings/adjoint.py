@@ -1,4 +1,4 @@
-"""`adjoint`: exact first-order values through AdamW [MAGIC, arXiv 2504.16430; METHOD.md section 2.3].
+"""`adjoint`: exact first-order values through AdamW [MAGIC, arXiv 2504.16430].
 
 The anchors' gradients at the horizon are pushed backward through training. At step k, with the cotangent `lambda` of
 the state after it,

@@ -1,4 +1,4 @@
-"""`dvemb`: data value embedding as published [DVEmb, arXiv 2412.09538, section 4; METHOD.md section 2.1].
+"""`dvemb`: data value embedding as published [DVEmb, arXiv 2412.09538, section 4].
 
 For SGD with the empirical Fisher `H_k ~ sum_z c_z g_z g_z^T` as Hessian, walking back from the last step with an
 operator M that starts at 0:

@@ -1,7 +1,7 @@
 """The protocol between estimators and everything that uses their embeddings.
 
 An estimator turns the steps of a window into rows `E[z]` (N, D) and a target into vectors t (D,) such that
-`value(z; target) ~ <E[z], t>` with the sign of METHOD.md section 1. Nothing else crosses this border, so every
+`value(z; target) ~ <E[z], t>` with the sign of `curate.artifacts.SIGN`. Nothing else crosses this border, so every
 estimator can be indexed, rolled up and searched in the same way.
 """
 

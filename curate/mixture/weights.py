@@ -1,4 +1,4 @@
-"""Domain weights from scores: the largest score for the least departure from the prior, within bounds (METHOD.md 5).
+"""Domain weights from scores: the largest score for the least departure from the prior, within bounds.
 
 Shape legend: D domains.
 """

@@ -130,7 +130,7 @@ class Replay:
 
     @property
     def unit_seconds(self) -> float | None:
-        """Median time of one forward+backward of a step's batch in this process; the unit of METHOD.md section 6."""
+        """Median time of one forward+backward of a step's batch in this process; the unit of all costs."""
         return median(self._pass_seconds) if self._pass_seconds else None
 
     @property
