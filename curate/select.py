@@ -13,12 +13,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.artifacts import (
-    MANIFEST,
     SIGN,
     check_startable,
     fingerprint,
     is_complete,
-    read_json,
     replacing,
     seal,
     start,
@@ -309,8 +307,6 @@ def _summarise(out: Path) -> None:
             name, 100 * part.prior, 100 * part.delivered_weight, f"{part.tokens:,}", f"{part.samples:,}", part.epochs,
             part.score, interval, part.binding or "",
         )  # fmt: skip
-    manifest = read_json(out / MANIFEST)
-    assert manifest["kind"] == "selection"
     for name in ("mixture.yaml", "data/streams.yaml", "data/mds", "scores.parquet", "report.html"):
         if (out / name).exists():
             _log.info("wrote %s", out / name)

@@ -198,11 +198,6 @@ class MdsStream:
         """Samples in the stream."""
         return int(self._shard_starts[-1])
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(reader.raw_data.bytes for reader in self._readers)
-
     @cached_property
     def encodings(self) -> dict[str, str]:
         """Column name -> MDS encoding."""

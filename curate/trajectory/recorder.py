@@ -125,7 +125,8 @@ class TrajectoryRecorder:
         tokenizer: tokenizer file of the tokens.
 
     Raises:
-        UserError: the folder holds a finished run, or another run; windows or byte budget do not fit.
+        UserError: the folder holds a finished run, replay could not repeat this training, or windows or byte budget do
+            not fit.
     """
 
     def __init__(

@@ -186,7 +186,7 @@ class Replay:
             yield State(
                 record=replayed.record,
                 batches=replayed.batches,
-                parameters=self.layout.flatten(parameters).detach().clone(),
+                parameters=self.layout.flatten(parameters).detach(),
                 exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
                 exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
                 gradient=self.layout.flatten(
