@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from curate.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from curate.artifacts import Json
     from curate.target import Target
     from curate.trajectory.replay import Replay
+
+
+HALVES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +69,14 @@ class Estimator(Protocol):
 
     def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
         """One vector t for each half of the job's target: (2, D)."""
+
+
+def job_target(job: WindowJob, estimator: str) -> Target:
+    """The target of a job.
+
+    Raises:
+        UserError: it has none.
+    """
+    if job.target is None:
+        raise UserError(f"estimator {estimator} needs a target here; pass --target FILE.jsonl")
+    return job.target

@@ -6,7 +6,7 @@ P is the number of trainable parameters. Memory: model, gradients and optimizer 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -198,45 +198,67 @@ class Replay:
     def _run(
         self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[ReplayedStep, torch.optim.Optimizer]]:
-        from torch.nn.utils import clip_grad_norm_, get_total_norm
+        from torch.nn.utils import get_total_norm
 
         first = self.run.snapshot_before(start)
-        optimizer = self._optimizer()
-        load_state(self.run.snapshot(first), self.model, optimizer)
+        optimizer = self.restore(first)
         trainable = list(named_parameters(self.model).values())
         for record in records(self.run, first, stop):
-            optimizer.zero_grad(set_to_none=True)
-            batches, captured = self.batches(record), []
-            loss, begin = 0.0, perf_counter()
-            for batch in batches:
-                micro_loss = (self.task.sample_losses(batch) * batch.weights).sum()
-                micro_loss.backward()
-                loss += micro_loss.item()
-                if after_backward is not None:
-                    captured.append(after_backward(batch.weights))
+            batches = self.batches(record)
+            begin = perf_counter()
+            loss, captured = self.backward(batches, optimizer, after_backward)
             self._pass_seconds.append(perf_counter() - begin)
             norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
             self._verify(record, loss, norm)
             if record.step >= start:
                 yield ReplayedStep(record=record, batches=batches, captured=captured), optimizer
-            if self.run.spec.clip_norm is not None:
-                clip_grad_norm_(trainable, self.run.spec.clip_norm)
-            for group, settings in zip(optimizer.param_groups, record.groups, strict=True):
-                group.update(
-                    lr=settings.lr,
-                    weight_decay=settings.weight_decay,
-                    eps=settings.eps,
-                    betas=(settings.beta1, settings.beta2),
-                )
-            optimizer.step()
+            self.update(record, optimizer)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def restore(self, step: int) -> torch.optim.Optimizer:
+        """Put the model into its state before `step`, which must have a snapshot; returns an optimizer in its state."""
         import torch
 
         parameters = named_parameters(self.model)
         groups = [{"params": [parameters[name] for name in group]} for group in self.run.spec.groups]
         optimizer: torch.optim.Optimizer = getattr(torch.optim, self.run.spec.optimizer)(groups)
+        load_state(self.run.snapshot(step), self.model, optimizer)
         return optimizer
+
+    def backward(
+        self,
+        batches: Sequence[Batch],
+        optimizer: torch.optim.Optimizer,
+        after_backward: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[float, list[Tensor]]:
+        """Leave `ghat` of some micro-batches in `.grad`.
+
+        Returns:
+            Their loss `sum c_z l_z`, nats per token, and what `after_backward` returned for each of them.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        loss, captured = 0.0, []
+        for batch in batches:
+            micro_loss = (self.task.sample_losses(batch) * batch.weights).sum()
+            micro_loss.backward()
+            loss += micro_loss.item()
+            if after_backward is not None:
+                captured.append(after_backward(batch.weights))
+        return loss, captured
+
+    def update(self, record: StepRecord, optimizer: torch.optim.Optimizer) -> None:
+        """Clip and step as the training did, with the recorded hyper-parameters."""
+        from torch.nn.utils import clip_grad_norm_
+
+        if self.run.spec.clip_norm is not None:
+            clip_grad_norm_(named_parameters(self.model).values(), self.run.spec.clip_norm)
+        for group, settings in zip(optimizer.param_groups, record.groups, strict=True):
+            group.update(
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                eps=settings.eps,
+                betas=(settings.beta1, settings.beta2),
+            )
+        optimizer.step()
 
     def _verify(self, record: StepRecord, loss: float, norm: float) -> None:
         """Raise where loss or norm differ by more than the tolerance; a NaN differs from everything."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.embeddings import estimators
+from curate.embeddings import adjoint_estimator, dvemb_estimator
 from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
 from curate.errors import UserError
@@ -86,7 +86,7 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
     wanted = whole.vectors.tobytes(), (whole.folder / "manifest.json").read_bytes()
     Training(run.spec.streams).run(tmp_path / "again")
     again = job_of(Run(tmp_path / "again"), folder, window="early", horizon="stage_end")
-    calls, original = [], estimators.adjoint_step
+    calls, original = [], adjoint_estimator.adjoint_step
 
     def killing(*arguments):
         calls.append(1)
@@ -94,14 +94,14 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(estimators, "adjoint_step", killing)
+    monkeypatch.setattr(adjoint_estimator, "adjoint_step", killing)
     if name == "dvemb":
-        monkeypatch.setattr(estimators, "recursion", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        monkeypatch.setattr(dvemb_estimator, "recursion", lambda *_, **__: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         embed_window(again, "early", "stage_end", make(name, save_seconds=0))
     monkeypatch.undo()
     continued = []
-    monkeypatch.setattr(estimators, "adjoint_step", lambda *a: continued.append(1) or original(*a))
+    monkeypatch.setattr(adjoint_estimator, "adjoint_step", lambda *a: continued.append(1) or original(*a))
     embedding = embed_window(again, "early", "stage_end", make(name, save_seconds=0))
     assert (embedding.vectors.tobytes(), (embedding.folder / "manifest.json").read_bytes()) == wanted
     assert len(continued) == (6 if name == "adjoint" else 0)
