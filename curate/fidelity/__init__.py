@@ -1,0 +1,1 @@
+"""Fidelity: values held against training that was really run again without the samples."""

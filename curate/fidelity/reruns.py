@@ -1,0 +1,149 @@
+"""Ground truth: training run again without some samples [trajectory-specific leave-one-out, DVEmb, arXiv 2412.09538].
+
+The same steps with `c_z = 0` for the removed samples and everything else unchanged: batch order, normalisation,
+schedule, kernels. `value = l_q(theta_horizon without) - l_q(theta_horizon)`: positive = the samples helped.
+
+One cursor walks over the run once; each rerun branches off in memory at the first step that differs. Cost: the steps
+from there to its last horizon, plus the targets' losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.rng import generator
+from curate.target import target_loss
+from curate.trajectory.replay import records
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+    from curate.fidelity.draw import Removal
+    from curate.target import Target
+    from curate.task import Batch
+    from curate.trajectory.replay import Replay, StepRecord
+
+_CACHE_BYTES = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Outcome of one rerun.
+
+    Attributes:
+        removal: what was removed.
+        values: horizon step -> (Q,) value for each target, nats per token.
+    """
+
+    removal: Removal
+    values: Mapping[int, npt.NDArray[np.float64]]
+
+
+class Reruns:
+    """Runs the training of a recorded run again.
+
+    Args:
+        replay: rebuilds states of the run.
+        targets: Q targets whose losses are read.
+        batch_size: sequences per pass over a target.
+    """
+
+    def __init__(self, replay: Replay, targets: Sequence[Target], batch_size: int) -> None:
+        self._replay, self._targets, self._batch_size = replay, targets, batch_size
+        self._records = {record.step: record for record in records(replay.run, 0, replay.run.spec.steps)}
+        size = max(record.size for record in self._records.values()) * replay.run.spec.seq_len * 9
+        self._batches = lru_cache(maxsize=max(1, _CACHE_BYTES // size))(self._read)
+
+    def base(self, horizons: Sequence[int]) -> dict[int, npt.NDArray[np.float64]]:
+        """The targets' losses of the run as it was: horizon -> (Q,)."""
+        losses = {}
+        for horizon in sorted(set(horizons)):
+            self._replay.horizon_model(horizon)
+            losses[horizon] = self._losses()
+        return losses
+
+    def run(self, removals: Sequence[Removal], horizons: Mapping[str, Sequence[int]]) -> Iterator[Truth]:
+        """Run again without some samples.
+
+        Args:
+            removals: what to leave out, one rerun each.
+            horizons: window -> steps whose state the targets are read at.
+
+        Yields:
+            One outcome per removal, in the order of their first steps.
+        """
+        base = self.base([step for window in {removal.window for removal in removals} for step in horizons[window]])
+        ordered = sorted(removals, key=lambda removal: removal.step)
+        at, optimizer = -1, None
+        for removal in ordered:
+            snapshot = self._replay.run.snapshot_before(removal.step)
+            if optimizer is None or snapshot > at:
+                optimizer, at = self._replay.restore(snapshot), snapshot
+            while at < removal.step:
+                self._step(self._records[at], self._batches(at), optimizer)
+                at += 1
+            saved = _copy_state(self._replay.model, optimizer)
+            values = {}
+            for step in range(removal.step, max(horizons[removal.window])):
+                self._step(self._records[step], _changed(self._batches(step), step, removal), optimizer)
+                if step + 1 in horizons[removal.window]:
+                    values[step + 1] = self._losses() - base[step + 1]
+            _put_state(self._replay.model, optimizer, saved)
+            yield Truth(removal=removal, values=values)
+
+    def _step(self, record: StepRecord, batches: Sequence[Batch], optimizer: Any) -> None:
+        self._replay.backward(batches, optimizer)
+        self._replay.update(record, optimizer)
+
+    def _read(self, step: int) -> list[Batch]:
+        return self._replay.batches(self._records[step])
+
+    def _losses(self) -> npt.NDArray[np.float64]:
+        return np.asarray([target_loss(self._replay.task, target, self._batch_size) for target in self._targets])
+
+
+def _changed(batches: Sequence[Batch], step: int, removal: Removal) -> list[Batch]:
+    """The micro-batches of one step as the rerun sees them."""
+    dropped = {position for at, position in removal.samples if at == step}
+    changed, first = [], 0
+    for index, batch in enumerate(batches):
+        weights = batch.weights.clone()
+        for position in dropped:
+            if first <= position < first + len(batch):
+                weights[position - first] *= 1 - removal.part
+        first += len(batch)
+        batch = replace(batch, weights=weights)
+        changed.append(batch if removal.order is None else _reordered(batch, removal.order, step, index))
+    return changed
+
+
+def _reordered(batch: Batch, seed: int, step: int, index: int) -> Batch:
+    import torch
+
+    order = torch.from_numpy(generator(seed, "fidelity order", step, index).permutation(len(batch)))
+    order = order.to(batch.tokens.device)
+    return replace(batch, tokens=batch.tokens[order], loss_mask=batch.loss_mask[order], weights=batch.weights[order])
+
+
+def _copy_state(model: Any, optimizer: Any) -> Any:
+    parameters = [parameter.detach().clone() for parameter in model.parameters()]
+    return parameters, {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
+
+
+def _put_state(model: Any, optimizer: Any, saved: Any) -> None:
+    import torch
+
+    parameters, states = saved
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), parameters, strict=True):
+            parameter.copy_(value)
+    optimizer.state.clear()
+    optimizer.state.update(states)

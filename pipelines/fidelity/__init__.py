@@ -1,0 +1,1 @@
+"""The fidelity bench: every estimator against training that was run again, on real text, with seeds."""

@@ -1,0 +1,66 @@
+"""Settings of the fidelity bench; the composition of its data is fixed here, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from curate.config import Config
+from curate.fidelity.draw import DrawConfig
+
+
+class BenchConfig(Config):
+    """One bench: data, training runs, reruns, estimators."""
+
+    out: Path = Path("runs/fidelity")
+    """Folder of everything that the bench makes; an interrupted bench continues in it."""
+    corpus: Path | None = None
+    """Folder with one JSONL file of documents per domain; none: the demo's corpus, built from installed packages."""
+    foreign: tuple[str, ...] = ("headers", "minified_js")
+    """Domains that are never trained on."""
+    targets: tuple[str, ...] = ("python", "api_prose", "docstrings", "headers", "minified_js")
+    """Domains whose held-out documents are the targets."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initial weights, data order and draws."""
+    model: Path = Path("configs/bench/fidelity.json")
+    """Config of the Hugging Face causal LM."""
+    vocab_size: int = 2048
+    """BPE vocabulary, trained on the training domains."""
+    steps: int = Field(default=300, ge=30)
+    """Optimizer steps (AdamW, warm-up of a tenth, cosine, weight decay 0.1, clipping at 1)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 8
+    """Sequences per step."""
+    seq_len: int = 32
+    """Tokens of a sequence."""
+    window_steps: int = 30
+    """Steps of the early, the middle and the late window."""
+    draw: DrawConfig = DrawConfig(pairs=50, pairs_per_step=5, groups=8, repeats=4, part_pairs=2)
+    """Reruns per window."""
+    domain_megabytes: float = 0.5
+    """Training text of each domain."""
+    target_documents: int = 20
+    """Held-out documents of each target, an excerpt of each."""
+    excerpt_characters: int = 200
+    """Length of an excerpt."""
+    anchors_per_domain: int = 5
+    """Anchors made of other held-out documents of each domain, also of the foreign ones."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if 3 * self.window_steps > self.steps:
+            raise ValueError(f"three windows of {self.window_steps} steps do not fit into {self.steps} steps")
+        return self
+
+    @property
+    def windows(self) -> dict[str, tuple[int, int]]:
+        """Early, middle and late window: first step and step after the last."""
+        middle = (self.steps - self.window_steps) // 2
+        return {
+            "early": (0, self.window_steps),
+            "middle": (middle, middle + self.window_steps),
+            "late": (self.steps - self.window_steps, self.steps),
+        }
