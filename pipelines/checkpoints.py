@@ -1,7 +1,8 @@
-"""Checkpoints of the pretrainer: model and optimizer as safetensors, the place in the data as JSON."""
+"""Checkpoints of the pretrainer: model and optimizers as safetensors, the place in the data as JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,15 @@ _TRAINER = "trainer.json"
 
 
 def save(
-    out: Path, step: int, settings: dict[str, Any], model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader
+    out: Path,
+    step: int,
+    settings: dict[str, Any],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    loader: StreamingDataLoader,
 ) -> None:
     """Write the state after `step` steps, then the file that makes it current; a crash between them loses nothing."""
-    save_state(_path(out, step), model, optimizer)
+    save_state(_path(out, step), model, optimizers)
     write_json(out / _TRAINER, {"step": step, "data": loader.state_dict(), "settings": settings})
     for path in out.glob(f"step-*.{FINAL}"):
         if path != _path(out, step):
@@ -51,7 +57,7 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     return recorded and (out / FINAL).exists()
 
 
-def resume(out: Path, model: nn.Module, optimizer: Optimizer, loader: StreamingDataLoader) -> int:
+def resume(out: Path, model: nn.Module, optimizers: Sequence[Optimizer], loader: StreamingDataLoader) -> int:
     """Load the last checkpoint, if there is one.
 
     Returns:
@@ -61,7 +67,7 @@ def resume(out: Path, model: nn.Module, optimizer: Optimizer, loader: StreamingD
         return 0
     trainer = read_json(out / _TRAINER)
     step = int(trainer["step"])
-    load_state(_path(out, step) if _path(out, step).exists() else out / FINAL, model, optimizer)
+    load_state(_path(out, step) if _path(out, step).exists() else out / FINAL, model, optimizers)
     loader.load_state_dict(trainer["data"])
     return step
 

@@ -33,8 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class OptimizerConfig(Config):
-    """AdamW with warm-up, cosine decay and clipping."""
+    """Optimizer with warm-up, cosine decay and clipping."""
 
+    name: Literal["AdamW", "Adam", "SGD", "Muon"] = "AdamW"
+    """Class in torch.optim. Muon: for the hidden matrices, with lr scaled to AdamW's step size; AdamW for the rest."""
     lr: float = 3e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -42,11 +44,13 @@ class OptimizerConfig(Config):
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    """Weight decay of matrices, as the optimizer means it; vectors (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moments."""
+    """Decay rates of the moments of Adam and AdamW."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of their second moment."""
+    momentum: float = 0.95
+    """Momentum of SGD and Muon."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
 
@@ -148,21 +152,21 @@ def train(config: PretrainConfig) -> list[float]:
         return []
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
-    optimizer = _optimizer(model, config.optimizer)
+    optimizers = _optimizers(model, config.optimizer)
     streams = load_streams(config.data)
     seq_len = _check_streams(streams, model, config)
     loader = _loader(streams, config)
-    first_step = resume(config.out, model, optimizer, loader)
+    first_step = resume(config.out, model, optimizers, loader)
     if first_step == 0 and config.init_from is not None:
-        load_state(config.init_from, model, optimizer)
-    recorder = _recorder(config, model, optimizer, streams, seq_len, first_step)
+        load_state(config.init_from, model, optimizers)
+    recorder = _recorder(config, model, optimizers, streams, seq_len, first_step)
     batches = _forever(loader)
     losses = []
     for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
         recorder.begin_step(step)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(config.optimizer, step, config.steps)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=config.device)
         for micro_batch in _micro_batches(next(batches), config):
             micro_loss = _loss(model, micro_batch, config.device)
@@ -170,12 +174,13 @@ def train(config: PretrainConfig) -> list[float]:
             loss += micro_loss.detach()
             recorder.micro_batch(micro_batch["sample_ids"], micro_batch["weights"], micro_batch["predicted"])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         recorder.end_step(loss, norm)
         losses.append(loss.item())
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
             recorder.flush()
-            save(config.out, step + 1, settings, model, optimizer, loader)
+            save(config.out, step + 1, settings, model, optimizers, loader)
     finish(config.out, config.steps)
     recorder.finish()
     _log.info(
@@ -201,7 +206,7 @@ def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
 def _recorder(
     config: PretrainConfig,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: list[Optimizer],
     streams: list[dict[str, Any]],
     seq_len: int,
     first_step: int,
@@ -210,7 +215,7 @@ def _recorder(
         return NoRecorder()
     tokenizer = next((path for path in _tokenizers(config.data, streams) if path.exists()), None)
     return TrajectoryRecorder(
-        config.out, config.recorder, model, optimizer, steps=config.steps, first_step=first_step,
+        config.out, config.recorder, model, optimizers, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
         streams=domain_folders(streams), tokenizer=tokenizer,
         columns=config.columns,
@@ -249,15 +254,40 @@ def _check_streams(streams: list[dict[str, Any]], model: nn.Module, config: Pret
     return seq_len
 
 
-def _optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def _optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """The named optimizer; for Muon, that one over the hidden matrices and AdamW over the rest.
+
+    Raises:
+        UserError: this torch has no Muon.
+    """
     import torch
 
-    parameters = list(model.parameters())
-    groups = [
+    if config.name != "Muon":
+        return [_plain(config.name, list(model.parameters()), config)]
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"torch {torch.__version__} has no torch.optim.Muon; install torch>=2.9, or set another name")
+    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    outer = {id(parameter) for table in [*tables, *([head] if head else [])] for parameter in table.parameters()}
+    hidden = [p for p in model.parameters() if p.dim() == 2 and id(p) not in outer]
+    taken = {id(parameter) for parameter in hidden}
+    muon = torch.optim.Muon(
+        hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, _plain("AdamW", [p for p in model.parameters() if id(p) not in taken], config)]
+
+
+def _plain(name: Literal["AdamW", "Adam", "SGD"], parameters: list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    import torch
+
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    if name == "SGD":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.AdamW if name == "AdamW" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingDataLoader:

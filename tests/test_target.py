@@ -13,7 +13,7 @@ from curate.task import Batch, Task
 from curate.trajectory.run import RunSpec
 from tests.tiny import TASK
 
-SPEC = RunSpec(task=TASK, streams={}, seq_len=8, steps=1, windows={}, optimizer="AdamW", groups=[], clip_norm=None)
+SPEC = RunSpec(task=TASK, streams={}, seq_len=8, steps=1, windows={}, optimizers=[], groups=[], clip_norm=None)
 
 
 def write(path, documents):

@@ -16,6 +16,7 @@ from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.task import ModelSpec, TaskSpec
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from curate.trajectory.run import Run
+from curate.trajectory.snapshots import load_state, snapshot_path
 
 VOCABULARY = 128  # ASCII
 SEQ_LEN = 12
@@ -73,6 +74,38 @@ def _rows(text: np.ndarray, domain: str, samples: int) -> Iterator[dict[str, Any
         }  # fmt: skip
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "Adam": {},
+    "SGD": {},
+    "momentum": {"momentum": 0.9, "dampening": 0.3},
+    "Nesterov": {"momentum": 0.9, "nesterov": True},
+    "Muon": {"momentum": 0.9},
+    "Muon without Nesterov": {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+}
+
+
+def build_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """Matrices and vectors in two groups; for Muon, the hidden matrices there and the rest in AdamW's groups."""
+    hidden: list[nn.Parameter] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    kind = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
+    settings: dict[str, Any] = {"betas": (0.9, 0.95)}
+    if name.startswith("Muon"):
+        hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith(("embedding", "lm_head"))]
+        optimizers.append(torch.optim.Muon(hidden, lr=1e-2, **OPTIMIZERS[name]))
+    elif name not in ("AdamW", "Adam"):
+        kind, settings = torch.optim.SGD, OPTIMIZERS[name]
+    rest = [p for p in model.parameters() if all(p is not one for one in hidden)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    if kind is not torch.optim.SGD:
+        groups[1]["eps"] = 1e-7
+    return [*optimizers, kind(groups, lr=1e-2, **settings)]
+
+
 @dataclass
 class Training:
     """A plain loop with everything that replay has to repeat: token-mean weights, two micro-batches, two groups,
@@ -84,29 +117,29 @@ class Training:
     steps: int = STEPS
     batch_size: int = 6
     dtype: torch.dtype = torch.float32
+    optimizer: str = "AdamW"
 
-    def run(self, folder: Path | None, config: RecorderConfig | None = None, *, stop: int | None = None) -> list[float]:
-        """Train; with a folder, record there. Stops early (as in a crash) where asked."""
+    def run(
+        self, folder: Path | None, config: RecorderConfig | None = None, *, start: int = 0, stop: int | None = None
+    ) -> list[float]:
+        """Train; with a folder, record there. Stops early (as in a crash) or continues at a snapshot where asked."""
         model = factory().to(self.dtype)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-                {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "eps": 1e-7},
-            ],
-            lr=1e-2, betas=(0.9, 0.95),
-        )  # fmt: skip
+        optimizers = build_optimizers(model, self.optimizer)
+        if folder and start:
+            load_state(snapshot_path(folder, start), model, optimizers)
         recorder = folder and TrajectoryRecorder(
-            folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), model, optimizer,
+            folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), model, optimizers,
             task=TASK, streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
+            first_step=start,
         )  # fmt: skip
         pools = [MdsStream(path) for path in self.streams.values()]
         losses = []
-        for step in range(stop or self.steps):
+        for step in range(start, stop or self.steps):
             if recorder:
                 recorder.begin_step(step)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = 1e-2 * (1 - step / (2 * self.steps))
-            optimizer.zero_grad()
+            model.zero_grad()
             samples = [pools[i % 2][(self.seed * 31 + step * self.batch_size + i) % 80] for i in range(self.batch_size)]
             total = sum(sample.predicted_tokens for sample in samples)
             loss = torch.zeros((), dtype=self.dtype)
@@ -122,7 +155,8 @@ class Training:
                 if recorder:
                     recorder.micro_batch([sample.sample_id for sample in half], mask.sum(1) / total, mask.sum(1))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if recorder:
                 recorder.end_step(loss, norm)
             losses.append(float(loss))

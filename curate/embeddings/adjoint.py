@@ -1,9 +1,9 @@
-"""`adjoint`: exact first-order values through AdamW [MAGIC, arXiv 2504.16430].
+"""`adjoint`: exact first-order values through the optimizer [MAGIC, arXiv 2504.16430].
 
 The anchors' gradients at the horizon are pushed backward through training. At step k, with the cotangent `lambda` of
 the state after it,
 
-    u        = vjp of the update with respect to ghat_k                  (`adamw_vjp`)
+    u        = vjp of the update with respect to ghat_k                  (`update_vjp`)
     E[z]     = - c_z <g_z(theta_k), u>                                   for all z in B_k, one number per anchor
     lambda  <- vjp of the update with respect to the state, plus H_k u on the parameters
 
@@ -20,8 +20,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from curate.embeddings.adamw import TrainingState, adamw_vjp
 from curate.errors import UserError
+from curate.optimizers.state import TrainingState
+from curate.optimizers.step import update_vjp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,9 +57,9 @@ def adjoint_step(
     """
     import torch
 
-    before = TrainingState(parameters=state.parameters, exp_avg=state.exp_avg, exp_avg_sq=state.exp_avg_sq)
-    groups = list(zip(layout.group_slices, state.record.groups, strict=True))
-    u, pulled = adamw_vjp(before, state.gradient, state.updates, groups, clip_norm, cotangent)
+    before = TrainingState(parameters=state.parameters, momentum=state.momentum, second_moment=state.second_moment)
+    groups = layout.groups(state.record.groups)
+    u, pulled = update_vjp(before, state.gradient, state.updates, groups, clip_norm, cotangent)
     parameters = layout.views(state.parameters)
     embeddings = []
     for batch in state.batches:

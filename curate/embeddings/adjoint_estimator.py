@@ -10,10 +10,10 @@ import numpy as np
 
 from curate.artifacts import replacing
 from curate.config import Config
-from curate.embeddings.adamw import TrainingState
 from curate.embeddings.adjoint import adjoint_step, check_forward_mode
 from curate.embeddings.estimator import HALVES, job_target
 from curate.errors import UserError
+from curate.optimizers.state import TrainingState
 from curate.progress import progress
 from curate.target import half_gradients
 from curate.trajectory.replay import records
@@ -108,9 +108,7 @@ class AdjointEstimator:
         job.replay.horizon_model(job.horizon)
         gradients = half_gradients(job.replay.task, job_target(job, self.name), layout.names, job.batch_size)
         flat = torch.stack([layout.flatten(gradient) for gradient in gradients])
-        return job.horizon, TrainingState(
-            parameters=flat, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat)
-        )
+        return job.horizon, TrainingState.zeros(flat)
 
 
 def _row_starts(job: WindowJob) -> dict[int, int]:

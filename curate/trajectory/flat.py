@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from curate.optimizers.state import Group
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from curate.optimizers.settings import GroupSettings
 
 
 class FlatLayout:
@@ -26,6 +30,7 @@ class FlatLayout:
         self.names = [name for group in groups for name in group]
         self.shapes = {name: shapes[name] for name in self.names}
         self.group_slices: list[slice] = []
+        self._group_shapes = [tuple(shapes[name] for name in group) for group in groups]
         self._sizes = [prod(shapes[name]) for name in self.names]
         start = 0
         for group in groups:
@@ -33,6 +38,13 @@ class FlatLayout:
             self.group_slices.append(slice(start, stop))
             start = stop
         self.size = start
+
+    def groups(self, settings: Sequence[GroupSettings]) -> list[Group]:
+        """Places and shapes of the parameter groups, with their settings at one step."""
+        return [
+            Group(place=place, shapes=shapes, settings=own)
+            for place, shapes, own in zip(self.group_slices, self._group_shapes, settings, strict=True)
+        ]
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy named tensors of shape (..., *parameter shape) into one of shape (..., P)."""

@@ -18,7 +18,7 @@ synchronisation per step. Rows since the last flush are lost in a crash; call `f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,10 @@ from curate.artifacts import replacing, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
+from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec
-from curate.trajectory.snapshots import named_parameters, save_state, snapshot_path, state_bytes
+from curate.trajectory.snapshots import as_sequence, named_parameters, save_state, snapshot_path, state_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -114,7 +115,7 @@ class TrajectoryRecorder:
         folder: the run; one recorder per rank may share it.
         config: windows, byte budget.
         model: the model as trained (DDP and torch.compile wrappers are seen through).
-        optimizer: its optimizer.
+        optimizer: its optimizer, or several over different parameters (Muon and AdamW).
         task: how to rebuild the model and its loss.
         streams: domain -> MDS folder trained on.
         steps: optimizer steps of the stage.
@@ -134,7 +135,7 @@ class TrajectoryRecorder:
         folder: Path,
         config: RecorderConfig,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         task: TaskSpec,
         streams: dict[str, Path],
@@ -145,8 +146,8 @@ class TrajectoryRecorder:
         columns: Columns | None = None,
         tokenizer: Path | None = None,
     ) -> None:
-        _check_replayable(model, optimizer)
-        self._folder, self._model, self._optimizer = Path(folder), model, optimizer
+        self._folder, self._model, self._optimizers = Path(folder), model, as_sequence(optimizer)
+        _check_replayable(model, self._optimizers)
         self._clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self._rank, self._world = _rank_and_world()
         self._rows: list[dict[str, Any]] = []
@@ -158,13 +159,19 @@ class TrajectoryRecorder:
             task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
             columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
             steps=steps, windows=windows,
-            optimizer=type(optimizer).__name__, clip_norm=clip_norm,
-            groups=[[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups],
+            optimizers=[name for name, _ in self._groups()], clip_norm=clip_norm,
+            groups=[[names[id(p)] for p in group["params"] if id(p) in names] for _, group in self._groups()],
         )  # fmt: skip
         self._snapshot_steps = snapshot_schedule(
-            windows, steps, config.cadence_snapshots, state_bytes(model), int(config.snapshot_bytes)
+            windows, steps, config.cadence_snapshots, state_bytes(model, self._optimizers), int(config.snapshot_bytes)
         )
         self._open(first_step)
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every parameter group, with the class name of its optimizer."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                yield type(optimizer).__name__, group
 
     def _open(self, first_step: int) -> None:
         if (self._folder / "steps.parquet").exists():
@@ -228,7 +235,7 @@ class TrajectoryRecorder:
             loss: `L_k` of the whole step (all micro-batches and ranks), nats per token.
             grad_norm: global gradient norm before clipping, as `clip_grad_norm_` returns it.
         """
-        groups = [_settings(group) for group in self._optimizer.param_groups]
+        groups = [vars(GroupSettings.read(name, group)) for name, group in self._groups()]
         for row in self._rows[self._first_row :]:
             row.update(loss=_detached(loss), grad_norm=_detached(grad_norm), groups=groups)
         if (self._step + 1) % self._flush_steps == 0:
@@ -259,25 +266,24 @@ class TrajectoryRecorder:
 
     def _snapshot(self, step: int) -> None:
         if self._rank == 0:
-            save_state(snapshot_path(self._folder, step), self._model, self._optimizer)
+            save_state(snapshot_path(self._folder, step), self._model, self._optimizers)
 
     def _write(self, frame: pl.DataFrame) -> None:
         with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
             frame.write_parquet(part)
 
 
-def _check_replayable(model: nn.Module, optimizer: Optimizer) -> None:
+def _check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse before training what replay could not repeat after it.
 
     Raises:
-        UserError: dropout, another optimizer than AdamW, or a variant of it.
+        UserError: dropout, sparse gradients, or optimizers that are not supported.
     """
     refuse_dropout(model)
-    if type(optimizer).__name__ != "AdamW":
-        raise UserError(f"the optimizer is {type(optimizer).__name__}; values are computed for torch.optim.AdamW")
-    for name in ("amsgrad", "maximize"):
-        if any(group.get(name) for group in optimizer.param_groups):
-            raise UserError(f"AdamW with {name} cannot be replayed; set {name}=False")
+    refuse_unsupported(optimizers)
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        raise UserError(f"{sparse[0]} has sparse gradients, which cannot be replayed; build it with sparse=False")
 
 
 class NoRecorder:
@@ -299,14 +305,6 @@ class NoRecorder:
 
     def finish(self) -> None:
         """Nothing is written."""
-
-
-def _settings(group: dict[str, Any]) -> dict[str, float]:
-    beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
-    return {
-        "lr": float(group["lr"]), "weight_decay": float(group.get("weight_decay", 0.0)),
-        "beta1": float(beta1), "beta2": float(beta2), "eps": float(group.get("eps", 0.0)),
-    }  # fmt: skip
 
 
 def _clip_factor(grad_norm: float | None, clip_norm: float | None) -> float:

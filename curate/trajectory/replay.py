@@ -1,6 +1,7 @@
-"""Replay: run recorded steps again from a snapshot, with the training's own optimizer and kernels, and verify each one.
+"""Replay: run recorded steps again from a snapshot, with the training's own optimizers and kernels; verify each one.
 
-P is the number of trainable parameters. Memory: model, gradients and optimizer state, as in training.
+P is the number of trainable parameters. Memory: model, gradients and optimizer state, as in training. A run has one
+or several `torch.optim` optimizers (Muon and AdamW, say); replay holds them as a list, in the order of the groups.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -16,27 +19,17 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UserError
+from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.task import Batch, Task, collate
 from curate.trajectory.flat import FlatLayout
 from curate.trajectory.samples import SampleReader
-from curate.trajectory.snapshots import load_state, named_parameters
+from curate.trajectory.snapshots import load_state, named_parameters, put_state, state_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from curate.trajectory.run import Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSettings:
-    """Hyper-parameters of one optimizer group at one step."""
-
-    lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +42,7 @@ class StepRecord:
         loss: recorded `L_k`, nats per token.
         grad_norm: recorded norm before clipping, or None.
         clip_factor: what clipping multiplied the gradient by.
-        groups: settings per optimizer group.
+        groups: settings per parameter group.
     """
 
     step: int
@@ -88,19 +81,20 @@ class State:
         record: the step.
         batches: its micro-batches.
         parameters: `theta_k`.
-        exp_avg: first moment `m_k` before the step.
-        exp_avg_sq: second moment `v_k` before the step.
+        momentum: moment `m_k` (Adam, AdamW) or buffer (SGD, Muon) before the step; 0 where there is none.
+        second_moment: `v_k` (Adam, AdamW) before the step; 0 where there is none.
         gradient: `ghat_k` before clipping.
-        updates: optimizer updates done before this step.
+        updates: per parameter group, updates that it had before this step; SGD and Muon do not count theirs: 0 before
+            the first one, 1 after it.
     """
 
     record: StepRecord
     batches: list[Batch]
     parameters: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    momentum: Tensor
+    second_moment: Tensor
     gradient: Tensor
-    updates: int
+    updates: list[int]
 
 
 class Replay:
@@ -112,17 +106,19 @@ class Replay:
         tolerance: largest relative difference between recorded and replayed loss and gradient norm.
 
     Raises:
-        UserError: the run used an optimizer that cannot be rebuilt.
+        UserError: the run used an optimizer that cannot be rebuilt with this torch.
     """
 
     def __init__(self, run: Run, device: torch.device | str = "cpu", tolerance: float = 1e-3) -> None:
         import torch
 
         self.run, self.device, self.tolerance = run, torch.device(device), tolerance
-        if run.spec.optimizer != "AdamW":
-            raise UserError(
-                f"run {run.folder} was trained with {run.spec.optimizer}; replay rebuilds torch.optim.AdamW"
-            )
+        for name in run.spec.optimizers:
+            if name not in BUFFERS or not hasattr(torch.optim, name):
+                raise UserError(
+                    f"run {run.folder} was trained with {name}; replay rebuilds {', '.join(BUFFERS)} as far as this "
+                    f"torch {torch.__version__} has them"
+                )
         self.reader = SampleReader(run)
         self.task = Task(run.spec.task, self.device)
         self.layout = FlatLayout(self.task.model, run.spec.groups)
@@ -180,54 +176,73 @@ class Replay:
     def states(self, start: int, stop: int) -> Iterator[State]:
         """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
         parameters = named_parameters(self.model)
-        for replayed, optimizer in self._run(start, stop):
-            buffers = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+        for replayed, optimizers in self._run(start, stop):
             zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
+            kept = {p: buffers for optimizer in optimizers for p, buffers in optimizer.state.items()}
+            buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
+            first = {n: found.get("exp_avg", found.get("momentum_buffer", zeros[n])) for n, found in buffers.items()}
             yield State(
                 record=replayed.record,
                 batches=replayed.batches,
                 parameters=self.layout.flatten(parameters).detach(),
-                exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
-                exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
+                momentum=self.layout.flatten(first),
+                second_moment=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
                 gradient=self.layout.flatten(
                     {n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}
                 ),
-                updates=max((int(buffer["step"]) for buffer in buffers.values() if buffer), default=0),
+                updates=[
+                    max((int(buffers[name].get("step", 1)) for name in group if buffers[name]), default=0)
+                    for group in self.run.spec.groups
+                ],
             )
 
     def _run(
         self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[ReplayedStep, torch.optim.Optimizer]]:
+    ) -> Iterator[tuple[ReplayedStep, list[torch.optim.Optimizer]]]:
         from torch.nn.utils import get_total_norm
 
         first = self.run.snapshot_before(start)
-        optimizer = self.restore(first)
+        optimizers = self.restore(first)
         trainable = list(named_parameters(self.model).values())
         for record in records(self.run, first, stop):
             batches = self.batches(record)
             begin = perf_counter()
-            loss, captured = self.backward(batches, optimizer, after_backward)
+            loss, captured = self.backward(batches, optimizers, after_backward)
             self._pass_seconds.append(perf_counter() - begin)
             norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
             self._verify(record, loss, norm)
             if record.step >= start:
-                yield ReplayedStep(record=record, batches=batches, captured=captured), optimizer
-            self.update(record, optimizer)
+                yield ReplayedStep(record=record, batches=batches, captured=captured), optimizers
+            self.update(record, optimizers)
 
-    def restore(self, step: int) -> torch.optim.Optimizer:
-        """Put the model into its state before `step`, which must have a snapshot; returns an optimizer in its state."""
+    def restore(self, step: int) -> list[torch.optim.Optimizer]:
+        """Put the model into its state before `step`, which must have a snapshot; returns optimizers in theirs.
+
+        Hyper-parameters are set by `update`. Two optimizers of one class become one: their groups stay apart.
+        """
         import torch
 
-        parameters = named_parameters(self.model)
-        groups = [{"params": [parameters[name] for name in group]} for group in self.run.spec.groups]
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.run.spec.optimizer)(groups)
-        load_state(self.run.snapshot(step), self.model, optimizer)
-        return optimizer
+        parameters, spec = named_parameters(self.model), self.run.spec
+        named = zip(spec.optimizers, spec.groups, strict=True)
+        optimizers: list[torch.optim.Optimizer] = [
+            getattr(torch.optim, name)([{"params": [parameters[one] for one in group]} for _, group in groups], lr=0.0)
+            for name, groups in groupby(named, key=itemgetter(0))
+        ]
+        load_state(self.run.snapshot(step), self.model, optimizers)
+        return optimizers
+
+    def checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+        """A copy in memory of the state of model and optimizers, for `rewind`; as large as a snapshot."""
+        return {key: tensor.clone() for key, tensor in state_tensors(self.model, optimizers).items()}
+
+    def rewind(self, checkpoint: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Put model and optimizers back to a checkpoint, which stays usable."""
+        put_state(checkpoint, self.model, optimizers, "checkpoint")
 
     def backward(
         self,
         batches: Sequence[Batch],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         after_backward: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[float, list[Tensor]]:
         """Leave `ghat` of some micro-batches in `.grad`.
@@ -235,7 +250,8 @@ class Replay:
         Returns:
             Their loss `sum c_z l_z`, nats per token, and what `after_backward` returned for each of them.
         """
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss, captured = 0.0, []
         for batch in batches:
             micro_loss = (self.task.sample_losses(batch) * batch.weights).sum()
@@ -245,20 +261,17 @@ class Replay:
                 captured.append(after_backward(batch.weights))
         return loss, captured
 
-    def update(self, record: StepRecord, optimizer: torch.optim.Optimizer) -> None:
+    def update(self, record: StepRecord, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Clip and step as the training did, with the recorded hyper-parameters."""
         from torch.nn.utils import clip_grad_norm_
 
         if self.run.spec.clip_norm is not None:
             clip_grad_norm_(named_parameters(self.model).values(), self.run.spec.clip_norm)
-        for group, settings in zip(optimizer.param_groups, record.groups, strict=True):
-            group.update(
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                eps=settings.eps,
-                betas=(settings.beta1, settings.beta2),
-            )
-        optimizer.step()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, settings in zip(groups, record.groups, strict=True):
+            group.update(settings.as_group())
+        for optimizer in optimizers:
+            optimizer.step()
 
     def _verify(self, record: StepRecord, loss: float, norm: float) -> None:
         """Raise where loss or norm differ by more than the tolerance; a NaN differs from everything."""

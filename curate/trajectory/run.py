@@ -22,7 +22,14 @@ from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 
 _log = logging.getLogger(__name__)
-_SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+_NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening", "ns_a", "ns_b", "ns_c")
+_SETTINGS = {  # the fields of `GroupSettings`
+    "optimizer": pl.String,
+    **dict.fromkeys(_NUMBERS, pl.Float64),
+    "nesterov": pl.Boolean,
+    "ns_steps": pl.Int64,
+    "adjust_lr_fn": pl.String,
+}
 STEPS = pl.Schema(
     [
         ("step", pl.Int64()),
@@ -34,7 +41,7 @@ STEPS = pl.Schema(
         ("loss", pl.Float64()),  # L_k, nats per token, the same on every row of a step
         ("grad_norm", pl.Float64()),  # before clipping; null where the trainer does not clip
         ("clip_factor", pl.Float64()),  # what clipping multiplied the gradient by
-        ("groups", pl.List(pl.Struct(dict.fromkeys(_SETTINGS, pl.Float64)))),  # one entry per parameter group
+        ("groups", pl.List(pl.Struct(_SETTINGS))),  # one entry per parameter group
     ]
 )
 
@@ -59,10 +66,10 @@ class RunSpec(Config):
     """Optimizer steps of the stage."""
     windows: dict[str, tuple[int, int]]
     """Name -> first step and step after the last."""
-    optimizer: str
-    """Class name of the optimizer."""
+    optimizers: list[str]
+    """Class name of each parameter group's optimizer, in `torch.optim`."""
     groups: list[list[str]]
-    """Parameter names of each optimizer group."""
+    """Parameter names of each group."""
     clip_norm: float | None
     """Clipping threshold of the global gradient norm; none: no clipping."""
 

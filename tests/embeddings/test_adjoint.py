@@ -5,36 +5,56 @@ import dataclasses
 import pytest
 import torch
 
-from curate.embeddings.adamw import TrainingState, adamw_update
 from curate.embeddings.adjoint import adjoint_step, check_forward_mode, directional_products
 from curate.errors import UserError
+from curate.optimizers.settings import GroupSettings
+from curate.optimizers.state import TrainingState
+from curate.optimizers.step import update_state
 from curate.task import Batch, ModelSpec, Task, TaskSpec
 from curate.trajectory.flat import FlatLayout
-from curate.trajectory.replay import GroupSettings, State, StepRecord
+from curate.trajectory.replay import State, StepRecord
 from tests.tiny import VOCABULARY
 
 STEPS, BATCH, LENGTH = 5, 4, 7
 
 
-def record(step: int) -> StepRecord:
-    matrices = GroupSettings(lr=0.02 / (1 + step), weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
-    vectors = GroupSettings(lr=0.01 / (1 + step), weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
-    return StepRecord(
-        step=step, micro_batches=[], loss=0.0, grad_norm=None, clip_factor=1.0, groups=[matrices, vectors]
-    )
+ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+NS = {"ns_steps": 5, "ns_a": 3.4445, "ns_b": -4.775, "ns_c": 2.0315, "eps": 1e-7, "adjust_lr_fn": "original"}
+ADAMW = GroupSettings(optimizer="AdamW", lr=0.02, weight_decay=0.1, **ADAM)
+VECTORS = GroupSettings(optimizer="AdamW", lr=0.01, **ADAM)
+SGD = GroupSettings(optimizer="SGD", lr=0.2, weight_decay=0.1)
+MOMENTUM = dataclasses.replace(SGD, lr=0.1, momentum=0.9)
+MUON = GroupSettings(optimizer="Muon", lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, **NS)
+OPTIMIZERS = {  # of the hidden matrices, of embeddings and head, of the vectors
+    "AdamW": (ADAMW, ADAMW, VECTORS),
+    "Adam": tuple(dataclasses.replace(settings, optimizer="Adam") for settings in (ADAMW, ADAMW, VECTORS)),
+    "SGD": (SGD, SGD, dataclasses.replace(SGD, lr=0.1, weight_decay=0.0)),
+    "momentum": (MOMENTUM, MOMENTUM, dataclasses.replace(MOMENTUM, lr=0.05, weight_decay=0.0)),
+    "dampening": (dataclasses.replace(MOMENTUM, dampening=0.4),) * 3,
+    "Nesterov": (dataclasses.replace(MOMENTUM, nesterov=True),) * 3,
+    "SGD and AdamW": (MOMENTUM, ADAMW, dataclasses.replace(VECTORS, optimizer="Adam")),
+    "Muon and AdamW": (MUON, ADAMW, VECTORS),
+    "Muon without Nesterov and SGD": (dataclasses.replace(MUON, nesterov=False), SGD, SGD),
+}
+
+
+def record(step: int, optimizer: str) -> StepRecord:
+    groups = [dataclasses.replace(settings, lr=settings.lr / (1 + step)) for settings in OPTIMIZERS[optimizer]]
+    return StepRecord(step=step, micro_batches=[], loss=0.0, grad_norm=None, clip_factor=1.0, groups=groups)
 
 
 class Problem:
-    """A few AdamW steps of a tiny model with two micro-batches, unequal weights, masks, clipping and unseen tokens."""
+    """A few steps of a tiny model with two micro-batches, unequal weights, masks, clipping and unseen tokens."""
 
-    def __init__(self, clip_norm: float | None, *, tied: bool = True) -> None:
+    def __init__(self, clip_norm: float | None, *, tied: bool = True, optimizer: str = "AdamW") -> None:
         random = torch.Generator().manual_seed(1)
-        self.clip_norm = clip_norm
+        self.clip_norm, self.optimizer = clip_norm, optimizer
         spec = TaskSpec(model=ModelSpec(factory="tests.tiny:factory", kwargs={"tied": tied}))
         self.task = Task(spec, dtype=torch.float64)
-        matrices = [name for name, p in self.task.model.named_parameters() if p.dim() > 1]
+        outer = [name for name, _ in self.task.model.named_parameters() if name.startswith(("embedding", "lm_head"))]
+        hidden = [name for name, p in self.task.model.named_parameters() if p.dim() > 1 and name not in outer]
         vectors = [name for name, p in self.task.model.named_parameters() if p.dim() == 1]
-        self.layout = FlatLayout(self.task.model, [matrices, vectors])
+        self.layout = FlatLayout(self.task.model, [hidden, outer, vectors])
         self.start = self.layout.flatten(dict(self.task.model.named_parameters())).detach()
 
         def batch() -> Batch:
@@ -55,21 +75,19 @@ class Problem:
         return torch.func.grad(lambda value: self.loss(batches, value))(flat)
 
     def train(self, batches: list[list[Batch]]) -> tuple[torch.Tensor, list[State]]:
-        zeros = torch.zeros_like(self.start)
-        state = TrainingState(parameters=self.start, exp_avg=zeros, exp_avg_sq=zeros)
+        state = TrainingState.zeros(self.start)
         states = []
         for step in range(STEPS):
             gradient = self.gradient(batches[step], state.parameters)
-            groups = list(zip(self.layout.group_slices, record(step).groups, strict=True))
-            states.append(
-                State(record=record(step), batches=batches[step], gradient=gradient, updates=step, **vars(state))
-            )
-            state = adamw_update(state, gradient, step, groups, self.clip_norm)
+            done = record(step, self.optimizer)
+            updates = [step] * len(done.groups)
+            states.append(State(record=done, batches=batches[step], gradient=gradient, updates=updates, **vars(state)))
+            state = update_state(state, gradient, updates, self.layout.groups(done.groups), self.clip_norm)
         return state.parameters, states
 
     def embeddings(self, states: list[State], final: torch.Tensor) -> list[torch.Tensor]:
         anchors = torch.stack([self.gradient([target], final) for target in self.targets])
-        cotangent = TrainingState(parameters=anchors, exp_avg=0 * anchors, exp_avg_sq=0 * anchors)
+        cotangent = TrainingState.zeros(anchors)
         rows = []
         for state in reversed(states):
             embedded, cotangent = adjoint_step(self.task, self.layout, state, self.clip_norm, cotangent)
@@ -89,9 +107,20 @@ class Problem:
 @pytest.mark.parametrize("clip_norm", [0.3, None, 1000.0])
 def test_embeddings_are_the_derivative_of_training(clip_norm, tied):
     """E[z] is the first-order effect of removing z: d l_q(theta_S) / d(weight of z) * (-c_z), for both targets."""
-    problem = Problem(clip_norm, tied=tied)
+    check_against_finite_differences(Problem(clip_norm, tied=tied))
+
+
+@pytest.mark.parametrize(("clip_norm", "tied"), [(0.3, False), (None, True)])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "AdamW"])
+def test_embeddings_are_the_derivative_of_training_with_every_optimizer(optimizer, clip_norm, tied):
+    check_against_finite_differences(Problem(clip_norm, tied=tied, optimizer=optimizer))
+
+
+def check_against_finite_differences(problem: Problem) -> None:
+    clip_norm, tied = problem.clip_norm, "lm_head.weight" not in problem.layout.names
     final, states = problem.train(problem.batches)
-    assert (states[-1].exp_avg_sq == 0).any() != tied  # rows of tokens never seen
+    never_seen = sum(state.gradient.abs() for state in states) == 0
+    assert never_seen.any() != tied  # rows of tokens
     rows = problem.embeddings(states, final)
     if clip_norm == 0.3:
         assert all(float(state.gradient.norm()) > clip_norm for state in states)

@@ -41,9 +41,14 @@ def test_the_recorder_changes_no_loss_and_the_record_replays(config, tmp_path):
     assert (run.folder / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize("crash", [3, 7, 10])
-def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, crash):
+@pytest.mark.parametrize(
+    ("crash", "optimizer"), [(3, "AdamW"), (7, "AdamW"), (10, "AdamW"), (7, "Adam"), (7, "SGD"), (7, "Muon")]
+)
+def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, crash, optimizer):
+    settings = config.optimizer.model_copy(update={"name": optimizer})
+    config = config.model_copy(update={"optimizer": settings})
     whole = train(config)
+    assert len(list(Replay(Run(config.out), tolerance=1e-5).steps(0, 12))) == 12
     other = config.model_copy(update={"out": tmp_path / "crashed"})
     original = pretrain.learning_rate
 
@@ -63,6 +68,19 @@ def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, 
         assert (other.out / name).read_bytes() == (config.out / name).read_bytes()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(config, tmp_path, tied):
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "tie_word_embeddings": tied}))
+    train(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": "Muon"})}))
+    spec = Run(config.out).spec
+    assert spec.optimizers == ["Muon", "AdamW", "AdamW"]
+    hidden, outer, vectors = spec.groups
+    assert len(hidden) == 2 * 7
+    assert all("layers" in name and "proj" in name for name in hidden)
+    assert outer == ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
+    assert all("norm" in name for name in vectors)
+
+
 def test_settings_changed_on_resume_are_named(config):
     train(config)
     assert train(config) == []
@@ -77,6 +95,9 @@ def test_a_second_stage_starts_from_the_state_of_the_first(config, tmp_path):
     )
     fresh = config.model_copy(update={"out": tmp_path / "fresh", "recorder": None})
     assert train(second)[0] < train(fresh)[0]
+    other = second.model_copy(update={"optimizer": OptimizerConfig(name="SGD"), "out": tmp_path / "other"})
+    with pytest.raises(UserError, match=r"SGD needs momentum_buffer: it was written with another optimizer"):
+        train(other)
 
 
 def test_bad_settings(config, tmp_path):

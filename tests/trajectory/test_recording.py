@@ -72,11 +72,11 @@ def test_states_hold_what_each_update_read(run):
     replay = Replay(run)
     states = list(replay.states(2, 5))
     assert [state.record.step for state in states] == [2, 3, 4]
-    assert [state.updates for state in states] == [2, 3, 4]
+    assert [state.updates for state in states] == [[2, 2], [3, 3], [4, 4]]
     replay.load(4)
     parameters = replay.layout.flatten(named_parameters(replay.model))
     torch.testing.assert_close(states[2].parameters, parameters, rtol=0, atol=0)
-    assert (states[2].exp_avg_sq >= 0).all()
+    assert (states[2].second_moment >= 0).all()
 
 
 def test_a_run_killed_and_resumed_records_the_same(run, tmp_path):
@@ -207,10 +207,6 @@ def test_what_replay_could_not_repeat_is_refused_before_training(tmp_path):
 
     with pytest.raises(UserError, match="1 is a dropout with p > 0"):
         recorder(model, torch.optim.AdamW(model.parameters()))
-    with pytest.raises(UserError, match="the optimizer is SGD"):
-        recorder(model[0], torch.optim.SGD(model[0].parameters()))
-    with pytest.raises(UserError, match="AdamW with amsgrad"):
-        recorder(model[0], torch.optim.AdamW(model[0].parameters(), amsgrad=True))
     with pytest.raises(ValidationError, match="pattern"):
         recorder(model[0], torch.optim.AdamW(model[0].parameters()), streams={"/data/web": tmp_path})
 

@@ -1,0 +1,86 @@
+"""Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) and AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+
+With `g` the clipped gradient and `t` the number of this update, as in `torch.optim`:
+
+    a = g  (AdamW)  or  g + wd theta  (Adam)
+    m' = beta1 m + (1 - beta1) a                  v' = beta2 v + (1 - beta2) a^2
+    theta' = d theta - lr / (1 - beta1^t) m' / (sqrt(v' / (1 - beta2^t)) + eps),   d = 1 - lr wd  or  1
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from curate.optimizers.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curate.optimizers.settings import GroupSettings
+    from curate.optimizers.state import Group
+
+
+class AdamRule:
+    """Adam.
+
+    Args:
+        decoupled: AdamW's weight decay instead of Adam's.
+    """
+
+    def __init__(self, *, decoupled: bool) -> None:
+        self.decoupled = decoupled
+
+    def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
+        """See `Rule.update`."""
+        settings = group.settings
+        _, m, v = self._moments(state, gradient, settings)
+        step_size, denominator, _ = _step_size_and_denominator(v, updates, settings)
+        kept = 1 - settings.lr * settings.weight_decay if self.decoupled else 1.0
+        return TrainingState(
+            parameters=kept * state.parameters - step_size * m / denominator, momentum=m, second_moment=v
+        )
+
+    def vjp(
+        self,
+        state: TrainingState,
+        gradient: Tensor,
+        updates: int,
+        group: Group,
+        cotangent: TrainingState,
+        u: Tensor,
+        before: TrainingState,
+    ) -> None:
+        """See `Rule.vjp`; where `v' = 0` the derivative through v is 0."""
+        import torch
+
+        settings = group.settings
+        a, m, v = self._moments(state, gradient, settings)
+        step_size, denominator, root = _step_size_and_denominator(v, updates, settings)
+        # d theta' / d m' = - step_size / denominator
+        d_m = torch.addcmul(cotangent.momentum, cotangent.parameters, step_size / denominator, value=-1)
+        # d theta' / d v' = step_size m' / denominator^2 * d root / d v',   d root / d v' = root / (2 v')
+        slope = torch.where(v > 0, step_size * m / denominator**2 * root / (2 * v), torch.zeros_like(v))
+        d_v = torch.addcmul(cotangent.second_moment, cotangent.parameters, slope)
+        u[:] = (1 - settings.beta1) * d_m + 2 * (1 - settings.beta2) * a * d_v
+        before.momentum[:] = settings.beta1 * d_m
+        before.second_moment[:] = settings.beta2 * d_v
+        if self.decoupled:
+            before.parameters[:] = (1 - settings.lr * settings.weight_decay) * cotangent.parameters
+        else:
+            before.parameters[:] = cotangent.parameters + settings.weight_decay * u
+
+    def _moments(
+        self, state: TrainingState, gradient: Tensor, settings: GroupSettings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient with coupled decay, and the new moments."""
+        a = gradient if self.decoupled else gradient + settings.weight_decay * state.parameters
+        m = settings.beta1 * state.momentum + (1 - settings.beta1) * a
+        v = settings.beta2 * state.second_moment + (1 - settings.beta2) * a**2
+        return a, m, v
+
+
+def _step_size_and_denominator(v: Tensor, updates: int, settings: GroupSettings) -> tuple[float, Tensor, Tensor]:
+    """Lr / (1 - beta1^t), sqrt(v / (1 - beta2^t)) + eps, and the root alone."""
+    step = updates + 1
+    root = v.sqrt() / (1 - settings.beta2**step) ** 0.5
+    return settings.lr / (1 - settings.beta1**step), root + settings.eps, root

@@ -1,0 +1,126 @@
+"""Hyper-parameters of one parameter group, and which optimizers can be recorded, replayed and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+BUFFERS = {"AdamW": _ADAM, "Adam": _ADAM, "SGD": frozenset({"momentum_buffer"}), "Muon": frozenset({"momentum_buffer"})}
+"""Supported class of `torch.optim` -> buffers that it keeps per parameter (SGD only with momentum)."""
+_FLAGS = ("amsgrad", "maximize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """Hyper-parameters of one parameter group at one step, named as in torch; 0 where the optimizer has no such one.
+
+    Attributes:
+        optimizer: class name in `torch.optim`, a key of `BUFFERS`.
+        lr: learning rate.
+        weight_decay: coupled (added to the gradient) for SGD and Adam, decoupled for AdamW and Muon.
+        beta1: decay of Adam's first moment.
+        beta2: decay of Adam's second moment.
+        eps: Adam's, or the smallest norm that Muon divides by.
+        momentum: of SGD and Muon.
+        dampening: of SGD.
+        nesterov: of SGD and Muon.
+        ns_steps: Newton-Schulz iterations of Muon.
+        ns_a: first coefficient of their polynomial.
+        ns_b: second.
+        ns_c: third.
+        adjust_lr_fn: how Muon scales lr by a matrix's shape.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    ns_steps: int = 0
+    ns_a: float = 0.0
+    ns_b: float = 0.0
+    ns_c: float = 0.0
+    adjust_lr_fn: str = ""
+
+    @classmethod
+    def read(cls, optimizer: str, group: Mapping[str, Any]) -> GroupSettings:
+        """From an entry of a torch optimizer's `param_groups`."""
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        ns_a, ns_b, ns_c = group.get("ns_coefficients", (0.0, 0.0, 0.0))
+        return cls(
+            optimizer=optimizer, lr=float(group["lr"]), weight_decay=float(group["weight_decay"]),
+            beta1=float(beta1), beta2=float(beta2), eps=float(group.get("eps", 0.0)),
+            momentum=float(group.get("momentum", 0.0)), dampening=float(group.get("dampening", 0.0)),
+            nesterov=bool(group.get("nesterov", False)), ns_steps=int(group.get("ns_steps", 0)),
+            ns_a=float(ns_a), ns_b=float(ns_b), ns_c=float(ns_c),
+            adjust_lr_fn=(group.get("adjust_lr_fn") or "original") if optimizer == "Muon" else "",
+        )  # fmt: skip
+
+    def as_group(self) -> dict[str, Any]:
+        """What `read` read, for an entry of `param_groups` of the same optimizer."""
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer in ("AdamW", "Adam"):
+            return {**shared, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        shared = {**shared, "momentum": self.momentum, "nesterov": self.nesterov}
+        if self.optimizer == "SGD":
+            return {**shared, "dampening": self.dampening}
+        return {
+            **shared, "eps": self.eps, "ns_steps": self.ns_steps, "adjust_lr_fn": self.adjust_lr_fn,
+            "ns_coefficients": (self.ns_a, self.ns_b, self.ns_c),
+        }  # fmt: skip
+
+
+def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse before training what replay could not rebuild after it.
+
+    Raises:
+        UserError: a class or a variant that is not supported, or a parameter in two groups.
+    """
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        name = supported_class(type(optimizer))
+        for group in optimizer.param_groups:
+            _refuse_variant(name, group)
+            own = {id(parameter) for parameter in group["params"]}
+            if own & seen:
+                raise UserError(f"{name} holds a parameter that another optimizer holds too; give each to one of them")
+            seen |= own
+
+
+def supported_class(kind: type) -> str:
+    """Its name in `torch.optim`.
+
+    Raises:
+        UserError: it is not a supported class of torch's own.
+    """
+    import torch
+
+    name: str = kind.__name__
+    if name not in BUFFERS or kind is not getattr(torch.optim, name, None):
+        raise UserError(
+            f"the optimizer is {kind.__module__}.{kind.__qualname__}; values are computed for torch.optim's "
+            f"{', '.join(BUFFERS)} (one, or several over different parameters): train with these"
+        )
+    return name
+
+
+def _refuse_variant(name: str, group: Mapping[str, Any]) -> None:
+    for flag in _FLAGS:
+        if group.get(flag):
+            raise UserError(f"{name} with {flag} cannot be replayed; set {flag}=False")
+    if name in ("AdamW", "Adam") and bool(group.get("decoupled_weight_decay", name == "AdamW")) != (name == "AdamW"):
+        raise UserError(
+            f"{name} with decoupled_weight_decay={group['decoupled_weight_decay']} cannot be replayed; use "
+            f"torch.optim.{'Adam' if name == 'AdamW' else 'AdamW'}, which is the same"
+        )

@@ -1,0 +1,61 @@
+"""SGD with coupled weight decay, momentum, dampening and Nesterov's variant, as in `torch.optim.SGD`.
+
+With `g` the clipped gradient, mu the momentum and tau the dampening:
+
+    a = g + wd theta
+    b' = a at the group's first update, else mu b + (1 - tau) a
+    d = a  (mu = 0; b is kept),   b',   or  a + mu b'  (Nesterov; Sutskever et al., ICML 2013)
+    theta' = theta - lr d
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from curate.optimizers.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curate.optimizers.state import Group
+
+
+class SgdRule:
+    """SGD; linear in everything it reads."""
+
+    def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
+        """See `Rule.update`."""
+        settings = group.settings
+        direction = a = gradient + settings.weight_decay * state.parameters
+        buffer = state.momentum
+        if settings.momentum:
+            buffer = settings.momentum * buffer + (1 - settings.dampening) * a if updates else a.clone()
+            direction = a + settings.momentum * buffer if settings.nesterov else buffer
+        return TrainingState(
+            parameters=state.parameters - settings.lr * direction, momentum=buffer, second_moment=state.second_moment
+        )
+
+    def vjp(
+        self,
+        state: TrainingState,
+        gradient: Tensor,
+        updates: int,
+        group: Group,
+        cotangent: TrainingState,
+        u: Tensor,
+        before: TrainingState,
+    ) -> None:
+        """See `Rule.vjp`; nothing depends on the buffer before a first update."""
+        settings = group.settings
+        before.second_moment[:] = cotangent.second_moment
+        if settings.momentum:
+            through = settings.momentum if settings.nesterov else 1.0
+            d_buffer = cotangent.momentum - (settings.lr * through) * cotangent.parameters
+            u[:] = (1 - settings.dampening) * d_buffer if updates else d_buffer
+            if settings.nesterov:
+                u.add_(cotangent.parameters, alpha=-settings.lr)
+            before.momentum[:] = settings.momentum * d_buffer if updates else 0.0
+        else:
+            u[:] = -settings.lr * cotangent.parameters
+            before.momentum[:] = cotangent.momentum
+        before.parameters[:] = cotangent.parameters + settings.weight_decay * u

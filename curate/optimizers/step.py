@@ -1,0 +1,120 @@
+"""One training step as a pure function of vectors, and its vector-Jacobian product: clip once, then update each group.
+
+R anchors, P parameters (vectors laid out by `FlatLayout`, one slice per parameter group). `ghat` is the gradient
+before `torch.nn.utils.clip_grad_norm_`, `c` the clip factor, and every group's optimizer reads its part of `c ghat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from curate.optimizers.adam import AdamRule
+from curate.optimizers.muon import MuonRule
+from curate.optimizers.sgd import SgdRule
+from curate.optimizers.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curate.optimizers.state import Group, Rule
+
+_RULES: dict[str, Rule] = {
+    "AdamW": AdamRule(decoupled=True),
+    "Adam": AdamRule(decoupled=False),
+    "SGD": SgdRule(),
+    "Muon": MuonRule(),
+}
+
+
+def clip_factor(gradient: Tensor, clip_norm: float | None) -> Tensor:
+    """min(1, clip_norm / (|ghat| + 1e-6)), a scalar tensor."""
+    norm: Tensor = gradient.norm()
+    return norm.new_ones(()) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def update_state(
+    state: TrainingState,
+    gradient: Tensor,
+    updates: Sequence[int],
+    groups: Sequence[Group],
+    clip_norm: float | None,
+) -> TrainingState:
+    """One update of all groups.
+
+    Args:
+        state: before the step, (P,) each.
+        gradient: (P,) `ghat`, before clipping.
+        updates: updates that each group had before this one (t - 1).
+        groups: places and settings.
+        clip_norm: threshold of the global norm, or None.
+
+    Returns:
+        The state after the step; the arguments are not changed.
+    """
+    new = TrainingState(
+        parameters=state.parameters.clone(), momentum=state.momentum.clone(), second_moment=state.second_moment.clone()
+    )
+    clipped = gradient * clip_factor(gradient, clip_norm)
+    for group, done in zip(groups, updates, strict=True):
+        place = group.place
+        after = _RULES[group.settings.optimizer].update(state.part(place), clipped[place], done, group)
+        new.parameters[place] = after.parameters
+        new.momentum[place] = after.momentum
+        new.second_moment[place] = after.second_moment
+    return new
+
+
+def update_vjp(
+    state: TrainingState,
+    gradient: Tensor,
+    updates: Sequence[int],
+    groups: Sequence[Group],
+    clip_norm: float | None,
+    cotangent: TrainingState,
+) -> tuple[Tensor, TrainingState]:
+    """Pull a cotangent of the state after a step back to the state before it and to the gradient.
+
+    Where the clip is inactive its derivative is 0; for each optimizer's own conventions see its `vjp`.
+
+    Args:
+        state: before the step, (P,) each.
+        gradient: (P,) the real `ghat` of the step, before clipping.
+        updates: updates that each group had before this one.
+        groups: places and settings.
+        clip_norm: threshold of the global norm, or None.
+        cotangent: (R, P) each, of the state after the step.
+
+    Returns:
+        u: (R, P), cotangent of `ghat`.
+        The cotangent of the state before the step, for `ghat` held fixed.
+    """
+    import torch
+
+    factor = clip_factor(gradient, clip_norm)
+    u = torch.empty_like(cotangent.parameters)
+    before = TrainingState(
+        parameters=torch.empty_like(u), momentum=torch.empty_like(u), second_moment=torch.empty_like(u)
+    )
+    for group, done in zip(groups, updates, strict=True):
+        place = group.place
+        _RULES[group.settings.optimizer].vjp(
+            state.part(place),
+            factor * gradient[place],
+            done,
+            group,
+            cotangent.part(place),
+            u[:, place],
+            before.part(place),
+        )
+    return _unclip(u, gradient, factor), before
+
+
+def _unclip(u: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    """Vjp of `ghat -> c(|ghat|) ghat`: `c u`; where the clip is active, also `<ghat, u> dc/dghat`."""
+    # d c / d ghat = - c / (|ghat| + 1e-6) ghat / |ghat| where the clip is active
+    if float(factor) >= 1:
+        return u
+    norm = gradient.norm()
+    along = (u @ gradient) * factor / ((norm + 1e-6) * norm)  # (R,)
+    return u.mul_(factor).addr_(along, gradient, alpha=-1)
