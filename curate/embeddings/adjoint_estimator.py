@@ -15,7 +15,7 @@ from curate.embeddings.adjoint import adjoint_step, check_forward_mode
 from curate.embeddings.estimator import HALVES, job_target
 from curate.errors import UserError
 from curate.progress import progress
-from curate.target import half_gradients
+from curate.target import loss_gradients
 from curate.trajectory.replay import records
 
 if TYPE_CHECKING:
@@ -104,10 +104,9 @@ class AdjointEstimator:
             return saved
         import torch
 
-        layout = job.replay.layout
         job.replay.horizon_model(job.horizon)
-        gradients = half_gradients(job.replay.task, job_target(job, self.name), layout.names, job.batch_size)
-        flat = torch.stack([layout.flatten(gradient) for gradient in gradients])
+        halves = job_target(job, self.name).halves
+        flat = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
         return job.horizon, TrainingState(
             parameters=flat, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat)
         )
