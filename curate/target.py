@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from curate.trajectory.flat import FlatLayout
     from curate.trajectory.run import RunSpec
+
+Pieces = list[Sample]  # the sequences that one document is split into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +64,66 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     Raises:
         UserError: the file is unreadable or holds too few documents or tokens; there is no tokenizer for text.
     """
-    documents = read_documents(path)
-    tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
-    start = find_eot(tokenizer) if tokenizer else None
-    pieces = [split_document(*encode(document, tokenizer), spec.seq_len, start) for document in documents]
-    pieces = [document for document in pieces if document]
-    tokens = sum(piece.predicted_tokens for document in pieces for piece in document)
-    if len(pieces) < 2 or tokens < min_tokens:
+    documents = read_pieces(path, spec)
+    tokens = predicted_tokens(documents)
+    if len(documents) < 2 or tokens < min_tokens:
         raise UserError(
-            f"target {path} has {tokens} predicted tokens in {len(pieces)} documents; at least {min_tokens} tokens in "
-            "2 documents are needed for a gradient that is more than noise; add documents, or lower --min_target_tokens"
+            f"target {path} has {tokens} predicted tokens in {len(documents)} documents; at least {min_tokens} tokens "
+            "in 2 documents are needed for a gradient that is more than noise; add documents, or lower "
+            "--min_target_tokens"
         )
-    order = generator(0, "target halves").permutation(len(pieces))
-    halves = [[pieces[i] for i in sorted(half)] for half in (order[::2], order[1::2])]
+    first, second = shuffled_parts(documents, 2)
     return Target(
         name=path.stem,
         fingerprint=file_fingerprint(path),
-        documents=len(pieces),
+        documents=len(documents),
         tokens=tokens,
-        halves=(_weighted(halves[0]), _weighted(halves[1])),
-        half_weights=(len(halves[0]) / len(pieces), len(halves[1]) / len(pieces)),
+        halves=(weighted(first), weighted(second)),
+        half_weights=(len(first) / len(documents), len(second) / len(documents)),
     )
+
+
+def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
+    """Read documents with the run's tokenizer and split each to the run's sequence length.
+
+    Args:
+        path: document JSONL (`curate.formats.documents`).
+        spec: the run; supplies tokenizer and sequence length.
+
+    Returns:
+        The pieces of each document that has a predicted token, in the file's order.
+
+    Raises:
+        UserError: the file is unreadable; there is no tokenizer for text.
+    """
+    tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
+    start = find_eot(tokenizer) if tokenizer else None
+    documents = (split_document(*encode(document, tokenizer), spec.seq_len, start) for document in read_documents(path))
+    return [pieces for pieces in documents if pieces]
+
+
+def predicted_tokens(documents: Sequence[Pieces]) -> int:
+    """Predicted tokens of some documents."""
+    return sum(piece.predicted_tokens for pieces in documents for piece in pieces)
+
+
+def shuffled_parts(documents: Sequence[Pieces], parts: int) -> list[list[Pieces]]:
+    """Deal the documents into parts whose sizes differ by at most one, the same way each time."""
+    order = generator(0, "target halves").permutation(len(documents))
+    return [[documents[i] for i in sorted(order[part::parts])] for part in range(parts)]
+
+
+def weighted(documents: Sequence[Pieces]) -> Batch:
+    """The loss of some documents, a mean over documents of each document's token mean, as one weighted batch.
+
+    Returns:
+        Their pieces; `c_p` = the piece's share of its document's tokens / number of documents. The weights sum to 1.
+    """
+    weights = []
+    for pieces in documents:
+        total = sum(piece.predicted_tokens for piece in pieces)
+        weights += [piece.predicted_tokens / total / len(documents) for piece in pieces]
+    return collate([piece for pieces in documents for piece in pieces], np.asarray(weights, np.float32))
 
 
 def check_vocabulary(target: Target, task: Task) -> None:
@@ -113,26 +155,35 @@ def target_loss(task: Task, target: Target, batch_size: int) -> float:
     return sum(weight * loss for weight, loss in zip(target.half_weights, losses, strict=True))
 
 
-def half_gradients(task: Task, target: Target, names: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
-    """Gradient of each half's loss with respect to the named parameters of the task's model."""
+def loss_gradients(task: Task, layout: FlatLayout, batches: Sequence[Batch], batch_size: int) -> Tensor:
+    """Gradients of some weighted losses `sum_p c_p l_p` at the task's parameters.
+
+    Args:
+        task: model and loss.
+        layout: of the gradients.
+        batches: R losses.
+        batch_size: samples per pass; changes nothing but memory.
+
+    Returns:
+        (R, P), type and device of the parameters; 0 where a loss does not depend on a parameter.
+    """
     import torch
 
     parameters = dict(task.model.named_parameters())
-    gradients = []
-    for half in target.halves:
-        total = {name: torch.zeros_like(parameters[name]) for name in names}
-        for part in _parts(half, batch_size, task.device):
+    wanted = [parameters[name] for name in layout.names]
+    gradients = wanted[0].new_zeros(len(batches), layout.size)
+    for batch, gradient in zip(batches, gradients, strict=True):
+        for part in _parts(batch, batch_size, task.device):
             loss = (task.sample_losses(part) * part.weights).sum()
-            parts = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-            for name, gradient in zip(names, parts, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
-        gradients.append(total)
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            for total, term in zip(layout.views(gradient).values(), found, strict=True):
+                if term is not None:
+                    total += term
     return gradients
 
 
-def _parts(half: Batch, batch_size: int, device: torch.device) -> list[Batch]:
-    return [part.to(device) for part in half.split(batch_size)]
+def _parts(batch: Batch, batch_size: int, device: torch.device) -> list[Batch]:
+    return [part.to(device) for part in batch.split(batch_size)]
 
 
 def split_document(
@@ -149,12 +200,3 @@ def split_document(
         piece = slice(begin, begin + seq_len)
         pieces.append(Sample(tokens=tokens[piece], loss_mask=mask[piece], documents=[]))
     return [piece for piece in pieces if piece.predicted_tokens]
-
-
-def _weighted(documents: list[list[Sample]]) -> Batch:
-    """Stack the pieces of some documents: `c_p` = the piece's share of its document's tokens / number of documents."""
-    weights = []
-    for document in documents:
-        total = sum(piece.predicted_tokens for piece in document)
-        weights += [piece.predicted_tokens / total / len(documents) for piece in document]
-    return collate([piece for document in documents for piece in document], np.asarray(weights, np.float32))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from curate.errors import UserError
-from curate.target import check_vocabulary, half_gradients, load_target, target_loss
+from curate.target import check_vocabulary, load_target, loss_gradients, target_loss
 from curate.task import Batch, Task
+from curate.trajectory.flat import FlatLayout
 from curate.trajectory.run import RunSpec
 from tests.tiny import TASK
 
@@ -45,23 +46,31 @@ def test_the_loss_is_the_mean_over_documents_of_their_token_means(tmp_path):
     assert target_loss(task, target, 3) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_half_gradients_average_to_the_gradient_and_ignore_the_batch_size(tmp_path):
+def test_gradients_of_the_halves_average_to_the_gradient_and_ignore_the_batch_size(tmp_path):
     documents = [{"tokens": np.random.default_rng(i).integers(0, 100, 15).tolist()} for i in range(7)]
     target = load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=1)
     task = Task(TASK, dtype=torch.float64)
-    names = [name for name, _ in task.model.named_parameters()]
-    halves = half_gradients(task, target, names, 2)
-    for one, other in zip(halves, half_gradients(task, target, names, 100), strict=True):
-        for name in names:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-9)
+    layout = FlatLayout(task.model, [[name for name, _ in task.model.named_parameters()]])
+    halves = loss_gradients(task, layout, target.halves, 2)
+    torch.testing.assert_close(halves, loss_gradients(task, layout, target.halves, 100), rtol=1e-6, atol=1e-9)
     assert target.half_weights == (4 / 7, 3 / 7)
     loss = sum(
         weight * (task.sample_losses(half) * half.weights).sum()
         for weight, half in zip(target.half_weights, target.halves, strict=True)
     )
-    for name, gradient in zip(names, torch.autograd.grad(loss, list(task.model.parameters())), strict=True):
-        mean = sum(weight * half[name] for weight, half in zip(target.half_weights, halves, strict=True))
-        torch.testing.assert_close(mean, gradient, rtol=1e-6, atol=1e-9)
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(task.model.parameters()))])
+    mean = torch.tensor(target.half_weights, dtype=torch.float64) @ halves
+    torch.testing.assert_close(mean, gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(tmp_path):
+    target = load_target(write(tmp_path / "t.jsonl", [{"tokens": [1, 2, 3]}] * 2), SPEC, min_tokens=1)
+    task = Task(TASK)
+    task.model.unused = torch.nn.Parameter(torch.ones(3))
+    gradients = loss_gradients(task, FlatLayout(task.model, [["norm.bias", "unused"]]), target.halves, 8)
+    assert gradients.shape == (2, 11)
+    assert (gradients[:, :8] != 0).all()
+    assert (gradients[:, 8:] == 0).all()
 
 
 def test_a_mask_is_honoured(tmp_path):

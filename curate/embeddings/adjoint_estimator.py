@@ -15,7 +15,7 @@ from curate.embeddings.estimator import HALVES, job_target
 from curate.errors import UserError
 from curate.optimizers.state import TrainingState
 from curate.progress import progress
-from curate.target import half_gradients
+from curate.target import loss_gradients
 from curate.trajectory.replay import records
 
 if TYPE_CHECKING:
@@ -102,12 +102,9 @@ class AdjointEstimator:
         saved = _load_cotangent(job.scratch, job.replay.device)
         if saved is not None:
             return saved
-        import torch
-
-        layout = job.replay.layout
         job.replay.horizon_model(job.horizon)
-        gradients = half_gradients(job.replay.task, job_target(job, self.name), layout.names, job.batch_size)
-        flat = torch.stack([layout.flatten(gradient) for gradient in gradients])
+        halves = job_target(job, self.name).halves
+        flat = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
         return job.horizon, TrainingState.zeros(flat)
 
 

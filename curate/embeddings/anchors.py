@@ -1,0 +1,193 @@
+"""Anchors: small document sets whose gradients at the horizon `adjoint` pushes back through training.
+
+`E[z]` holds the exact value of z for each anchor, so a target that is an anchor, or a mean of anchors, is valued
+exactly, and any other as far as its gradient is a combination of theirs (`curate.embeddings.basis`). Anchors are made
+of documents of a file (the target's own parts), of samples of the run's streams that it did not train on (one domain
+each), and of all domains together.
+
+R anchors, P parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.artifacts import fingerprint
+from curate.errors import UserError
+from curate.rng import generator
+from curate.target import loss_gradients, predicted_tokens, read_pieces, shuffled_parts, weighted
+from curate.trajectory.samples import SampleReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curate.target import Pieces
+    from curate.task import Batch, Task
+    from curate.trajectory.flat import FlatLayout
+    from curate.trajectory.run import Run, RunSpec
+
+_log = logging.getLogger(__name__)
+GENERAL = "general"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSet:
+    """R anchors in a fixed order.
+
+    Attributes:
+        names: unique.
+        batches: the loss of each, a mean over documents of their token means; the weights of a batch sum to 1.
+
+    Raises:
+        UserError: two anchors have the same name.
+    """
+
+    names: list[str]
+    batches: list[Batch]
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.batches)
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise UserError(f"two anchors are called {name!r}; give the files of targets different names")
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.names)
+
+    def __add__(self, other: AnchorSet) -> AnchorSet:
+        """These anchors, then the other ones."""
+        return AnchorSet(names=self.names + other.names, batches=self.batches + other.batches)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of names, tokens, masks and weights: whatever the anchors' losses depend on beside the model."""
+        return fingerprint([[name, _digest(batch)] for name, batch in zip(self.names, self.batches, strict=True)])
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.blake2b(repr(tuple(batch.tokens.shape)).encode(), digest_size=8)
+    for tensor in (batch.tokens, batch.loss_mask, batch.weights):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def document_anchors(path: Path, spec: RunSpec, parts: int, min_tokens: int = 1000) -> AnchorSet:
+    """Split the documents of a file into anchors; two parts are the halves of `load_target`.
+
+    Args:
+        path: document JSONL (`curate.formats.documents`).
+        spec: the run; supplies tokenizer and sequence length.
+        parts: number of anchors.
+        min_tokens: predicted tokens that every part must have: the gradient of fewer would be noise.
+
+    Returns:
+        Anchors `<stem>_0`, `<stem>_1`, ...
+
+    Raises:
+        UserError: the file is unreadable, there is no tokenizer for text, or a part has too few tokens.
+    """
+    assert parts > 0
+    documents = read_pieces(path, spec)
+    dealt = shuffled_parts(documents, parts)
+    smallest = min(predicted_tokens(part) for part in dealt)
+    if smallest < max(min_tokens, 1):
+        fitting = _fitting_parts(documents, parts, min_tokens)
+        raise UserError(
+            f"{path} has {predicted_tokens(documents)} predicted tokens in {len(documents)} documents: the smallest of "
+            f"{parts} anchors would have {smallest}, at least {min_tokens} are needed for a gradient that is more than "
+            f"noise; {f'{fitting} anchors fit' if fitting else 'not even one fits'}, or add documents"
+        )
+    return AnchorSet(
+        names=[f"{path.stem}_{number}" for number in range(parts)], batches=[weighted(part) for part in dealt]
+    )
+
+
+def _fitting_parts(documents: Sequence[Pieces], parts: int, min_tokens: int) -> int:
+    """The largest number of parts below `parts` that all have enough tokens; 0 if there is none."""
+    limit = min(parts - 1, len(documents))
+    fits = (
+        number
+        for number in range(limit, 0, -1)
+        if all(predicted_tokens(part) >= min_tokens for part in shuffled_parts(documents, number))
+    )
+    return next(fits, 0)
+
+
+def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, general: bool = True) -> AnchorSet:
+    """Anchors of samples that the run could have trained on but did not.
+
+    Every sample counts the same, whatever its length, as a document of its own; no sample is in two anchors. Exact
+    copies of trained samples count as trained. What a domain lacks is taken from samples that were trained on, in its
+    last anchors, with a warning: the value of such a sample for its own anchor includes memorisation.
+
+    Args:
+        run: the run.
+        per_domain: anchors of each domain.
+        samples_per_anchor: sequences of each anchor.
+        general: add one anchor of at least `samples_per_anchor` sequences, as many from every domain.
+
+    Returns:
+        Anchors `<domain>/0`, `<domain>/1`, ..., domains in the order of their names, then `general`.
+
+    Raises:
+        UserError: a domain has too few samples even with the trained ones.
+    """
+    assert per_domain >= 0
+    assert samples_per_anchor > 0
+    reader = SampleReader(run)
+    domains = sorted(run.streams)
+    shared = -(-samples_per_anchor // len(domains)) if general else 0
+    names, groups, mixed = [], [], []
+    for domain in domains:
+        ids = _draw(run, domain, per_domain * samples_per_anchor, shared)
+        for number in range(per_domain):
+            names.append(f"{domain}/{number}")
+            groups.append(ids[number * samples_per_anchor : (number + 1) * samples_per_anchor])
+        mixed += ids[per_domain * samples_per_anchor :]
+    if general:
+        names.append(GENERAL)
+        groups.append(mixed)
+    batches = [weighted([[sample] for sample in reader.samples(group)]) for group in groups]
+    return AnchorSet(names=names, batches=batches)
+
+
+def _draw(run: Run, domain: str, own: int, shared: int) -> list[int]:
+    """Ids of `own + shared` samples of a domain in random order, those that the run did not train on first.
+
+    The order depends on the contents of the samples, not on their places in shards.
+    """
+    trained = run.steps.select(sample_id="sample_ids").explode("sample_id").unique()
+    usable = run.places.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).select("sample_id")
+    pools = [usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi")]
+    fresh, used = (
+        generator(0, "anchors", domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()
+        for pool, frame in zip(("fresh", "trained"), pools, strict=True)
+    )
+    wanted = own + shared
+    if wanted > len(fresh) + len(used):
+        raise UserError(
+            f"the anchors need {wanted} samples of domain {domain} ({own} for its own, {shared} for the general one), "
+            f"it has {len(fresh) + len(used)} with predicted tokens; ask for fewer or smaller anchors"
+        )
+    if wanted > len(fresh):
+        _log.warning(
+            "%d of the %d samples in the anchors of domain %s were trained on: only %d were not; the values of those "
+            "samples for these anchors include memorisation",
+            wanted - len(fresh), wanted, domain, len(fresh),
+        )  # fmt: skip
+    drawn: list[int] = (fresh + used)[:wanted]
+    return drawn
+
+
+def anchor_gradients(task: Task, layout: FlatLayout, anchors: AnchorSet, batch_size: int) -> Tensor:
+    """Gradients of the anchors' losses at the task's parameters, (R, P); see `curate.target.loss_gradients`."""
+    return loss_gradients(task, layout, anchors.batches, batch_size)
