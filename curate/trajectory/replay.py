@@ -6,11 +6,12 @@ P is the number of trainable parameters. Memory: model, gradients and optimizer 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -73,11 +74,13 @@ class ReplayedStep:
         record: the step.
         batches: its micro-batches.
         captured: what `after_backward` returned for each micro-batch.
+        optimizer: in its state before the step, but for hyper-parameters, which `record` has.
     """
 
     record: StepRecord
     batches: list[Batch]
-    captured: list[Tensor]
+    captured: list[Any]
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,13 @@ class Replay:
                 pass
         return self.model
 
+    def horizon_optimizer(self, step: int) -> torch.optim.Optimizer:
+        """The optimizer in its state before `step`, and the model too; replayed where the step has no snapshot."""
+        start = self.run.snapshot_before(step)
+        if start == step:
+            return self.restore(step)
+        return deque(self.steps(start, step), maxlen=1)[0].optimizer
+
     def batches(self, record: StepRecord) -> list[Batch]:
         """The micro-batches of a step, on the device."""
         return [
@@ -160,7 +170,7 @@ class Replay:
         ]
 
     def steps(
-        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
+        self, start: int, stop: int, after_backward: Callable[[Tensor], Any] | None = None
     ) -> Iterator[ReplayedStep]:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
@@ -174,30 +184,6 @@ class Replay:
         Raises:
             UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
         """
-        for replayed, _ in self._run(start, stop, after_backward):
-            yield replayed
-
-    def states(self, start: int, stop: int) -> Iterator[State]:
-        """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
-        parameters = named_parameters(self.model)
-        for replayed, optimizer in self._run(start, stop):
-            buffers = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
-            zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
-            yield State(
-                record=replayed.record,
-                batches=replayed.batches,
-                parameters=self.layout.flatten(parameters).detach(),
-                exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
-                exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
-                gradient=self.layout.flatten(
-                    {n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}
-                ),
-                updates=max((int(buffer["step"]) for buffer in buffers.values() if buffer), default=0),
-            )
-
-    def _run(
-        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[ReplayedStep, torch.optim.Optimizer]]:
         from torch.nn.utils import get_total_norm
 
         first = self.run.snapshot_before(start)
@@ -211,8 +197,26 @@ class Replay:
             norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
             self._verify(record, loss, norm)
             if record.step >= start:
-                yield ReplayedStep(record=record, batches=batches, captured=captured), optimizer
+                yield ReplayedStep(record=record, batches=batches, captured=captured, optimizer=optimizer)
             self.update(record, optimizer)
+
+    def states(self, start: int, stop: int) -> Iterator[State]:
+        """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
+        parameters = named_parameters(self.model)
+        for replayed in self.steps(start, stop):
+            buffers = {name: replayed.optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+            zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
+            yield State(
+                record=replayed.record,
+                batches=replayed.batches,
+                parameters=self.layout.flatten(parameters).detach(),
+                exp_avg=self.layout.flatten({n: buffers[n].get("exp_avg", zeros[n]) for n in parameters}),
+                exp_avg_sq=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
+                gradient=self.layout.flatten(
+                    {n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}
+                ),
+                updates=max((int(buffer["step"]) for buffer in buffers.values() if buffer), default=0),
+            )
 
     def restore(self, step: int) -> torch.optim.Optimizer:
         """Put the model into its state before `step`, which must have a snapshot; returns an optimizer in its state."""
@@ -228,8 +232,8 @@ class Replay:
         self,
         batches: Sequence[Batch],
         optimizer: torch.optim.Optimizer,
-        after_backward: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[float, list[Tensor]]:
+        after_backward: Callable[[Tensor], Any] | None = None,
+    ) -> tuple[float, list[Any]]:
         """Leave `ghat` of some micro-batches in `.grad`.
 
         Returns:
