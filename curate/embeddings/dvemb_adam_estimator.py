@@ -4,8 +4,8 @@
 kept until then and projected a second time, one pass in all. It is factored (`separable_inverse`), because only a scale
 of rows and columns goes into the two sides.
 
-With `shortcut` D is that of the horizon for the whole window, `D^{1/2} g` stands on both sides of the recursion
-(`D^{1/2} (I - M) D^{-1/2}` is an operator of the same form, and symmetric) and in the target: one array, nothing kept.
+With `shortcut` D is that of the horizon for the whole window. In coordinates scaled by `D^{-1/2}` the recursion then
+has `D^{1/2} g` on both sides, and in the target: one array, nothing kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class DvembAdamConfig(DvembConfig):
 
 
 class DvembAdamEstimator(DvembEstimator):
-    """The recursion for AdamW without momentum over projected gradients; serves any target."""
+    """The recursion for AdamW without momentum over projected gradients; serves any target.
+
+    Memory beside that of `dvemb`: without `shortcut`, B T (I + O) numbers per captured layer for a whole step.
+    """
 
     name = "dvemb-adam"
     shared_settings = ("lr", "weight_decay")
