@@ -10,7 +10,7 @@ from pydantic import Field
 
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
-from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.index.build import IndexConfig
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
@@ -37,8 +37,9 @@ class EmbedConfig(Config):
     """Where the run's streams lie now, by domain, if they were moved since."""
     horizon: Literal["window_end", "stage_end"] = "window_end"
     """State that the target's loss is read at."""
-    estimator: Literal["adjoint", "dvemb"] = "adjoint"
-    """adjoint: exact first-order values for one target. dvemb: the published, cheaper and target-free embedding."""
+    estimator: Literal["adjoint", "dvemb", "dvemb-adam"] = "adjoint"
+    """adjoint: exact first-order values for one target. dvemb: the published, cheaper and target-free embedding.
+    dvemb-adam: the same for AdamW without momentum."""
     target: Path | None = None
     """Target documents (JSONL); required by adjoint."""
     min_target_tokens: int = 1000
@@ -53,6 +54,8 @@ class EmbedConfig(Config):
     """Settings of adjoint."""
     dvemb: DvembConfig = DvembConfig()
     """Settings of dvemb."""
+    dvemb_adam: DvembAdamConfig = DvembAdamConfig()
+    """Settings of dvemb-adam."""
     index: IndexConfig = IndexConfig()
     """Settings of the FAISS index."""
 
@@ -83,7 +86,7 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     replay = Replay(run, config.device, config.tolerance)
     if target is not None:
         check_vocabulary(target, replay.task)
-    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
     horizon: Horizon = config.horizon
     jobs = {
         window: plan_job(

@@ -48,6 +48,7 @@ _ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
     "adjoint": {"memory_bytes", "save_seconds"},
     "dvemb": {"rows_per_block"},
+    "dvemb_adam": {"rows_per_block"},
 }
 
 

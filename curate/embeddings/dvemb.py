@@ -17,8 +17,8 @@ N rows, D dimensions. Memory of a block: n D numbers for G and E, n^2 for K and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +70,38 @@ def recursion(
         rows_per_block: rows solved at once, rounded to whole steps.
         device: where to compute.
     """
+
+    def solve(rows: slice, columns: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
+        return recursion_block(
+            on_device(gradients[rows, columns], device),
+            on_device(scales[rows, index], device).float(),
+            on_device(steps[rows], device),
+            operator,
+        )
+
+    walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
+
+
+def walk_back(
+    solve: Callable[[slice, slice, int, Tensor], tuple[Tensor, Tensor]],
+    steps: npt.NDArray[np.int64],
+    out: npt.NDArray[np.float32],
+    *,
+    blocks: list[slice],
+    rows_per_block: int,
+    device: str,
+) -> None:
+    """Apply a recursion from the last block of steps to the first, for each operator by itself.
+
+    Args:
+        solve: (rows, latest step first; columns; index of the operator; (D, D) operator after the rows) -> their (n, D)
+            embeddings and the operator before them.
+        steps: see `recursion`.
+        out: see `recursion`.
+        blocks: see `recursion`.
+        rows_per_block: see `recursion`.
+        device: see `recursion`.
+    """
     import torch
 
     for index, columns in enumerate(blocks):
@@ -77,15 +109,17 @@ def recursion(
         operator = torch.zeros(size, size, device=device)
         for rows in step_blocks(steps, rows_per_block):
             latest_first = slice(rows.stop - 1, rows.start - 1 if rows.start else None, -1)
-            embeddings, operator = recursion_block(
-                torch.from_numpy(gradients[latest_first, columns].copy()).to(device),
-                torch.from_numpy(scales[latest_first, index].copy()).float().to(device),
-                torch.from_numpy(steps[latest_first].copy()).to(device),
-                operator,
-            )
+            embeddings, operator = solve(latest_first, columns, index, operator)
             kept = slice(rows.start, min(rows.stop, len(out)))
             if kept.start < kept.stop:
                 out[kept, columns] = embeddings.flip(0)[: kept.stop - kept.start].cpu().numpy()
+
+
+def on_device(array: npt.NDArray[Any], device: str) -> Tensor:
+    """A copy of (a view of) an array that lies on disk or in memory."""
+    import torch
+
+    return torch.from_numpy(array.copy()).to(device)
 
 
 def step_blocks(steps: npt.NDArray[np.int64], rows_per_block: int) -> Iterator[slice]:

@@ -1,7 +1,12 @@
-"""`dvemb` as an estimator: gradients captured by replay to disk, then the recursion of `dvemb.py` from disk."""
+"""`dvemb` as an estimator: gradients captured by replay to disk, then the recursion of `dvemb.py` from disk.
+
+An estimator with another recursion over captured gradients replaces `_capture`, `_taker`, `_stored`, `_rows` and
+`_recursion`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,10 +21,13 @@ from curate.trajectory.replay import records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
 
     from curate.artifacts import Json
     from curate.embeddings.estimator import WindowJob
     from curate.gradients.capture import GradientCapture
+    from curate.optimizers.settings import GroupSettings
+    from curate.trajectory.replay import ReplayedStep, StepRecord
 
 
 class DvembConfig(Config):
@@ -40,7 +48,9 @@ class DvembConfig(Config):
 class DvembEstimator:
     """The published recursion over projected gradients; serves any target without a new pass over the window."""
 
-    name = "dvemb"
+    name: str = "dvemb"
+    shared_settings: tuple[str, ...] = ("lr",)
+    """Settings of the parameter groups that a full operator needs equal."""
 
     def __init__(self, config: DvembConfig) -> None:
         self.config = config
@@ -51,7 +61,7 @@ class DvembEstimator:
 
     def dimension(self, job: WindowJob) -> int:
         """Sum over layers of k_o k_i."""
-        return self._capture(job).size
+        return self._plain_capture(job).size
 
     def cost_units(self, job: WindowJob) -> float:
         """One replay; the recursion is small beside it."""
@@ -64,30 +74,28 @@ class DvembEstimator:
         """
         capture = self._capture(job)
         step_records = list(records(job.replay.run, job.start, job.horizon))
-        rows = sum(record.size for record in step_records)
-        steps = np.repeat([record.step for record in step_records], [record.size for record in step_records])
-        gradients = self._captured(job, capture, rows)
-        blocks = list(capture.blocks.values()) if self.config.operator == "block" else [slice(0, capture.size)]
-        scales = np.concatenate([self._scales(job, capture, record) for record in step_records])
-        recursion(
-            gradients,
-            scales,
-            steps,
+        settings = [self._block_settings(job, capture, record) for record in step_records]
+        stored = self._captured(job, capture, sum(record.size for record in step_records))
+        self._recursion(
+            stored,
+            step_records,
+            settings,
             out,
-            blocks=blocks,
+            blocks=list(capture.blocks.values()) if self.config.operator == "block" else [slice(0, capture.size)],
             rows_per_block=self.config.rows_per_block,
             device=str(job.replay.device),
         )
-        return {"layers": capture.layers, "gradient_bytes": gradients.nbytes}
+        return {"layers": capture.layers, "gradient_bytes": sum(array.nbytes for array in stored.values())}
 
     def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
         """Projected gradient of each half at the horizon."""
         import torch
 
         target = job_target(job, self.name)
+        capture = self._capture(job)
         job.replay.horizon_model(job.horizon)
-        vectors = np.zeros((HALVES, self._capture(job).size), np.float32)
-        with self._capture(job) as capture:
+        vectors = np.zeros((HALVES, capture.size), np.float32)
+        with capture:
             for half, batch in enumerate(target.halves):
                 for part in batch.split(job.batch_size):
                     moved = part.to(job.replay.device)
@@ -96,50 +104,106 @@ class DvembEstimator:
         job.replay.model.zero_grad(set_to_none=True)
         return vectors
 
-    def _capture(self, job: WindowJob) -> GradientCapture:
+    def _plain_capture(self, job: WindowJob, *, keep: bool = False) -> GradientCapture:
         from curate.gradients.capture import GradientCapture
 
-        return GradientCapture(job.replay.model, self.config.width, self.config.seed, self.config.exclude)
+        return GradientCapture(job.replay.model, self.config.width, self.config.seed, self.config.exclude, keep=keep)
 
-    def _captured(self, job: WindowJob, capture: GradientCapture, rows: int) -> npt.NDArray[np.float32]:
-        """(N, D) gradients of all steps from the window's start to the horizon, on disk.
+    def _capture(self, job: WindowJob) -> GradientCapture:
+        """What captures the window's gradients and the target's; it may load other states into the model."""
+        return self._plain_capture(job)
+
+    def _taker(self, capture: GradientCapture) -> Callable[[Tensor], Any]:
+        """What collects a micro-batch after its backward pass, given its weights."""
+        return capture.take
+
+    def _stored(self) -> tuple[str, ...]:
+        """Names of the arrays that `_rows` fills."""
+        return ("gradients",)
+
+    def _rows(self, job: WindowJob, capture: GradientCapture, replayed: ReplayedStep) -> list[Tensor]:
+        """One step's rows (B_k, D) of each stored array."""
+        import torch
+
+        return [torch.cat(replayed.captured)]
+
+    def _recursion(
+        self,
+        stored: Mapping[str, npt.NDArray[np.float32]],
+        step_records: Sequence[StepRecord],
+        settings: Sequence[Sequence[GroupSettings]],
+        out: npt.NDArray[np.float32],
+        **options: Any,
+    ) -> None:
+        """From the stored arrays to embeddings; `settings` are those of each step and block."""
+        recursion(stored["gradients"], row_scales(step_records, settings), row_steps(step_records), out, **options)
+
+    def _captured(self, job: WindowJob, capture: GradientCapture, rows: int) -> dict[str, npt.NDArray[np.float32]]:
+        """The stored arrays (N, D) of all steps from the window's start to the horizon, on disk.
 
         An interrupted capture continues at the last snapshot that it passed.
         """
-        path, marker = job.scratch / "gradients.npy", job.scratch / "captured.json"
+        marker = job.scratch / "captured.json"
         first, row = job.start, 0
         if marker.exists():
             done = read_json(marker)
             first, row = int(done["step"]), int(done["row"])
         mode: Literal["r+", "w+"] = "r+" if row else "w+"
         shape = (rows, capture.size)
-        gradients: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode, np.float32, None if row else shape)
+        arrays: dict[str, np.memmap[Any, Any]] = {
+            name: np.lib.format.open_memmap(job.scratch / f"{name}.npy", mode, np.float32, None if row else shape)
+            for name in self._stored()
+        }
         if first == job.horizon:
-            return gradients
+            return dict(arrays)
         with capture:
-            replayed_steps = job.replay.steps(first, job.horizon, capture.take)
+            replayed_steps = job.replay.steps(first, job.horizon, self._taker(capture))
             for replayed in progress(replayed_steps, total=job.horizon - first, what="capture"):
-                for captured in replayed.captured:
-                    gradients[row : row + len(captured)] = captured.cpu().numpy()
-                    row += len(captured)
+                for array, captured in zip(arrays.values(), self._rows(job, capture, replayed), strict=True):
+                    array[row : row + len(captured)] = captured.cpu().numpy()
+                row += replayed.record.size
                 if (replayed.record.step + 1) in {*job.replay.run.snapshots, job.horizon}:
-                    gradients.flush()
+                    for array in arrays.values():
+                        array.flush()
                     write_json(marker, {"step": replayed.record.step + 1, "row": row})
-        return gradients
+        return dict(arrays)
 
-    def _scales(self, job: WindowJob, capture: GradientCapture, record: Any) -> npt.NDArray[np.float64]:
-        """(B_k, blocks) `clip_k lr_k c_z`.
+    def _block_settings(self, job: WindowJob, capture: GradientCapture, record: StepRecord) -> list[GroupSettings]:
+        """Settings of the parameter group of each block of the operator.
 
         Raises:
-            UserError: a full operator over layers whose groups have different learning rates.
+            UserError: a full operator over layers whose groups differ in what the recursion reads.
         """
-        group_of = {name: index for index, group in enumerate(job.replay.run.spec.groups) for name in group}
-        lrs = [record.groups[group_of[f"{layer}.weight"]].lr for layer in capture.layers]
-        if self.config.operator == "full":
-            if len(set(lrs)) > 1:
-                raise UserError(
-                    "dvemb.operator full needs one lr for all captured layers; their parameter groups differ: use block"
-                )
-            lrs = lrs[:1]
-        weights = np.concatenate([np.asarray(weights) for _, weights in record.micro_batches])
-        return np.outer(weights * record.clip_factor, lrs)
+        settings = list(layer_settings(job, capture, record).values())
+        if self.config.operator == "block":
+            return settings
+        if len({tuple(getattr(group, key) for key in self.shared_settings) for group in settings}) > 1:
+            raise UserError(
+                f"{self.name.replace('-', '_')}.operator full needs one {' and '.join(self.shared_settings)} for all "
+                "captured layers; their parameter groups differ: use block"
+            )
+        return settings[:1]
+
+
+def layer_settings(job: WindowJob, capture: GradientCapture, record: StepRecord) -> dict[str, GroupSettings]:
+    """Settings of the parameter group of each captured layer at one step."""
+    group_of = {name: index for index, group in enumerate(job.replay.run.spec.groups) for name in group}
+    return {layer: record.groups[group_of[f"{layer}.weight"]] for layer in capture.layers}
+
+
+def row_steps(step_records: Sequence[StepRecord]) -> npt.NDArray[np.int64]:
+    """(N,) step of each row."""
+    return np.repeat([record.step for record in step_records], [record.size for record in step_records])
+
+
+def row_scales(
+    step_records: Sequence[StepRecord], settings: Sequence[Sequence[GroupSettings]]
+) -> npt.NDArray[np.float64]:
+    """(N, blocks) `clip_k lr_k c_z`."""
+    weights = [np.concatenate([np.asarray(part) for _, part in record.micro_batches]) for record in step_records]
+    return np.concatenate(
+        [
+            np.outer(own * record.clip_factor, [group.lr for group in groups])
+            for own, record, groups in zip(weights, step_records, settings, strict=True)
+        ]
+    )

@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
+from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 
 if TYPE_CHECKING:
     from curate.embeddings.estimator import Estimator
 
-__all__ = ["AdjointConfig", "DvembConfig", "make_estimator"]
+__all__ = ["AdjointConfig", "DvembAdamConfig", "DvembConfig", "make_estimator"]
 
 
-def make_estimator(name: Literal["adjoint", "dvemb"], adjoint: AdjointConfig, dvemb: DvembConfig) -> Estimator:
+def make_estimator(
+    name: Literal["adjoint", "dvemb", "dvemb-adam"],
+    adjoint: AdjointConfig,
+    dvemb: DvembConfig,
+    dvemb_adam: DvembAdamConfig,
+) -> Estimator:
     """The estimator of that name."""
-    return AdjointEstimator(adjoint) if name == "adjoint" else DvembEstimator(dvemb)
+    if name == "adjoint":
+        return AdjointEstimator(adjoint)
+    return DvembEstimator(dvemb) if name == "dvemb" else DvembAdamEstimator(dvemb_adam)

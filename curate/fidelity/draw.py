@@ -1,4 +1,4 @@
-"""What is removed in the reruns: single samples, groups, repeats and parts, drawn uniformly and never by effect size."""
+"""What is removed in the reruns: samples, groups, repeats and parts, drawn uniformly and never by effect size."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def draw(run: Run, windows: dict[str, tuple[int, int]], config: DrawConfig, seed
     Raises:
         UserError: a window has fewer steps or smaller batches than the draw asks for.
     """
-    return [removal for name, (start, stop) in windows.items() for removal in _window(run, name, start, stop, config, seed)]
+    return [
+        removal for name, (start, stop) in windows.items() for removal in _window(run, name, start, stop, config, seed)
+    ]
 
 
 def _window(run: Run, name: str, start: int, stop: int, config: DrawConfig, seed: int) -> list[Removal]:
@@ -88,9 +90,7 @@ def _window(run: Run, name: str, start: int, stop: int, config: DrawConfig, seed
     found += [Removal(kind="group", window=name, samples=group) for group in _groups(sizes, name, config, seed)]
     order = generator(seed, "fidelity repeats", name).permutation(len(pairs))
     chosen = [pairs[i] for i in order.tolist()]
-    found += [
-        Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]
-    ]
+    found += [Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]]
     found += [
         Removal(kind="part", window=name, samples=(pair,), part=part)
         for pair in chosen[: config.part_pairs]
@@ -110,7 +110,9 @@ def _pairs(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) ->
             f"{per_step} per step need {wanted} steps: lower draw.pairs or raise draw.pairs_per_step"
         )
     steps = sorted(random.choice(list(sizes), wanted, replace=False).tolist())
-    drawn = [(step, position) for step in steps for position in sorted(random.permutation(sizes[step])[:per_step].tolist())]
+    drawn = [
+        (step, position) for step in steps for position in sorted(random.permutation(sizes[step])[:per_step].tolist())
+    ]
     return drawn[: config.pairs]
 
 

@@ -9,11 +9,10 @@ from there to its last horizon, plus the targets' losses.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy.typing as npt
+    from torch.optim import Optimizer
 
     from curate.fidelity.draw import Removal
     from curate.target import Target
@@ -82,26 +82,26 @@ class Reruns:
         """
         base = self.base([step for window in {removal.window for removal in removals} for step in horizons[window]])
         ordered = sorted(removals, key=lambda removal: removal.step)
-        at, optimizer = -1, None
+        at, optimizers = -1, None
         for removal in ordered:
             snapshot = self._replay.run.snapshot_before(removal.step)
-            if optimizer is None or snapshot > at:
-                optimizer, at = self._replay.restore(snapshot), snapshot
+            if optimizers is None or snapshot > at:
+                optimizers, at = self._replay.restore(snapshot), snapshot
             while at < removal.step:
-                self._step(self._records[at], self._batches(at), optimizer)
+                self._step(self._records[at], self._batches(at), optimizers)
                 at += 1
-            saved = _copy_state(self._replay.model, optimizer)
+            saved = self._replay.checkpoint(optimizers)
             values = {}
             for step in range(removal.step, max(horizons[removal.window])):
-                self._step(self._records[step], _changed(self._batches(step), step, removal), optimizer)
+                self._step(self._records[step], _changed(self._batches(step), step, removal), optimizers)
                 if step + 1 in horizons[removal.window]:
                     values[step + 1] = self._losses() - base[step + 1]
-            _put_state(self._replay.model, optimizer, saved)
+            self._replay.rewind(saved, optimizers)
             yield Truth(removal=removal, values=values)
 
-    def _step(self, record: StepRecord, batches: Sequence[Batch], optimizer: Any) -> None:
-        self._replay.backward(batches, optimizer)
-        self._replay.update(record, optimizer)
+    def _step(self, record: StepRecord, batches: Sequence[Batch], optimizers: Sequence[Optimizer]) -> None:
+        self._replay.backward(batches, optimizers)
+        self._replay.update(record, optimizers)
 
     def _read(self, step: int) -> list[Batch]:
         return self._replay.batches(self._records[step])
@@ -131,19 +131,3 @@ def _reordered(batch: Batch, seed: int, step: int, index: int) -> Batch:
     order = torch.from_numpy(generator(seed, "fidelity order", step, index).permutation(len(batch)))
     order = order.to(batch.tokens.device)
     return replace(batch, tokens=batch.tokens[order], loss_mask=batch.loss_mask[order], weights=batch.weights[order])
-
-
-def _copy_state(model: Any, optimizer: Any) -> Any:
-    parameters = [parameter.detach().clone() for parameter in model.parameters()]
-    return parameters, {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-
-
-def _put_state(model: Any, optimizer: Any, saved: Any) -> None:
-    import torch
-
-    parameters, states = saved
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), parameters, strict=True):
-            parameter.copy_(value)
-    optimizer.state.clear()
-    optimizer.state.update(states)

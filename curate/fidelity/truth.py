@@ -32,7 +32,11 @@ TRUTH = pl.Schema(
 
 
 def collect(
-    path: Path, reruns: Reruns, removals: Sequence[Removal], horizons: Mapping[str, Sequence[int]], targets: Sequence[str]
+    path: Path,
+    reruns: Reruns,
+    removals: Sequence[Removal],
+    horizons: Mapping[str, Sequence[int]],
+    targets: Sequence[str],
 ) -> pl.DataFrame:
     """Run every removal that the table at `path` does not hold yet.
 

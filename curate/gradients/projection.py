@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from copy import copy
+from typing import TYPE_CHECKING, Self
 
 from curate.rng import derive_seed
 
@@ -52,3 +53,14 @@ class LayerProjection:
         self.input = projection(inputs, width, seed, layer, "input").to(device)
         self.output = projection(outputs, width, seed, layer, "output").to(device)
         self.size = self.input.shape[1] * self.output.shape[1]
+
+    def scaled(self, outputs: Tensor, inputs: Tensor) -> Self:
+        """Projections that multiply each feature first: they take `b^T a` to the projection of `(b d_o)^T (a d_i)`.
+
+        Args:
+            outputs: (O,) `d_o`.
+            inputs: (I,) `d_i`.
+        """
+        other = copy(self)
+        other.output, other.input = outputs[:, None] * self.output, inputs[:, None] * self.input
+        return other

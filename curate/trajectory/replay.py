@@ -7,13 +7,14 @@ or several `torch.optim` optimizers (Muon and AdamW, say); replay holds them as 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -66,11 +67,13 @@ class ReplayedStep:
         record: the step.
         batches: its micro-batches.
         captured: what `after_backward` returned for each micro-batch.
+        optimizers: in their state before the step, but for hyper-parameters, which `record` has.
     """
 
     record: StepRecord
     batches: list[Batch]
-    captured: list[Tensor]
+    captured: list[Any]
+    optimizers: Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,13 @@ class Replay:
                 pass
         return self.model
 
+    def horizon_optimizers(self, step: int) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers in their state before `step`, and the model too; replayed where the step has no snapshot."""
+        start = self.run.snapshot_before(step)
+        if start == step:
+            return self.restore(step)
+        return deque(self.steps(start, step), maxlen=1)[0].optimizers
+
     def batches(self, record: StepRecord) -> list[Batch]:
         """The micro-batches of a step, on the device."""
         return [
@@ -156,7 +166,7 @@ class Replay:
         ]
 
     def steps(
-        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
+        self, start: int, stop: int, after_backward: Callable[[Tensor], Any] | None = None
     ) -> Iterator[ReplayedStep]:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
@@ -170,15 +180,28 @@ class Replay:
         Raises:
             UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
         """
-        for replayed, _ in self._run(start, stop, after_backward):
-            yield replayed
+        from torch.nn.utils import get_total_norm
+
+        first = self.run.snapshot_before(start)
+        optimizers = self.restore(first)
+        trainable = list(named_parameters(self.model).values())
+        for record in records(self.run, first, stop):
+            batches = self.batches(record)
+            begin = perf_counter()
+            loss, captured = self.backward(batches, optimizers, after_backward)
+            self._pass_seconds.append(perf_counter() - begin)
+            norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
+            self._verify(record, loss, norm)
+            if record.step >= start:
+                yield ReplayedStep(record=record, batches=batches, captured=captured, optimizers=optimizers)
+            self.update(record, optimizers)
 
     def states(self, start: int, stop: int) -> Iterator[State]:
         """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
         parameters = named_parameters(self.model)
-        for replayed, optimizers in self._run(start, stop):
+        for replayed in self.steps(start, stop):
             zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
-            kept = {p: buffers for optimizer in optimizers for p, buffers in optimizer.state.items()}
+            kept = optimizer_state(replayed.optimizers)
             buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
             first = {n: found.get("exp_avg", found.get("momentum_buffer", zeros[n])) for n, found in buffers.items()}
             yield State(
@@ -195,25 +218,6 @@ class Replay:
                     for group in self.run.spec.groups
                 ],
             )
-
-    def _run(
-        self, start: int, stop: int, after_backward: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[ReplayedStep, list[torch.optim.Optimizer]]]:
-        from torch.nn.utils import get_total_norm
-
-        first = self.run.snapshot_before(start)
-        optimizers = self.restore(first)
-        trainable = list(named_parameters(self.model).values())
-        for record in records(self.run, first, stop):
-            batches = self.batches(record)
-            begin = perf_counter()
-            loss, captured = self.backward(batches, optimizers, after_backward)
-            self._pass_seconds.append(perf_counter() - begin)
-            norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
-            self._verify(record, loss, norm)
-            if record.step >= start:
-                yield ReplayedStep(record=record, batches=batches, captured=captured), optimizers
-            self.update(record, optimizers)
 
     def restore(self, step: int) -> list[torch.optim.Optimizer]:
         """Put the model into its state before `step`, which must have a snapshot; returns optimizers in theirs.
@@ -243,8 +247,8 @@ class Replay:
         self,
         batches: Sequence[Batch],
         optimizers: Sequence[torch.optim.Optimizer],
-        after_backward: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[float, list[Tensor]]:
+        after_backward: Callable[[Tensor], Any] | None = None,
+    ) -> tuple[float, list[Any]]:
         """Leave `ghat` of some micro-batches in `.grad`.
 
         Returns:
@@ -282,6 +286,11 @@ class Replay:
                     "causes are dropout or other randomness, another autocast type, streams or snapshots changed "
                     "since, or sample weights that are not those of the loss; on other hardware raise --tolerance"
                 )
+
+
+def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Any]]:
+    """The buffers that some optimizers keep of each parameter; none where it never had a gradient."""
+    return {parameter: buffers for optimizer in optimizers for parameter, buffers in optimizer.state.items()}
 
 
 def records(run: Run, start: int, stop: int) -> Iterator[StepRecord]:

@@ -1,4 +1,4 @@
-"""Data and runs of the fidelity bench: domains split into training text, targets and anchors; one recorded run a seed."""
+"""Data and runs of the bench: domains split into training text, targets and anchors; one recorded run per seed."""
 
 from __future__ import annotations
 
@@ -73,13 +73,15 @@ def _split(config: BenchConfig, files: dict[str, Path], out: Path) -> None:
         anchors = config.anchors_per_domain * config.target_documents
         needed = 2 * config.target_documents + anchors
         if len(documents) <= needed:
-            raise UserError(f"{path} has {len(documents)} documents; the bench holds out {needed} and trains on the rest")
+            raise UserError(f"{path} has {len(documents)} documents; the bench holds out {needed}, trains on the rest")
         held_out = [_excerpt(documents[i], config.excerpt_characters) for i in order[:needed]]
         _write(out / "targets" / f"{name}.jsonl", held_out[: config.target_documents])
         _write(out / "anchors" / f"{name}.jsonl", held_out[config.target_documents : -config.target_documents])
         if name not in config.foreign:
             general += held_out[-config.target_documents :][: max(2, config.target_documents // 4)]
-            _write(out / "train" / f"{name}.jsonl", _first([documents[i] for i in order[needed:]], config.domain_megabytes))
+            _write(
+                out / "train" / f"{name}.jsonl", _first([documents[i] for i in order[needed:]], config.domain_megabytes)
+            )
     _write(out / "targets" / f"{GENERAL}.jsonl", general)
 
 
@@ -110,8 +112,8 @@ def make_run(config: BenchConfig, data: Path, seed: int) -> Run:
     folder = config.out / f"seed-{seed}" / "run"
     train(
         PretrainConfig(
-            out=folder, data=data / "mds", model=config.model, steps=config.steps, batch_size=config.batch_size, seed=seed,
-            optimizer=OptimizerConfig(lr=config.lr, warmup_steps=warmup),
+            out=folder, data=data / "mds", model=config.model, steps=config.steps, batch_size=config.batch_size,
+            seed=seed, optimizer=OptimizerConfig(lr=config.lr, warmup_steps=warmup),
             recorder=RecorderConfig(windows=dict(config.windows)),
         )
     )  # fmt: skip

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from curate.embeddings import adjoint_estimator, dvemb_estimator
-from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.embeddings import adjoint_estimator, dvemb_adam_estimator, dvemb_estimator
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
 from curate.errors import UserError
 from curate.target import load_target, target_loss
@@ -13,7 +13,7 @@ from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from tests.tiny import Training, record_tiny_run, write_tiny_target
 
-NAMES = ["adjoint", "dvemb"]
+NAMES = ["adjoint", "dvemb", "dvemb-adam", "dvemb-adam-shortcut"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,13 @@ def job_of(run, folder, window="late", horizon="window_end", batch_size=4):
 
 
 def make(name, **settings):
-    return make_estimator(name, AdjointConfig(**settings), DvembConfig(width=4, rows_per_block=10))
+    shortcut = DvembAdamConfig(width=4, rows_per_block=10, shortcut=name.endswith("-shortcut"))
+    projected = DvembConfig(width=4, rows_per_block=10)
+    return make_estimator(name.removesuffix("-shortcut"), AdjointConfig(**settings), projected, shortcut)
+
+
+def make_dvemb(**settings):
+    return make_estimator("dvemb", AdjointConfig(), DvembConfig(**settings), DvembAdamConfig())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +54,7 @@ def test_values_rank_samples_like_removing_them(folder, run, name):
     values = embedding.vectors @ embedding.targets.T @ np.array(job.target.half_weights)
     removed = np.array([loss_without(job, row) for row in range(len(values))])
     ranks = [np.argsort(np.argsort(array)) for array in (values, removed)]
-    assert np.corrcoef(*ranks)[0, 1] > {"adjoint": 0.9, "dvemb": 0.25}[name]
+    assert np.corrcoef(*ranks)[0, 1] > {"adjoint": 0.9, "dvemb": 0.25}.get(name, 0.7)
 
 
 def loss_without(job, row):
@@ -95,8 +101,8 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
         return original(*arguments)
 
     monkeypatch.setattr(adjoint_estimator, "adjoint_step", killing)
-    if name == "dvemb":
-        monkeypatch.setattr(dvemb_estimator, "recursion", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    for module in (dvemb_estimator, dvemb_adam_estimator):
+        monkeypatch.setattr(module, "recursion", lambda *_, **__: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         embed_window(again, "early", "stage_end", make(name, save_seconds=0))
     monkeypatch.undo()
@@ -106,6 +112,35 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
     assert (embedding.vectors.tobytes(), (embedding.folder / "manifest.json").read_bytes()) == wanted
     assert len(continued) == (6 if name == "adjoint" else 0)
     assert not (embedding.folder / "scratch").exists()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_an_interrupted_capture_continues_to_the_same_bytes(folder, run, name, tmp_path, monkeypatch):
+    """Killed at the tenth step: the capture goes on from the last snapshot it passed, not from the start."""
+    wanted = embed_window(job_of(run, folder, "early", "stage_end"), "early", "stage_end", make(name))
+    Training(run.spec.streams).run(tmp_path / "again")
+    again = job_of(Run(tmp_path / "again"), folder, "early", "stage_end")
+    original, steps = Replay.steps, []
+
+    def killed_at(last):
+        def replayed(self, *arguments):
+            for step in original(self, *arguments):
+                steps.append(step.record.step)
+                if step.record.step == last:
+                    raise Killed
+                yield step
+
+        return replayed
+
+    monkeypatch.setattr(Replay, "steps", killed_at(9))
+    with pytest.raises(Killed):
+        embed_window(again, "early", "stage_end", make(name))
+    steps.clear()
+    monkeypatch.setattr(Replay, "steps", killed_at(None))
+    embedding = embed_window(again, "early", "stage_end", make(name))
+    assert 0 < steps[0] <= 9
+    assert embedding.vectors.tobytes() == wanted.vectors.tobytes()
+    assert embedding.targets.tobytes() == wanted.targets.tobytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,16 +159,14 @@ def test_a_complete_embedding_is_reused_and_other_settings_get_another_folder(fo
     stamp = (first.folder / "embeddings.npy").stat().st_mtime_ns
     assert embed_window(job, "late", "window_end", make("dvemb")).folder == first.folder
     assert (first.folder / "embeddings.npy").stat().st_mtime_ns == stamp
-    wider = make_estimator("dvemb", AdjointConfig(), DvembConfig(width=5))
+    wider = make_dvemb(width=5)
     assert embedding_folder(job, "late", "window_end", wider)[0] != first.folder
 
 
 def test_full_and_block_diagonal_operators_differ_only_through_the_operator(folder, run):
     job = job_of(run, folder)
-    block = embed_window(job, "late", "window_end", make_estimator("dvemb", AdjointConfig(), DvembConfig(width=4)))
-    full = embed_window(
-        job, "late", "window_end", make_estimator("dvemb", AdjointConfig(), DvembConfig(width=4, operator="full"))
-    )
+    block = embed_window(job, "late", "window_end", make_dvemb(width=4))
+    full = embed_window(job, "late", "window_end", make_dvemb(width=4, operator="full"))
     last = block.rows["step"].to_numpy() == 11
     np.testing.assert_allclose(block.vectors[last], full.vectors[last], rtol=1e-6)
     assert not np.allclose(block.vectors[~last], full.vectors[~last], rtol=1e-4)
