@@ -84,12 +84,13 @@ def published(config: PublishedConfig) -> dict[str, Any]:
         if not path.exists():
             write_json(path, make_part(config, activation, lr, seed))
         parts.append(read_json(path))
+    found = [row for part in parts for row in _replicates(part, config.resamples)]
     result: dict[str, Any] = {
         "sign": SIGN,
         "settings": config.model_dump(mode="json", exclude={"out"}),
         "runs": [part["run"] for part in parts],
-        "rows": [row for part in parts for row in _rows(part, config.resamples)],
-        "summary": _summary(parts, config.resamples),
+        "rows": [{**key, "spearman": float(values[0]), **interval(values)} for key, values in found],
+        "summary": _summary(found),
     }
     write_json(config.out / "published.json", result)
     lede = (
@@ -179,34 +180,20 @@ def _replicates(part: dict[str, Any], resamples: int) -> list[tuple[dict[str, An
         key = {
             "removal": removal["removal"],
             "epoch": removal["epoch"],
-            "activation": run["activation"],
-            "lr": run["lr"],
+            **{name: run[name] for name in ("activation", "lr", "seed")},
+            "n": len(part["removed"]),
         }
         spearman = bootstrap_ranks(removal["effects"], removal["values"], resamples, run["seed"])
         found += [({"method": name, **key}, values) for name, values in spearman.items()]
     return found
 
 
-def _rows(part: dict[str, Any], resamples: int) -> list[dict[str, Any]]:
-    """One row per method and removal of a run."""
-    return [
-        {
-            **key,
-            "seed": part["run"]["seed"],
-            "n": len(part["removed"]),
-            "spearman": float(values[0]),
-            **interval(values),
-        }
-        for key, values in _replicates(part, resamples)
-    ]
-
-
-def _summary(parts: list[dict[str, Any]], resamples: int) -> list[dict[str, Any]]:
+def _summary(found: list[tuple[dict[str, Any], npt.NDArray[np.float64]]]) -> list[dict[str, Any]]:
     """Mean over seeds of each method and removal; the interval is over images, `lowest` to `highest` over seeds."""
     groups: dict[str, tuple[dict[str, Any], list[npt.NDArray[np.float64]]]] = {}
-    for part in parts:
-        for key, values in _replicates(part, resamples):
-            groups.setdefault(str(key), (key, []))[1].append(values)
+    for row, values in found:
+        key = {name: value for name, value in row.items() if name not in {"seed", "n"}}
+        groups.setdefault(str(key), (key, []))[1].append(values)
     rows = []
     for key, seeds in groups.values():
         mean = np.mean(seeds, axis=0)
