@@ -64,10 +64,12 @@ def fidelity_figure(summary: Sequence[Mapping[str, Any]]) -> str:
             cell = [found for found in summary if (found["activation"], found["lr"], found["epoch"]) == wanted]
             figure.add_trace(_marks(cell), row=row, col=column)
             removal = "every epoch" if epoch is None else f"epoch {epoch}"
-            name_cell(figure, row, column, f"without {removal} ({activation}, lr {lr:g})")
+            name_cell(figure, row, column, f"{removal}; {activation}, lr {lr:g}")
     figure.update_xaxes(range=[-0.45, 1.05], tickvals=[0, 0.5, 1], showgrid=True)
     figure.update_xaxes(title="Spearman", row=len(settings), col=1)
-    figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1], automargin=True)
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=methods[::-1], automargin=True, range=[-0.6, len(methods) - 0.4]
+    )
     return finished(figure, 70 + (30 + 22 * len(methods)) * len(settings), {"l": 8, "r": 8, "t": 24, "b": 44})
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from curate.errors import UserError
+from curate.report.charts import fidelity_figure
 from pipelines.published import estimates
 from pipelines.published.__main__ import PublishedConfig, method_values, published, show
 from pipelines.published.agreement import bootstrap_ranks, interval
@@ -167,6 +168,9 @@ def test_the_command(tmp_path):
     shown = []
     show(result, shown.append)
     assert "every epoch" in shown[0]
+    drawn = json.loads(fidelity_figure(result["summary"]))
+    assert [len(trace["y"]) for trace in drawn["data"]] == [8] * 4
+    assert drawn["layout"]["yaxis"]["range"] == [-0.6, 7.6]  # no method falls outside
     again = published(config.model_copy(update={"out": tmp_path / "again"}))
     assert again["rows"] == result["rows"]
 
