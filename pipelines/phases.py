@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from curate.trajectory.run import Run
 
 _log = logging.getLogger(__name__)
-SMOOTHED = 12  # parts of the stage that the running mean is as long as
-CLEAR = 1.5  # a level this many times the basin's counts as a phase
+SMOOTHED = 24  # parts of the stage that the running mean is as long as
+CLEAR = 1.5  # a level this many times another's counts as higher
 
 
 class PhasesConfig(Config):
@@ -70,12 +70,14 @@ class Phases:
     """The phases of a curve, read off its running mean.
 
     Attributes:
-        start: highest level before the basin.
-        start_ends: first step below the geometric mean of `start` and `basin`.
+        start: its first level.
+        start_ends: first step at or below the geometric mean of `start` and `basin`.
         basin: lowest level.
         basin_step: where it is.
-        end: highest level after the basin.
-        end_begins: first step after the basin above the geometric mean of `end` and `basin`.
+        end: last level.
+        end_begins: first step from which on it stays above the geometric mean of `end` and `basin`.
+        highest: highest level.
+        highest_step: where it is.
         line: the same in words.
     """
 
@@ -85,6 +87,8 @@ class Phases:
     basin_step: int
     end: float
     end_begins: int
+    highest: float
+    highest_step: int
     line: str
 
 
@@ -172,7 +176,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
 
 
 def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Running mean over a twelfth of the curve, shorter at its ends."""
+    """Running mean over a 24th of the curve, shorter at its ends."""
     import polars as pl
 
     window = max(1, len(values) // SMOOTHED) | 1
@@ -193,28 +197,30 @@ def describe(steps: Sequence[int], values: Sequence[float]) -> Phases:
 
     known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     places, level = [step for step, _ in known], smooth([value for _, value in known])
-    lowest = int(level.argmin())
-    basin, start, end = (float(x) for x in (level[lowest], level[: lowest + 1].max(), level[lowest:].max()))
-    begin = int(level[: lowest + 1].argmax())
-    below = begin + int(np.argmax(level[begin : lowest + 1] <= math.sqrt(start * basin)))
-    above = lowest + int(np.argmax(level[lowest:] >= math.sqrt(end * basin)))
-    found = {
-        "start": start, "start_ends": places[below], "basin": basin, "basin_step": places[lowest],
-        "end": end, "end_begins": places[above],
-    }  # fmt: skip
-    return Phases(**found, line=_line(**found))  # type: ignore[arg-type]
+    lowest, highest = int(level.argmin()), int(level.argmax())
+    start, basin, end = float(level[0]), float(level[lowest]), float(level[-1])
+    below = int(np.argmax(level <= math.sqrt(start * basin)))
+    above = int(np.flatnonzero(level <= math.sqrt(end * basin))[-1]) + 1
+    found = Phases(
+        start=start, start_ends=places[below], basin=basin, basin_step=places[lowest],
+        end=end, end_begins=places[min(above, len(places) - 1)],
+        highest=float(level[highest]), highest_step=places[highest], line="",
+    )  # fmt: skip
+    return replace(found, line=_line(found))
 
 
-def _line(start: float, start_ends: int, basin: float, basin_step: int, end: float, end_begins: int) -> str:
-    high = f"high at the start ({_times(start, basin)} the basin) until step {start_ends}"
-    rise = f"rises from step {end_begins} ({_times(end, basin)} the basin)"
-    return ", ".join(
-        [
-            high if start >= CLEAR * basin else "not high at the start",
-            f"lowest around step {basin_step} ({basin:.2g})",
-            rise if end >= CLEAR * basin else "does not rise at the end",
-        ]
-    )
+def _line(found: Phases) -> str:
+    low = found.basin
+    high = f"starts high ({_times(found.start, low)} the lowest level) until step {found.start_ends}"
+    rise = f"ends high ({_times(found.end, low)} the lowest level) from step {found.end_begins}"
+    parts = [
+        high if found.start >= CLEAR * low else "does not start high",
+        f"lowest around step {found.basin_step} ({low:.2g})",
+        rise if found.end >= CLEAR * low else "does not end high",
+    ]
+    if found.highest >= CLEAR * max(found.start, found.end):
+        parts.append(f"highest in between, around step {found.highest_step} ({_times(found.highest, low)} the lowest)")
+    return ", ".join(parts)
 
 
 def _times(level: float, basin: float) -> str:

@@ -40,14 +40,21 @@ def test_phases_of_a_basin():
     phases = describe(steps.tolist(), values.tolist())
     assert phases.start == pytest.approx(smooth(values.tolist())[0])
     assert phases.start_ends < 60 < phases.basin_step < 200 < phases.end_begins
-    assert phases.line.startswith("high at the start (")
-    assert ", rises from step " in phases.line
+    assert phases.line.startswith("starts high (")
+    assert ", ends high (" in phases.line
+    assert "between" not in phases.line
 
 
 def test_a_curve_without_phases_is_called_so():
     phases = describe(list(range(0, 200, 2)), [2.0] * 100)
-    assert phases.line == "not high at the start, lowest around step 0 (2), does not rise at the end"
+    assert phases.line == "does not start high, lowest around step 0 (2), does not end high"
     warmup = describe([0, 1, 2, 3], [float("nan"), 1.0, 2.0, 4.0])  # the first step had lr 0
     assert warmup.basin_step == 1
-    assert "not high at the start" in warmup.line
-    assert "rises" in warmup.line
+    assert warmup.line.startswith("does not start high")
+    assert "ends high (4.0 times the lowest level) from step 3" in warmup.line
+
+
+def test_a_hump_is_no_rise_at_the_end():
+    phases = describe(list(range(100)), (1 + np.sin(np.linspace(0, np.pi, 100))).tolist())
+    assert phases.line.startswith("does not start high")
+    assert "does not end high, highest in between, around step 49" in phases.line
