@@ -60,18 +60,18 @@ def value_figure(
             cell = inside.filter(domain=domain).with_columns(pl.col(value) * scale.factor)
             for trace in _value_traces(cell, value, domain, colours[domain], scale):
                 figure.add_trace(trace, row=row, col=column)
-            _label(figure, row, column, domain)
+            name_cell(figure, row, column, domain)
         first, last = _range(inside)
         rates = training.filter(pl.col("step").is_between(first, last)).sort("step")
-        figure.add_trace(_line(rates, "lr", QUIET, "learning rate %{y:.3g}"), row=rows, col=column)
-        _label(figure, rows, column, "learning rate")
+        figure.add_trace(line(rates, "lr", QUIET, "learning rate %{y:.3g}"), row=rows, col=column)
+        name_cell(figure, rows, column, "learning rate")
         limits = _limits(inside[value] * scale.factor)
         figure.update_yaxes(range=limits, tickvals=_ticks(limits), col=column)
         figure.update_yaxes(range=None, tickvals=None, rangemode="tozero", nticks=3, row=rows, col=column)
         figure.update_xaxes(range=[first - 0.7, last + 0.7], col=column)
         figure.update_xaxes(title=f"step ({window})", row=rows, col=column)
     figure.update_yaxes(tickfont={"size": 10}, exponentformat="power")
-    return _finished(figure, 44 + 62 * rows, {"l": 40, "r": 8, "t": 18, "b": 44}, bargap=0.25)
+    return finished(figure, 44 + 62 * rows, {"l": 40, "r": 8, "t": 18, "b": 44}, bargap=0.25)
 
 
 def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scale: Scale) -> list[Any]:
@@ -85,7 +85,7 @@ def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scal
         hovertemplate=f"{domain}, step %{{x}}<br>%{{y:.3g}} {scale.unit}<extra></extra>",
     )
     smooth = cell.with_columns(pl.col(value).rolling_mean(_span(cell.height), center=True, min_samples=1))
-    return [bars, _line(smooth, value, colour, f"{domain}, around step %{{x}}<br>mean %{{y:.3g}} {scale.unit}")]
+    return [bars, line(smooth, value, colour, f"{domain}, around step %{{x}}<br>mean %{{y:.3g}} {scale.unit}")]
 
 
 def _span(steps: int) -> int:
@@ -121,7 +121,7 @@ def score_figure(
     figure.update_yaxes(
         categoryorder="array", categoryarray=list(reversed(order)), automargin=True, range=[-0.6, len(order) - 0.4]
     )
-    return _finished(figure, 96 + 30 * len(order), {"l": 8, "r": 8, "t": 28, "b": 48})
+    return finished(figure, 96 + 30 * len(order), {"l": 8, "r": 8, "t": 28, "b": 48})
 
 
 def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
@@ -193,7 +193,7 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
     largest = max((max(row["prior"] * 1.05, row["weight"] * _room(row["binding"])) for row in shown), default=1.0)
     figure.update_xaxes(range=[0, largest], tickformat=".0%", title="share of tokens", showgrid=True)
     figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(names)), automargin=True, showgrid=False)
-    return _finished(figure, 72 + 40 * len(shown), {"l": 8, "r": 8, "t": 8, "b": 48}, barmode="group", bargap=0.3)
+    return finished(figure, 72 + 40 * len(shown), {"l": 8, "r": 8, "t": 8, "b": 48}, barmode="group", bargap=0.3)
 
 
 def _room(binding: str | None) -> float:
@@ -221,9 +221,9 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
     figure = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=heights)
     ordered = training.sort("step")
     for row, (column, label) in enumerate(shown, 1):
-        trace = _line(ordered, column, HELPED if column == "loss" else QUIET, f"step %{{x}}<br>{label} %{{y:.4g}}")
+        trace = line(ordered, column, HELPED if column == "loss" else QUIET, f"step %{{x}}<br>{label} %{{y:.4g}}")
         figure.add_trace(trace, row=row, col=1)
-        _label(figure, row, 1, label)
+        name_cell(figure, row, 1, label)
     for window, (first, last) in windows.items():
         shade = {"x0": first - 0.5, "x1": last + 0.5, "fillcolor": _SHADE, "line_width": 0, "layer": "below"}
         figure.add_vrect(**shade, row="all", col=1)
@@ -239,7 +239,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
         )
     figure.update_xaxes(title="step", row=len(shown), col=1)
     figure.update_yaxes(nticks=4)
-    return _finished(figure, 140 + 100 * len(shown), {"l": 48, "r": 8, "t": 40, "b": 44})
+    return finished(figure, 140 + 100 * len(shown), {"l": 48, "r": 8, "t": 40, "b": 44})
 
 
 def window_range(curve: pl.DataFrame, window: str) -> tuple[int, int]:
@@ -252,7 +252,8 @@ def _range(frame: pl.DataFrame) -> tuple[int, int]:
     return (0, 0) if low is None else (int(low), int(high))
 
 
-def _line(frame: pl.DataFrame, column: str, colour: str, hover: str) -> Any:
+def line(frame: pl.DataFrame, column: str, colour: str, hover: str) -> Any:
+    """One column over `step`."""
     from plotly import graph_objects as go
 
     return go.Scatter(
@@ -264,7 +265,7 @@ def _line(frame: pl.DataFrame, column: str, colour: str, hover: str) -> Any:
     )
 
 
-def _label(figure: Any, row: int, column: int, text: str) -> None:
+def name_cell(figure: Any, row: int, column: int, text: str) -> None:
     """Name a cell at its upper left corner."""
     figure.add_annotation(
         row=row,
@@ -297,7 +298,7 @@ def _ticks(limits: list[float]) -> list[float]:
     return sorted([0.0, math.copysign(size, longer)])
 
 
-def _finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) -> str:
+def finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) -> str:
     """Common looks; then JSON text that cannot close the script element that holds it."""
     figure.update_layout(
         template="none",

@@ -37,17 +37,18 @@ def render(data: ReportData) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"count": count, "percent": percent, "signed": signed, "number": number}
-    template = environment.from_string(_resource("template.html"))
+    template = environment.from_string(resource("template.html"))
     return template.render(
         data=data,
-        style=_resource("page.css"),
-        script=_resource("page.js"),
+        style=resource("page.css"),
+        script=resource("page.js"),
         plotly=get_plotlyjs(),
         **_content(data),
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Text of a file of this package."""
     return (files("curate.report") / name).read_text(encoding="utf-8")
 
 

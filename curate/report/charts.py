@@ -1,0 +1,119 @@
+"""Stand-alone pages of recipes: a title, a sentence, figures; self-contained like the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from curate.artifacts import replacing
+from curate.report.figures import finished, line, name_cell
+from curate.report.page import resource
+from curate.report.style import HELPED, QUIET
+
+
+def write_page(path: Path, title: str, lede: str, figures: Mapping[str, str]) -> None:
+    """Write an HTML page atomically.
+
+    Args:
+        path: the file.
+        title: its heading.
+        lede: what it shows, in a sentence or two.
+        figures: heading -> Plotly figure as JSON text.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(resource("charts.html")).render(
+        title=title,
+        lede=lede,
+        figures=figures,
+        style=resource("page.css"),
+        script=resource("page.js"),
+        plotly=get_plotlyjs(),
+    )
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def fidelity_figure(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Rank agreement with retraining: a row of cells per training setting, a column per removal, a mark per method.
+
+    Args:
+        summary: rows with `method`, `epoch` (None: every epoch), `activation`, `lr`, `spearman`, `low` and `high`.
+    """
+    from plotly.subplots import make_subplots
+
+    settings = list(dict.fromkeys((row["activation"], row["lr"]) for row in summary))
+    removals = list(dict.fromkeys(row["epoch"] for row in summary))
+    methods = list(dict.fromkeys(row["method"] for row in summary))
+    figure = make_subplots(
+        rows=len(settings),
+        cols=len(removals),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+        vertical_spacing=0.2 / len(settings),
+    )
+    for row, (activation, lr) in enumerate(settings, 1):
+        for column, epoch in enumerate(removals, 1):
+            wanted = (activation, lr, epoch)
+            cell = [found for found in summary if (found["activation"], found["lr"], found["epoch"]) == wanted]
+            figure.add_trace(_marks(cell), row=row, col=column)
+            removal = "every epoch" if epoch is None else f"epoch {epoch}"
+            name_cell(figure, row, column, f"{removal}; {activation}, lr {lr:g}")
+    figure.update_xaxes(range=[-0.45, 1.05], tickvals=[0, 0.5, 1], showgrid=True)
+    figure.update_xaxes(title="Spearman", row=len(settings), col=1)
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=methods[::-1], automargin=True, range=[-0.6, len(methods) - 0.4]
+    )
+    return finished(figure, 70 + (30 + 22 * len(methods)) * len(settings), {"l": 8, "r": 8, "t": 24, "b": 44})
+
+
+def _marks(rows: Sequence[Mapping[str, Any]]) -> Any:
+    from plotly import graph_objects as go
+
+    return go.Scatter(
+        x=[row["spearman"] for row in rows],
+        y=[row["method"] for row in rows],
+        mode="markers",
+        marker={"size": 8, "color": HELPED},
+        hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["high"] - row["spearman"] for row in rows],
+            "arrayminus": [row["spearman"] - row["low"] for row in rows],
+            "thickness": 1.4,
+            "width": 0,
+        },
+    )
+
+
+def phase_figure(curve: pl.DataFrame) -> str:
+    """Values over the steps of a stage on logarithmic scales: as they are, per unit of lr, and the learning rate.
+
+    Args:
+        curve: columns `step`, `mean_abs`, `std`, `mean_abs_per_lr`, `std_per_lr` and `lr`.
+    """
+    from plotly.subplots import make_subplots
+
+    panels = {
+        "mean absolute value, nats": "mean_abs",
+        "standard deviation of values, nats": "std",
+        "mean absolute value per unit of lr": "mean_abs_per_lr",
+        "standard deviation per unit of lr": "std_per_lr",
+        "learning rate": "lr",
+    }
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    for row, (name, column) in enumerate(panels.items(), 1):
+        positive = curve.filter((pl.col(column) > 0) & pl.col(column).is_finite())
+        colour = QUIET if column == "lr" else HELPED
+        figure.add_trace(line(positive, column, colour, f"step %{{x}}<br>{name} %{{y:.3g}}"), row=row, col=1)
+        name_cell(figure, row, 1, name)
+    figure.update_yaxes(type="log", exponentformat="power", nticks=4)
+    figure.update_xaxes(title="step", row=len(panels), col=1)
+    return finished(figure, 120 * len(panels) + 60, {"l": 56, "r": 8, "t": 24, "b": 44})

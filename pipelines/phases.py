@@ -1,0 +1,242 @@
+"""`python -m pipelines.phases --run RUN --target FILE`: how much a sample's value is worth over the course of a stage.
+
+Every step of a recorded run is valued for the target at the end of the stage; the curve is the mean absolute value of a
+step's samples and their standard deviation, as they are and per unit of lr. The published curve of a language model is
+high at the start, low in a basin, and rises at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from curate.artifacts import SIGN, write_json
+from curate.config import Config, parse_command, run_command
+from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.progress import start_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+    import polars as pl
+
+    from curate.embeddings.store import Embedding
+    from curate.trajectory.run import Run
+
+_log = logging.getLogger(__name__)
+SMOOTHED = 24  # parts of the stage that the running mean is as long as
+CLEAR = 1.5  # a level this many times another's counts as higher
+
+
+class PhasesConfig(Config):
+    """Which run, for which target."""
+
+    run: Path
+    """Recorded run; its embeddings are kept in it."""
+    target: Path
+    """Target documents (JSONL)."""
+    out: Path | None = None
+    """Folder for phases.json and phases.html; none: `phases-ESTIMATOR` in the run."""
+    estimator: Literal["dvemb", "adjoint"] = "dvemb"
+    """dvemb: as published. adjoint: exact first-order values."""
+    every: int = Field(default=1, ge=1)
+    """Show every n-th step; all are valued."""
+    streams: dict[str, Path] = {}
+    """Where the run's streams lie now, by domain, if they were moved since."""
+    min_target_tokens: int = 1000
+    """Fewest predicted tokens of the target."""
+    target_batch_size: int = 16
+    """Sequences per pass over the target."""
+    device: str = "cpu"
+    """Device of replay and estimator."""
+    tolerance: float = 1e-3
+    """Largest relative difference between recorded and replayed losses."""
+    adjoint: AdjointConfig = AdjointConfig()
+    """Settings of adjoint."""
+    dvemb: DvembConfig = DvembConfig()
+    """Settings of dvemb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """The phases of a curve, read off its running mean.
+
+    Attributes:
+        start: its first level.
+        start_ends: first step at or below the geometric mean of `start` and `basin`.
+        basin: lowest level.
+        basin_step: where it is.
+        end: last level.
+        end_begins: first step from which on it stays above the geometric mean of `end` and `basin`.
+        highest: highest level.
+        highest_step: where it is.
+        line: the same in words.
+    """
+
+    start: float
+    start_ends: int
+    basin: float
+    basin_step: int
+    end: float
+    end_begins: int
+    highest: float
+    highest_step: int
+    line: str
+
+
+def measure(config: PhasesConfig) -> dict[str, Any]:
+    """Value every step of the run, and describe the curve.
+
+    Returns:
+        What is written to `phases.json`.
+
+    Raises:
+        UserError: bad run, target or settings.
+    """
+    from curate.report.charts import phase_figure, write_page
+    from curate.trajectory.run import Run
+
+    run = Run(config.run, config.streams)
+    curve = value_curve(run, *_embedded(config, run)).gather_every(config.every)
+    steps = curve["step"].to_list()
+    found = {name: describe(steps, curve[name].to_list()) for name in ("mean_abs", "mean_abs_per_lr")}
+    result = {
+        "sign": SIGN,
+        "run": run.fingerprint,
+        "estimator": config.estimator,
+        "horizon": "stage_end",
+        "target": config.target.name,
+        "phases": {name: asdict(phases) for name, phases in found.items()},
+        "curve": curve.to_dicts(),
+    }
+    out = _out(config)
+    write_json(out / "phases.json", result)
+    lede = (
+        f"Values of the samples of each step of {run.folder.name} for {config.target.stem} at the end of the stage, by "
+        f"{config.estimator}. As they are: {found['mean_abs'].line}. Per unit of lr: {found['mean_abs_per_lr'].line}."
+    )
+    write_page(out / "phases.html", "Value over the stage", lede, {"Values of a step's samples": phase_figure(curve)})
+    return result
+
+
+def _out(config: PhasesConfig) -> Path:
+    return config.out or config.run / f"phases-{config.estimator}"
+
+
+def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, float]]:
+    """Embeddings of the whole stage, and the weights of the target's halves."""
+    from curate.embeddings.estimator import WindowJob
+    from curate.embeddings.store import embed_window
+    from curate.target import check_vocabulary, load_target
+    from curate.trajectory.replay import Replay
+
+    target = load_target(config.target, run.spec, config.min_target_tokens)
+    replay = Replay(run, config.device, config.tolerance)
+    check_vocabulary(target, replay.task)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
+    steps = run.spec.steps
+    job = WindowJob(
+        replay=replay, start=0, stop=steps, horizon=steps, target=target, batch_size=config.target_batch_size,
+        scratch=Path(),
+    )  # fmt: skip
+    _log.info(
+        "%s: the whole stage will cost about %.0f forward+backward passes, the stage itself took %d",
+        config.estimator, estimator.cost_units(job), steps,
+    )  # fmt: skip
+    return embed_window(job, "stage", "stage_end", estimator), target.half_weights
+
+
+def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float]) -> pl.DataFrame:
+    """One row per step: samples, mean, mean_abs and std of their values, the first group's lr, and both per lr."""
+    import polars as pl
+
+    from curate.scores.values import value_frame
+
+    assert embedding.targets is not None
+    values = value_frame(embedding.rows, embedding.vectors, embedding.targets, half_weights, "target")
+    lr = pl.col("groups").list.first().struct.field("lr").alias("lr")
+    rates = run.steps.select("step", lr).unique("step", keep="first")
+    value = pl.col("value")
+    grouped = values.group_by("step").agg(
+        pl.len().alias("samples"),
+        value.mean().alias("mean"),
+        value.abs().mean().alias("mean_abs"),
+        value.std(ddof=0).alias("std"),
+    )
+    per_lr = [(pl.col(name) / pl.col("lr")).alias(f"{name}_per_lr") for name in ("mean_abs", "std")]
+    return grouped.join(rates, on="step").sort("step").with_columns(per_lr)
+
+
+def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Running mean over a 24th of the curve, shorter at its ends."""
+    import polars as pl
+
+    window = max(1, len(values) // SMOOTHED) | 1
+    smoothed: npt.NDArray[np.float64] = (
+        pl.Series(values, dtype=pl.Float64).rolling_mean(window, center=True, min_samples=1).to_numpy()
+    )
+    return smoothed
+
+
+def describe(steps: Sequence[int], values: Sequence[float]) -> Phases:
+    """Find the phases of a curve of positive values.
+
+    Args:
+        steps: of the curve, ascending.
+        values: level at each of them; what is not finite (a step at lr 0) counts as nothing known.
+    """
+    import numpy as np
+
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    places, level = [step for step, _ in known], smooth([value for _, value in known])
+    lowest, highest = int(level.argmin()), int(level.argmax())
+    start, basin, end = float(level[0]), float(level[lowest]), float(level[-1])
+    below = int(np.argmax(level <= math.sqrt(start * basin)))
+    above = int(np.flatnonzero(level <= math.sqrt(end * basin))[-1]) + 1
+    found = Phases(
+        start=start, start_ends=places[below], basin=basin, basin_step=places[lowest],
+        end=end, end_begins=places[min(above, len(places) - 1)],
+        highest=float(level[highest]), highest_step=places[highest], line="",
+    )  # fmt: skip
+    return replace(found, line=_line(found))
+
+
+def _line(found: Phases) -> str:
+    low = found.basin
+    high = f"starts high ({_times(found.start, low)} the lowest level) until step {found.start_ends}"
+    rise = f"ends high ({_times(found.end, low)} the lowest level) from step {found.end_begins}"
+    parts = [
+        high if found.start >= CLEAR * low else "does not start high",
+        f"lowest around step {found.basin_step} ({low:.2g})",
+        rise if found.end >= CLEAR * low else "does not end high",
+    ]
+    if found.highest >= CLEAR * max(found.start, found.end):
+        parts.append(f"highest in between, around step {found.highest_step} ({_times(found.highest, low)} the lowest)")
+    return ", ".join(parts)
+
+
+def _times(level: float, basin: float) -> str:
+    return f"{level / basin:.1f} times" if basin > 0 else "many times"
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        PhasesConfig, "python -m pipelines.phases", "The value of samples over the course of a stage."
+    )
+    start_logging()
+    for name, phases in measure(config)["phases"].items():
+        sys.stdout.write(f"{name}: {phases['line']}\n")
+    sys.stdout.write(f"wrote {_out(config) / 'phases.json'} and {_out(config) / 'phases.html'}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
