@@ -10,7 +10,7 @@ from pydantic import Field
 
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
-from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
 from curate.index.build import IndexConfig
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
@@ -37,9 +37,9 @@ class EmbedConfig(Config):
     """Where the run's streams lie now, by domain, if they were moved since."""
     horizon: Literal["window_end", "stage_end"] = "window_end"
     """State that the target's loss is read at."""
-    estimator: Literal["adjoint", "dvemb", "dvemb-adam"] = "adjoint"
-    """adjoint: exact first-order values for one target. dvemb: the published, cheaper and target-free embedding.
-    dvemb-adam: the same for AdamW without momentum."""
+    estimator: EstimatorName = "adjoint"
+    """adjoint: exact values for one target. anchors: exact values for other document sets; later targets are solved
+    into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum."""
     target: Path | None = None
     """Target documents (JSONL); required by adjoint."""
     min_target_tokens: int = 1000

@@ -130,8 +130,19 @@ class Task:
         Returns:
             (B,) losses; 0 for a sample without predicted tokens.
         """
+        return self.losses_of(self.logits(batch, parameters), batch)
+
+    def logits(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the model predicts for every token but the first of each sequence.
+
+        Args:
+            batch: B samples.
+            parameters: values to use instead of the model's own.
+
+        Returns:
+            (B, T-1, V), float32 at least.
+        """
         import torch
-        from torch.nn import functional
 
         arguments: dict[str, Any] = {"use_cache": False} if _is_hugging_face(self.model) else {}
         with self.autocast():
@@ -140,8 +151,13 @@ class Task:
             else:
                 output = torch.func.functional_call(self.model, dict(parameters), (batch.tokens,), arguments)
         output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
-        logits = output[:, :-1]  # (B, T-1, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits: Tensor = output[:, :-1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def losses_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`l_z` (B,) of logits (B, T-1, V); 0 for a sample without predicted tokens."""
+        from torch.nn import functional
+
         nll = functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")  # (B, T-1)
         mask = batch.loss_mask[:, 1:].to(nll.dtype)
         return (nll * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from curate.artifacts import SIGN, write_json
 from curate.config import Config, parse_command, run_command
-from curate.embeddings.estimators import AdjointConfig, DvembConfig, make_estimator
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.progress import start_logging
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     target = load_target(config.target, run.spec, config.min_target_tokens)
     replay = Replay(run, config.device, config.tolerance)
     check_vocabulary(target, replay.task)
-    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, DvembAdamConfig())
     steps = run.spec.steps
     job = WindowJob(
         replay=replay, start=0, stop=steps, horizon=steps, target=target, batch_size=config.target_batch_size,
-        scratch=Path(),
+        folder=Path(),
     )  # fmt: skip
     _log.info(
         "%s: the whole stage will cost about %.0f forward+backward passes, the stage itself took %d",

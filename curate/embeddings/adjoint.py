@@ -1,4 +1,4 @@
-"""`adjoint`: exact first-order values through the optimizer [MAGIC, arXiv 2504.16430].
+"""`adjoint`: exact first-order values through the training's own optimizers [MAGIC, arXiv 2504.16430].
 
 The anchors' gradients at the horizon are pushed backward through training. At step k, with the cotangent `lambda` of
 the state after it,
@@ -7,38 +7,65 @@ the state after it,
     E[z]     = - c_z <g_z(theta_k), u>                                   for all z in B_k, one number per anchor
     lambda  <- vjp of the update with respect to the state, plus H_k u on the parameters
 
-`H_k u` and every `<g_z, u>` come out of one pass: forward-mode differentiation of the gradient in direction u, with the
-per-sample losses as auxiliary output. Every parameter counts, tied ones included; no hooks, no projection.
+`H_k u` and every `<g_z, u>` come out of one pass (`products.py`); a sample's own step can be taken exactly instead
+(`own_step.py`). Every parameter counts, tied ones included; no hooks, no projection.
 
-R anchors, P parameters, S steps between the window's start and the horizon. Memory: 4 S P numbers for the states, 6 R
-P for cotangents, and R times the activations of one micro-batch. Cost: S forward+backward passes for the states, and
-about 1 + 2 R passes per step for the products.
+R anchors, P parameters. Memory: 6 R P numbers for cotangents, R times the activations of one micro-batch, and the
+states (`states.py`).
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Literal
 
+from curate.embeddings.own_step import before_step, embedding_corrections, exact_values
+from curate.embeddings.products import Hessian, directional_products
 from curate.errors import UserError
-from curate.optimizers.state import TrainingState
 from curate.optimizers.step import update_vjp
+from curate.rng import generator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from curate.optimizers.state import TrainingState
     from curate.task import Batch, Task
     from curate.trajectory.flat import FlatLayout
     from curate.trajectory.replay import State
 
+OwnStep = Literal["exact", "embedding", "linear"]
 
-# What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How one step is differentiated; the defaults of a plain derivative.
+
+    Attributes:
+        own_step: see `own_step.py`.
+        hessian: see `products.py`.
+        hessian_share: share of the step's samples that the Hessian product is taken over (scaled up); drawn by step.
+        rows: whether the step's samples are valued; a step behind the window only passes the cotangent on.
+        curvature: factor of the Hessian product; 0 leaves it out.
+        at_once: anchors in one pass; none: all.
+    """
+
+    own_step: OwnStep = "linear"
+    hessian: Hessian = "exact"
+    hessian_share: float = 1.0
+    rows: bool = True
+    curvature: float = 1.0
+    at_once: int | None = None
 
 
 def adjoint_step(
-    task: Task, layout: FlatLayout, state: State, clip_norm: float | None, cotangent: TrainingState
-) -> tuple[Tensor, TrainingState]:
+    task: Task,
+    layout: FlatLayout,
+    state: State,
+    clip_norm: float | None,
+    cotangent: TrainingState,
+    options: StepOptions,
+) -> tuple[Tensor | None, TrainingState]:
     """One step of the backward recursion.
 
     Args:
@@ -47,93 +74,104 @@ def adjoint_step(
         state: what step k read.
         clip_norm: threshold of the global gradient norm, or None.
         cotangent: `lambda_{k+1}`, (R, P) each.
+        options: how.
 
     Returns:
-        (B_k, R) embeddings of the step's samples in record order.
+        (B_k, R) embeddings of the step's samples in record order, or None where they are not valued.
         `lambda_k`.
 
     Raises:
-        UserError: a number is not finite (names the step).
+        UserError: a number is not finite (names the step and the sample).
     """
     import torch
 
-    before = TrainingState(parameters=state.parameters, momentum=state.momentum, second_moment=state.second_moment)
     groups = layout.groups(state.record.groups)
-    u, pulled = update_vjp(before, state.gradient, state.updates, groups, clip_norm, cotangent)
-    parameters = layout.views(state.parameters)
-    embeddings = []
-    for batch in state.batches:
-        products, curvature = directional_products(task, layout, batch, parameters, u)
-        embeddings.append(-(products * batch.weights).T)
-        pulled.parameters += curvature
-    rows = torch.cat(embeddings)
-    if not (torch.isfinite(rows).all() and torch.isfinite(pulled.parameters).all()):
+    u, pulled = update_vjp(before_step(state), state.gradient, state.updates, groups, clip_norm, cotangent)
+    linear = options.rows and options.own_step != "exact"
+    rows = []
+    for index, batch in enumerate(state.batches):
+        part = _subsample(batch, options.hessian_share, state.record.step, index)
+        if options.curvature:
+            products, curvature = directional_products(
+                task, layout, part, state.parameters, u, options.hessian, options.at_once
+            )
+            pulled.parameters.add_(curvature, alpha=options.curvature)
+        if linear:
+            if not options.curvature or part is not batch:
+                products = sample_slopes(task, layout, batch, state.parameters, u)
+            rows.append(-(products * batch.weights).T)
+    values = torch.cat(rows) if rows else None
+    if values is not None and options.own_step == "embedding":
+        names = embedding_names(task, layout)
+        values += embedding_corrections(task, layout, state, clip_norm, cotangent, names)
+    elif options.rows and options.own_step == "exact":
+        values = exact_values(task, layout, state, clip_norm, cotangent)
+    _check_finite(state, values, pulled)
+    return values, pulled
+
+
+def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
+    """`<g_z, u_r>` (R, B) by forward mode alone, for steps whose Hessian product does not deliver it."""
+    from torch.func import jvp, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def slopes(direction: dict[str, Tensor]) -> Tensor:
+        def losses(values: dict[str, Tensor]) -> Tensor:
+            return task.sample_losses(batch, values)
+
+        tangent: Tensor = jvp(losses, (layout.views(parameters),), (direction,))[1]
+        return tangent
+
+    with sdpa_kernel(SDPBackend.MATH):
+        found: Tensor = vmap(slopes)(layout.views(directions))
+    return found
+
+
+def embedding_names(task: Task, layout: FlatLayout) -> list[str]:
+    """Weights of the model's token embeddings, by their names in the layout.
+
+    Raises:
+        UserError: the model has none.
+    """
+    from torch import nn
+
+    held = {id(module.weight) for module in task.model.modules() if isinstance(module, nn.Embedding)}
+    named = dict(task.model.named_parameters())
+    names = [name for name in layout.names if id(named[name]) in held]
+    if not names:
+        raise UserError("the model has no nn.Embedding; set adjoint.own_step to exact or linear")
+    return names
+
+
+def _subsample(batch: Batch, share: float, step: int, index: int) -> Batch:
+    """A random share of a micro-batch, its weights scaled to stand for all of it."""
+    import torch
+
+    count = max(1, ceil(share * len(batch)))
+    if count == len(batch):
+        return batch
+    chosen = sorted(generator(0, "hessian share", step, index).permutation(len(batch))[:count].tolist())
+    kept = torch.as_tensor(chosen, device=batch.tokens.device)
+    return replace(
+        batch,
+        tokens=batch.tokens[kept],
+        loss_mask=batch.loss_mask[kept],
+        weights=batch.weights[kept] * (len(batch) / count),
+    )
+
+
+def _check_finite(state: State, values: Tensor | None, pulled: TrainingState) -> None:
+    import torch
+
+    if not torch.isfinite(state.gradient).all() or not torch.isfinite(pulled.parameters).all():
         raise UserError(
             f"the adjoint is not finite at step {state.record.step}: training is unstable there (look at its loss and "
             "gradient norm); use a shorter window that starts after it"
         )
-    return rows, pulled
-
-
-def directional_products(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: dict[str, Tensor], directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`<g_z, u_r>` for every sample and `H u_r`, H the Hessian of `sum_z c_z l_z`, in one forward-over-reverse pass.
-
-    Args:
-        task: the model's loss.
-        layout: of the parameter vectors.
-        batch: B samples with weights `c_z`.
-        parameters: where to differentiate, by name.
-        directions: (R, P) u.
-
-    Returns:
-        (R, B) and (R, P).
-    """
-    from torch.func import grad, jvp, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def batch_loss(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        losses = task.sample_losses(batch, values)
-        return (losses * batch.weights).sum(), losses
-
-    def tangents(direction: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        tangent: tuple[dict[str, Tensor], Tensor] = jvp(grad(batch_loss, has_aux=True), (parameters,), (direction,))[1]
-        return tangent
-
-    # Fused attention kernels have no forward-mode derivative; the math kernel has.
-    with sdpa_kernel(SDPBackend.MATH):
-        curvature, products = vmap(tangents)(layout.views(directions))
-    return products, layout.flatten(curvature)
-
-
-def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch) -> None:
-    """Try one product on one sample: a model that cannot be differentiated forward is refused before long work.
-
-    Raises:
-        UserError: an operation has no forward-mode derivative; names the module.
-    """
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    names = {id(module): name for name, module in task.model.named_modules()}
-    entered: list[str] = []
-    handle = register_module_forward_pre_hook(lambda module, _: entered.append(names.get(id(module), "")))
-    first = batch.split(1)[0]
-    flat = layout.flatten(dict(task.model.named_parameters())).detach()
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # torch scripts its own forward-mode formulas on the first product, and warns of it
-            warnings.simplefilter("ignore", FutureWarning)
-            directional_products(task, layout, first, layout.views(flat), flat[None])
-    except (RuntimeError, NotImplementedError) as error:
-        if not any(phrase in str(error) for phrase in _NO_FORWARD_MODE):
-            raise
-        place = next((name for name in reversed(entered) if name), "the model")
+    if values is not None and not torch.isfinite(values).all():
+        position = int((~torch.isfinite(values).all(1)).nonzero()[0])
+        sample = [sample for ids, _ in state.record.micro_batches for sample in ids][position : position + 1]
         raise UserError(
-            f"module {place} has no forward-mode derivative, which adjoint needs ({str(error).splitlines()[0]}); "
-            "switch it to PyTorch's scaled_dot_product_attention or to eager attention (Hugging Face: attn_"
-            "implementation 'sdpa' or 'eager'), or use --estimator dvemb"
-        ) from None
-    finally:
-        handle.remove()
+            f"the value of sample {sample[0] if sample else position} at step {state.record.step} is not finite: its "
+            "loss or gradient overflows there; use a shorter window that starts after the step, or leave the sample out"
+        )

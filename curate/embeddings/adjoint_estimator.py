@@ -1,111 +1,279 @@
-"""`adjoint` as an estimator: replayed states, the recursion of `adjoint.py`, and progress that survives a crash."""
+"""`adjoint` and `anchors` as estimators: anchors, replayed states, the recursion, and progress that survives a crash.
+
+`adjoint` has the target's two halves among its anchors, so that its values are exact; `anchors` has none of the target:
+it serves any target that is seen later, as far as the anchors' gradients express it (`basis.py`).
+
+A finished window leaves an influence checkpoint: the cotangent of the state at its start. A window before it, with the
+same anchors and horizon, continues from there instead of walking back from the horizon again, to the same numbers.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
-from curate.artifacts import replacing
+from curate.artifacts import MANIFEST, read_json, replacing
 from curate.config import Config
-from curate.embeddings.adjoint import adjoint_step, check_forward_mode
-from curate.embeddings.estimator import HALVES, job_target
+from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
+from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
+from curate.embeddings.basis import AnchorBasis, choose_metric, load_basis, save_basis, solve
+from curate.embeddings.estimator import HALVES, Encoded, job_target
+from curate.embeddings.products import Hessian, check_forward_mode
+from curate.embeddings.states import StatePlan, plan_states, states_backward
 from curate.errors import UserError
 from curate.optimizers.state import TrainingState
 from curate.progress import progress
 from curate.target import loss_gradients
-from curate.trajectory.replay import records
+from curate.trajectory.replay import optimizer_state, records
+from curate.trajectory.snapshots import named_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from curate.artifacts import Json
     from curate.embeddings.estimator import WindowJob
 
+_log = logging.getLogger(__name__)
+_INFLUENCE = "influence.safetensors"
+_METRIC_ROWS = 20_000  # rows that the metric of later targets is chosen on
+
 
 class AdjointConfig(Config):
-    """Settings of `adjoint`."""
+    """Settings of `adjoint` and `anchors`."""
 
+    own_step: OwnStep = "exact"
+    """The step that a sample was used in: exact (the update without it; needs per-sample gradients), exact for the rows
+    of token embeddings only (embedding), or linear like all later steps."""
+    hessian: Hessian = "exact"
+    """Curvature of later steps: exact, gauss-newton, or difference (of gradients; for models whose attention has no
+    forward-mode derivative)."""
+    hessian_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of each step's samples that curvature is computed from."""
+    bridge_every: int = Field(default=1, ge=1)
+    """Between the window and a later horizon, take curvature at every n-th step only, n times as strong; 1 is exact."""
+    anchors_per_domain: int = Field(default=0, ge=0)
+    """Anchors from each domain's samples that the run did not train on, and one general anchor of all domains."""
+    samples_per_anchor: int = Field(default=32, ge=1)
+    """Sequences of such an anchor."""
+    anchor_files: tuple[Path, ...] = ()
+    """Document files (JSONL) that more anchors are made of."""
+    anchors_per_file: int = Field(default=4, ge=1)
+    """Anchors from each file."""
+    min_anchor_tokens: int = Field(default=200, ge=1)
+    """Fewest predicted tokens of an anchor from a file."""
+    at_once: int = Field(default=8, ge=1)
+    """Anchors differentiated in one pass; memory grows with it, the cost of each shrinks."""
     memory_bytes: int = 8 * 10**9
-    """Memory for the states of a window (4 numbers per parameter and step)."""
+    """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice."""
+    disk_bytes: int = 50 * 10**9
+    """Disk for checkpoints of the steps that do not fit into memory, and for the influence checkpoint."""
     save_seconds: float = 60.0
     """Time between saves of the progress that an interrupted window continues from."""
 
 
 class AdjointEstimator:
-    """Exact values for the target's two halves as anchors: D = 2, and `t` selects a half."""
+    """Exact first-order values for anchors: D = R.
 
-    name = "adjoint"
+    Args:
+        config: anchors and how they are differentiated.
+        with_target: whether the target's two halves are the first anchors.
+    """
 
-    def __init__(self, config: AdjointConfig) -> None:
-        self.config = config
+    def __init__(self, config: AdjointConfig, *, with_target: bool = True) -> None:
+        self.config, self.with_target = config, with_target
+        self.name = "adjoint" if with_target else "anchors"
+        self._made: dict[tuple[str, str], AnchorSet] = {}
 
     def settings(self, job: WindowJob) -> Json:
-        """The anchors: embeddings serve one target."""
-        return {"anchors": job_target(job, self.name).fingerprint}
+        """The anchors, and how values are computed."""
+        chosen = self.config.model_dump(include={"own_step", "hessian", "hessian_share", "bridge_every"})
+        return {"anchors": self.anchors(job).fingerprint, **chosen}
+
+    def anchors(self, job: WindowJob) -> AnchorSet:
+        """The target's halves where it is one, then those of domains and files.
+
+        Raises:
+            UserError: there are none.
+        """
+        target, run = job.target, job.replay.run
+        key = (run.fingerprint, target.fingerprint if target and self.with_target else "")
+        if key not in self._made:
+            self._made[key] = self._make_anchors(job)
+        return self._made[key]
+
+    def _make_anchors(self, job: WindowJob) -> AnchorSet:
+        config, run = self.config, job.replay.run
+        anchors = AnchorSet(names=[], batches=[])
+        if self.with_target:
+            halves = job_target(job, self.name).halves
+            anchors += AnchorSet(names=["target half a", "target half b"], batches=list(halves))
+        if config.anchors_per_domain:
+            anchors += stream_anchors(run, config.anchors_per_domain, config.samples_per_anchor)
+        for path in config.anchor_files:
+            anchors += document_anchors(path, run.spec, config.anchors_per_file, config.min_anchor_tokens)
+        if len(anchors) < HALVES:
+            raise UserError(
+                "estimator anchors needs anchors: set adjoint.anchors_per_domain (4, say) or adjoint.anchor_files, or "
+                "use --estimator adjoint with a target"
+            )
+        return anchors
 
     def dimension(self, job: WindowJob) -> int:
         """One number per anchor."""
-        return HALVES
+        return len(self.anchors(job))
 
     def cost_units(self, job: WindowJob) -> float:
-        """Replay, then about 1 + 2 R per step, and the target's own gradient."""
-        target = job_target(job, self.name)
+        """Replay, products and own step of each step, and the anchors' own gradients; measured factors."""
+        anchors = self.anchors(job)
         batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
-        return (job.horizon - job.start) * (2 + 2 * HALVES) + sum(len(half) for half in target.halves) / batch
+        plan = self._plan(job, job.horizon)
+        per_anchor = {"exact": 1.6, "gauss-newton": 1.3, "difference": 1.0}[self.config.hessian]
+        once = 0.0 if self.config.hessian == "difference" else 1.6 * -(-len(anchors) // self.config.at_once)
+        curvature = self.config.hessian_share * (per_anchor * len(anchors) + once)
+        own = {"exact": 2.0, "embedding": 2.0, "linear": 0.0}[self.config.own_step]
+        window, bridge = job.stop - job.start, job.horizon - job.stop
+        bridged = bridge / self.config.bridge_every
+        sequences = sum(len(each) for each in anchors.batches)
+        replay = plan.replays * (window + bridge)
+        return replay + (window + bridged) * curvature + window * own + sequences / batch
 
-    def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
-        """Unit vectors: anchor h is half h."""
-        return np.eye(HALVES, dtype=np.float32)
-
-    def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """Push the halves' gradients back from the horizon to the window's start; see `curate.embeddings.adjoint`.
+    def encode(self, job: WindowJob) -> Encoded:
+        """Unit vectors where the target is an anchor; else its coordinates in the anchors' basis, with the residual.
 
         Raises:
-            UserError: the window's states exceed the memory limit, or the model has no forward-mode derivative.
+            UserError: the basis is missing or damaged.
         """
-        replay, layout = job.replay, job.replay.layout
-        self._check_memory(job)
-        replay.load(replay.run.snapshots[0])
-        first = next(records(replay.run, job.start, job.stop))
-        check_forward_mode(replay.task, layout, replay.batches(first)[0])
-        step, cotangent = self._resume(job)
-        states = list(progress(replay.states(job.start, step), total=step - job.start, what="states"))
-        stop_rows = _row_starts(job)
-        saved = monotonic()
-        for state in progress(reversed(states), total=len(states), what="adjoint"):
-            rows, cotangent = adjoint_step(replay.task, layout, state, replay.run.spec.clip_norm, cotangent)
-            if state.record.step < job.stop:
-                start = stop_rows[state.record.step]
-                out[start : start + len(rows)] = rows.float().cpu().numpy()
-            if monotonic() - saved > self.config.save_seconds:
-                out.flush()  # type: ignore[attr-defined]
-                _save_cotangent(job.scratch, state.record.step, cotangent)
-                saved = monotonic()
-        return {"anchors": HALVES}
-
-    def _check_memory(self, job: WindowJob) -> None:
-        per_step = 4 * job.replay.layout.size * 4
-        steps = job.horizon - job.start
-        if steps * per_step > self.config.memory_bytes:
-            raise UserError(
-                f"the states of {steps} steps need {steps * per_step:,} bytes, "
-                f"adjoint.memory_bytes is {self.config.memory_bytes:,}: "
-                f"{self.config.memory_bytes // per_step} steps fit; raise it, or value a part with --window_steps"
-            )
-
-    def _resume(self, job: WindowJob) -> tuple[int, TrainingState]:
-        """The step whose state the cotangent belongs to, and the cotangent."""
-        saved = _load_cotangent(job.scratch, job.replay.device)
-        if saved is not None:
-            return saved
+        r = self.dimension(job)
+        if self.with_target:
+            return Encoded(vectors=np.eye(HALVES, r, dtype=np.float32))
         job.replay.horizon_model(job.horizon)
         halves = job_target(job, self.name).halves
-        flat = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
-        return job.horizon, TrainingState.zeros(flat)
+        gradients = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
+        chosen = read_json(job.folder / MANIFEST)["solver"]
+        solution = solve(load_basis(job.folder), gradients, chosen["metric"], chosen["ridge"])
+        residual = float(solution.residuals.max())
+        _log.info(
+            "the anchors leave %.0f %% of the target's gradient unexplained (relative residual, %s metric)",
+            100 * residual, chosen["metric"],
+        )  # fmt: skip
+        return Encoded(vectors=solution.coordinates, residual=residual)
+
+    def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
+        """Push the anchors' gradients back from the horizon to the window's start; see `curate.embeddings.adjoint`.
+
+        Raises:
+            UserError: memory or disk limits are too small, or the model has no forward-mode derivative.
+        """
+        replay = job.replay
+        if self.config.hessian != "difference":
+            replay.load(replay.run.snapshots[0])
+            first = next(records(replay.run, job.start, job.stop))
+            check_forward_mode(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
+        self._save_basis(job)
+        step, cotangent = self._begin(job)
+        plan = self._plan(job, step)
+        starts = _row_starts(job)
+        saved = monotonic()
+        states = states_backward(replay, plan, job.scratch / "states")
+        for state in progress(states, total=step - job.start, what="adjoint"):
+            at = state.record.step
+            rows, cotangent = adjoint_step(
+                replay.task, replay.layout, state, replay.run.spec.clip_norm, cotangent, self._options(job, at)
+            )
+            if rows is not None:
+                out[starts[at] : starts[at] + len(rows)] = rows.float().cpu().numpy()
+            if monotonic() - saved > self.config.save_seconds:
+                out.flush()  # type: ignore[attr-defined]
+                _save_cotangent(job.scratch / "cotangent.safetensors", at, cotangent)
+                saved = monotonic()
+        if 3 * cotangent.parameters.nbytes <= self.config.disk_bytes:
+            _save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
+        return {"anchors": self.anchors(job).names, "solver": self._choose_solver(job, out)}
+
+    def _options(self, job: WindowJob, step: int) -> StepOptions:
+        valued, every = step < job.stop, self.config.bridge_every
+        curvature = 1.0 if valued else float(every if (step - job.stop) % every == 0 else 0)
+        return StepOptions(
+            own_step=self.config.own_step, hessian=self.config.hessian, hessian_share=self.config.hessian_share,
+            rows=valued, curvature=curvature, at_once=self.config.at_once,
+        )  # fmt: skip
+
+    def _plan(self, job: WindowJob, stop: int) -> StatePlan:
+        return plan_states(job.replay.layout.size, job.start, stop, self.config.memory_bytes, self.config.disk_bytes)
+
+    def _begin(self, job: WindowJob) -> tuple[int, TrainingState]:
+        """The step whose state the cotangent belongs to, and the cotangent."""
+        saved = _load_cotangent(job.scratch / "cotangent.safetensors", job.replay.device)
+        if saved is not None:
+            return saved
+        later = self._later_window(job)
+        if later is not None:
+            found = _load_cotangent(later / _INFLUENCE, job.replay.device)
+            if found is not None:
+                _log.info("continuing from the influence checkpoint at step %d of %s", found[0], later.name)
+                return found
+        job.replay.horizon_model(job.horizon)
+        gradients = anchor_gradients(job.replay.task, job.replay.layout, self.anchors(job), job.batch_size)
+        return job.horizon, TrainingState.zeros(gradients)
+
+    def _later_window(self, job: WindowJob) -> Path | None:
+        """The embedding with the same settings whose window starts soonest after this one's end."""
+        if self.config.bridge_every > 1:
+            return None
+        wanted = {"run": job.replay.run.fingerprint, "horizon": job.horizon, "estimator": self.name}
+        wanted |= dict(self.settings(job))
+        found = {}
+        for path in sorted(job.folder.parent.glob(f"*/{MANIFEST}")):
+            settings = read_json(path)["settings"]
+            start = settings.pop("window")[0]
+            if settings == wanted and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
+                found[start] = path.parent
+        return found[min(found)] if found else None
+
+    def _save_basis(self, job: WindowJob) -> None:
+        """The anchors' gradients at the horizon, for targets that are seen later."""
+        if self.with_target and not self.config.anchors_per_domain and not self.config.anchor_files:
+            return
+        optimizers = job.replay.horizon_optimizers(job.horizon)
+        anchors = self.anchors(job)
+        gradients = anchor_gradients(job.replay.task, job.replay.layout, anchors, job.batch_size)
+        save_basis(
+            job.folder,
+            AnchorBasis(names=anchors.names, gradients=gradients, diagonal=optimizer_metric(job, optimizers)),
+        )
+
+    def _choose_solver(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any] | None:
+        if self.with_target and not self.config.anchors_per_domain and not self.config.anchor_files:
+            return None
+        every = -(-len(out) // _METRIC_ROWS)
+        choice = choose_metric(load_basis(job.folder), np.asarray(out[::every]))
+        return {"metric": choice.metric, "ridge": choice.ridge, "held_out_spearman": choice.scores}
+
+
+def optimizer_metric(job: WindowJob, optimizers: Sequence[Optimizer]) -> Tensor | None:
+    """`D = 1 / (sqrt(v_hat) + eps)` (P,) at the horizon, 0 where v is 0; None where a group has no second moment."""
+    import torch
+
+    last = next(records(job.replay.run, job.horizon - 1, job.horizon))
+    named, kept, parts = named_parameters(job.replay.model), optimizer_state(optimizers), {}
+    for group, settings in zip(job.replay.run.spec.groups, last.groups, strict=True):
+        if settings.optimizer not in ("AdamW", "Adam"):
+            return None
+        for name in group:
+            buffers = kept.get(named[name], {})
+            moment = buffers.get("exp_avg_sq", torch.zeros_like(named[name]))
+            root = (moment / (1 - settings.beta2 ** max(int(buffers.get("step", 1)), 1))).sqrt()
+            parts[name] = torch.where(moment > 0, 1 / (root + settings.eps), torch.zeros_like(root)).detach()
+    return job.replay.layout.flatten(parts)
 
 
 def _row_starts(job: WindowJob) -> dict[int, int]:
@@ -115,17 +283,16 @@ def _row_starts(job: WindowJob) -> dict[int, int]:
     return {record.step: start for record, start in zip(step_records, starts, strict=False)}
 
 
-def _save_cotangent(folder: Path, step: int, cotangent: TrainingState) -> None:
+def _save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
     from safetensors.torch import save_file
 
-    with replacing(folder / "cotangent.safetensors") as part:
+    with replacing(path) as part:
         save_file({key: value.contiguous() for key, value in vars(cotangent).items()}, str(part), {"step": str(step)})
 
 
-def _load_cotangent(folder: Path, device: Any) -> tuple[int, TrainingState] | None:
+def _load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
     from safetensors import safe_open
 
-    path = folder / "cotangent.safetensors"
     if not path.exists():
         return None
     with safe_open(str(path), framework="pt", device=str(device)) as file:

@@ -14,7 +14,7 @@ import numpy as np
 from curate.artifacts import read_json, write_json
 from curate.config import Config
 from curate.embeddings.dvemb import recursion
-from curate.embeddings.estimator import HALVES, job_target
+from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.errors import UserError
 from curate.progress import progress
 from curate.trajectory.replay import records
@@ -87,7 +87,7 @@ class DvembEstimator:
         )
         return {"layers": capture.layers, "gradient_bytes": sum(array.nbytes for array in stored.values())}
 
-    def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
+    def encode(self, job: WindowJob) -> Encoded:
         """Projected gradient of each half at the horizon."""
         import torch
 
@@ -102,7 +102,7 @@ class DvembEstimator:
                     (job.replay.task.sample_losses(moved) * moved.weights).sum().backward()
                     vectors[half] += torch.einsum("bd,b->d", capture.take(moved.weights), moved.weights).cpu().numpy()
         job.replay.model.zero_grad(set_to_none=True)
-        return vectors
+        return Encoded(vectors=vectors)
 
     def _plain_capture(self, job: WindowJob, *, keep: bool = False) -> GradientCapture:
         from curate.gradients.capture import GradientCapture

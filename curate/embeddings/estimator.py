@@ -36,7 +36,7 @@ class WindowJob:
         horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
         target: the target to serve, or None where the estimator needs none.
         batch_size: samples per pass where the estimator chooses (targets).
-        scratch: folder for progress that an interrupted job continues from; deleted when the job is done.
+        folder: where the embeddings lie; an estimator may keep files of its own there.
     """
 
     replay: Replay
@@ -45,7 +45,26 @@ class WindowJob:
     horizon: int
     target: Target | None
     batch_size: int
-    scratch: Path
+    folder: Path
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for progress that an interrupted job continues from; deleted when the job is done."""
+        return self.folder / "scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A target in the coordinates of a window's embeddings.
+
+    Attributes:
+        vectors: (2, D) float32, t of each half of the target.
+        residual: relative residual of the target's gradient where it was solved into coordinates, the larger of its
+            halves'; None where the coordinates are exact, or the estimator knows no such measure.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    residual: float | None = None
 
 
 class Estimator(Protocol):
@@ -67,8 +86,8 @@ class Estimator(Protocol):
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
         """Fill `out` (N, D), rows in the order of `window_rows`; returns facts for the manifest."""
 
-    def encode(self, job: WindowJob) -> npt.NDArray[np.float32]:
-        """One vector t for each half of the job's target: (2, D)."""
+    def encode(self, job: WindowJob) -> Encoded:
+        """The job's target; called when the embeddings are complete."""
 
 
 def job_target(job: WindowJob, estimator: str) -> Target:

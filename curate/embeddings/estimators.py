@@ -11,16 +11,18 @@ from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 if TYPE_CHECKING:
     from curate.embeddings.estimator import Estimator
 
-__all__ = ["AdjointConfig", "DvembAdamConfig", "DvembConfig", "make_estimator"]
+__all__ = ["AdjointConfig", "DvembAdamConfig", "DvembConfig", "EstimatorName", "make_estimator"]
+
+EstimatorName = Literal["adjoint", "anchors", "dvemb", "dvemb-adam"]
 
 
 def make_estimator(
-    name: Literal["adjoint", "dvemb", "dvemb-adam"],
+    name: EstimatorName,
     adjoint: AdjointConfig,
     dvemb: DvembConfig,
     dvemb_adam: DvembAdamConfig,
 ) -> Estimator:
     """The estimator of that name."""
-    if name == "adjoint":
-        return AdjointEstimator(adjoint)
+    if name in ("adjoint", "anchors"):
+        return AdjointEstimator(adjoint, with_target=name == "adjoint")
     return DvembEstimator(dvemb) if name == "dvemb" else DvembAdamEstimator(dvemb_adam)

@@ -1,4 +1,4 @@
-"""Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npy`, a manifest.
+"""Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npz`, a manifest.
 
 A folder is named after its settings, so other settings never overwrite it; progress of an interrupted job lies in
 `scratch/` inside and the same call continues it.
@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal, write_json
-from curate.embeddings.estimator import WindowJob
+from curate.embeddings.estimator import Encoded, WindowJob
 from curate.trajectory.samples import window_rows
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Embedding:
         vectors: (N, D) float32, memory-mapped.
         rows: N rows, see `curate.trajectory.samples.window_rows`.
         targets: (2, D), the vector t of each half of the target, or None without a target.
+        residual: see `Encoded`.
         seconds: time it took to make.
         cost_units: the same in forward+backward passes of a training batch, measured in that job.
     """
@@ -47,6 +48,7 @@ class Embedding:
     vectors: npt.NDArray[np.float32]
     rows: pl.DataFrame
     targets: npt.NDArray[np.float32] | None
+    residual: float | None
     seconds: float
     cost_units: float
 
@@ -69,7 +71,7 @@ def plan_job(
     start = start if window_steps is None else max(start, stop - window_steps)
     end = stop if horizon == "window_end" else replay.run.spec.steps
     return WindowJob(
-        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, scratch=Path()
+        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, folder=Path()
     )
 
 
@@ -93,7 +95,7 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
         UserError: what the estimator or the replay refuses.
     """
     folder, settings = embedding_folder(job, window, horizon, estimator)
-    job = replace(job, scratch=folder / "scratch")
+    job = replace(job, folder=folder)
     if not is_complete(folder, settings):
         job.scratch.mkdir(parents=True, exist_ok=True)
         begin = perf_counter()
@@ -113,22 +115,28 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
 
 def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
     timings = read_json(folder / "timings.json")
-    targets = None
-    if job.target is not None:
-        path = folder / f"target-{job.target.fingerprint}.npy"
-        if not path.exists():
-            encoded = estimator.encode(job)
-            with replacing(path) as part, part.open("wb") as file:
-                np.save(file, encoded)
-        targets = np.load(path)
+    encoded = None if job.target is None else _encode(folder / f"target-{job.target.fingerprint}.npz", job, estimator)
     return Embedding(
         folder=folder,
         vectors=np.load(folder / "embeddings.npy", mmap_mode="r"),
         rows=pl.read_parquet(folder / "rows.parquet"),
-        targets=targets,
+        targets=None if encoded is None else encoded.vectors,
+        residual=None if encoded is None else encoded.residual,
         seconds=timings["seconds"],
         cost_units=timings["cost_units"],
     )
+
+
+def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
+    """The target's vectors, made once."""
+    if not path.exists():
+        encoded = estimator.encode(job)
+        residual = np.nan if encoded.residual is None else encoded.residual
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, vectors=encoded.vectors, residual=np.float64(residual))
+    with np.load(path) as stored:
+        residual = float(stored["residual"])
+        return Encoded(vectors=stored["vectors"], residual=None if np.isnan(residual) else residual)
 
 
 def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:

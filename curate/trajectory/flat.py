@@ -60,3 +60,12 @@ class FlatLayout:
         return {
             name: part.view(*flat.shape[:-1], *self.shapes[name]) for name, part in zip(self.names, parts, strict=True)
         }
+
+    def columns(self, names: Sequence[str]) -> Tensor:
+        """Mask (P,) of the places of some parameters."""
+        import torch
+
+        chosen = set(names)
+        return torch.cat(
+            [torch.full((size,), name in chosen) for name, size in zip(self.names, self._sizes, strict=True)]
+        )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -166,26 +167,36 @@ class Replay:
         ]
 
     def steps(
-        self, start: int, stop: int, after_backward: Callable[[Tensor], Any] | None = None
+        self,
+        start: int,
+        stop: int,
+        after_backward: Callable[[Tensor], Any] | None = None,
+        checkpoint: Path | None = None,
     ) -> Iterator[ReplayedStep]:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
         Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
+        Snapshots on the way are loaded, so that rounding differences (other hardware, other thread counts) do not grow
+        over a long replay.
 
         Args:
             start: first step.
             stop: step after the last.
             after_backward: called with the weights (B,) after each micro-batch's backward pass.
+            checkpoint: state before `start` as `save_state` wrote it, to start from instead of a snapshot.
 
         Raises:
             UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
         """
         from torch.nn.utils import get_total_norm
 
-        first = self.run.snapshot_before(start)
-        optimizers = self.restore(first)
+        first = self.run.snapshot_before(start) if checkpoint is None else start
+        optimizers = self.restore(first, checkpoint)
+        snapshots = {step for step in self.run.snapshots if step > first}
         trainable = list(named_parameters(self.model).values())
         for record in records(self.run, first, stop):
+            if record.step in snapshots:
+                load_state(self.run.snapshot(record.step), self.model, optimizers)
             batches = self.batches(record)
             begin = perf_counter()
             loss, captured = self.backward(batches, optimizers, after_backward)
@@ -196,10 +207,10 @@ class Replay:
                 yield ReplayedStep(record=record, batches=batches, captured=captured, optimizers=optimizers)
             self.update(record, optimizers)
 
-    def states(self, start: int, stop: int) -> Iterator[State]:
+    def states(self, start: int, stop: int, checkpoint: Path | None = None) -> Iterator[State]:
         """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
         parameters = named_parameters(self.model)
-        for replayed in self.steps(start, stop):
+        for replayed in self.steps(start, stop, checkpoint=checkpoint):
             zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
             kept = optimizer_state(replayed.optimizers)
             buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
@@ -219,8 +230,8 @@ class Replay:
                 ],
             )
 
-    def restore(self, step: int) -> list[torch.optim.Optimizer]:
-        """Put the model into its state before `step`, which must have a snapshot; returns optimizers in theirs.
+    def restore(self, step: int, checkpoint: Path | None = None) -> list[torch.optim.Optimizer]:
+        """Put the model into its state before `step` (a snapshot, or a checkpoint); returns optimizers in theirs.
 
         Hyper-parameters are set by `update`. Two optimizers of one class become one: their groups stay apart.
         """
@@ -232,7 +243,7 @@ class Replay:
             getattr(torch.optim, name)([{"params": [parameters[one] for one in group]} for _, group in groups], lr=0.0)
             for name, groups in groupby(named, key=itemgetter(0))
         ]
-        load_state(self.run.snapshot(step), self.model, optimizers)
+        load_state(checkpoint or self.run.snapshot(step), self.model, optimizers)
         return optimizers
 
     def checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from curate.embeddings.adjoint import adjoint_step, check_forward_mode, directional_products
+from curate.embeddings.adjoint import StepOptions, adjoint_step, sample_slopes
+from curate.embeddings.own_step import embedding_corrections, exact_values
+from curate.embeddings.products import check_forward_mode, directional_products
 from curate.errors import UserError
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import TrainingState
@@ -85,14 +87,31 @@ class Problem:
             state = update_state(state, gradient, updates, self.layout.groups(done.groups), self.clip_norm)
         return state.parameters, states
 
-    def embeddings(self, states: list[State], final: torch.Tensor) -> list[torch.Tensor]:
+    def cotangents(self, states: list[State], final: torch.Tensor, **options) -> list[tuple]:
+        """Rows of each step, and the cotangent of the state after it."""
         anchors = torch.stack([self.gradient([target], final) for target in self.targets])
         cotangent = TrainingState.zeros(anchors)
-        rows = []
+        found = []
         for state in reversed(states):
-            embedded, cotangent = adjoint_step(self.task, self.layout, state, self.clip_norm, cotangent)
-            rows.append(embedded)
-        return rows[::-1]
+            after = cotangent
+            rows, cotangent = adjoint_step(
+                self.task, self.layout, state, self.clip_norm, cotangent, StepOptions(**options)
+            )
+            found.append((rows, after))
+        return found[::-1]
+
+    def embeddings(self, states: list[State], final: torch.Tensor, **options) -> list[torch.Tensor]:
+        return [rows for rows, _ in self.cotangents(states, final, **options)]
+
+    def resume(self, state: TrainingState, step: int) -> torch.Tensor:
+        """Parameters at the end of training that goes on from a state before `step`."""
+        for later in range(step, STEPS):
+            done = record(later, self.optimizer)
+            gradient = self.gradient(self.batches[later], state.parameters)
+            state = update_state(
+                state, gradient, [later] * len(done.groups), self.layout.groups(done.groups), self.clip_norm
+            )
+        return state.parameters
 
     def scaled(self, step: int, part: int, sample: int, factor: float) -> list[list[Batch]]:
         """The batches with one sample's weight multiplied."""
@@ -137,26 +156,129 @@ def check_against_finite_differences(problem: Problem) -> None:
 def test_products_equal_a_plain_loop_over_samples():
     problem = Problem(None)
     batch, directions = problem.batches[0][0], torch.randn(3, problem.layout.size, dtype=torch.float64)
-    products, curvature = directional_products(
-        problem.task, problem.layout, batch, problem.layout.views(problem.start), directions
-    )
+    products, curvature = directional_products(problem.task, problem.layout, batch, problem.start, directions)
     for z in range(BATCH):
         alone = dataclasses.replace(batch.split(1)[z], weights=torch.ones(1, dtype=torch.float64))
         torch.testing.assert_close(products[:, z], directions @ problem.gradient([alone], problem.start))
     hessian = torch.func.jacfwd(lambda flat: problem.gradient([batch], flat))(problem.start)
     torch.testing.assert_close(curvature, directions @ hessian.T)
 
+    slopes = sample_slopes(problem.task, problem.layout, batch, problem.start, directions)
+    torch.testing.assert_close(slopes, products)
 
-def test_values_do_not_depend_on_micro_batches():
+
+def test_gauss_newton_equals_its_dense_definition():
+    problem = Problem(None)
+    batch = problem.batches[0][0].split(2)[0]
+    directions = torch.randn(3, problem.layout.size, dtype=torch.float64)
+    arguments = problem.task, problem.layout, batch, problem.start, directions
+    products, curvature = directional_products(*arguments, "gauss-newton")
+    torch.testing.assert_close(products, directional_products(*arguments)[0])
+
+    def logits(flat):
+        return problem.task.logits(batch, problem.layout.views(flat))
+
+    jacobian = torch.func.jacfwd(logits)(problem.start).flatten(0, 2)
+
+    def loss(values):
+        return (problem.task.losses_of(values, batch) * batch.weights).sum()
+
+    outer = torch.func.hessian(loss)(logits(problem.start)).reshape(len(jacobian), len(jacobian))
+    torch.testing.assert_close(curvature, directions @ jacobian.T @ outer @ jacobian)
+
+
+def test_differences_of_gradients_approach_the_exact_product():
+    problem = Problem(None)
+    arguments = problem.task, problem.layout, problem.batches[0][0], problem.start
+    directions = torch.randn(2, problem.layout.size, dtype=torch.float64)
+    for found, exact in zip(
+        directional_products(*arguments, directions, "difference"), directional_products(*arguments, directions),
+        strict=True,
+    ):  # fmt: skip
+        assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton", "difference"])
+def test_products_do_not_depend_on_how_many_directions_go_at_once(hessian):
+    problem = Problem(None)
+    arguments = problem.task, problem.layout, problem.batches[0][0], problem.start
+    directions = torch.randn(5, problem.layout.size, dtype=torch.float64)
+    for found, whole in zip(
+        directional_products(*arguments, directions, hessian, 2), directional_products(*arguments, directions, hessian),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(found, whole)
+
+
+@pytest.mark.parametrize("clip_norm", [0.3, None])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_exact_own_step_is_the_first_order_effect_of_the_changed_state(optimizer, clip_norm):
+    """d/dt l_q of training that goes on from s_{k+1} + t (f(s_k, ghat - c_z g_z) - s_{k+1}), at t = 0."""
+    problem = Problem(clip_norm, optimizer=optimizer)
+    final, states = problem.train(problem.batches)
+    rows = problem.embeddings(states, final, own_step="exact")
+    for step, part, sample in [(0, 0, 1), (2, 1, 2), (4, 0, 3)]:
+        state, done = states[step], record(step, optimizer)
+        start = TrainingState(parameters=state.parameters, momentum=state.momentum, second_moment=state.second_moment)
+        arguments = [step] * len(done.groups), problem.layout.groups(done.groups), problem.clip_norm
+        without = problem.gradient(problem.scaled(step, part, sample, 0.0)[step], state.parameters)
+        real, changed = (update_state(start, g, *arguments) for g in (state.gradient, without))
+
+        def moved(t, real=real, changed=changed, step=step):
+            between = {key: value + t * (vars(changed)[key] - value) for key, value in vars(real).items()}
+            return problem.resume(TrainingState(**between), step + 1)
+
+        for anchor, target in enumerate(problem.targets):
+            slope = (problem.loss([target], moved(1e-5)) - problem.loss([target], moved(-1e-5))) / 2e-5
+            found = rows[step][part * BATCH + sample, anchor]
+            assert float(found) == pytest.approx(float(slope), rel=2e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("clip_norm", [0.3, None])
+def test_correcting_every_parameter_makes_the_own_step_exact_but_for_the_clip(clip_norm):
+    problem = Problem(clip_norm)
+    final, states = problem.train(problem.batches)
+    for state, (linear, after) in zip(states, problem.cotangents(states, final), strict=True):
+        arguments = problem.task, problem.layout, state, clip_norm, after
+        corrected = linear + embedding_corrections(*arguments, problem.layout.names)
+        if clip_norm is None:
+            torch.testing.assert_close(corrected, exact_values(*arguments))
+        embedding = problem.embeddings([state], final, own_step="embedding")[0]
+        assert embedding.shape == linear.shape
+
+
+def test_a_step_behind_the_window_passes_the_same_cotangent_on():
     problem = Problem(0.3)
     final, states = problem.train(problem.batches)
-    whole = problem.embeddings(states, final)
+    for own_step in ("exact", "embedding"):
+        for (_, one), (rows, other) in zip(
+            problem.cotangents(states, final), problem.cotangents(states, final, rows=False, own_step=own_step),
+            strict=True,
+        ):  # fmt: skip
+            assert rows is None
+            for key, value in vars(one).items():
+                torch.testing.assert_close(value, vars(other)[key])
+
+
+@pytest.mark.parametrize("own_step", ["linear", "exact", "embedding"])
+def test_values_do_not_depend_on_micro_batches(own_step):
+    problem = Problem(0.3)
+    final, states = problem.train(problem.batches)
+    whole = problem.embeddings(states, final, own_step=own_step)
     parts = [
         dataclasses.replace(state, batches=[one for batch in state.batches for one in batch.split(1)])
         for state in states
     ]
-    for one, other in zip(whole, problem.embeddings(parts, final), strict=True):
+    for one, other in zip(whole, problem.embeddings(parts, final, own_step=own_step), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_share_of_the_samples_estimates_curvature_and_leaves_slopes_exact():
+    problem = Problem(None)
+    final, states = problem.train(problem.batches)
+    whole, half = (problem.embeddings(states, final, hessian_share=share) for share in (1.0, 0.5))
+    torch.testing.assert_close(whole[-1], half[-1])
+    assert not torch.allclose(whole[0], half[0])
 
 
 class Opaque(torch.autograd.Function):
@@ -174,8 +296,8 @@ class Opaque(torch.autograd.Function):
 def test_a_model_without_forward_mode_is_refused_by_name():
     problem = Problem(None)
     problem.task.model.mix.register_forward_hook(lambda _module, _inputs, output: Opaque.apply(output))
-    with pytest.raises(UserError, match=r"module mix has no forward-mode derivative.*dvemb"):
-        check_forward_mode(problem.task, problem.layout, problem.batches[0][0])
+    with pytest.raises(UserError, match=r"module mix has no forward-mode derivative.*hessian difference"):
+        check_forward_mode(problem.task, problem.layout, problem.batches[0][0], "exact")
 
 
 def test_a_diverged_step_is_named():

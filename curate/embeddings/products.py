@@ -1,0 +1,170 @@
+"""Products with the Hessian of a batch's loss, and every sample's slope along the same directions.
+
+For directions u (R, P) at parameters theta, with `L = sum_z c_z l_z`:
+
+    products   <g_z, u_r>   (R, B)        curvature   H u_r   (R, P)
+
+Three ways. `exact` differentiates the gradient forward in direction u (forward over reverse, Pearlmutter 1994): the
+tangent of the gradient is H u, that of each loss is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the
+Jacobian of the logits and H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite, no tangents
+in the backward pass. `difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so
+it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|.
+
+Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, and R (the gradient at theta
+is known).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+from curate.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curate.task import Batch, Task
+    from curate.trajectory.flat import FlatLayout
+
+Hessian = Literal["exact", "gauss-newton", "difference"]
+STEP = 1e-3
+# What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
+
+
+def directional_products(
+    task: Task,
+    layout: FlatLayout,
+    batch: Batch,
+    parameters: Tensor,
+    directions: Tensor,
+    hessian: Hessian = "exact",
+    at_once: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`<g_z, u_r>` for every sample, and `H u_r`.
+
+    Args:
+        task: the model's loss.
+        layout: of the parameter vectors.
+        batch: B samples with weights `c_z`.
+        parameters: (P,) where to differentiate.
+        directions: (R, P) u.
+        hessian: how.
+        at_once: directions in one pass (memory: as many times the activations); none: all.
+
+    Returns:
+        (R, B) and (R, P).
+    """
+    import torch
+
+    way = {"exact": _exact, "gauss-newton": _gauss_newton, "difference": _difference}[hessian]
+    parts = [way(task, layout, batch, parameters, part) for part in directions.split(at_once or len(directions))]
+    return torch.cat([products for products, _ in parts]), torch.cat([curvature for _, curvature in parts])
+
+
+def _exact(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    from torch.func import grad, jvp, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def batch_loss(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        losses = task.sample_losses(batch, values)
+        return (losses * batch.weights).sum(), losses
+
+    def tangents(direction: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        point = layout.views(parameters)
+        tangent: tuple[dict[str, Tensor], Tensor] = jvp(grad(batch_loss, has_aux=True), (point,), (direction,))[1]
+        return tangent
+
+    # Fused attention kernels have no forward-mode derivative; the math kernel has.
+    with sdpa_kernel(SDPBackend.MATH):
+        curvature, products = vmap(tangents)(layout.views(directions))
+    return products, layout.flatten(curvature)
+
+
+def _gauss_newton(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    import torch
+    from torch.func import jvp, vjp, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def logits_of(values: dict[str, Tensor]) -> Tensor:
+        return task.logits(batch, values)
+
+    point = layout.views(parameters)
+    mask = batch.loss_mask[:, 1:].to(parameters.dtype)
+    token_weights = mask * (batch.weights / mask.sum(1).clamp(min=1))[:, None]  # (B, T-1)
+    with sdpa_kernel(SDPBackend.MATH):
+        logits, pull = vjp(logits_of, point)[:2]
+        probabilities = torch.softmax(logits.detach(), -1)
+        residual = probabilities - torch.nn.functional.one_hot(batch.tokens[:, 1:], logits.shape[-1])
+
+        def product(direction: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            tangent: Tensor = jvp(logits_of, (point,), (direction,))[1]
+            slopes = ((residual * tangent).sum(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)
+            # H_out t = p (t - <p, t>) for each token
+            spread = probabilities * (tangent - (probabilities * tangent).sum(-1, keepdim=True))
+            (curvature,) = pull(spread * token_weights[..., None])
+            return slopes, curvature
+
+        products, curvature = vmap(product)(layout.views(directions))
+    return products, layout.flatten(curvature)
+
+
+def _difference(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    losses, gradient = _losses_and_gradient(task, layout, batch, parameters)
+    scale = float(parameters.norm()) * STEP
+    products, curvature = [], []
+    for direction in directions:
+        length = float(direction.norm())
+        h = scale / length if length else 1.0
+        moved_losses, moved = _losses_and_gradient(task, layout, batch, parameters + h * direction)
+        products.append((moved_losses - losses) / h)
+        curvature.append((moved - gradient) / h)
+    return torch.stack(products), torch.stack(curvature)
+
+
+def _losses_and_gradient(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    point = layout.views(parameters.detach().clone().requires_grad_())
+    losses = task.sample_losses(batch, point)
+    gradients = torch.autograd.grad((losses * batch.weights).sum(), list(point.values()), materialize_grads=True)
+    return losses.detach(), layout.flatten(dict(zip(point, gradients, strict=True)))
+
+
+def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessian) -> None:
+    """Try one product on one sample: a model that cannot be differentiated forward is refused before long work.
+
+    Raises:
+        UserError: an operation has no forward-mode derivative; names the module.
+    """
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    names = {id(module): name for name, module in task.model.named_modules()}
+    entered: list[str] = []
+    handle = register_module_forward_pre_hook(lambda module, _: entered.append(names.get(id(module), "")))
+    flat = layout.flatten(dict(task.model.named_parameters())).detach()
+    try:
+        with warnings.catch_warnings():
+            # torch scripts its own forward-mode formulas on the first product, and warns of it
+            warnings.simplefilter("ignore", FutureWarning)
+            directional_products(task, layout, batch.split(1)[0], flat, flat[None], hessian)
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(phrase in str(error) for phrase in _NO_FORWARD_MODE):
+            raise
+        place = next((name for name in reversed(entered) if name), "the model")
+        raise UserError(
+            f"module {place} has no forward-mode derivative, which adjoint.hessian {hessian} needs "
+            f"({str(error).splitlines()[0]}); switch it to PyTorch's scaled_dot_product_attention or to eager "
+            "attention (Hugging Face: attn_implementation 'sdpa' or 'eager'), or set adjoint.hessian difference"
+        ) from None
+    finally:
+        handle.remove()

@@ -1,0 +1,111 @@
+"""The states of a range of steps, last first, within a memory limit: replay with checkpoints on disk.
+
+A pass backward needs the states in the reverse of the order that replay makes them in. Where they all fit they are
+kept. Where not, one replay leaves a checkpoint (3 P numbers) before each segment of as many steps as fit, and each
+segment is replayed once more from there: two replays altogether, `steps / segment` checkpoints. A segment of
+sqrt(steps) balances memory against disk; a longer one needs less disk [Griewank 1992].
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from curate.errors import UserError
+from curate.progress import progress
+from curate.trajectory.snapshots import save_state
+
+if TYPE_CHECKING:
+    from curate.trajectory.replay import Replay, State
+
+_STATE_NUMBERS, _CHECKPOINT_NUMBERS = 4, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatePlan:
+    """How the states of steps `start` to `stop - 1` are held.
+
+    Attributes:
+        starts: first step of each segment, ascending; each but the first needs a checkpoint.
+        stop: step after the last.
+        segment_bytes: memory of the longest segment.
+        disk_bytes: of all checkpoints.
+    """
+
+    starts: list[int]
+    stop: int
+    segment_bytes: int
+    disk_bytes: int
+
+    @property
+    def replays(self) -> int:
+        """Times that a step is replayed."""
+        return 2 if len(self.starts) > 1 else 1
+
+
+def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_bytes: int) -> StatePlan:
+    """Segments that fit into memory, their checkpoints onto disk.
+
+    Args:
+        parameters: P.
+        start: first step.
+        stop: step after the last.
+        memory_bytes: for the states of one segment.
+        disk_bytes: for all checkpoints.
+
+    Raises:
+        UserError: not even one state fits into memory, or the checkpoints do not fit onto disk; says what would.
+    """
+    state, checkpoint = 4 * _STATE_NUMBERS * parameters, 4 * _CHECKPOINT_NUMBERS * parameters
+    length = min(memory_bytes // state, stop - start)
+    if length < 1 and stop > start:
+        raise UserError(
+            f"adjoint.memory_bytes is {memory_bytes:,}; the state of one step is {state:,} bytes: set it to that at "
+            "least, better to that of many steps"
+        )
+    starts = list(range(start, stop, max(length, 1)))
+    needed = max(len(starts) - 1, 0) * checkpoint
+    if needed > disk_bytes:
+        fitting = -(-(stop - start) // (disk_bytes // checkpoint + 1)) * state
+        raise UserError(
+            f"{stop - start} steps in segments of {length} need {len(starts) - 1} checkpoints of {checkpoint:,} bytes, "
+            f"adjoint.disk_bytes is {disk_bytes:,}: set it to {needed}, or adjoint.memory_bytes to {fitting}"
+        )
+    return StatePlan(starts=starts, stop=stop, segment_bytes=length * state, disk_bytes=needed)
+
+
+def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[State]:
+    """The states of a plan, last step first.
+
+    Args:
+        replay: of the run.
+        plan: segments.
+        scratch: folder for checkpoints; those that an interrupted call left there are used. It is deleted at the end.
+    """
+    borders = [*plan.starts, plan.stop]
+    _write_checkpoints(replay, plan, scratch)
+    for first, stop in reversed(list(pairwise(borders))):
+        path = _checkpoint(scratch, first)
+        states = list(replay.states(first, stop, path if path.exists() else None))
+        while states:
+            yield states.pop()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_checkpoints(replay: Replay, plan: StatePlan, scratch: Path) -> None:
+    """Replay once up to the last segment, leaving a checkpoint at the start of each but the first."""
+    missing = [step for step in plan.starts[1:] if not _checkpoint(scratch, step).exists()]
+    if not missing:
+        return
+    steps = replay.steps(plan.starts[0], missing[-1] + 1)
+    for replayed in progress(steps, total=missing[-1] + 1 - plan.starts[0], what="checkpoints"):
+        if replayed.record.step in missing:
+            save_state(_checkpoint(scratch, replayed.record.step), replay.model, replayed.optimizers)
+
+
+def _checkpoint(scratch: Path, step: int) -> Path:
+    return scratch / f"state-{step:08d}.safetensors"
