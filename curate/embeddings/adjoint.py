@@ -21,7 +21,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from curate.embeddings.own_step import before_step, embedding_corrections, exact_values
-from curate.embeddings.products import Hessian, directional_products
+from curate.embeddings.products import Hessian, difference_products, directional_products
 from curate.errors import UserError
 from curate.optimizers.step import update_vjp
 from curate.rng import generator
@@ -88,19 +88,17 @@ def adjoint_step(
     groups = layout.groups(state.record.groups)
     u, pulled = update_vjp(before_step(state), state.gradient, state.updates, groups, clip_norm, cotangent)
     linear = options.rows and options.own_step != "exact"
-    rows = []
-    for index, batch in enumerate(state.batches):
-        part = _subsample(batch, options.hessian_share, state.record.step, index)
-        if options.curvature:
-            products, curvature = directional_products(
-                task, layout, part, state.parameters, u, options.hessian, options.at_once
-            )
-            pulled.parameters.add_(curvature, alpha=options.curvature)
-        if linear:
-            if not options.curvature or part is not batch:
-                products = sample_slopes(task, layout, batch, state.parameters, u)
-            rows.append(-(products * batch.weights).T)
-    values = torch.cat(rows) if rows else None
+    slopes = None
+    if options.curvature:
+        slopes, curvature = _products(task, layout, state, u, options)
+        pulled.parameters.add_(curvature, alpha=options.curvature)
+    values = None
+    if linear:
+        if slopes is None or options.hessian_share < 1:
+            parts = [sample_slopes(task, layout, batch, state.parameters, u) for batch in state.batches]
+            slopes = torch.cat(parts, dim=1)
+        weights = torch.cat([batch.weights for batch in state.batches])
+        values = -(slopes * weights).T
     if values is not None and options.own_step == "embedding":
         names = embedding_names(task, layout)
         values += embedding_corrections(task, layout, state, clip_norm, cotangent, names)
@@ -108,6 +106,23 @@ def adjoint_step(
         values = exact_values(task, layout, state, clip_norm, cotangent)
     _check_finite(state, values, pulled)
     return values, pulled
+
+
+def _products(task: Task, layout: FlatLayout, state: State, u: Tensor, options: StepOptions) -> tuple[Tensor, Tensor]:
+    """Slopes (R, B) of the samples that curvature is taken over, and `H_k u` (R, P)."""
+    import torch
+
+    batches = [
+        _subsample(batch, options.hessian_share, state.record.step, index) for index, batch in enumerate(state.batches)
+    ]
+    if options.hessian == "difference":
+        known = state.gradient if options.hessian_share == 1 else None
+        return difference_products(task, layout, batches, state.parameters, u, known)
+    parts = [
+        directional_products(task, layout, batch, state.parameters, u, options.hessian, options.at_once)
+        for batch in batches
+    ]
+    return torch.cat([slopes for slopes, _ in parts], dim=1), torch.stack([own for _, own in parts]).sum(0)
 
 
 def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:

@@ -193,10 +193,10 @@ class AdjointEstimator:
                 out[starts[at] : starts[at] + len(rows)] = rows.float().cpu().numpy()
             if monotonic() - saved > self.config.save_seconds:
                 out.flush()  # type: ignore[attr-defined]
-                _save_cotangent(job.scratch / "cotangent.safetensors", at, cotangent)
+                save_cotangent(job.scratch / "cotangent.safetensors", at, cotangent)
                 saved = monotonic()
         if 3 * cotangent.parameters.nbytes <= self.config.disk_bytes:
-            _save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
+            save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
         return {"anchors": self.anchors(job).names, "solver": self._choose_solver(job, out)}
 
     def _options(self, job: WindowJob, step: int) -> StepOptions:
@@ -212,12 +212,12 @@ class AdjointEstimator:
 
     def _begin(self, job: WindowJob) -> tuple[int, TrainingState]:
         """The step whose state the cotangent belongs to, and the cotangent."""
-        saved = _load_cotangent(job.scratch / "cotangent.safetensors", job.replay.device)
+        saved = load_cotangent(job.scratch / "cotangent.safetensors", job.replay.device)
         if saved is not None:
             return saved
         later = self._later_window(job)
         if later is not None:
-            found = _load_cotangent(later / _INFLUENCE, job.replay.device)
+            found = load_cotangent(later / _INFLUENCE, job.replay.device)
             if found is not None:
                 _log.info("continuing from the influence checkpoint at step %d of %s", found[0], later.name)
                 return found
@@ -283,14 +283,14 @@ def _row_starts(job: WindowJob) -> dict[int, int]:
     return {record.step: start for record, start in zip(step_records, starts, strict=False)}
 
 
-def _save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
+def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as part:
         save_file({key: value.contiguous() for key, value in vars(cotangent).items()}, str(part), {"step": str(step)})
 
 
-def _load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
+def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
     from safetensors import safe_open
 
     if not path.exists():

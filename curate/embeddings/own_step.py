@@ -13,12 +13,12 @@ embeddings alone (with the clip factor held fixed), where the derivative is wors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from curate.embeddings.products import sample_gradients
 from curate.optimizers.state import TrainingState
 from curate.optimizers.step import clip_factor, update_state, update_vjp
-from curate.task import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from curate.task import Task
     from curate.trajectory.flat import FlatLayout
     from curate.trajectory.replay import State
-
-_GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
 
 
 def exact_values(
@@ -89,33 +87,6 @@ def embedding_corrections(
 def before_step(state: State) -> TrainingState:
     """The vectors that the update of a step read."""
     return TrainingState(parameters=state.parameters, momentum=state.momentum, second_moment=state.second_moment)
-
-
-def sample_gradients(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, names: Sequence[str]
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Per-sample gradients of some parameters, a few samples at a time.
-
-    Yields:
-        Consecutive parts of the batch, and (b, p) `g_z` of the named parameters in the layout's order.
-    """
-    import torch
-    from torch.func import grad, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    point = layout.views(parameters)
-    chosen = [name for name in layout.names if name in set(names)]
-    size = sum(point[name].numel() for name in chosen)
-
-    def sample_loss(values: dict[str, Tensor], tokens: Tensor, loss_mask: Tensor) -> Tensor:
-        one = Batch(tokens=tokens[None], loss_mask=loss_mask[None], weights=parameters.new_ones(1))
-        return task.sample_losses(one, {**point, **values})[0]
-
-    values = {name: point[name] for name in chosen}
-    for part in batch.split(max(1, _GRADIENT_NUMBERS // size)):
-        with sdpa_kernel(SDPBackend.MATH):
-            gradients = vmap(grad(sample_loss), in_dims=(None, 0, 0))(values, part.tokens, part.loss_mask)
-        yield part, torch.cat([gradients[name].flatten(1) for name in chosen], dim=1)
 
 
 def _changes(

@@ -4,31 +4,35 @@ For directions u (R, P) at parameters theta, with `L = sum_z c_z l_z`:
 
     products   <g_z, u_r>   (R, B)        curvature   H u_r   (R, P)
 
-Three ways. `exact` differentiates the gradient forward in direction u (forward over reverse, Pearlmutter 1994): the
+Four ways. `exact` differentiates the gradient forward in direction u (forward over reverse, Pearlmutter 1994): the
 tangent of the gradient is H u, that of each loss is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the
 Jacobian of the logits and H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite, no tangents
 in the backward pass. `difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so
-it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|.
+it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|. `fisher`
+is the published choice, `sum_z c_z g_z g_z^T`, kept for comparison.
 
-Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, and R (the gradient at theta
-is known).
+Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, R (the gradient at theta is
+known), and 2.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from curate.errors import UserError
+from curate.task import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curate.task import Batch, Task
+    from curate.task import Task
     from curate.trajectory.flat import FlatLayout
 
-Hessian = Literal["exact", "gauss-newton", "difference"]
+Hessian = Literal["exact", "gauss-newton", "difference", "fisher"]
 STEP = 1e-3
+_GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
 # What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
 
@@ -58,7 +62,9 @@ def directional_products(
     """
     import torch
 
-    way = {"exact": _exact, "gauss-newton": _gauss_newton, "difference": _difference}[hessian]
+    if hessian == "difference":
+        return difference_products(task, layout, [batch], parameters, directions)
+    way = {"exact": _exact, "gauss-newton": _gauss_newton, "fisher": fisher_products}[hessian]
     parts = [way(task, layout, batch, parameters, part) for part in directions.split(at_once or len(directions))]
     return torch.cat([products for products, _ in parts]), torch.cat([curvature for _, curvature in parts])
 
@@ -114,30 +120,95 @@ def _gauss_newton(
     return products, layout.flatten(curvature)
 
 
-def _difference(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
+def difference_products(
+    task: Task,
+    layout: FlatLayout,
+    batches: Sequence[Batch],
+    parameters: Tensor,
+    directions: Tensor,
+    gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`difference` for all micro-batches of a step: slopes (R, B) and (R, P).
+
+    Args:
+        task: the model's loss.
+        layout: of the parameter vectors.
+        batches: micro-batches; B samples altogether.
+        parameters: (P,) where to differentiate.
+        directions: (R, P) u.
+        gradient: (P,) of the batches' loss at the parameters, where it is known: saves a backward pass.
+    """
     import torch
 
-    losses, gradient = _losses_and_gradient(task, layout, batch, parameters)
+    with torch.no_grad():
+        losses = torch.cat([task.sample_losses(batch, layout.views(parameters)) for batch in batches])
+    base = _losses_and_gradient(task, layout, batches, parameters)[1] if gradient is None else gradient
     scale = float(parameters.norm()) * STEP
-    products, curvature = [], []
+    slopes, curvature = [], []
     for direction in directions:
         length = float(direction.norm())
         h = scale / length if length else 1.0
-        moved_losses, moved = _losses_and_gradient(task, layout, batch, parameters + h * direction)
-        products.append((moved_losses - losses) / h)
-        curvature.append((moved - gradient) / h)
-    return torch.stack(products), torch.stack(curvature)
+        moved_losses, moved = _losses_and_gradient(task, layout, batches, parameters + h * direction)
+        slopes.append((moved_losses - losses) / h)
+        curvature.append((moved - base) / h)
+    return torch.stack(slopes), torch.stack(curvature)
 
 
-def _losses_and_gradient(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def fisher_products(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`fisher`: slopes (R, B), and `sum_z c_z g_z <g_z, u_r>` (R, P), the published choice of curvature [DVEmb]."""
     import torch
 
-    point = layout.views(parameters.detach().clone().requires_grad_())
-    losses = task.sample_losses(batch, point)
-    gradients = torch.autograd.grad((losses * batch.weights).sum(), list(point.values()), materialize_grads=True)
-    return losses.detach(), layout.flatten(dict(zip(point, gradients, strict=True)))
+    slopes, curvature = [], torch.zeros_like(directions)
+    for part, gradients in sample_gradients(task, layout, batch, parameters, layout.names):
+        own = directions @ gradients.T  # (R, b)
+        curvature += (own * part.weights.to(own.dtype)) @ gradients
+        slopes.append(own)
+    return torch.cat(slopes, dim=1), curvature
+
+
+def sample_gradients(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, names: Sequence[str]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Per-sample gradients of some parameters, a few samples at a time.
+
+    Yields:
+        Consecutive parts of the batch, and (b, p) `g_z` of the named parameters in the layout's order.
+    """
+    import torch
+    from torch.func import grad, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    point = layout.views(parameters)
+    chosen = [name for name in layout.names if name in set(names)]
+    size = sum(point[name].numel() for name in chosen)
+
+    def sample_loss(values: dict[str, Tensor], tokens: Tensor, loss_mask: Tensor) -> Tensor:
+        one = Batch(tokens=tokens[None], loss_mask=loss_mask[None], weights=parameters.new_ones(1))
+        return task.sample_losses(one, {**point, **values})[0]
+
+    values = {name: point[name] for name in chosen}
+    for part in batch.split(max(1, _GRADIENT_NUMBERS // size)):
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = vmap(grad(sample_loss), in_dims=(None, 0, 0))(values, part.tokens, part.loss_mask)
+        yield part, torch.cat([gradients[name].flatten(1) for name in chosen], dim=1)
+
+
+def _losses_and_gradient(
+    task: Task, layout: FlatLayout, batches: Sequence[Batch], parameters: Tensor
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    leaf = parameters.detach().clone().requires_grad_()
+    point = layout.views(leaf)
+    losses = []
+    for batch in batches:
+        own = task.sample_losses(batch, point)
+        (own * batch.weights).sum().backward(inputs=[leaf])
+        losses.append(own.detach())
+    assert leaf.grad is not None
+    return torch.cat(losses), leaf.grad
 
 
 def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessian) -> None:

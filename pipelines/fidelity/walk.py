@@ -1,0 +1,144 @@
+"""Values of one run by the adjoint, for many anchors and several ways of taking the own step in one walk backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.artifacts import replacing
+from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
+from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
+from curate.embeddings.anchors import anchor_gradients
+from curate.embeddings.own_step import embedding_corrections, exact_values
+from curate.embeddings.states import plan_states, states_backward
+from curate.optimizers.state import TrainingState
+from curate.progress import progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.embeddings.anchors import AnchorSet
+    from curate.embeddings.products import Hessian
+    from curate.trajectory.replay import Replay, State
+
+_MEMORY = 3 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """One walk from a horizon back.
+
+    Attributes:
+        name: of its files.
+        horizon: step whose state the anchors' losses are read at.
+        windows: windows to value, name -> first step and step after the last, all before the horizon.
+        hessian: see `curate.embeddings.products`.
+        hessian_share: share of the samples that curvature is taken over.
+        bridge_every: between windows, curvature at every n-th step only, n times as strong.
+        own_steps: ways of taking the own step.
+    """
+
+    name: str
+    horizon: int
+    windows: Mapping[str, tuple[int, int]]
+    hessian: Hessian = "exact"
+    hessian_share: float = 1.0
+    bridge_every: int = 1
+    own_steps: tuple[str, ...] = ("linear",)
+
+    @property
+    def parts(self) -> list[tuple[str | None, int, int]]:
+        """Windows and what lies between them, last first: window or None, first step, step after the last."""
+        parts: list[tuple[str | None, int, int]] = []
+        at = self.horizon
+        for window, (start, stop) in sorted(self.windows.items(), key=lambda item: -item[1][0]):
+            if stop < at:
+                parts.append((None, stop, at))
+            parts.append((window, start, stop))
+            at = start
+        return parts
+
+
+def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> dict[str, dict[str, Any]]:
+    """Walk, or open what an earlier call wrote; an interrupted walk continues at the last finished part.
+
+    Returns:
+        Window -> own step -> (N, R) values, and "units": own step -> cost per step of the window, in forward+backward
+        passes of a training batch.
+    """
+    cotangent_path = folder / f"{walk.name}.safetensors"
+    found: dict[str, dict[str, Any]] = {}
+    cotangent: TrainingState | None = None
+    for window, start, stop in walk.parts:
+        path = folder / f"{walk.name}-{window or f'bridge-{start}'}.npz"
+        if not path.exists():
+            if cotangent is None:
+                cotangent = _cotangent(replay, anchors, walk.horizon, stop, cotangent_path)
+            cotangent, arrays = _part(replay, walk, window, start, stop, cotangent, folder)
+            save_cotangent(cotangent_path, start, cotangent)
+            with replacing(path) as part, part.open("wb") as file:
+                np.savez(file, **arrays)
+        if window is not None:
+            with np.load(path) as stored:
+                found[window] = {key: stored[key] for key in stored.files}
+    cotangent_path.unlink(missing_ok=True)
+    return found
+
+
+def _cotangent(replay: Replay, anchors: AnchorSet, horizon: int, stop: int, path: Path) -> TrainingState:
+    """Of the state at `stop`."""
+    if stop == horizon:
+        replay.horizon_model(horizon)
+        return TrainingState.zeros(anchor_gradients(replay.task, replay.layout, anchors, 48))
+    saved = load_cotangent(path, replay.device)
+    assert saved is not None
+    assert saved[0] == stop
+    return saved[1]
+
+
+def _part(
+    replay: Replay, walk: Walk, window: str | None, start: int, stop: int, cotangent: TrainingState, folder: Path
+) -> tuple[TrainingState, dict[str, npt.NDArray[Any]]]:
+    """One window, or one stretch between windows."""
+    values: dict[str, list[npt.NDArray[Any]]] = {own: [] for own in walk.own_steps if window is not None}
+    seconds = dict.fromkeys(("linear", *walk.own_steps), 0.0)
+    begin = perf_counter()
+    plan = plan_states(replay.layout.size, start, stop, _MEMORY, 10**12)
+    states = states_backward(replay, plan, folder / f"{walk.name}-states")
+    for state in progress(states, total=stop - start, what=f"{walk.name} {window or 'bridge'}"):
+        every = walk.bridge_every if window is None else 1
+        options = StepOptions(
+            hessian=walk.hessian,
+            hessian_share=walk.hessian_share,
+            rows=window is not None,
+            curvature=float(every) if (state.record.step - start) % every == 0 else 0.0,
+            at_once=8,
+        )
+        after = cotangent
+        linear, cotangent = adjoint_step(replay.task, replay.layout, state, replay.run.spec.clip_norm, after, options)
+        if linear is not None:
+            for own in walk.own_steps:
+                own_begin = perf_counter()
+                values[own].append(_own(replay, state, own, linear, after).float().cpu().numpy())
+                seconds[own] += perf_counter() - own_begin
+    total = perf_counter() - begin
+    unit = (replay.unit_seconds or 1.0) * (stop - start)
+    arrays = {own: np.concatenate(rows[::-1]) for own, rows in values.items()}
+    shared = total - sum(seconds.values())
+    arrays |= {f"units {own}": np.float64((shared + seconds[own]) / unit) for own in walk.own_steps}
+    return cotangent, arrays
+
+
+def _own(replay: Replay, state: State, own: str, linear: Any, after: TrainingState) -> Any:
+    """The step's rows with the own step taken in one way."""
+    arguments = replay.task, replay.layout, state, replay.run.spec.clip_norm, after
+    if own == "linear":
+        return linear
+    if own == "exact":
+        return exact_values(*arguments)
+    return linear + embedding_corrections(*arguments, embedding_names(replay.task, replay.layout))
