@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,28 @@ from curate.artifacts import replacing
 from curate.report.figures import finished, line, name_cell
 from curate.report.page import resource
 from curate.report.style import HELPED, QUIET
+from curate.report.tables import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and what stands below it.
+
+    Attributes:
+        heading: says what is seen.
+        note: how to read it.
+        key: glyph, colour and name of each kind of mark.
+        plots: rows of (label, Plotly figure as JSON text); those of a row stand side by side where there is room.
+        table: the numbers.
+        folded: whether the table shows only when asked for.
+    """
+
+    heading: str
+    note: str = ""
+    key: Sequence[tuple[str, str, str]] = ()
+    plots: Sequence[Sequence[tuple[str, str]]] = ()
+    table: Table | None = None
+    folded: bool = True
 
 
 def write_page(path: Path, title: str, lede: str, figures: Mapping[str, str]) -> None:
@@ -23,14 +46,28 @@ def write_page(path: Path, title: str, lede: str, figures: Mapping[str, str]) ->
         lede: what it shows, in a sentence or two.
         figures: heading -> Plotly figure as JSON text.
     """
+    write_sections(
+        path, title, [lede], [Section(heading=name, plots=[[(name, spec)]]) for name, spec in figures.items()]
+    )
+
+
+def write_sections(path: Path, title: str, sentences: Sequence[str], sections: Sequence[Section]) -> None:
+    """Write an HTML page atomically.
+
+    Args:
+        path: the file.
+        title: its heading.
+        sentences: the finding first, then what else must be known before reading on.
+        sections: figures and tables.
+    """
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(resource("charts.html")).render(
         title=title,
-        lede=lede,
-        figures=figures,
+        sentences=sentences,
+        sections=sections,
         style=resource("page.css"),
         script=resource("page.js"),
         plotly=get_plotlyjs(),
