@@ -86,10 +86,11 @@ class AdjointEstimator:
     Args:
         config: anchors and how they are differentiated.
         with_target: whether the target's two halves are the first anchors.
+        anchors: the anchors to use instead of the config's.
     """
 
-    def __init__(self, config: AdjointConfig, *, with_target: bool = True) -> None:
-        self.config, self.with_target = config, with_target
+    def __init__(self, config: AdjointConfig, *, with_target: bool = True, anchors: AnchorSet | None = None) -> None:
+        self.config, self.with_target, self._given = config, with_target, anchors
         self.name = "adjoint" if with_target else "anchors"
         self._made: dict[tuple[str, str], AnchorSet] = {}
 
@@ -104,6 +105,8 @@ class AdjointEstimator:
         Raises:
             UserError: there are none.
         """
+        if self._given is not None:
+            return self._given
         target, run = job.target, job.replay.run
         key = (run.fingerprint, target.fingerprint if target and self.with_target else "")
         if key not in self._made:
@@ -284,6 +287,7 @@ def _row_starts(job: WindowJob) -> dict[int, int]:
 
 
 def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
+    """Write the cotangent of the state before `step`, atomically."""
     from safetensors.torch import save_file
 
     with replacing(path) as part:
@@ -291,6 +295,7 @@ def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
 
 
 def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
+    """Step and cotangent, or None where there is no file."""
     from safetensors import safe_open
 
     if not path.exists():

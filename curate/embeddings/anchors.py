@@ -148,7 +148,7 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     shared = -(-samples_per_anchor // len(domains)) if general else 0
     names, groups, mixed = [], [], []
     for domain in domains:
-        ids = _draw(run, domain, per_domain * samples_per_anchor, shared)
+        ids = draw_samples(run, domain, per_domain * samples_per_anchor, shared)
         for number in range(per_domain):
             names.append(f"{domain}/{number}")
             groups.append(ids[number * samples_per_anchor : (number + 1) * samples_per_anchor])
@@ -160,7 +160,7 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     return AnchorSet(names=names, batches=batches)
 
 
-def _draw(run: Run, domain: str, own: int, shared: int) -> list[int]:
+def draw_samples(run: Run, domain: str, own: int, shared: int) -> list[int]:
     """Ids of `own + shared` samples of a domain in random order, those that the run did not train on first.
 
     The order depends on the contents of the samples, not on their places in shards.

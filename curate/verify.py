@@ -1,0 +1,297 @@
+"""`python -m curate.verify`: how far the values of a run can be trusted, by running its training again.
+
+Samples are drawn from the early, the middle and the late window, the training is run again without each of them, and
+the real effects on the targets are compared with the estimated values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from curate.artifacts import SIGN, check_startable, fingerprint, is_complete, read_json, seal, start, write_json
+from curate.config import Config, parse_command, run_command
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
+from curate.fidelity.draw import DrawConfig
+from curate.progress import start_logging
+from curate.trajectory.run import Run, find_run
+
+if TYPE_CHECKING:
+    from curate.fidelity.draw import Removal
+    from curate.fidelity.measure import Estimates
+    from curate.target import Target
+    from curate.trajectory.replay import Replay
+
+_log = logging.getLogger(__name__)
+
+
+class VerifyConfig(Config):
+    """What to verify, and how thoroughly."""
+
+    run: Path | None = None
+    """Recorded run; none: the newest finished one below `runs_root`."""
+    runs_root: Path = Path("runs")
+    """Where runs are looked for."""
+    streams: dict[str, Path] = {}
+    """Where the run's streams lie now, by domain, if they were moved since."""
+    target: tuple[Path, ...] = ()
+    """Target documents (JSONL), one or several files; none: samples of each domain that the run did not train on."""
+    min_target_tokens: int = 500
+    """Fewest predicted tokens of a target."""
+    target_batch_size: int = 16
+    """Sequences per pass over a target."""
+    out: Path | None = None
+    """Folder to write to; none: a folder inside the run."""
+    windows: tuple[str, ...] = ("early", "middle", "late")
+    """Windows to draw from; a run without a middle window gets one of the late window's length."""
+    horizons: tuple[Literal["window_end", "stage_end"], ...] = ("window_end", "stage_end")
+    """States that the targets are read at. Without stage_end the reruns of early samples end at their window's end."""
+    estimator: EstimatorName = "adjoint"
+    """Estimator to verify."""
+    draw: DrawConfig = DrawConfig()
+    """Reruns per window."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "cpu"
+    """Device of reruns and estimator."""
+    tolerance: float = 1e-3
+    """Largest relative difference between recorded and replayed losses."""
+    adjoint: AdjointConfig = AdjointConfig()
+    """Settings of adjoint."""
+    dvemb: DvembConfig = DvembConfig()
+    """Settings of dvemb."""
+    dvemb_adam: DvembAdamConfig = Field(default=DvembAdamConfig())
+    """Settings of dvemb-adam."""
+
+
+def verify(config: VerifyConfig, run: Run) -> Path:
+    """Rerun, estimate, compare.
+
+    Returns:
+        The folder with `verify.json` and `verify.html`; a complete one made with the same settings is returned as it
+        is, an interrupted one is continued.
+
+    Raises:
+        UserError: bad run, target or settings.
+    """
+    from curate.fidelity.draw import draw
+    from curate.fidelity.reruns import Reruns
+    from curate.fidelity.truth import collect
+    from curate.report.fidelity import verify_page
+    from curate.trajectory.replay import Replay
+
+    replay = Replay(run, config.device, config.tolerance)
+    targets = load_targets(config, run)
+    settings = _settings(config, run, targets)
+    out = config.out or run.folder / "verify" / fingerprint(settings)[:8]
+    if is_complete(out, settings):
+        _log.info("this verification is complete already")
+        return out
+    check_startable(out, settings)
+    start(out, settings)
+    windows = named_windows(run, config.windows)
+    horizons = horizon_steps(run, windows, config.horizons)
+    removals = draw(run, windows, config.draw, config.seed)
+    units = rerun_units(removals, horizons)
+    _log.info(
+        "%d reruns will cost about %.0f forward+backward passes, %.1f times the stage's %d (fewer with draw.pairs, "
+        "draw.groups, or --horizons '[window_end]')",
+        len(removals), units, units / run.spec.steps, run.spec.steps,
+    )  # fmt: skip
+    reruns = Reruns(replay, targets, config.target_batch_size)
+    steps = {window: sorted(set(found.values())) for window, found in horizons.items()}
+    truth = collect(out / "truth.parquet", reruns, removals, steps, [target.name for target in targets])
+    estimates = estimate(config, replay, targets, windows, horizons)
+    result = compare(truth, estimates, horizons, config.seed)
+    result["cost"] = {
+        "reruns": len(removals), "rerun_units": units,
+        "estimate_units": sum(one.cost_units_per_step * len(one.values) * _length(windows, one) for one in estimates),
+    }  # fmt: skip
+    write_json(out / "verify.json", {"sign": SIGN, **result})
+    verify_page(out / "verify.html", result)
+    seal(out, "verification", settings)
+    return out
+
+
+def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int:
+    first, stop = windows[estimates.window]
+    return stop - first
+
+
+def _settings(config: VerifyConfig, run: Run, targets: list[Target]) -> dict[str, Any]:
+    elsewhere = {"run", "runs_root", "streams", "target", "out", "device", "tolerance", "target_batch_size"}
+    chosen = config.model_dump(mode="json", exclude=elsewhere)
+    return {"run": run.fingerprint, "targets": [target.fingerprint for target in targets], **chosen}
+
+
+def load_targets(config: VerifyConfig, run: Run) -> list[Target]:
+    """The targets of the config, or held-out samples of the run's own streams, one target per domain and a general one.
+
+    Raises:
+        UserError: a file is unreadable or too small, or the run trained on every sample of a domain.
+    """
+    from curate.fidelity.heldout import heldout_targets
+    from curate.target import load_target
+
+    if config.target:
+        return [load_target(path, run.spec, config.min_target_tokens) for path in config.target]
+    return heldout_targets(run)
+
+
+def named_windows(run: Run, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Declared windows; `middle`, where it is not declared, is as long as the last one and centred in the stage.
+
+    Raises:
+        UserError: a window that the run did not declare.
+    """
+    found = {}
+    for name in names:
+        if name == "middle" and name not in run.spec.windows:
+            first, stop = max(run.spec.windows.values())
+            begin = (run.spec.steps - (stop - first)) // 2
+            found[name] = (begin, begin + stop - first)
+        else:
+            found[name] = run.window(name)
+    return found
+
+
+def horizon_steps(
+    run: Run, windows: Mapping[str, tuple[int, int]], names: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """Window -> horizon name -> step."""
+    ends: dict[str, dict[Horizon, int]] = {
+        window: {"window_end": stop, "stage_end": run.spec.steps} for window, (_, stop) in windows.items()
+    }
+    return {window: {name: found[name] for name in names} for window, found in ends.items()}
+
+
+def rerun_units(removals: list[Removal], horizons: Mapping[str, Mapping[Horizon, int]]) -> float:
+    """Steps that all reruns take."""
+    return float(sum(max(horizons[removal.window].values()) - removal.step for removal in removals))
+
+
+def estimate(
+    config: VerifyConfig,
+    replay: Replay,
+    targets: list[Target],
+    windows: Mapping[str, tuple[int, int]],
+    horizons: Mapping[str, Mapping[Horizon, int]],
+) -> list[Estimates]:
+    """Values of every sample of the windows for every target and horizon, by the product's own path.
+
+    Late windows come first: earlier ones continue from their influence checkpoints.
+    """
+    jobs = {
+        (step, window): name for window, found in horizons.items() for name, step in sorted(found.items(), reverse=True)
+    }
+    estimates = []
+    for (step, window), name in sorted(jobs.items(), key=lambda job: -windows[job[0][1]][0]):
+        estimates.append(_estimate(config, replay, targets, window, (*windows[window], step), name))
+    return estimates
+
+
+def _estimate(
+    config: VerifyConfig, replay: Replay, targets: list[Target], window: str, steps: tuple[int, int, int], horizon: Horizon
+) -> Estimates:
+    from dataclasses import replace
+
+    import numpy as np
+
+    from curate.embeddings.adjoint_estimator import AdjointEstimator
+    from curate.embeddings.anchors import AnchorSet
+    from curate.embeddings.estimator import WindowJob
+    from curate.embeddings.store import embed_window
+    from curate.fidelity.measure import Estimates, keyed
+
+    first, stop, end = steps
+    job = WindowJob(
+        replay=replay, start=first, stop=stop, horizon=end, target=targets[0], batch_size=config.target_batch_size,
+        folder=Path(),
+    )  # fmt: skip
+    values: dict[str, Any] = {}
+    if config.estimator == "adjoint":
+        # every target is an anchor: one walk serves them all
+        halves = [
+            (f"{target.name} half {half}", batch) for target in targets for half, batch in enumerate(target.halves)
+        ]
+        anchors = AnchorSet(names=[name for name, _ in halves], batches=[batch for _, batch in halves])
+        embedding = embed_window(job, window, horizon, AdjointEstimator(config.adjoint, anchors=anchors))
+        for index, target in enumerate(targets):
+            values[target.name] = embedding.vectors[:, 2 * index : 2 * index + 2] @ np.asarray(target.half_weights)
+    else:
+        estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
+        for target in targets:
+            embedding = embed_window(replace(job, target=target), window, horizon, estimator)
+            assert embedding.targets is not None
+            values[target.name] = embedding.vectors @ embedding.targets.T @ np.asarray(target.half_weights)
+    row_steps = embedding.rows["step"].to_list()
+    return Estimates(
+        estimator=config.estimator, window=window, horizon=end,
+        values={name: keyed(row_steps, np.asarray(value, np.float64)) for name, value in values.items()},
+        cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
+        bytes_per_sample=float(embedding.vectors[:1].nbytes),
+    )  # fmt: skip
+
+
+def compare(
+    truth: Any, estimates: list[Estimates], horizons: Mapping[str, Mapping[Horizon, int]], seed: int
+) -> dict[str, Any]:
+    """Rows, pairs, smoothness and noise, as `verify.json` holds them."""
+    from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows
+
+    rows, pairs, names = [], [], {}
+    for one in estimates:
+        general = "general" if "general" in one.values else None
+        for name, step in horizons[one.window].items():
+            if step != one.horizon:
+                continue
+            names[one.window, step] = name
+            rows += fidelity_rows(truth, one, name, seed, general)
+    for one in estimates:
+        own = truth.filter(kind="pair", window=one.window, horizon=one.horizon)
+        for row in own.iter_rows(named=True):
+            key = tuple(row["samples"][0])
+            pairs.append(
+                {
+                    "window": one.window, "horizon": names[one.window, one.horizon], "target": row["target"],
+                    "step": key[0], "value": row["value"], "estimate": one.values[row["target"]][key],
+                }
+            )  # fmt: skip
+    return {
+        "rows": rows, "pairs": pairs, "smoothness": smoothness_rows(truth, names), "noise": noise_rows(truth, names),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        VerifyConfig, "python -m curate.verify", "Hold the values of a run against training that is run again."
+    )
+    start_logging()
+    run = Run(config.run or find_run(config.runs_root), config.streams)
+    out = verify(config, run)
+    _summarise(out)
+
+
+def _summarise(out: Path) -> None:
+    """Print the agreement per window and horizon, and name the files."""
+    rows = read_json(out / "verify.json")["rows"]
+    _log.info("%-8s %-11s %-20s %5s  %s", "window", "horizon", "target", "pairs", "Spearman with reruns [95 %], cap")
+    for row in rows:
+        numbers = ", ".join("-" if row[key] is None else f"{row[key]:.2f}" for key in ("low", "high"))
+        value = "-" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        cap = "-" if row["noise_cap"] is None else f"{row['noise_cap']:.2f}"
+        _log.info(
+            "%-8s %-11s %-20s %5d  %s [%s], %s",
+            row["window"], row["horizon"], row["target"], row["n"], value, numbers, cap,
+        )  # fmt: skip
+    for name in ("verify.json", "verify.html"):
+        _log.info("wrote %s", out / name)
+
+
+if __name__ == "__main__":
+    run_command(main)
