@@ -13,11 +13,17 @@ triangular solve:
     step, else 0 M0 <- M0 + E^T G
 
 N rows, D dimensions. Memory of a block: n D numbers for G and E, n^2 for K and D^2 for M.
+
+Influence checkpoints [DVEmb, section 4]: a window cut into segments, each walked back by itself from M = 0, gives
+embeddings with respect to the end of its own segment. `I - M` is the product of the steps' operators, so with M_later
+of the steps between that end and a later checkpoint
+
+    e = (I - M_later) e_segment,    I - M_both = (I - M_later) (I - M_segment)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +63,7 @@ def recursion(
     blocks: list[slice],
     rows_per_block: int,
     device: str,
-) -> None:
+) -> list[Tensor]:
     """Embed a whole range of steps, streaming gradients from and embeddings to disk.
 
     Args:
@@ -69,6 +75,9 @@ def recursion(
             (full).
         rows_per_block: rows solved at once, rounded to whole steps.
         device: where to compute.
+
+    Returns:
+        The operator before the range, of each block, in memory of the CPU.
     """
 
     def solve(rows: slice, columns: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +88,7 @@ def recursion(
             operator,
         )
 
-    walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
+    return walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
 
 
 def walk_back(
@@ -90,7 +99,7 @@ def walk_back(
     blocks: list[slice],
     rows_per_block: int,
     device: str,
-) -> None:
+) -> list[Tensor]:
     """Apply a recursion from the last block of steps to the first, for each operator by itself.
 
     Args:
@@ -101,9 +110,13 @@ def walk_back(
         blocks: see `recursion`.
         rows_per_block: see `recursion`.
         device: see `recursion`.
+
+    Returns:
+        See `recursion`.
     """
     import torch
 
+    operators = []
     for index, columns in enumerate(blocks):
         size = columns.stop - columns.start
         operator = torch.zeros(size, size, device=device)
@@ -113,6 +126,60 @@ def walk_back(
             kept = slice(rows.start, min(rows.stop, len(out)))
             if kept.start < kept.stop:
                 out[kept, columns] = embeddings.flip(0)[: kept.stop - kept.start].cpu().numpy()
+        operators.append(operator.cpu())
+    return operators
+
+
+def chain(segments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join consecutive segments into one, whose end is the last one's.
+
+    `chain(segments[:k])` is with respect to the influence checkpoint after the k-th. Joining is associative: what is
+    joined may itself be joined.
+
+    Args:
+        segments: (n, D) embeddings with respect to the segment's own end, rows in the order of steps, and its (D, D)
+            operator; earliest segment first.
+
+    Returns:
+        The embeddings of all rows with respect to the last segment's end, and the operator of all.
+    """
+    import torch
+
+    embeddings, later = segments[-1]
+    found = [embeddings]
+    for embeddings, operator in reversed(segments[:-1]):
+        found.append(carried(embeddings, later))
+        later = joined(operator, later)
+    return torch.cat(found[::-1]), later
+
+
+def carried(embeddings: Tensor, later: Tensor) -> Tensor:
+    """`(I - M_later) e` of each row [DVEmb, influence checkpoints]."""
+    return embeddings - embeddings @ later.T
+
+
+def joined(operator: Tensor, later: Tensor) -> Tensor:
+    """M of two consecutive segments, `I - M = (I - M_later) (I - M_segment)` [DVEmb, influence checkpoints]."""
+    return later + operator - later @ operator
+
+
+def carry(
+    out: npt.NDArray[np.float32], later: Sequence[Tensor], *, blocks: list[slice], rows_per_block: int, device: str
+) -> None:
+    """`carried` for a segment's embeddings on disk, in place.
+
+    Args:
+        out: (n, D) memory-mapped.
+        later: operator of each block.
+        blocks: see `recursion`.
+        rows_per_block: rows at once.
+        device: where to compute.
+    """
+    for columns, operator in zip(blocks, later, strict=True):
+        moved = operator.to(device)
+        for start in range(0, len(out), rows_per_block):
+            rows = slice(start, start + rows_per_block)
+            out[rows, columns] = carried(on_device(out[rows, columns], device), moved).cpu().numpy()
 
 
 def on_device(array: npt.NDArray[Any], device: str) -> Tensor:

@@ -21,6 +21,10 @@ and with s = clip lr c the block is again matrix products and one triangular sol
     M0 <- F M0 + (1 - F) I + sum_z F / f_z e_z g_z^T                                                          else 0
 
 N rows, D dimensions. Memory of a block: n D numbers for G, U and E each, n^2 for K and D^2 for M.
+
+Segments chain as those of `dvemb` (`dvemb.chain`). The recursion of M is affine, that of I - M is a product:
+
+    I - [(1 - lr wd) M + lr wd I + sum_z e_z g_z^T] = (I - M) [(1 - lr wd) I - D_k sum_z lr c_z g_z g_z^T]
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ def recursion(
     blocks: list[slice],
     rows_per_block: int,
     device: str,
-) -> None:
+) -> list[Tensor]:
     """Embed a whole range of steps, streaming both gradients from and embeddings to disk.
 
     Args:
@@ -95,6 +99,9 @@ def recursion(
         blocks: columns that share an operator.
         rows_per_block: rows solved at once, rounded to whole steps.
         device: where to compute.
+
+    Returns:
+        The operator before the range, of each block, in memory of the CPU.
     """
 
     def solve(rows: slice, columns: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +114,7 @@ def recursion(
             operator,
         )
 
-    walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
+    return walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
 
 
 def denominator(second_moment: Tensor, updates: int, settings: GroupSettings) -> Tensor:

@@ -93,9 +93,9 @@ class DvembAdamEstimator(DvembEstimator):
         settings: Sequence[Sequence[GroupSettings]],
         out: npt.NDArray[np.float32],
         **options: Any,
-    ) -> None:
+    ) -> list[Tensor]:
         per_step = [[group.lr * group.weight_decay for group in groups] for groups in settings]
-        recursion(
+        return recursion(
             stored["gradients"],
             stored[self._stored()[-1]],
             row_scales(step_records, settings),
