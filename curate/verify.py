@@ -21,6 +21,7 @@ from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
 if TYPE_CHECKING:
+    from curate.embeddings.store import Horizon
     from curate.fidelity.draw import Removal
     from curate.fidelity.measure import Estimates
     from curate.target import Target
@@ -195,7 +196,12 @@ def estimate(
 
 
 def _estimate(
-    config: VerifyConfig, replay: Replay, targets: list[Target], window: str, steps: tuple[int, int, int], horizon: Horizon
+    config: VerifyConfig,
+    replay: Replay,
+    targets: list[Target],
+    window: str,
+    steps: tuple[int, int, int],
+    horizon: Horizon,
 ) -> Estimates:
     from dataclasses import replace
 

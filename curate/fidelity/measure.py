@@ -170,11 +170,11 @@ def smoothness_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -
     for key, table in both.sort("part").group_by("window", "horizon", "target", "part", maintain_order=True):
         window, horizon, target, part = key
         whole = table["value_whole"].to_numpy()
-        slopes = table["value"].to_numpy() / float(part)  # type: ignore[arg-type]
+        slopes = table["value"].to_numpy() / float(part)
         scale = float(np.sqrt((whole**2).mean()))
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target, "part": part,  # type: ignore[call-overload]
+                "window": window, "horizon": names[str(window), int(horizon)], "target": target, "part": part,
                 "relative_deviation": float(np.sqrt(((slopes - whole) ** 2).mean())) / scale if scale else None,
                 "spearman": spearman(slopes, whole), "n": len(table),
             }
@@ -190,7 +190,7 @@ def noise_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -> lis
         values = table.filter(kind="pair")["value"].to_numpy()
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target,  # type: ignore[call-overload]
+                "window": window, "horizon": names[str(window), int(horizon)], "target": target,
                 "noise": rerun_noise(table, str(target)), "signal": float(values.std()),
             }
         )  # fmt: skip

@@ -1,0 +1,139 @@
+"""`python -m pipelines.fidelity` (`scripts/bench_fidelity`): every estimator against real leave-one-out, with seeds.
+
+For each seed: a recorded run on real text, reruns without single samples and without groups, all estimators, and rows
+of agreement per window, horizon and target. Each part is kept as it is finished, so an interrupted bench continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curate.artifacts import SIGN, read_json, write_json
+from curate.config import parse_command, run_command
+from curate.fidelity.draw import draw
+from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows
+from curate.fidelity.reruns import Reruns
+from curate.fidelity.truth import collect
+from curate.progress import start_logging
+from curate.report.fidelity import pareto_page
+from curate.target import load_target
+from curate.trajectory.replay import Replay
+from pipelines.fidelity.config import BenchConfig, small
+from pipelines.fidelity.data import GENERAL, make_data, make_run
+from pipelines.fidelity.estimators import estimates, open_bench
+
+_log = logging.getLogger(__name__)
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Run what is missing, and gather the rows of all seeds.
+
+    Returns:
+        rows (see `curate.fidelity.measure`), smoothness and noise.
+    """
+    data = make_data(config)
+    found: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}
+    for seed in config.seeds:
+        path = config.out / f"seed-{seed}" / "rows.json"
+        if not path.exists():
+            write_json(path, one_seed(config, data, seed))
+        part = read_json(path)
+        for key, own in found.items():
+            own += part[key]
+    return found
+
+
+def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
+    """Train, rerun, estimate, compare."""
+    run = make_run(config, data, seed)
+    folder = config.out / f"seed-{seed}"
+    names = [*config.targets, GENERAL]
+    targets = [load_target(data / "split" / "targets" / f"{name}.jsonl", run.spec, 1) for name in names]
+    windows = config.windows
+    horizons = {name: sorted({stop, config.steps}) for name, (_, stop) in windows.items()}
+    reruns = Reruns(Replay(run), targets, 48)
+    truth = collect(folder / "truth.parquet", reruns, draw(run, windows, config.draw, seed), horizons, names)
+    rows = []
+    for one in estimates(open_bench(config, run, data, folder)):
+        for horizon in horizon_names(config, one.window, one.horizon):
+            rows += fidelity_rows(truth, one, horizon, seed, GENERAL)
+    called = {
+        (window, step): horizon_names(config, window, step)[0] for window, steps in horizons.items() for step in steps
+    }
+    return {
+        "rows": rows,
+        "smoothness": [{**row, "seed": seed} for row in smoothness_rows(truth, called)],
+        "noise": [{**row, "seed": seed} for row in noise_rows(truth, called)],
+    }
+
+
+def horizon_names(config: BenchConfig, window: str, step: int) -> list[str]:
+    """What a horizon is called: the late window's end is also the stage's."""
+    names = {"window_end": config.windows[window][1], "stage_end": config.steps}
+    return [name for name, found in names.items() if found == step]
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over targets and seeds of each estimator, window and horizon, with a t interval over seeds."""
+    from scipy.stats import t
+
+    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["target"] != GENERAL:
+            cells.setdefault((row["estimator"], row["window"], row["horizon"]), []).append(row)
+    lines = []
+    for (estimator, window, horizon), own in cells.items():
+        line: dict[str, Any] = {"estimator": estimator, "window": window, "horizon": horizon}
+        for key in ("spearman", "spearman_within_step", "spearman_of_difference", "group_lds", "noise_cap"):
+            line[key] = _mean([row[key] for row in own])
+        seeds = sorted({row["seed"] for row in own})
+        means = [_mean([row["spearman"] for row in own if row["seed"] == seed]) for seed in seeds]
+        kept = [mean for mean in means if mean is not None]
+        width = float(t.ppf(0.975, len(kept) - 1) * np.std(kept, ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else None
+        line |= {"half_width": width, "seeds": len(seeds)}
+        line["worst"] = min((row["spearman"] for row in own if row["spearman"] is not None), default=None)
+        line["cost_units_per_step"] = _mean([row["cost_units_per_step"] for row in own])
+        lines.append(line)
+    return lines
+
+
+def _mean(values: list[float | None]) -> float | None:
+    kept = [value for value in values if value is not None]
+    return float(np.mean(kept)) if kept else None
+
+
+def show(lines: list[dict[str, Any]], write: Callable[[str], object] = sys.stdout.write) -> None:
+    """Print the table."""
+    keys = ("spearman", "half_width", "worst", "spearman_within_step", "spearman_of_difference", "group_lds")
+    heads = ("Spearman", "+-", "worst", "in step", "differ.", "groups")
+    write(f"{'estimator':24}{'window':8}{'horizon':12}" + "".join(f"{head:>10}" for head in (*heads, "cap", "units")) + "\n")
+    for line in sorted(lines, key=lambda one: (one["window"], one["horizon"], -(one["spearman"] or 0))):
+        numbers = [line[key] for key in (*keys, "noise_cap", "cost_units_per_step")]
+        cells = "".join(f"{'-' if number is None else format(number, '.3f'):>10}" for number in numbers)
+        write(f"{line['estimator']:24}{line['window']:8}{line['horizon']:12}{cells}\n")
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        BenchConfig, "python -m pipelines.fidelity", "Every estimator of values against real leave-one-out, with seeds."
+    )
+    start_logging()
+    config = small(config) if config.small else config
+    result = bench(config)
+    lines = table(result["rows"])
+    show(lines)
+    target = config.report or config.out / "fidelity.json"
+    write_json(target, {"sign": SIGN, "table": lines, **result})
+    pareto_page(target.with_suffix(".html"), result["rows"])
+    _log.info("wrote %s and %s", target, target.with_suffix(".html"))
+
+
+if __name__ == "__main__":
+    run_command(main)

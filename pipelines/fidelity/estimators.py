@@ -1,0 +1,246 @@
+"""Every estimator of the bench on one run: values of all samples of the windows for all targets, at both horizons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.embeddings.adjoint_estimator import optimizer_metric
+from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors
+from curate.embeddings.basis import AnchorBasis, choose_metric, solve
+from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
+from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
+from curate.embeddings.estimator import WindowJob
+from curate.embeddings.store import embed_window
+from curate.fidelity.measure import Estimates, keyed
+from curate.target import load_target, read_pieces, weighted
+from curate.trajectory.replay import Replay, records
+from pipelines.fidelity.baselines import checkpoint_products, tracin
+from pipelines.fidelity.data import GENERAL
+from pipelines.fidelity.walk import Walk, walk_back
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.trajectory.run import Run
+    from pipelines.fidelity.config import BenchConfig
+
+_OWN = {"linear": "adjoint", "exact": "adjoint-own-step", "embedding": "adjoint-own-embedding"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What every estimator reads."""
+
+    config: BenchConfig
+    run: Run
+    data: Path
+    folder: Path
+    targets: AnchorSet
+    pool: AnchorSet
+    pool_domains: list[str]
+
+    def replay(self) -> Replay:
+        """A fresh replay, so that each estimator's cost has a unit of its own time."""
+        return Replay(self.run)
+
+    def steps(self, window: str) -> list[int]:
+        """Step of each row of a window."""
+        found = records(self.run, *self.config.windows[window])
+        return [record.step for record in found for _ in range(record.size)]
+
+    def cells(self) -> Iterator[tuple[str, str, int]]:
+        """Window, name of the horizon, its step; once where both horizons are one step."""
+        for window, (_, stop) in self.config.windows.items():
+            yield window, "stage_end", self.config.steps
+            if stop < self.config.steps:
+                yield window, "window_end", stop
+
+
+def open_bench(config: BenchConfig, run: Run, data: Path, folder: Path) -> Bench:
+    """Targets as anchors (each one a mean over its documents), and a pool of anchors from other documents."""
+    split = data / "split"
+    names = [*config.targets, GENERAL]
+    batches = [weighted(read_pieces(split / "targets" / f"{name}.jsonl", run.spec)) for name in names]
+    pool, domains = AnchorSet(names=[], batches=[]), []
+    for path in sorted((split / "anchors").glob("*.jsonl")):
+        own = document_anchors(path, run.spec, config.anchors_per_domain, 1)
+        pool += own
+        domains += [path.stem] * len(own)
+    return Bench(
+        config=config, run=run, data=data, folder=folder, targets=AnchorSet(names=names, batches=batches), pool=pool,
+        pool_domains=domains,
+    )  # fmt: skip
+
+
+def estimates(bench: Bench) -> Iterator[Estimates]:
+    """All estimators, cheap ones first; what an earlier call finished is opened."""
+    yield from _products(bench)
+    yield from _published(bench)
+    yield from _adjoint(bench, "fisher", {"linear": "adamw-fisher"})
+    yield from _adjoint(bench, "exact", _OWN)
+    yield from _anchored(bench)
+    if bench.config.levers:
+        for hessian in ("gauss-newton", "difference"):
+            yield from _adjoint(bench, hessian, {"linear": f"adjoint-{hessian}"})
+        yield from _adjoint(bench, "exact", {"linear": "adjoint-half-batch"}, hessian_share=0.5)
+        yield from _adjoint(bench, "exact", {"linear": "adjoint-bridge-4"}, bridge_every=4)
+
+
+def _products(bench: Bench) -> Iterator[Estimates]:
+    for window, _, horizon in bench.cells():
+        found = _kept(bench, f"products-{window}-{horizon}", lambda w=window, h=horizon: _checkpoint(bench, w, h))
+        for name in ("grad-dot", "less", "tracin"):
+            yield _estimates(bench, name, window, horizon, found[name], float(found[f"units {name}"]))
+
+
+def _checkpoint(bench: Bench, window: str, horizon: int) -> dict[str, Any]:
+    replay, borders = bench.replay(), bench.config.windows[window]
+    begin = perf_counter()
+    dots, cosines = checkpoint_products(replay, bench.targets, borders, horizon)
+    middle = perf_counter()
+    along = tracin(replay, bench.targets, borders)
+    unit = (replay.unit_seconds or 1.0) * (borders[1] - borders[0]) * len(bench.targets)
+    shared = {"units grad-dot": (middle - begin) / unit, "units less": (middle - begin) / unit}
+    return {
+        "grad-dot": dots, "less": cosines, "tracin": along, **shared, "units tracin": (perf_counter() - middle) / unit,
+    }  # fmt: skip
+
+
+def _published(bench: Bench) -> Iterator[Estimates]:
+    """`dvemb` and `dvemb-adam` with the product's defaults."""
+    loaded = [
+        load_target(bench.data / "split" / "targets" / f"{name}.jsonl", bench.run.spec, 1)
+        for name in bench.targets.names
+    ]
+    for kind in (DvembEstimator(DvembConfig()), DvembAdamEstimator(DvembAdamConfig())):
+        for window, horizon_name, horizon in bench.cells():
+            first, stop = bench.config.windows[window]
+            job = WindowJob(
+                replay=bench.replay(), start=first, stop=stop, horizon=horizon, target=None, batch_size=48, folder=Path()
+            )
+            columns = []
+            for target in loaded:
+                embedding = embed_window(replace(job, target=target), window, horizon_name, kind)  # type: ignore[arg-type]
+                assert embedding.targets is not None
+                columns.append(embedding.vectors @ embedding.targets.T @ np.asarray(target.half_weights))
+            units = embedding.cost_units / (stop - first) / len(loaded)
+            size = float(embedding.vectors[:1].nbytes)
+            yield _estimates(bench, kind.name, window, horizon, np.stack(columns, 1), units, size)
+
+
+def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) -> Iterator[Estimates]:
+    """The targets as anchors, one walk per horizon."""
+    tag = "-".join([hessian, *(str(value) for value in options.values())])
+    for walk in _walks(bench, f"targets-{tag}", hessian, tuple(names), **options):
+        found = walk_back(bench.replay(), bench.targets, walk, bench.folder)
+        for window, arrays in found.items():
+            for own, name in names.items():
+                units = float(arrays[f"units {own}"]) / len(bench.targets)
+                yield _estimates(bench, name, window, walk.horizon, arrays[own], units, 8.0)
+
+
+def _walks(bench: Bench, name: str, hessian: Any, own_steps: tuple[str, ...], **options: Any) -> Iterator[Walk]:
+    """All windows from the stage's end, and each other window from its own."""
+    windows, steps = bench.config.windows, bench.config.steps
+    shared = {"hessian": hessian, "own_steps": own_steps, **options}
+    yield Walk(name=f"{name}-stage", horizon=steps, windows=windows, **shared)
+    if "bridge_every" not in options:
+        for window, borders in windows.items():
+            if borders[1] < steps:
+                yield Walk(name=f"{name}-{window}", horizon=borders[1], windows={window: borders}, **shared)
+
+
+def _anchored(bench: Bench) -> Iterator[Estimates]:
+    """Targets in the coordinates of anchors: among them, their domain's other documents among them, or neither."""
+    both = bench.targets + bench.pool
+    for window, horizon_name, horizon in bench.cells():
+        full = horizon_name == "window_end" or window == "late"
+        if not full and not bench.config.anchors_at_stage_end:
+            continue
+        borders = bench.config.windows[window]
+        name = f"anchors-{horizon}-{window}" if full else "anchors-stage"
+        windows = {window: borders} if full else bench.config.windows
+        walk = Walk(name=name, horizon=horizon, windows=windows, hessian="difference", own_steps=("exact",))
+        arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
+        units = float(arrays["units exact"]) / len(both)
+        solved = _kept(
+            bench, f"solved-{window}-{horizon}", lambda v=arrays["exact"], h=horizon, w=window: _solve(bench, v, h, w)
+        )
+        for kind, size in (("r8", 8), ("r32", 32), ("r32-heldout", 32), ("r32-foreign", 32)):
+            yield _estimates(bench, f"adjoint-{kind}", window, horizon, solved[kind], units, 4.0 * size)
+
+
+def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int, window: str) -> dict[str, Any]:
+    """Values (N, Q) of every kind of anchor set, and the relative residuals (Q,)."""
+    replay, both = bench.replay(), bench.targets + bench.pool
+    first, stop = bench.config.windows[window]
+    job = WindowJob(
+        replay=replay, start=first, stop=stop, horizon=horizon, target=None, batch_size=48, folder=bench.folder
+    )
+    optimizers = replay.horizon_optimizers(horizon)
+    diagonal = optimizer_metric(job, optimizers)
+    gradients = anchor_gradients(replay.task, replay.layout, both, 48)
+    found: dict[str, Any] = {}
+    for kind in ("r8", "r32", "r32-heldout", "r32-foreign"):
+        columns, residuals = [], []
+        for index in range(len(bench.targets)):
+            chosen = _anchors_of(bench, index, kind)
+            basis = AnchorBasis(
+                names=[both.names[i] for i in chosen], gradients=gradients[chosen], diagonal=diagonal
+            )
+            choice = choose_metric(basis, values[:, chosen])
+            solution = solve(basis, gradients[index : index + 1], choice.metric, choice.ridge)
+            columns.append(values[:, chosen] @ solution.coordinates[0])
+            residuals.append(float(solution.residuals[0]))
+        found[kind], found[f"residual {kind}"] = np.stack(columns, 1), np.asarray(residuals)
+    return found
+
+
+def _anchors_of(bench: Bench, target: int, kind: str) -> list[int]:
+    """Which anchors stand for a target: indexes into targets and pool together."""
+    first = len(bench.targets)
+    pool = list(range(first, first + len(bench.pool)))
+    # one of each domain, then the second of each, ...
+    order = sorted(pool, key=lambda i: ((i - first) % bench.config.anchors_per_domain, i))
+    if kind == "r8":
+        return [target, *order[:7]]
+    if kind == "r32":
+        return [target, *order[:31]]
+    if kind == "r32-heldout":
+        return order[:32]
+    own = bench.targets.names[target]
+    foreign = [i for i in order if bench.pool_domains[i - first] != own]
+    others = [i for i in range(first) if i != target and bench.targets.names[i] not in (own, GENERAL)]
+    return (foreign + others)[:32]
+
+
+def _kept(bench: Bench, name: str, make: Any) -> dict[str, Any]:
+    """Arrays that are computed once."""
+    from curate.artifacts import replacing
+
+    path = bench.folder / f"{name}.npz"
+    if not path.exists():
+        arrays = make()
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
+    with np.load(path) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def _estimates(
+    bench: Bench, name: str, window: str, horizon: int, values: Any, units: float, size: float = 0.0
+) -> Estimates:
+    steps: Sequence[int] = bench.steps(window)
+    return Estimates(
+        estimator=name, window=window, horizon=horizon, cost_units_per_step=units, bytes_per_sample=size,
+        values={
+            target: keyed(steps, np.asarray(values)[:, column].astype(np.float64))
+            for column, target in enumerate(bench.targets.names)
+        },
+    )  # fmt: skip
