@@ -98,7 +98,7 @@ def adjoint_step(
             pulled.parameters.add_(curvature, alpha=options.curvature)
         if linear:
             if not options.curvature or part is not batch:
-                products = sample_slopes(task, layout, batch, state.parameters, u)
+                products = sample_slopes(task, layout, batch, state.parameters, u, options.hessian, options.at_once)
             rows.append(-(products * batch.weights).T)
     values = torch.cat(rows) if rows else None
     if values is not None and options.own_step == "embedding":
@@ -110,8 +110,20 @@ def adjoint_step(
     return values, pulled
 
 
-def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
-    """`<g_z, u_r>` (R, B) by forward mode alone, for steps whose Hessian product does not deliver it."""
+def sample_slopes(
+    task: Task,
+    layout: FlatLayout,
+    batch: Batch,
+    parameters: Tensor,
+    directions: Tensor,
+    hessian: Hessian = "exact",
+    at_once: int | None = None,
+) -> Tensor:
+    """`<g_z, u_r>` (R, B) for steps whose Hessian product does not deliver it.
+
+    By forward mode alone, or by differences where curvature is too: the model may have no forward mode.
+    """
+    import torch
     from torch.func import jvp, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -122,9 +134,11 @@ def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tens
         tangent: Tensor = jvp(losses, (layout.views(parameters),), (direction,))[1]
         return tangent
 
+    if hessian == "difference":
+        return directional_products(task, layout, batch, parameters, directions, hessian)[0]
     with sdpa_kernel(SDPBackend.MATH):
-        found: Tensor = vmap(slopes)(layout.views(directions))
-    return found
+        parts = [vmap(slopes)(layout.views(part)) for part in directions.split(at_once or len(directions))]
+    return torch.cat(parts)
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:
