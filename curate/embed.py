@@ -16,10 +16,12 @@ from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
 if TYPE_CHECKING:
+    from curate.embeddings.estimator import WindowJob
     from curate.embeddings.store import Embedding, Horizon
     from curate.target import Target
 
 _log = logging.getLogger(__name__)
+WEAK_RESIDUAL = 0.5  # above it the anchors say less about a target than they leave open
 
 
 class EmbedConfig(Config):
@@ -35,8 +37,9 @@ class EmbedConfig(Config):
     """Value only the last steps of each window, as many as this; none: the whole window."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
-    horizon: Literal["window_end", "stage_end"] = "window_end"
-    """State that the target's loss is read at."""
+    horizon: Literal["window_end", "stage_end"] | int = "window_end"
+    """State that the target's loss is read at: the end of each window or of the stage, or the state before a step
+    from there (a number), for values with respect to any checkpoint in between."""
     estimator: EstimatorName = "adjoint"
     """adjoint: exact values for one target. anchors: exact values for other document sets; later targets are solved
     into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum."""
@@ -107,7 +110,26 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     embeddings = {window: embed_window(job, window, horizon, estimator) for window, job in jobs.items()}
     for embedding in embeddings.values():
         _index(embedding, config.index)
+    for window, embedding in embeddings.items():
+        _say_residual(config, window, jobs[window], embedding.residual)
     return embeddings
+
+
+def _say_residual(config: EmbedConfig, window: str, job: WindowJob, residual: float | None) -> None:
+    """Say how far values can be trusted for a target that was solved into anchors, and what exact ones would cost."""
+    if residual is None:
+        return
+    _log.info("%s window: the anchors leave %.0f %% of the target's gradient unexplained", window, 100 * residual)
+    if residual <= WEAK_RESIDUAL:
+        return
+    alone = config.adjoint.model_copy(update={"anchors_per_domain": 0, "anchor_files": ()})
+    units = make_estimator("adjoint", alone, config.dvemb, config.dvemb_adam).cost_units(job)
+    _log.warning(
+        "values of the %s window are approximate for this target (relative residual %.2f, exact at 0): add it as an "
+        "anchor (--estimator adjoint), which would cost about %.0f forward+backward passes (%.0f %% of the stage), or "
+        "more anchors that resemble it (adjoint.anchor_files)",
+        window, residual, units, 100 * units / job.replay.run.spec.steps,
+    )  # fmt: skip
 
 
 def _index(embedding: Embedding, config: IndexConfig) -> None:

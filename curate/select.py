@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.artifacts import (
     SIGN,
     check_startable,
+    file_fingerprint,
     fingerprint,
     is_complete,
     replacing,
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 _ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking"), True),
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
-    "adjoint": {"memory_bytes", "save_seconds"},
+    "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},
     "dvemb": {"rows_per_block"},
     "dvemb_adam": {"rows_per_block"},
 }
@@ -117,14 +118,22 @@ def select(config: SelectConfig, run: Run) -> Path:
         data=data,
     )
     _publish(out, config, report)
-    seal(out, "selection", settings, mixture_fingerprint=fingerprint(mixture.model_dump(mode="json")))
+    facts = {"mixture_fingerprint": fingerprint(mixture.model_dump(mode="json")), "residuals": _residuals(embeddings)}
+    seal(out, "selection", settings, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
     return out
 
 
 def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
     chosen = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    files = config.adjoint.anchor_files
+    chosen["adjoint"]["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
     return {"run": run.fingerprint, "target": target.fingerprint, **chosen}
+
+
+def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:
+    """Window -> relative residual, where the target was solved into anchors."""
+    return {window: part.residual for window, part in embeddings.items() if part.residual is not None}
 
 
 def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
@@ -219,6 +228,7 @@ def _report_data(
     config: SelectConfig, run: Run, target: Target, *, embeddings: dict[str, Embedding], values: pl.DataFrame,
     tables: dict[str, pl.DataFrame], mixture: Mixture, costs: pl.DataFrame, data: dict[str, Path],
 ) -> ReportData:  # fmt: skip
+    from curate.embeddings.store import horizon_name
     from curate.report.collect import example_table, mixture_table, training_curve, value_curve
     from curate.report.data import ReportData
 
@@ -226,13 +236,13 @@ def _report_data(
     found = _search(config, embeddings, target)
     return ReportData(
         run=run.folder.name, target=target.name, target_documents=target.documents, target_tokens=target.tokens,
-        estimator=config.estimator, horizons=dict.fromkeys(embeddings, config.horizon),
+        estimator=config.estimator, horizons=dict.fromkeys(embeddings, horizon_name(config.horizon)),
         mixture_window=config.mixture.window, sign=SIGN, budget_tokens=mixture.budget_tokens,
         loader="\n".join(_loader_line(kind, path) for kind, path in data.items()),
         settings=config.model_dump(mode="json"), reliability=tables["reliability"],
         curve=value_curve(values, training), training=training, domains=tables["domains"],
         mixture=mixture_table(mixture), examples=example_table(run, values, found), shards=tables["between_shards"],
-        costs=costs,
+        costs=costs, residuals=_residuals(embeddings),
     )  # fmt: skip
 
 

@@ -21,13 +21,13 @@ from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
 if TYPE_CHECKING:
-    from curate.embeddings.store import Horizon
     from curate.fidelity.draw import Removal
     from curate.fidelity.measure import Estimates
     from curate.target import Target
     from curate.trajectory.replay import Replay
 
 _log = logging.getLogger(__name__)
+HorizonName = Literal["window_end", "stage_end"]
 
 
 class VerifyConfig(Config):
@@ -49,7 +49,7 @@ class VerifyConfig(Config):
     """Folder to write to; none: a folder inside the run."""
     windows: tuple[str, ...] = ("early", "middle", "late")
     """Windows to draw from; a run without a middle window gets one of the late window's length."""
-    horizons: tuple[Literal["window_end", "stage_end"], ...] = ("window_end", "stage_end")
+    horizons: tuple[HorizonName, ...] = ("window_end", "stage_end")
     """States that the targets are read at. Without stage_end the reruns of early samples end at their window's end."""
     estimator: EstimatorName = "adjoint"
     """Estimator to verify."""
@@ -161,16 +161,16 @@ def named_windows(run: Run, names: tuple[str, ...]) -> dict[str, tuple[int, int]
 
 
 def horizon_steps(
-    run: Run, windows: Mapping[str, tuple[int, int]], names: tuple[str, ...]
-) -> dict[str, dict[str, int]]:
+    run: Run, windows: Mapping[str, tuple[int, int]], names: tuple[HorizonName, ...]
+) -> dict[str, dict[HorizonName, int]]:
     """Window -> horizon name -> step."""
-    ends: dict[str, dict[Horizon, int]] = {
+    ends: dict[str, dict[HorizonName, int]] = {
         window: {"window_end": stop, "stage_end": run.spec.steps} for window, (_, stop) in windows.items()
     }
     return {window: {name: found[name] for name in names} for window, found in ends.items()}
 
 
-def rerun_units(removals: list[Removal], horizons: Mapping[str, Mapping[Horizon, int]]) -> float:
+def rerun_units(removals: list[Removal], horizons: Mapping[str, Mapping[HorizonName, int]]) -> float:
     """Steps that all reruns take."""
     return float(sum(max(horizons[removal.window].values()) - removal.step for removal in removals))
 
@@ -180,7 +180,7 @@ def estimate(
     replay: Replay,
     targets: list[Target],
     windows: Mapping[str, tuple[int, int]],
-    horizons: Mapping[str, Mapping[Horizon, int]],
+    horizons: Mapping[str, Mapping[HorizonName, int]],
 ) -> list[Estimates]:
     """Values of every sample of the windows for every target and horizon, by the product's own path.
 
@@ -201,7 +201,7 @@ def _estimate(
     targets: list[Target],
     window: str,
     steps: tuple[int, int, int],
-    horizon: Horizon,
+    horizon: HorizonName,
 ) -> Estimates:
     from dataclasses import replace
 
@@ -244,7 +244,7 @@ def _estimate(
 
 
 def compare(
-    truth: Any, estimates: list[Estimates], horizons: Mapping[str, Mapping[Horizon, int]], seed: int
+    truth: Any, estimates: list[Estimates], horizons: Mapping[str, Mapping[HorizonName, int]], seed: int
 ) -> dict[str, Any]:
     """Rows, pairs, smoothness and noise, as `verify.json` holds them."""
     from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows

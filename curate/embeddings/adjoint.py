@@ -95,7 +95,10 @@ def adjoint_step(
     values = None
     if linear:
         if slopes is None or options.hessian_share < 1:
-            parts = [sample_slopes(task, layout, batch, state.parameters, u) for batch in state.batches]
+            parts = [
+                sample_slopes(task, layout, batch, state.parameters, u, options.hessian, options.at_once)
+                for batch in state.batches
+            ]
             slopes = torch.cat(parts, dim=1)
         weights = torch.cat([batch.weights for batch in state.batches])
         values = -(slopes * weights).T
@@ -125,8 +128,20 @@ def _products(task: Task, layout: FlatLayout, state: State, u: Tensor, options: 
     return torch.cat([slopes for slopes, _ in parts], dim=1), torch.stack([own for _, own in parts]).sum(0)
 
 
-def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
-    """`<g_z, u_r>` (R, B) by forward mode alone, for steps whose Hessian product does not deliver it."""
+def sample_slopes(
+    task: Task,
+    layout: FlatLayout,
+    batch: Batch,
+    parameters: Tensor,
+    directions: Tensor,
+    hessian: Hessian = "exact",
+    at_once: int | None = None,
+) -> Tensor:
+    """`<g_z, u_r>` (R, B) for steps whose Hessian product does not deliver it.
+
+    By forward mode alone, or by differences where curvature is too: the model may have no forward mode.
+    """
+    import torch
     from torch.func import jvp, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -137,9 +152,11 @@ def sample_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tens
         tangent: Tensor = jvp(losses, (layout.views(parameters),), (direction,))[1]
         return tangent
 
+    if hessian == "difference":
+        return directional_products(task, layout, batch, parameters, directions, hessian)[0]
     with sdpa_kernel(SDPBackend.MATH):
-        found: Tensor = vmap(slopes)(layout.views(directions))
-    return found
+        parts = [vmap(slopes)(layout.views(part)) for part in directions.split(at_once or len(directions))]
+    return torch.cat(parts)
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:

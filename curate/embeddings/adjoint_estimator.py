@@ -59,7 +59,7 @@ class AdjointConfig(Config):
     hessian_share: float = Field(default=1.0, gt=0, le=1)
     """Share of each step's samples that curvature is computed from."""
     bridge_every: int = Field(default=1, ge=1)
-    """Between the window and a later horizon, take curvature at every n-th step only, n times as strong; 1 is exact."""
+    """Between the window and a later horizon, take curvature at every n-th step only, for the n steps; 1 is exact."""
     anchors_per_domain: int = Field(default=0, ge=0)
     """Anchors from each domain's samples that the run did not train on, and one general anchor of all domains."""
     samples_per_anchor: int = Field(default=32, ge=1)
@@ -72,9 +72,9 @@ class AdjointConfig(Config):
     """Fewest predicted tokens of an anchor from a file."""
     at_once: int = Field(default=8, ge=1)
     """Anchors differentiated in one pass; memory grows with it, the cost of each shrinks."""
-    memory_bytes: int = 8 * 10**9
+    memory_bytes: int = Field(default=8 * 10**9, ge=0)
     """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice."""
-    disk_bytes: int = 50 * 10**9
+    disk_bytes: int = Field(default=50 * 10**9, ge=0)
     """Disk for checkpoints of the steps that do not fit into memory, and for the influence checkpoint."""
     save_seconds: float = 60.0
     """Time between saves of the progress that an interrupted window continues from."""
@@ -125,8 +125,8 @@ class AdjointEstimator:
             anchors += document_anchors(path, run.spec, config.anchors_per_file, config.min_anchor_tokens)
         if len(anchors) < HALVES:
             raise UserError(
-                "estimator anchors needs anchors: set adjoint.anchors_per_domain (4, say) or adjoint.anchor_files, or "
-                "use --estimator adjoint with a target"
+                f"estimator anchors needs at least {HALVES} anchors, it has {len(anchors)}: set "
+                "adjoint.anchors_per_domain (4, say) or adjoint.anchor_files, or use --estimator adjoint with a target"
             )
         return anchors
 
@@ -150,25 +150,22 @@ class AdjointEstimator:
         return replay + (window + bridged) * curvature + window * own + sequences / batch
 
     def encode(self, job: WindowJob) -> Encoded:
-        """Unit vectors where the target is an anchor; else its coordinates in the anchors' basis, with the residual.
+        """Unit vectors where its halves are anchors; else coordinates in the anchors' basis, with the residual.
 
         Raises:
             UserError: the basis is missing or damaged.
         """
-        r = self.dimension(job)
-        if self.with_target:
-            return Encoded(vectors=np.eye(HALVES, r, dtype=np.float32))
+        anchors, halves = self.anchors(job), job_target(job, self.name).halves
+        places = [anchors.find(half) for half in halves]
+        known = [place for place in places if place is not None]
+        if len(known) == HALVES:
+            vectors = np.eye(len(anchors), dtype=np.float32)[known]
+            return Encoded(vectors=vectors, residual=None if self.with_target else 0.0)
         job.replay.horizon_model(job.horizon)
-        halves = job_target(job, self.name).halves
         gradients = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
         chosen = read_json(job.folder / MANIFEST)["solver"]
         solution = solve(load_basis(job.folder), gradients, chosen["metric"], chosen["ridge"])
-        residual = float(solution.residuals.max())
-        _log.info(
-            "the anchors leave %.0f %% of the target's gradient unexplained (relative residual, %s metric)",
-            100 * residual, chosen["metric"],
-        )  # fmt: skip
-        return Encoded(vectors=solution.coordinates, residual=residual)
+        return Encoded(vectors=solution.coordinates, residual=float(solution.residuals.max()))
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
         """Push the anchors' gradients back from the horizon to the window's start; see `curate.embeddings.adjoint`.
@@ -204,7 +201,8 @@ class AdjointEstimator:
 
     def _options(self, job: WindowJob, step: int) -> StepOptions:
         valued, every = step < job.stop, self.config.bridge_every
-        curvature = 1.0 if valued else float(every if (step - job.stop) % every == 0 else 0)
+        stood_for = 0 if (step - job.stop) % every else min(every, job.horizon - step)
+        curvature = 1.0 if valued else float(stood_for)
         return StepOptions(
             own_step=self.config.own_step, hessian=self.config.hessian, hessian_share=self.config.hessian_share,
             rows=valued, curvature=curvature, at_once=self.config.at_once,
@@ -229,16 +227,20 @@ class AdjointEstimator:
         return job.horizon, TrainingState.zeros(gradients)
 
     def _later_window(self, job: WindowJob) -> Path | None:
-        """The embedding with the same settings whose window starts soonest after this one's end."""
+        """The embedding of the same anchors and horizon whose window starts soonest after this one's end.
+
+        The cotangent depends on neither window nor own step, but on all other settings.
+        """
         if self.config.bridge_every > 1:
             return None
         wanted = {"run": job.replay.run.fingerprint, "horizon": job.horizon, "estimator": self.name}
-        wanted |= dict(self.settings(job))
+        wanted |= self.settings(job)
         found = {}
         for path in sorted(job.folder.parent.glob(f"*/{MANIFEST}")):
-            settings = read_json(path)["settings"]
+            settings = {"own_step": None, **read_json(path)["settings"]}
             start = settings.pop("window")[0]
-            if settings == wanted and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
+            same = settings | {"own_step": wanted["own_step"]} == wanted
+            if same and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
                 found[start] = path.parent
         return found[min(found)] if found else None
 
@@ -295,11 +297,18 @@ def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
 
 
 def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
-    """Step and cotangent, or None where there is no file."""
-    from safetensors import safe_open
+    """Step and cotangent, or None where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         return None
-    with safe_open(str(path), framework="pt", device=str(device)) as file:
-        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        return int(file.metadata()["step"]), TrainingState(**tensors)
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            return int(file.metadata()["step"]), TrainingState(**tensors)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is corrupted ({error}); delete it: the values are then made without it") from None

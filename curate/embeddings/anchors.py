@@ -67,6 +67,11 @@ class AnchorSet:
         """These anchors, then the other ones."""
         return AnchorSet(names=self.names + other.names, batches=self.batches + other.batches)
 
+    def find(self, batch: Batch) -> int | None:
+        """Place of the anchor with exactly this loss, or None."""
+        wanted = _digest(batch)
+        return next((place for place, known in enumerate(self.batches) if _digest(known) == wanted), None)
+
     @cached_property
     def fingerprint(self) -> str:
         """Of names, tokens, masks and weights: whatever the anchors' losses depend on beside the model."""

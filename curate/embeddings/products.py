@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Hessian = Literal["exact", "gauss-newton", "difference", "fisher"]
 STEP = 1e-3
+# What PyTorch says where a model cannot run under its function transforms.
+_NO_TRANSFORM = ("vmap", "functorch", "setup_context")
 _GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
 # What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
@@ -173,26 +175,52 @@ def sample_gradients(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Per-sample gradients of some parameters, a few samples at a time.
 
+    A model that cannot run under vmap (custom kernels, branches that depend on data) goes sample by sample.
+
     Yields:
         Consecutive parts of the batch, and (b, p) `g_z` of the named parameters in the layout's order.
     """
     import torch
-    from torch.func import grad, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     point = layout.views(parameters)
     chosen = [name for name in layout.names if name in set(names)]
     size = sum(point[name].numel() for name in chosen)
 
+    way = _together
+    for part in batch.split(max(1, _GRADIENT_NUMBERS // size)):
+        try:
+            gradients = way(task, part, point, chosen)
+        except (RuntimeError, NotImplementedError) as error:
+            if way is _one_by_one or not any(phrase in str(error) for phrase in _NO_TRANSFORM):
+                raise
+            way = _one_by_one
+            gradients = way(task, part, point, chosen)
+        yield part, torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+
+
+def _together(task: Task, batch: Batch, point: dict[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    from torch.func import grad, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     def sample_loss(values: dict[str, Tensor], tokens: Tensor, loss_mask: Tensor) -> Tensor:
-        one = Batch(tokens=tokens[None], loss_mask=loss_mask[None], weights=parameters.new_ones(1))
+        one = Batch(tokens=tokens[None], loss_mask=loss_mask[None], weights=batch.weights[:1])
         return task.sample_losses(one, {**point, **values})[0]
 
-    values = {name: point[name] for name in chosen}
-    for part in batch.split(max(1, _GRADIENT_NUMBERS // size)):
-        with sdpa_kernel(SDPBackend.MATH):
-            gradients = vmap(grad(sample_loss), in_dims=(None, 0, 0))(values, part.tokens, part.loss_mask)
-        yield part, torch.cat([gradients[name].flatten(1) for name in chosen], dim=1)
+    values = {name: point[name] for name in names}
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients = vmap(grad(sample_loss), in_dims=(None, 0, 0))(values, batch.tokens, batch.loss_mask)
+    return [gradients[name] for name in names]
+
+
+def _one_by_one(task: Task, batch: Batch, point: dict[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    import torch
+
+    values = {name: point[name].detach().clone().requires_grad_() for name in names}
+    rows = []
+    for one in batch.split(1):
+        loss = task.sample_losses(one, {**point, **values})[0]
+        rows.append(torch.autograd.grad(loss, list(values.values()), materialize_grads=True))
+    return [torch.stack(each) for each in zip(*rows, strict=True)]
 
 
 def _losses_and_gradient(

@@ -84,7 +84,8 @@ def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[
     Args:
         replay: of the run.
         plan: segments.
-        scratch: folder for checkpoints; those that an interrupted call left there are used. It is deleted at the end.
+        scratch: folder for checkpoints; those that an interrupted call left there are used, those of another plan
+            are deleted. It is deleted at the end.
     """
     borders = [*plan.starts, plan.stop]
     _write_checkpoints(replay, plan, scratch)
@@ -98,11 +99,16 @@ def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[
 
 def _write_checkpoints(replay: Replay, plan: StatePlan, scratch: Path) -> None:
     """Replay once up to the last segment, leaving a checkpoint at the start of each but the first."""
-    missing = [step for step in plan.starts[1:] if not _checkpoint(scratch, step).exists()]
+    wanted = {_checkpoint(scratch, step): step for step in plan.starts[1:]}
+    for path in set(scratch.glob("*")) - set(wanted):
+        path.unlink()
+    missing = [step for path, step in wanted.items() if not path.exists()]
     if not missing:
         return
-    steps = replay.steps(plan.starts[0], missing[-1] + 1)
-    for replayed in progress(steps, total=missing[-1] + 1 - plan.starts[0], what="checkpoints"):
+    first = max(step for step in plan.starts if step < missing[0])
+    begin = _checkpoint(scratch, first)
+    steps = replay.steps(first, missing[-1] + 1, checkpoint=begin if begin.exists() else None)
+    for replayed in progress(steps, total=missing[-1] + 1 - first, what="checkpoints"):
         if replayed.record.step in missing:
             save_state(_checkpoint(scratch, replayed.record.step), replay.model, replayed.optimizers)
 

@@ -17,6 +17,7 @@ import polars as pl
 
 from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal, write_json
 from curate.embeddings.estimator import Encoded, WindowJob
+from curate.errors import UserError
 from curate.trajectory.samples import window_rows
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from curate.target import Target
     from curate.trajectory.replay import Replay
 
-Horizon = Literal["window_end", "stage_end"]
+Horizon = Literal["window_end", "stage_end"] | int  # an integer: the state before that step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,26 @@ def plan_job(
     """The job of one declared window, or of its last `window_steps`; its scratch folder is set by `embed_window`.
 
     Raises:
-        UserError: the run declared no such window.
+        UserError: the run declared no such window, or the horizon is not between its end and the stage's.
     """
     start, stop = replay.run.window(window)
     start = start if window_steps is None else max(start, stop - window_steps)
-    end = stop if horizon == "window_end" else replay.run.spec.steps
+    steps = replay.run.spec.steps
+    end = {"window_end": stop, "stage_end": steps}.get(str(horizon), horizon)
+    assert isinstance(end, int)
+    if not stop <= end <= steps:
+        raise UserError(
+            f"horizon {end} is not between the end of the {window} window ({stop}) and the end of the stage ({steps}): "
+            "give a step from there, window_end or stage_end, or value one window alone"
+        )
     return WindowJob(
         replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, folder=Path()
     )
+
+
+def horizon_name(horizon: Horizon) -> str:
+    """The horizon in artifacts and in names of folders: `window_end`, `stage_end`, or `step_350`."""
+    return f"step_{horizon}" if isinstance(horizon, int) else horizon
 
 
 def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator) -> tuple[Path, Json]:
@@ -84,7 +97,7 @@ def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: E
         "estimator": estimator.name,
         **estimator.settings(job),
     }
-    name = f"{window}-{horizon}-{estimator.name}-{fingerprint(settings)[:8]}"
+    name = f"{window}-{horizon_name(horizon)}-{estimator.name}-{fingerprint(settings)[:8]}"
     return job.replay.run.folder / "embeddings" / name, settings
 
 
@@ -99,7 +112,7 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
     if not is_complete(folder, settings):
         job.scratch.mkdir(parents=True, exist_ok=True)
         begin = perf_counter()
-        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon)
+        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon))
         with replacing(folder / "rows.parquet") as part:
             rows.write_parquet(part)
         vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))

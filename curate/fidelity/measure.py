@@ -141,7 +141,8 @@ def rerun_noise(window: pl.DataFrame, target: str) -> float | None:
     both = repeats.join(window.filter(kind="pair", target=target), on="samples", suffix="_pair")
     if both.is_empty():
         return None
-    return float(np.sqrt(((both["value"] - both["value_pair"]) ** 2).mean() / 2))  # type: ignore[operator]
+    difference = both["value"].to_numpy() - both["value_pair"].to_numpy()
+    return float(np.sqrt((difference**2).mean() / 2))
 
 
 def noise_cap(values: Floats, noise: float | None, seed: int) -> float | None:

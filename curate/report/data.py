@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class ReportData:
     estimator: str
     """What estimated the values, e.g. "adjoint"."""
     horizons: Mapping[str, str]
-    """Window -> the state that the target's loss is read at ("window_end" or "stage_end"), windows in time's order."""
+    """Window -> the state that the target's loss is read at ("window_end", "stage_end" or "step_N"), windows in
+    time's order."""
     mixture_window: str
     """The window whose scores set the mixture."""
     sign: str
@@ -79,6 +80,9 @@ class ReportData:
     costs: pl.DataFrame
     """One row per phase: `units` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
     each but the phase may be null."""
+    residuals: Mapping[str, float] = field(default_factory=dict)
+    """Window -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
+    solved into anchors."""
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
@@ -89,7 +93,7 @@ class ReportData:
 
 def save_data(selection: Path, data: ReportData) -> None:
     """Write `data` below a selection folder, so that `python -m curate.report` can render it again."""
-    facts = {field.name: getattr(data, field.name) for field in fields(data) if field.name not in COLUMNS}
+    facts = {each.name: getattr(data, each.name) for each in fields(data) if each.name not in COLUMNS}
     with replacing(selection / FOLDER) as part:
         part.mkdir()
         for name in COLUMNS:

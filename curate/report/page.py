@@ -17,6 +17,7 @@ MAX_WINDOW_STEPS = 150
 MAX_STAGE_STEPS = 600
 _SHOWN_EXAMPLES = 4  # of each kind before the fold
 _WEAK_RELIABILITY = 0.5
+_WEAK_RESIDUAL = 0.5
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -151,6 +152,12 @@ def warnings(data: ReportData) -> list[str]:
         f"(reliability {signed(row['reliability'])}): judge no single sample by its value, or give a larger target."
         for row in weak.to_dicts()
     ]
+    found += [
+        f"Values of the {window} window are approximate: the anchors leave {percent(residual)} of the "
+        "gradient of the target unexplained. The estimator adjoint, with the target as an anchor, values exactly."
+        for window, residual in data.residuals.items()
+        if residual > _WEAK_RESIDUAL
+    ]
     unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
     if unseen:
         found.append(f"A window has no sample of {listed(unseen)}; the score of 0 there is not a measurement.")
@@ -165,11 +172,13 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
     entropy = float(-(weights * weights.log()).sum())
     reliability = data.reliability.filter((pl.col("ranking") == "pooled") & (pl.col("window") == data.mixture_window))
     measured = reliability["reliability"].to_list()
+    unexplained = [f"{window} {percent(residual)}" for window, residual in data.residuals.items()]
     return [
         ("run", data.run),
         ("target", f"{data.target} ({count(data.target_documents)} documents, {count(data.target_tokens)} tokens)"),
         ("split-half reliability", signed(measured[0]) if measured else "–"),
         ("estimator", data.estimator),
+        *([("unexplained by the anchors", "; ".join(unexplained))] if unexplained else []),
         ("horizon", "; ".join(horizons)),
         ("next stage", f"{count(delivered)} tokens of {count(data.budget_tokens)} asked for"),
         ("domains in effect", f"{number(2.718281828459045**entropy)} of {data.mixture.height}"),

@@ -177,7 +177,8 @@ class Replay:
 
         Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
         Snapshots on the way are loaded, so that rounding differences (other hardware, other thread counts) do not grow
-        over a long replay.
+        over a long replay; a change that the caller makes to gradients would be undone there: what trains differently
+        goes by `restore`, `backward` and `update`.
 
         Args:
             start: first step.

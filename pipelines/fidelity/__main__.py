@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +27,9 @@ from pipelines.fidelity.config import BenchConfig, small
 from pipelines.fidelity.data import GENERAL, make_data, make_run
 from pipelines.fidelity.estimators import estimates, open_bench
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     data = make_data(config)
     found: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}
     for seed in config.seeds:
-        path = config.out / f"seed-{seed}" / "rows.json"
+        path = config.folder / f"seed-{seed}" / "rows.json"
         if not path.exists():
             write_json(path, one_seed(config, data, seed))
         part = read_json(path)
@@ -52,7 +54,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
     """Train, rerun, estimate, compare."""
     run = make_run(config, data, seed)
-    folder = config.out / f"seed-{seed}"
+    folder = config.folder / f"seed-{seed}"
     names = [*config.targets, GENERAL]
     targets = [load_target(data / "split" / "targets" / f"{name}.jsonl", run.spec, 1) for name in names]
     windows = config.windows
@@ -112,7 +114,11 @@ def show(lines: list[dict[str, Any]], write: Callable[[str], object] = sys.stdou
     """Print the table."""
     keys = ("spearman", "half_width", "worst", "spearman_within_step", "spearman_of_difference", "group_lds")
     heads = ("Spearman", "+-", "worst", "in step", "differ.", "groups")
-    write(f"{'estimator':24}{'window':8}{'horizon':12}" + "".join(f"{head:>10}" for head in (*heads, "cap", "units")) + "\n")
+    write(
+        f"{'estimator':24}{'window':8}{'horizon':12}"
+        + "".join(f"{head:>10}" for head in (*heads, "cap", "units"))
+        + "\n"
+    )
     for line in sorted(lines, key=lambda one: (one["window"], one["horizon"], -(one["spearman"] or 0))):
         numbers = [line[key] for key in (*keys, "noise_cap", "cost_units_per_step")]
         cells = "".join(f"{'-' if number is None else format(number, '.3f'):>10}" for number in numbers)
@@ -129,7 +135,7 @@ def main() -> None:
     result = bench(config)
     lines = table(result["rows"])
     show(lines)
-    target = config.report or config.out / "fidelity.json"
+    target = config.out or config.folder / "fidelity.json"
     write_json(target, {"sign": SIGN, "table": lines, **result})
     pareto_page(target.with_suffix(".html"), result["rows"])
     _log.info("wrote %s and %s", target, target.with_suffix(".html"))

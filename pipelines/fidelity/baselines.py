@@ -55,7 +55,7 @@ def checkpoint_products(
 
 
 def tracin(replay: Replay, anchors: AnchorSet, window: tuple[int, int]) -> Floats:
-    """`lr_k clip_k c_z <g_z(theta_k), g_q>` [TracIn, arXiv 2002.08484], g_q at the nearest earlier checkpoint; (N, R)."""
+    """`lr_k clip_k c_z <g_z(theta_k), g_q>` [TracIn, arXiv 2002.08484], g_q at the last checkpoint; (N, R)."""
     import torch
 
     layout, task = replay.layout, replay.task

@@ -14,8 +14,16 @@ from curate.fidelity.draw import DrawConfig
 class BenchConfig(Config):
     """One bench: data, training runs, reruns, estimators."""
 
-    out: Path = Path("runs/fidelity")
+    out: Path | None = None
+    """JSON file of the rows, with a page of plots beside it; none: fidelity.json in the folder."""
+    folder: Path = Path("runs/fidelity")
     """Folder of everything that the bench makes; an interrupted bench continues in it."""
+    small: bool = False
+    """A version of a few minutes that runs every part: fewer steps, pairs and anchors, one seed."""
+    levers: bool = True
+    """Also measure what the cheaper ways of computing adjoint cost in fidelity."""
+    anchors_at_stage_end: bool = True
+    """Also walk all anchors from the stage's end through every window (by far the longest part)."""
     corpus: Path | None = None
     """Folder with one JSONL file of documents per domain; none: the demo's corpus, built from installed packages."""
     foreign: tuple[str, ...] = ("headers", "minified_js")
@@ -64,3 +72,14 @@ class BenchConfig(Config):
             "middle": (middle, middle + self.window_steps),
             "late": (self.steps - self.window_steps, self.steps),
         }
+
+
+def small(config: BenchConfig) -> BenchConfig:
+    """The same bench in a few minutes; other settings stay as they were given."""
+    return config.model_copy(
+        update={
+            "folder": config.folder / "small", "seeds": config.seeds[:1], "steps": 60, "window_steps": 12,
+            "draw": DrawConfig(pairs=8, pairs_per_step=4, groups=4, repeats=1, part_pairs=1, parts=(0.5,)),
+            "anchors_per_domain": 2, "levers": False, "anchors_at_stage_end": False, "domain_megabytes": 0.1,
+        }
+    )  # fmt: skip

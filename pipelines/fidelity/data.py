@@ -33,13 +33,13 @@ def make_data(config: BenchConfig) -> Path:
     """
     corpus = config.corpus
     if corpus is None:
-        corpus = config.out / "corpus" / "train"
-        build(CorpusConfig(out=config.out / "corpus"))
+        corpus = config.folder / "corpus" / "train"
+        build(CorpusConfig(out=config.folder / "corpus"))
     files = {path.stem: path for path in sorted(corpus.glob("*.jsonl"))}
     missing = sorted({*config.foreign, *config.targets} - set(files))
     if missing:
         raise UserError(f"corpus {corpus} has no {missing[0]}.jsonl (it has {sorted(files)}); set foreign and targets")
-    folder = config.out / "data"
+    folder = config.folder / "data"
     settings = {
         "files": {name: file_fingerprint(path) for name, path in files.items()},
         **config.model_dump(
@@ -109,7 +109,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 def make_run(config: BenchConfig, data: Path, seed: int) -> Run:
     """Train one recorded stage, or open it."""
     warmup = config.steps // 10
-    folder = config.out / f"seed-{seed}" / "run"
+    folder = config.folder / f"seed-{seed}" / "run"
     train(
         PretrainConfig(
             out=folder, data=data / "mds", model=config.model, steps=config.steps, batch_size=config.batch_size,

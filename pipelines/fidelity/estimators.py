@@ -122,7 +122,13 @@ def _published(bench: Bench) -> Iterator[Estimates]:
         for window, horizon_name, horizon in bench.cells():
             first, stop = bench.config.windows[window]
             job = WindowJob(
-                replay=bench.replay(), start=first, stop=stop, horizon=horizon, target=None, batch_size=48, folder=Path()
+                replay=bench.replay(),
+                start=first,
+                stop=stop,
+                horizon=horizon,
+                target=None,
+                batch_size=48,
+                folder=Path(),
             )
             columns = []
             for target in loaded:
@@ -191,9 +197,7 @@ def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int, window: 
         columns, residuals = [], []
         for index in range(len(bench.targets)):
             chosen = _anchors_of(bench, index, kind)
-            basis = AnchorBasis(
-                names=[both.names[i] for i in chosen], gradients=gradients[chosen], diagonal=diagonal
-            )
+            basis = AnchorBasis(names=[both.names[i] for i in chosen], gradients=gradients[chosen], diagonal=diagonal)
             choice = choose_metric(basis, values[:, chosen])
             solution = solve(basis, gradients[index : index + 1], choice.metric, choice.ridge)
             columns.append(values[:, chosen] @ solution.coordinates[0])

@@ -1,6 +1,7 @@
 """`curate.select` on a recorded run, as a command and as a function: what it writes, reuses, refuses and survives."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import polars as pl
 import pytest
 import yaml
 
+from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
 from curate.formats.mds import iterate
 from curate.mixture.record import read_mixture
@@ -198,6 +200,27 @@ def test_dvemb_serves_the_same_line(folder):
     out = run_select(folder, estimator="dvemb", window="late", mode="reweight")
     assert json.loads((out / "manifest.json").read_text())["settings"]["estimator"] == "dvemb"
     assert read_mixture(out / "mixture.yaml").samples == 60
+
+
+def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(folder, caplog):
+    adjoint = AdjointConfig(anchors_per_domain=1, samples_per_anchor=6)
+    with caplog.at_level(logging.INFO):
+        out = run_select(folder, estimator="anchors", window="late", mode="reweight", horizon=12, adjoint=adjoint)
+    residual = json.loads((out / "manifest.json").read_text())["residuals"]["late"]
+    assert 0 < residual <= 1
+    assert f"late window: the anchors leave {100 * residual:.0f} % of the target's gradient unexplained" in caplog.text
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "unexplained by the anchors" in page
+    assert "late at step 12" in page
+
+
+def test_an_anchor_file_that_changed_is_another_selection(folder, tmp_path):
+    write_tiny_target(tmp_path / "anchors.jsonl", documents=20)
+    adjoint = AdjointConfig(anchor_files=(tmp_path / "anchors.jsonl",), anchors_per_file=2, min_anchor_tokens=50)
+    settings = {"estimator": "anchors", "window": "late", "mode": "reweight", "adjoint": adjoint}
+    out = run_select(folder, **settings)
+    write_tiny_target(tmp_path / "anchors.jsonl", documents=19)
+    assert run_select(folder, **settings) != out
 
 
 def test_the_mixture_window_must_be_valued(folder):

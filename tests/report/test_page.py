@@ -13,7 +13,8 @@ import pytest
 from plotly import graph_objects as go
 
 from curate.report.data import ReportData, load_data, save_data
-from curate.report.page import domain_order, group_steps, headline, render, warnings, write_report
+from curate.report.page import domain_order, facts, group_steps, headline, render, warnings, write_report
+from curate.report.style import percent
 from tests.report.synthetic import DOMAINS, TEXTS, report_data
 
 
@@ -134,6 +135,14 @@ def test_the_headline_names_best_worst_and_their_shares(data: ReportData) -> Non
 def test_weak_targets_and_unseen_domains_are_said(data: ReportData) -> None:
     assert warnings(data) == ["A window has no sample of minified_js; the score of 0 there is not a measurement."]
     assert "late window differently (reliability +0.18)" in warnings(report_data(late_reliability=0.1))[0]
+
+
+def test_a_target_that_the_anchors_do_not_express_is_said(data: ReportData) -> None:
+    assert "unexplained by the anchors" not in dict(facts(data))
+    solved = dataclasses.replace(data, residuals={"early": 0.31, "late": 0.74})
+    assert dict(facts(solved))["unexplained by the anchors"] == f"early {percent(0.31)}; late {percent(0.74)}"
+    assert f"late window are approximate: the anchors leave {percent(0.74)}" in warnings(solved)[0]
+    assert len(warnings(solved)) == len(warnings(data)) + 1
 
 
 def test_long_windows_and_stages_are_grouped_and_say_so(data: ReportData) -> None:

@@ -1,0 +1,71 @@
+"""`curate.embed`: what it says about values for a target that was solved into anchors, and its options."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from curate.config import parse_command
+from curate.embed import EmbedConfig, embed
+from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
+from curate.embeddings.store import plan_job
+from curate.errors import UserError
+from curate.target import load_target
+from curate.trajectory.replay import Replay
+from curate.trajectory.run import Run
+from tests.tiny import Training, record_tiny_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded")
+    record_tiny_run(folder)
+    random = np.random.default_rng(0)
+    with (folder / "foreign.jsonl").open("w") as file:
+        for _ in range(12):
+            file.write(json.dumps({"tokens": random.integers(0, 32, 30).tolist()}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def config_of(run, folder, **settings):
+    return EmbedConfig(
+        **{
+            "run": run.folder, "estimator": "anchors", "target": folder / "foreign.jsonl", "window": "early",
+            "adjoint": AdjointConfig(anchors_per_domain=1, samples_per_anchor=4), **settings,
+        }
+    )  # fmt: skip
+
+
+def test_a_large_residual_is_warned_of_with_the_way_out(folder, run, caplog):
+    target = load_target(folder / "foreign.jsonl", run.spec, 100)
+    with caplog.at_level(logging.INFO):
+        embedding = embed(config_of(run, folder), run, target)["early"]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert embedding.residual > 0.5
+    assert f"leave {100 * embedding.residual:.0f} % of the target's gradient unexplained" in caplog.text
+    job = plan_job(Replay(run), "early", "window_end", target, batch_size=16)
+    units = AdjointEstimator(AdjointConfig()).cost_units(job)
+    (warning,) = [text for text in said if "approximate" in text]
+    assert f"--estimator adjoint), which would cost about {units:.0f} forward+backward passes" in warning
+
+
+def test_exact_values_are_not_doubted(folder, run, caplog):
+    with caplog.at_level(logging.INFO):
+        config = config_of(run, folder, estimator="adjoint")
+        found = embed(config, run, load_target(folder / "foreign.jsonl", run.spec, 100))
+    assert found["early"].residual is None
+    assert "unexplained" not in caplog.text
+
+
+def test_a_horizon_is_a_name_or_a_step():
+    for text, wanted in (("stage_end", "stage_end"), ("350", 350)):
+        assert parse_command(EmbedConfig, "embed", "", ["--horizon", text]).horizon == wanted
+    with pytest.raises(UserError, match="horizon"):
+        parse_command(EmbedConfig, "embed", "", ["--horizon", "soon"])
