@@ -118,12 +118,14 @@ class Training:
     batch_size: int = 6
     dtype: torch.dtype = torch.float32
     optimizer: str = "AdamW"
+    dropped: frozenset[tuple[int, int]] = frozenset()  # (step, position) of samples whose weight is set to 0
+    model: nn.Module | None = None  # as the last run left it
 
     def run(
         self, folder: Path | None, config: RecorderConfig | None = None, *, start: int = 0, stop: int | None = None
     ) -> list[float]:
         """Train; with a folder, record there. Stops early (as in a crash) or continues at a snapshot where asked."""
-        model = factory().to(self.dtype)
+        model = self.model = factory().to(self.dtype)
         optimizers = build_optimizers(model, self.optimizer)
         if folder and start:
             load_state(snapshot_path(folder, start), model, optimizers)
@@ -143,9 +145,13 @@ class Training:
             samples = [pools[i % 2][(self.seed * 31 + step * self.batch_size + i) % 80] for i in range(self.batch_size)]
             total = sum(sample.predicted_tokens for sample in samples)
             loss = torch.zeros((), dtype=self.dtype)
-            for half in (samples[: self.batch_size // 2], samples[self.batch_size // 2 :]):
+            kept = torch.tensor([(step, i) not in self.dropped for i in range(self.batch_size)])
+            size = self.batch_size // 2
+            for first in (0, size):
+                half = samples[first : first + size]
                 tokens = torch.from_numpy(np.stack([sample.tokens for sample in half]).astype(np.int64))
                 mask = torch.from_numpy(np.stack([sample.loss_mask for sample in half]))[:, 1:]
+                mask = mask & kept[first : first + size, None]
                 nll = torch.nn.functional.cross_entropy(
                     model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
                 )
