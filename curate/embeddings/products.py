@@ -8,7 +8,9 @@ Four ways. `exact` differentiates the gradient forward in direction u (forward o
 tangent of the gradient is H u, that of each loss is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the
 Jacobian of the logits and H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite, no tangents
 in the backward pass. `difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so
-it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|. `fisher`
+it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|. Where u
+is concentrated on weights that hardly any sample moves (Adam's 1 / sqrt(v) is huge there), the rest drowns in float32
+rounding: hold it against `exact` on a model of the kind (`curate.verify`) before trusting it. `fisher`
 is the published choice, `sum_z c_z g_z g_z^T`, kept for comparison.
 
 Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, R (the gradient at theta is

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from curate.config import Config
+from curate.embeddings.products import Hessian
 from curate.fidelity.draw import DrawConfig
 
 
@@ -22,6 +23,8 @@ class BenchConfig(Config):
     """A version of a few minutes that runs every part: fewer steps, pairs and anchors, one seed."""
     levers: bool = True
     """Also measure what the cheaper ways of computing adjoint cost in fidelity."""
+    anchors_hessian: Hessian = "exact"
+    """Curvature of the walks with all anchors."""
     anchors_at_stage_end: bool = True
     """Also walk all anchors from the stage's end through every window (by far the longest part)."""
     corpus: Path | None = None

@@ -172,7 +172,9 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         borders = bench.config.windows[window]
         name = f"anchors-{horizon}-{window}" if full else "anchors-stage"
         windows = {window: borders} if full else bench.config.windows
-        walk = Walk(name=name, horizon=horizon, windows=windows, hessian="difference", own_steps=("exact",))
+        walk = Walk(
+            name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",)
+        )
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)
         solved = _kept(

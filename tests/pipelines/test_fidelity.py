@@ -1,0 +1,81 @@
+"""The fidelity bench, every part of it, on a tiny model and real source text."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import typing
+
+import pytest
+
+from curate.errors import UserError
+from curate.fidelity.draw import DrawConfig
+from pipelines.fidelity.__main__ import bench, show, table
+from pipelines.fidelity.config import BenchConfig, small
+
+MODULES = (argparse, ast, dataclasses, typing, inspect, textwrap)
+ESTIMATORS = {
+    "grad-dot", "tracin", "less", "dvemb", "dvemb-adam", "adamw-fisher", "adjoint", "adjoint-own-step",
+    "adjoint-own-embedding", "adjoint-r8", "adjoint-r32", "adjoint-r32-heldout", "adjoint-r32-foreign",
+    "adjoint-gauss-newton", "adjoint-difference", "adjoint-half-batch", "adjoint-bridge-4",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fidelity")
+    for module in MODULES:
+        text = inspect.getsource(module)
+        pieces = [text[at : at + 300] for at in range(0, min(len(text), 15_000), 300)]
+        rows = [json.dumps({"id": f"{module.__name__}-{i}", "text": piece}) for i, piece in enumerate(pieces)]
+        (folder / "corpus").mkdir(exist_ok=True)
+        (folder / "corpus" / f"{module.__name__}.jsonl").write_text("\n".join(rows) + "\n")
+    model = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(model))
+    return BenchConfig(
+        folder=folder / "out", corpus=folder / "corpus", foreign=("inspect",), targets=("ast", "inspect"), seeds=(0,),
+        model=folder / "model.json", vocab_size=300, steps=30, window_steps=5, batch_size=4, seq_len=16,
+        target_documents=4, excerpt_characters=60, anchors_per_domain=2, lr=3e-3,
+        draw=DrawConfig(pairs=8, pairs_per_step=4, groups=4, repeats=1, part_pairs=1, parts=(0.5,)),
+    )  # fmt: skip
+
+
+def test_every_estimator_gets_rows_for_every_window_horizon_and_target(config, capsys):
+    result = bench(config)
+    rows = result["rows"]
+    assert {row["estimator"] for row in rows} == ESTIMATORS
+    cells = {(row["window"], row["horizon"], row["target"]) for row in rows if row["estimator"] == "adjoint"}
+    assert len(cells) == 3 * 2 * 3
+    anchored = {(row["window"], row["horizon"]) for row in rows if row["estimator"] == "adjoint-r32-heldout"}
+    assert len(anchored) == 6
+    lines = table(rows)
+    show(lines)
+    assert "adjoint-own-step" in capsys.readouterr().out
+    best = {(line["estimator"], line["window"], line["horizon"]): line["spearman"] for line in lines}
+    assert best["adjoint-own-step", "late", "stage_end"] > 0.9
+    assert best["adjoint", "late", "stage_end"] > best["grad-dot", "late", "stage_end"]
+    own, anchored = (best[name, "late", "window_end"] for name in ("adjoint-own-step", "adjoint-r32"))
+    assert anchored == pytest.approx(own, abs=0.1)
+    for path in (config.folder / "seed-0").glob("*.npz"):
+        path.unlink()
+    (config.folder / "seed-0" / "rows.json").unlink()
+    again = bench(config)
+    for one, other in zip(rows, again["rows"], strict=True):
+        assert {**one, "cost_units_per_step": 0} == {**other, "cost_units_per_step": 0}
+
+
+def test_a_corpus_without_a_domain_of_the_config_is_refused(config):
+    with pytest.raises(UserError, match=r"has no poetry.jsonl"):
+        bench(config.model_copy(update={"targets": ("poetry",), "folder": config.folder / "other"}))
+
+
+def test_the_small_bench_keeps_what_it_was_given(config):
+    made = small(config)
+    assert made.corpus == config.corpus
+    assert made.steps < BenchConfig().steps
+    assert made.folder != config.folder
