@@ -23,7 +23,7 @@ from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.embeddings.basis import AnchorBasis, choose_metric, load_basis, save_basis, solve
 from curate.embeddings.estimator import HALVES, Encoded, job_target
-from curate.embeddings.products import Hessian, check_forward_mode
+from curate.embeddings.products import Hessian, check_curvature
 from curate.embeddings.states import StatePlan, plan_states, states_backward
 from curate.errors import UserError
 from curate.optimizers.state import TrainingState
@@ -54,8 +54,8 @@ class AdjointConfig(Config):
     """The step that a sample was used in: exact (the update without it; needs per-sample gradients), exact for the rows
     of token embeddings only (embedding), or linear like all later steps."""
     hessian: Hessian = "exact"
-    """Curvature of later steps: exact, gauss-newton, or difference (of gradients; for models whose attention has no
-    forward-mode derivative)."""
+    """Curvature of later steps: exact, gauss-newton, or difference (of gradients; for models whose attention cannot
+    be differentiated twice)."""
     hessian_share: float = Field(default=1.0, gt=0, le=1)
     """Share of each step's samples that curvature is computed from."""
     bridge_every: int = Field(default=1, ge=1)
@@ -171,13 +171,13 @@ class AdjointEstimator:
         """Push the anchors' gradients back from the horizon to the window's start; see `curate.embeddings.adjoint`.
 
         Raises:
-            UserError: memory or disk limits are too small, or the model has no forward-mode derivative.
+            UserError: memory or disk limits are too small, or the model cannot be differentiated twice.
         """
         replay = job.replay
         if self.config.hessian != "difference":
             replay.load(replay.run.snapshots[0])
             first = next(records(replay.run, job.start, job.stop))
-            check_forward_mode(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
+            check_curvature(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
         self._save_basis(job)
         step, cotangent = self._begin(job)
         plan = self._plan(job, step)

@@ -4,24 +4,25 @@ For directions u (R, P) at parameters theta, with `L = sum_z c_z l_z`:
 
     products   <g_z, u_r>   (R, B)        curvature   H u_r   (R, P)
 
-Four ways. `exact` differentiates the gradient forward in direction u (forward over reverse, Pearlmutter 1994): the
-tangent of the gradient is H u, that of each loss is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the
-Jacobian of the logits and H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite, no tangents
-in the backward pass. `difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so
-it also serves models that cannot be differentiated forward; h makes the step `STEP` long relative to |theta|. Where u
-is concentrated on weights that hardly any sample moves (Adam's 1 / sqrt(v) is huge there), the rest drowns in float32
-rounding: hold it against `exact` on a model of the kind (`curate.verify`) before trusting it. `fisher`
-is the published choice, `sum_z c_z g_z g_z^T`, kept for comparison.
+Four ways. `exact` differentiates `<grad L, u>` once more (Pearlmutter 1994): with respect to theta it is H u, with
+respect to the weights c_z it is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the Jacobian of the logits and
+H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite; it needs forward-mode derivatives.
+`difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so it also serves models
+that cannot be differentiated twice; h makes the step `STEP` long relative to |theta|. Where u is concentrated on
+weights that hardly any sample moves (Adam's 1 / sqrt(v) is huge there), the rest drowns in float32 rounding; only
+weights whose gradient is exactly 0, such as the rows of absent tokens, are left out. Hold it against `exact` on a model
+of the kind (`curate.verify`) before trusting it. `fisher` is the published choice, `sum_z c_z g_z g_z^T`, kept for
+comparison.
 
-Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, R (the gradient at theta is
-known), and 2.
+Cost in forward+backward passes of the batch, for R directions: about 1 + 1.7 R, 2/3 + 4/3 R, R (the gradient at theta
+is known), and 2.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UserError
 from curate.task import Batch
@@ -37,8 +38,8 @@ STEP = 1e-3
 # What PyTorch says where a model cannot run under its function transforms.
 _NO_TRANSFORM = ("vmap", "functorch", "setup_context")
 _GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
-# What PyTorch says where an operation, or a custom autograd.Function, cannot be differentiated forward.
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "jvp", "setup_context")
+# What PyTorch says where an operation, or a custom autograd.Function, has no second or no forward-mode derivative.
+_NO_DERIVATIVE = ("forward AD", "forward mode AD", "jvp", "setup_context", "twice", "is not implemented")
 
 
 def directional_products(
@@ -149,7 +150,7 @@ def difference_products(
     base = _losses_and_gradient(task, layout, batches, parameters)[1] if gradient is None else gradient
     scale = float(parameters.norm()) * STEP
     slopes, curvature = [], []
-    for direction in directions:
+    for direction in directions.where(base != 0, 0):
         length = float(direction.norm())
         h = scale / length if length else 1.0
         moved_losses, moved = _losses_and_gradient(task, layout, batches, parameters + h * direction)
@@ -241,31 +242,53 @@ def _losses_and_gradient(
     return torch.cat(losses), leaf.grad
 
 
-def check_forward_mode(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessian) -> None:
-    """Try one product on one sample: a model that cannot be differentiated forward is refused before long work.
+def check_curvature(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessian) -> None:
+    """Try one product on one sample: a model that cannot be differentiated so is refused before long work.
 
     Raises:
-        UserError: an operation has no forward-mode derivative; names the module.
+        UserError: an operation has no second derivative, or no forward-mode one; names the module.
     """
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    names = {id(module): name for name, module in task.model.named_modules()}
-    entered: list[str] = []
-    handle = register_module_forward_pre_hook(lambda module, _: entered.append(names.get(id(module), "")))
     flat = layout.flatten(dict(task.model.named_parameters())).detach()
+    one = batch.split(1)[0]
     try:
         with warnings.catch_warnings():
             # torch scripts its own forward-mode formulas on the first product, and warns of it
             warnings.simplefilter("ignore", FutureWarning)
-            directional_products(task, layout, batch.split(1)[0], flat, flat[None], hessian)
+            directional_products(task, layout, one, flat, flat[None], hessian)
     except (RuntimeError, NotImplementedError) as error:
-        if not any(phrase in str(error) for phrase in _NO_FORWARD_MODE):
+        if not any(phrase in str(error) for phrase in _NO_DERIVATIVE):
             raise
-        place = next((name for name in reversed(entered) if name), "the model")
         raise UserError(
-            f"module {place} has no forward-mode derivative, which adjoint.hessian {hessian} needs "
+            f"module {_opaque_module(task, one)} cannot be differentiated as adjoint.hessian {hessian} needs it "
             f"({str(error).splitlines()[0]}); switch it to PyTorch's scaled_dot_product_attention or to eager "
             "attention (Hugging Face: attn_implementation 'sdpa' or 'eager'), or set adjoint.hessian difference"
         ) from None
+
+
+def _opaque_module(task: Task, batch: Batch) -> str:
+    """The first innermost module whose output has no second derivative with respect to its input."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {id(module): name for name, module in task.model.named_modules()}
+    passed: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [one for one in (*inputs[:1], output) if isinstance(one, torch.Tensor) and one.requires_grad]
+        if len(tensors) == 2:
+            passed.append((names.get(id(module), ""), *tensors))
+
+    handles = [module.register_forward_hook(keep) for module in task.model.modules()]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            task.sample_losses(batch)
+            for name, given, made in passed:
+                try:
+                    (slope,) = torch.autograd.grad(made.square().sum(), given, create_graph=True)
+                    torch.autograd.grad(slope.square().sum(), given, retain_graph=True, allow_unused=True)
+                except RuntimeError:
+                    return name or "the model"
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return "the model"

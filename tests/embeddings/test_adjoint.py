@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 
 from curate.embeddings.adjoint import StepOptions, adjoint_step, sample_slopes
 from curate.embeddings.own_step import embedding_corrections, exact_values
-from curate.embeddings.products import check_forward_mode, directional_products
+from curate.embeddings.products import check_curvature, directional_products
 from curate.errors import UserError
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import TrainingState
@@ -282,22 +283,25 @@ def test_a_share_of_the_samples_estimates_curvature_and_leaves_slopes_exact():
 
 
 class Opaque(torch.autograd.Function):
-    """Stands for a fused kernel without a forward-mode derivative."""
+    """Stands for a fused kernel that can be differentiated once."""
 
     @staticmethod
     def forward(ctx, value):
         return value * 2
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return gradient * 2
 
 
-def test_a_model_without_forward_mode_is_refused_by_name():
+def test_a_model_without_second_derivatives_is_refused_by_name():
     problem = Problem(None)
     problem.task.model.mix.register_forward_hook(lambda _module, _inputs, output: Opaque.apply(output))
-    with pytest.raises(UserError, match=r"module mix has no forward-mode derivative.*hessian difference"):
-        check_forward_mode(problem.task, problem.layout, problem.batches[0][0], "exact")
+    with pytest.raises(
+        UserError, match=r"module mix cannot be differentiated as adjoint.hessian exact needs .*difference"
+    ):
+        check_curvature(problem.task, problem.layout, problem.batches[0][0], "exact")
 
 
 def test_a_diverged_step_is_named():
