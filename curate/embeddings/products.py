@@ -77,22 +77,21 @@ def directional_products(
 def _exact(
     task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from torch.func import grad, jvp, vmap
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def batch_loss(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        losses = task.sample_losses(batch, values)
-        return (losses * batch.weights).sum(), losses
-
-    def tangents(direction: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        point = layout.views(parameters)
-        tangent: tuple[dict[str, Tensor], Tensor] = jvp(grad(batch_loss, has_aux=True), (point,), (direction,))[1]
-        return tangent
-
-    # Fused attention kernels have no forward-mode derivative; the math kernel has.
+    leaf = parameters.detach().clone().requires_grad_()
+    weights = batch.weights.to(parameters.dtype, copy=True).requires_grad_()
+    # Fused attention kernels cannot be differentiated twice; the math kernel can.
     with sdpa_kernel(SDPBackend.MATH):
-        curvature, products = vmap(tangents)(layout.views(directions))
-    return products, layout.flatten(curvature)
+        loss = (task.sample_losses(batch, layout.views(leaf)) * weights).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        # <grad L, u> differentiated: H u with respect to theta, <g_z, u> with respect to c_z
+        if len(directions) == 1:
+            curvature, slopes = torch.autograd.grad(gradient, (leaf, weights), directions[0])
+            return slopes[None], curvature[None]
+        curvature, slopes = torch.autograd.grad(gradient, (leaf, weights), directions, is_grads_batched=True)
+    return slopes, curvature
 
 
 def _gauss_newton(
@@ -255,6 +254,8 @@ def check_curvature(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessi
             # torch scripts its own forward-mode formulas on the first product, and warns of it
             warnings.simplefilter("ignore", FutureWarning)
             directional_products(task, layout, one, flat, flat[None], hessian)
+            if hessian == "exact":
+                _differentiate_twice(task, layout, one, flat)
     except (RuntimeError, NotImplementedError) as error:
         if not any(phrase in str(error) for phrase in _NO_DERIVATIVE):
             raise
@@ -263,6 +264,18 @@ def check_curvature(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessi
             f"({str(error).splitlines()[0]}); switch it to PyTorch's scaled_dot_product_attention or to eager "
             "attention (Hugging Face: attn_implementation 'sdpa' or 'eager'), or set adjoint.hessian difference"
         ) from None
+
+
+def _differentiate_twice(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor) -> None:
+    """Walk the whole graph of a gradient: asked for some leaves only, autograd skips a node that would raise."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    leaf = parameters.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = task.sample_losses(batch, layout.views(leaf)).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        gradient.square().sum().backward()
 
 
 def _opaque_module(task: Task, batch: Batch) -> str:
@@ -285,10 +298,11 @@ def _opaque_module(task: Task, batch: Batch) -> str:
             for name, given, made in passed:
                 try:
                     (slope,) = torch.autograd.grad(made.square().sum(), given, create_graph=True)
-                    torch.autograd.grad(slope.square().sum(), given, retain_graph=True, allow_unused=True)
+                    slope.square().sum().backward(retain_graph=True)
                 except RuntimeError:
                     return name or "the model"
     finally:
         for handle in handles:
             handle.remove()
+        task.model.zero_grad(set_to_none=True)
     return "the model"
