@@ -1,7 +1,5 @@
 """`dvemb-adam`: the blocked recursion against multiplied matrices, captured `D g` against autograd, the shortcut."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -116,14 +114,14 @@ def test_the_frozen_scale_on_both_sides_is_the_same_recursion_in_other_coordinat
 def test_separable_inverse_is_exact_where_the_second_moment_has_rank_one():
     random = torch.Generator().manual_seed(0)
     rows, columns = (torch.rand(count, generator=random, dtype=torch.float64) + 0.01 for count in (7, 5))
-    settings = GroupSettings(lr=0.1, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=0.0)
+    settings = GroupSettings(optimizer="AdamW", lr=0.1, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=0.0)
     moment = torch.outer(rows, columns)
     exact = 1 / (moment / (1 - 0.95**3)).sqrt()
     torch.testing.assert_close(torch.outer(*separable_inverse(denominator(moment, 3, settings))), exact)
 
 
 def test_separable_inverse_of_a_weight_never_touched_is_finite():
-    settings = GroupSettings(lr=0.1, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
+    settings = GroupSettings(optimizer="AdamW", lr=0.1, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
     found = torch.outer(*separable_inverse(denominator(torch.zeros(3, 4), 1, settings)))
     torch.testing.assert_close(found, torch.full((3, 4), 1e8))
 
@@ -182,7 +180,7 @@ def test_captured_rows_are_the_gradients_of_single_samples_times_the_scale_after
             rows = estimator._rows(job, capture, replayed)
             expected.append((_one_by_one(job, capture, replayed), rows, list(seen)))
             seen.clear()
-            optimizer, last = replayed.optimizer, replayed.record
+            optimizer, last = replayed.optimizers[0], replayed.record
     denominators.append(_denominators(capture, optimizer, last.groups[0], last.step + 1))
     assert [len(rows[1]) for _, rows, _ in expected] == [6, 6]
     for (single, (plain, scaled), used), real in zip(expected, denominators, strict=True):
@@ -234,7 +232,7 @@ def test_the_shortcut_and_the_separable_scale_lose_little_against_the_exact_scal
     def exact_rows(self, job, capture, replayed):
         seen, recording = recorder()
         monkeypatch.setattr(dvemb_adam_estimator, "separable_inverse", recording)
-        preconditioners(job, capture, replayed.record, replayed.optimizer, updated=False)
+        preconditioners(job, capture, replayed.record, replayed.optimizers, updated=False)
         plain = torch.cat([captured.rows for captured in replayed.captured])
         return [plain, plain / torch.cat([inverse.flatten() for inverse in seen])]
 
@@ -248,12 +246,10 @@ def test_the_shortcut_and_the_separable_scale_lose_little_against_the_exact_scal
     assert max(losses.values()) < 0.2
 
 
-def test_a_run_of_another_optimizer_is_refused(folder, run):
-    job = job_of(run, folder)
-    spec = run.spec.model_copy(update={"optimizer": "SGD"})
-    other = SimpleNamespace(replay=SimpleNamespace(run=SimpleNamespace(spec=spec, folder=run.folder)), start=8)
-    with pytest.raises(UserError, match=r"follows AdamW.*trained with SGD.*--estimator dvemb"):
-        check_adam(other)
-    run.spec = run.spec.model_copy(update={"optimizer": "Adam"})
-    with pytest.raises(UserError, match="decoupled weight decay"):
-        DvembAdamEstimator(DvembAdamConfig()).settings(job)
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [("SGD", r"follows AdamW.*trained with SGD.*--estimator dvemb"), ("Adam", "decoupled weight decay")],
+)
+def test_a_run_of_another_optimizer_is_refused(folder, tmp_path, optimizer, message):
+    with pytest.raises(UserError, match=message):
+        check_adam(job_of(record_tiny_run(tmp_path, optimizer=optimizer), folder))
