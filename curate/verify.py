@@ -16,6 +16,7 @@ from pydantic import Field
 from curate.artifacts import SIGN, check_startable, fingerprint, is_complete, read_json, seal, start, write_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
+from curate.errors import UserError
 from curate.fidelity.draw import DrawConfig
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
@@ -83,10 +84,13 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     from curate.fidelity.reruns import Reruns
     from curate.fidelity.truth import collect
     from curate.report.fidelity import verify_page
+    from curate.target import check_vocabulary
     from curate.trajectory.replay import Replay
 
     replay = Replay(run, config.device, config.tolerance)
     targets = load_targets(config, run)
+    for target in targets:
+        check_vocabulary(target, replay.task)
     settings = _settings(config, run, targets)
     out = config.out or run.folder / "verify" / fingerprint(settings)[:8]
     if is_complete(out, settings):
@@ -105,7 +109,8 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     )  # fmt: skip
     reruns = Reruns(replay, targets, config.target_batch_size)
     steps = {window: sorted(set(found.values())) for window, found in horizons.items()}
-    truth = collect(out / "truth.parquet", reruns, removals, steps, [target.name for target in targets])
+    kept = run.folder / "verify" / f"truth-{fingerprint([settings['targets'], steps])[:8]}.parquet"
+    truth = collect(kept, reruns, removals, steps, [target.name for target in targets])
     estimates = estimate(config, replay, targets, windows, horizons)
     result = compare(truth, estimates, horizons, config.seed)
     result["cost"] = {
@@ -124,8 +129,9 @@ def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int
 
 
 def _settings(config: VerifyConfig, run: Run, targets: list[Target]) -> dict[str, Any]:
-    elsewhere = {"run", "runs_root", "streams", "target", "out", "device", "tolerance", "target_batch_size"}
-    chosen = config.model_dump(mode="json", exclude=elsewhere)
+    elsewhere = ("run", "runs_root", "streams", "target", "out", "device", "tolerance", "target_batch_size")
+    limits = {"memory_bytes", "disk_bytes", "save_seconds", "at_once"}
+    chosen = config.model_dump(mode="json", exclude={**dict.fromkeys(elsewhere, True), "adjoint": limits})
     return {"run": run.fingerprint, "targets": [target.fingerprint for target in targets], **chosen}
 
 
@@ -133,13 +139,17 @@ def load_targets(config: VerifyConfig, run: Run) -> list[Target]:
     """The targets of the config, or held-out samples of the run's own streams, one target per domain and a general one.
 
     Raises:
-        UserError: a file is unreadable or too small, or the run trained on every sample of a domain.
+        UserError: a file is unreadable or too small, two have one name, or a domain has too few samples.
     """
     from curate.fidelity.heldout import heldout_targets
     from curate.target import load_target
 
     if config.target:
-        return [load_target(path, run.spec, config.min_target_tokens) for path in config.target]
+        targets = [load_target(path, run.spec, config.min_target_tokens) for path in config.target]
+        twice = sorted({target.name for target in targets if [one.name for one in targets].count(target.name) > 1})
+        if twice:
+            raise UserError(f"two target files are called {twice[0]}; rename one")
+        return targets
     return heldout_targets(run)
 
 
@@ -239,7 +249,7 @@ def _estimate(
         estimator=config.estimator, window=window, horizon=end,
         values={name: keyed(row_steps, np.asarray(value, np.float64)) for name, value in values.items()},
         cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
-        bytes_per_sample=float(embedding.vectors[:1].nbytes),
+        bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from curate.embeddings.own_step import before_step, embedding_corrections, exact_values
-from curate.embeddings.products import Hessian, difference_products, directional_products
+from curate.embeddings.products import Hessian, difference_products, directional_products, exact_slopes
 from curate.errors import UserError
 from curate.optimizers.step import update_vjp
 from curate.rng import generator
@@ -137,26 +137,13 @@ def sample_slopes(
     hessian: Hessian = "exact",
     at_once: int | None = None,
 ) -> Tensor:
-    """`<g_z, u_r>` (R, B) for steps whose Hessian product does not deliver it.
-
-    By forward mode alone, or by differences where curvature is too: the model may have no forward mode.
-    """
+    """`<g_z, u_r>` (R, B) for steps whose Hessian product does not deliver it."""
     import torch
-    from torch.func import jvp, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def slopes(direction: dict[str, Tensor]) -> Tensor:
-        def losses(values: dict[str, Tensor]) -> Tensor:
-            return task.sample_losses(batch, values)
-
-        tangent: Tensor = jvp(losses, (layout.views(parameters),), (direction,))[1]
-        return tangent
 
     if hessian == "difference":
-        return directional_products(task, layout, batch, parameters, directions, hessian)[0]
-    with sdpa_kernel(SDPBackend.MATH):
-        parts = [vmap(slopes)(layout.views(part)) for part in directions.split(at_once or len(directions))]
-    return torch.cat(parts)
+        return difference_products(task, layout, [batch], parameters, directions)[0]
+    parts = directions.split(at_once or len(directions))
+    return torch.cat([exact_slopes(task, layout, batch, parameters, part) for part in parts])
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:

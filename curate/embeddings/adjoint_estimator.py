@@ -139,7 +139,7 @@ class AdjointEstimator:
         anchors = self.anchors(job)
         batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
         plan = self._plan(job, job.horizon)
-        per_anchor = {"exact": 1.6, "gauss-newton": 1.3, "difference": 1.0}[self.config.hessian]
+        per_anchor = {"exact": 1.7, "gauss-newton": 1.3, "difference": 1.0, "fisher": 0.1}[self.config.hessian]
         once = 0.0 if self.config.hessian == "difference" else 1.6 * -(-len(anchors) // self.config.at_once)
         curvature = self.config.hessian_share * (per_anchor * len(anchors) + once)
         own = {"exact": 2.0, "embedding": 2.0, "linear": 0.0}[self.config.own_step]

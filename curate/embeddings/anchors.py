@@ -165,7 +165,7 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     return AnchorSet(names=names, batches=batches)
 
 
-def draw_samples(run: Run, domain: str, own: int, shared: int) -> list[int]:
+def draw_samples(run: Run, domain: str, own: int, shared: int, purpose: str = "anchors") -> list[int]:
     """Ids of `own + shared` samples of a domain in random order, those that the run did not train on first.
 
     The order depends on the contents of the samples, not on their places in shards.
@@ -174,7 +174,7 @@ def draw_samples(run: Run, domain: str, own: int, shared: int) -> list[int]:
     usable = run.places.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).select("sample_id")
     pools = [usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi")]
     fresh, used = (
-        generator(0, "anchors", domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()
+        generator(0, purpose, domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()
         for pool, frame in zip(("fresh", "trained"), pools, strict=True)
     )
     wanted = own + shared

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Hessian = Literal["exact", "gauss-newton", "difference", "fisher"]
 STEP = 1e-3
 # What PyTorch says where a model cannot run under its function transforms.
-_NO_TRANSFORM = ("vmap", "functorch", "setup_context")
+_NO_TRANSFORM = ("vmap", "functorch", "setup_context", "expected scalar type")
 _GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
 # What PyTorch says where an operation, or a custom autograd.Function, has no second or no forward-mode derivative.
 _NO_DERIVATIVE = ("forward AD", "forward mode AD", "jvp", "setup_context", "twice", "is not implemented")
@@ -77,21 +77,34 @@ def directional_products(
 def _exact(
     task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
+    slopes, curvature = _second_backward(task, layout, batch, parameters, directions, curvature=True)
+    return slopes, curvature
+
+
+def exact_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
+    """`<g_z, u_r>` (R, B) alone; a second backward pass that stops at the weights c_z."""
+    (slopes,) = _second_backward(task, layout, batch, parameters, directions, curvature=False)
+    return slopes
+
+
+def _second_backward(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor, *, curvature: bool
+) -> tuple[Tensor, ...]:
+    """Derivatives of <grad L, u>: <g_z, u> by c_z (R, B) and, where asked for, H u by theta (R, P)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     leaf = parameters.detach().clone().requires_grad_()
     weights = batch.weights.to(parameters.dtype, copy=True).requires_grad_()
+    leaves = (weights, leaf) if curvature else (weights,)
     # Fused attention kernels cannot be differentiated twice; the math kernel can.
     with sdpa_kernel(SDPBackend.MATH):
         loss = (task.sample_losses(batch, layout.views(leaf)) * weights).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        # <grad L, u> differentiated: H u with respect to theta, <g_z, u> with respect to c_z
         if len(directions) == 1:
-            curvature, slopes = torch.autograd.grad(gradient, (leaf, weights), directions[0])
-            return slopes[None], curvature[None]
-        curvature, slopes = torch.autograd.grad(gradient, (leaf, weights), directions, is_grads_batched=True)
-    return slopes, curvature
+            return tuple(one[None] for one in torch.autograd.grad(gradient, leaves, directions[0]))
+        found: tuple[Tensor, ...] = torch.autograd.grad(gradient, leaves, directions, is_grads_batched=True)
+    return found
 
 
 def _gauss_newton(

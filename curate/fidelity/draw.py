@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field
+
+from curate.artifacts import fingerprint
 from curate.config import Config
 from curate.errors import UserError
 from curate.rng import generator
@@ -20,19 +23,19 @@ Kind = Literal["pair", "group", "repeat", "part"]
 class DrawConfig(Config):
     """How many reruns of each kind, per window."""
 
-    pairs: int = 12
+    pairs: int = Field(default=12, ge=1)
     """(sample, step) pairs removed one at a time; drawn as `pairs_per_step` samples of uniformly drawn steps."""
-    pairs_per_step: int = 4
+    pairs_per_step: int = Field(default=4, ge=1)
     """Samples drawn from one step, so that values can also be ranked within a step."""
-    groups: int = 4
+    groups: int = Field(default=4, ge=0)
     """Groups of samples removed together."""
-    group_share: float = 0.1
+    group_share: float = Field(default=0.1, gt=0, le=1)
     """Share of a window's samples in each group."""
-    repeats: int = 2
+    repeats: int = Field(default=2, ge=0)
     """Pairs run once more with the samples of every batch in another order: the same training but for rounding."""
-    parts: tuple[float, ...] = (0.1, 0.5)
+    parts: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.5)
     """Parts of a sample's weight removed instead of all of it, to see how smooth training is in its data weights."""
-    part_pairs: int = 2
+    part_pairs: int = Field(default=2, ge=0)
     """Pairs that the parts are removed of."""
 
 
@@ -62,8 +65,8 @@ class Removal:
     @property
     def name(self) -> str:
         """Identity of the rerun in files."""
-        first, last = self.samples[0], self.samples[-1]
-        return f"{self.kind} {self.window} {first}-{last} x{len(self.samples)} part {self.part} order {self.order}"
+        which = fingerprint(self.samples) if len(self.samples) > 1 else str(self.samples[0])
+        return f"{self.kind} {self.window} {which} part {self.part} order {self.order}"
 
 
 def draw(run: Run, windows: dict[str, tuple[int, int]], config: DrawConfig, seed: int) -> list[Removal]:
@@ -76,7 +79,7 @@ def draw(run: Run, windows: dict[str, tuple[int, int]], config: DrawConfig, seed
         seed: of the draws; the same seed draws the same samples.
 
     Raises:
-        UserError: a window has fewer steps or smaller batches than the draw asks for.
+        UserError: a window has fewer steps than the draw asks for.
     """
     return [
         removal for name, (start, stop) in windows.items() for removal in _window(run, name, start, stop, config, seed)

@@ -1,4 +1,4 @@
-"""Targets for a verification without target files: samples of the run's own streams that it did not train on."""
+"""Targets for a verification without target files: samples of the run's own streams, untrained while they last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def heldout_targets(run: Run) -> list[Target]:
     shared = 2 * -(-_SEQUENCES // (2 * len(run.streams)))
     reader, targets, mixed = SampleReader(run), [], []
     for domain in sorted(run.streams):
-        ids = draw_samples(run, domain, _SEQUENCES, shared)
+        ids = draw_samples(run, domain, _SEQUENCES, shared, "verification targets")
         targets.append(_target(domain, ids[:_SEQUENCES], reader))
         mixed += ids[_SEQUENCES:]
     return [*targets, _target(GENERAL, mixed, reader)]

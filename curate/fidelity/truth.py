@@ -63,7 +63,7 @@ def collect(
             _save(path, table)
             saved = monotonic()
     _save(path, table)
-    return table
+    return table.filter(pl.col("removal").is_in([removal.name for removal in removals]))
 
 
 def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:

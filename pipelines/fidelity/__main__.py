@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import SIGN, read_json, write_json
+from curate.artifacts import SIGN, file_fingerprint, fingerprint, read_json, write_json
 from curate.config import parse_command, run_command
 from curate.fidelity.draw import draw
 from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows
@@ -42,13 +42,19 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     data = make_data(config)
     found: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}
     for seed in config.seeds:
-        path = config.folder / f"seed-{seed}" / "rows.json"
+        path = config.folder / f"seed-{seed}" / f"rows-{fingerprint(_settings(config))[:8]}.json"
         if not path.exists():
             write_json(path, one_seed(config, data, seed))
         part = read_json(path)
         for key, own in found.items():
             own += part[key]
     return found
+
+
+def _settings(config: BenchConfig) -> dict[str, Any]:
+    """What a seed's rows depend on."""
+    chosen = config.model_dump(mode="json", exclude={"out", "folder", "seeds", "small", "corpus", "model"})
+    return {**chosen, "model": file_fingerprint(config.model)}
 
 
 def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
@@ -60,7 +66,9 @@ def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
     windows = config.windows
     horizons = {name: sorted({stop, config.steps}) for name, (_, stop) in windows.items()}
     reruns = Reruns(Replay(run), targets, 48)
-    truth = collect(folder / "truth.parquet", reruns, draw(run, windows, config.draw, seed), horizons, names)
+    truth_of = fingerprint([target.fingerprint for target in targets])[:8]
+    removals = draw(run, windows, config.draw, seed)
+    truth = collect(folder / f"truth-{truth_of}.parquet", reruns, removals, horizons, names)
     rows = []
     for one in estimates(open_bench(config, run, data, folder)):
         for horizon in horizon_names(config, one.window, one.horizon):

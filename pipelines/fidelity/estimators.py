@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.artifacts import fingerprint, replacing
 from curate.embeddings.adjoint_estimator import optimizer_metric
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors
 from curate.embeddings.basis import AnchorBasis, choose_metric, solve
@@ -72,8 +73,11 @@ def open_bench(config: BenchConfig, run: Run, data: Path, folder: Path) -> Bench
         own = document_anchors(path, run.spec, config.anchors_per_domain, 1)
         pool += own
         domains += [path.stem] * len(own)
+    targets = AnchorSet(names=names, batches=batches)
+    folder = folder / f"values-{fingerprint([run.fingerprint, targets.fingerprint, pool.fingerprint])[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
     return Bench(
-        config=config, run=run, data=data, folder=folder, targets=AnchorSet(names=names, batches=batches), pool=pool,
+        config=config, run=run, data=data, folder=folder, targets=targets, pool=pool,
         pool_domains=domains,
     )  # fmt: skip
 
@@ -142,7 +146,7 @@ def _published(bench: Bench) -> Iterator[Estimates]:
 
 def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) -> Iterator[Estimates]:
     """The targets as anchors, one walk per horizon."""
-    tag = "-".join([hessian, *(str(value) for value in options.values())])
+    tag = "-".join([hessian, *(f"{key}={value}" for key, value in options.items())])
     for walk in _walks(bench, f"targets-{tag}", hessian, tuple(names), **options):
         found = walk_back(bench.replay(), bench.targets, walk, bench.folder)
         for window, arrays in found.items():
@@ -165,12 +169,13 @@ def _walks(bench: Bench, name: str, hessian: Any, own_steps: tuple[str, ...], **
 def _anchored(bench: Bench) -> Iterator[Estimates]:
     """Targets in the coordinates of anchors: among them, their domain's other documents among them, or neither."""
     both = bench.targets + bench.pool
+    kind = f"anchors-{bench.config.anchors_hessian}"
     for window, horizon_name, horizon in bench.cells():
         full = horizon_name == "window_end" or window == "late"
         if not full and not bench.config.anchors_at_stage_end:
             continue
         borders = bench.config.windows[window]
-        name = f"anchors-{horizon}-{window}" if full else "anchors-stage"
+        name = f"{kind}-{horizon}-{window}" if full else f"{kind}-stage"
         windows = {window: borders} if full else bench.config.windows
         walk = Walk(
             name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",)
@@ -178,10 +183,12 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)
         solved = _kept(
-            bench, f"solved-{window}-{horizon}", lambda v=arrays["exact"], h=horizon, w=window: _solve(bench, v, h, w)
+            bench,
+            f"solved-{kind}-{window}-{horizon}",
+            lambda v=arrays["exact"], h=horizon, w=window: _solve(bench, v, h, w),
         )
-        for kind, size in (("r8", 8), ("r32", 32), ("r32-heldout", 32), ("r32-foreign", 32)):
-            yield _estimates(bench, f"adjoint-{kind}", window, horizon, solved[kind], units, 4.0 * size)
+        for chosen, size in (("r8", 8), ("r32", 32), ("r32-heldout", 32), ("r32-foreign", 32)):
+            yield _estimates(bench, f"adjoint-{chosen}", window, horizon, solved[chosen], units, 4.0 * size)
 
 
 def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int, window: str) -> dict[str, Any]:
@@ -228,8 +235,6 @@ def _anchors_of(bench: Bench, target: int, kind: str) -> list[int]:
 
 def _kept(bench: Bench, name: str, make: Any) -> dict[str, Any]:
     """Arrays that are computed once."""
-    from curate.artifacts import replacing
-
     path = bench.folder / f"{name}.npz"
     if not path.exists():
         arrays = make()

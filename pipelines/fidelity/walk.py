@@ -16,6 +16,7 @@ from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
 from curate.embeddings.own_step import embedding_corrections, exact_values
 from curate.embeddings.states import plan_states, states_backward
+from curate.errors import UserError
 from curate.optimizers.state import TrainingState
 from curate.progress import progress
 
@@ -71,33 +72,42 @@ def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> d
         Window -> own step -> (N, R) values, and "units": own step -> cost per step of the window, in forward+backward
         passes of a training batch.
     """
-    cotangent_path = folder / f"{walk.name}.safetensors"
     found: dict[str, dict[str, Any]] = {}
     cotangent: TrainingState | None = None
     for window, start, stop in walk.parts:
         path = folder / f"{walk.name}-{window or f'bridge-{start}'}.npz"
         if not path.exists():
             if cotangent is None:
-                cotangent = _cotangent(replay, anchors, walk.horizon, stop, cotangent_path)
+                cotangent = _cotangent(replay, anchors, walk, stop, folder)
             cotangent, arrays = _part(replay, walk, window, start, stop, cotangent, folder)
-            save_cotangent(cotangent_path, start, cotangent)
+            save_cotangent(_border(folder, walk, start), start, cotangent)
             with replacing(path) as part, part.open("wb") as file:
                 np.savez(file, **arrays)
+        _border(folder, walk, stop).unlink(missing_ok=True)
         if window is not None:
             with np.load(path) as stored:
                 found[window] = {key: stored[key] for key in stored.files}
-    cotangent_path.unlink(missing_ok=True)
+    _border(folder, walk, walk.parts[-1][1]).unlink(missing_ok=True)
     return found
 
 
-def _cotangent(replay: Replay, anchors: AnchorSet, horizon: int, stop: int, path: Path) -> TrainingState:
-    """Of the state at `stop`."""
-    if stop == horizon:
-        replay.horizon_model(horizon)
+def _border(folder: Path, walk: Walk, step: int) -> Path:
+    """The cotangent at a border between parts; it goes when both parts are done."""
+    return folder / f"{walk.name}-{step:08d}.safetensors"
+
+
+def _cotangent(replay: Replay, anchors: AnchorSet, walk: Walk, stop: int, folder: Path) -> TrainingState:
+    """Of the state at `stop`.
+
+    Raises:
+        UserError: a part was deleted whose cotangent is gone.
+    """
+    if stop == walk.horizon:
+        replay.horizon_model(stop)
         return TrainingState.zeros(anchor_gradients(replay.task, replay.layout, anchors, 48))
-    saved = load_cotangent(path, replay.device)
-    assert saved is not None
-    assert saved[0] == stop
+    saved = load_cotangent(_border(folder, walk, stop), replay.device)
+    if saved is None:
+        raise UserError(f"the walk {walk.name} in {folder} lacks a part; delete its other parts to make it again")
     return saved[1]
 
 

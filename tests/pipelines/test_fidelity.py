@@ -40,7 +40,7 @@ def config(tmp_path_factory):
     return BenchConfig(
         folder=folder / "out", corpus=folder / "corpus", foreign=("inspect",), targets=("ast", "inspect"), seeds=(0,),
         model=folder / "model.json", vocab_size=300, steps=30, window_steps=5, batch_size=4, seq_len=16,
-        target_documents=4, excerpt_characters=60, anchors_per_domain=2, lr=3e-3,
+        target_documents=4, excerpt_characters=60, anchors_per_domain=2, lr=3e-3, anchors_at_stage_end=False,
         draw=DrawConfig(pairs=8, pairs_per_step=4, groups=4, repeats=1, part_pairs=1, parts=(0.5,)),
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_every_estimator_gets_rows_for_every_window_horizon_and_target(config, c
     cells = {(row["window"], row["horizon"], row["target"]) for row in rows if row["estimator"] == "adjoint"}
     assert len(cells) == 3 * 2 * 3
     anchored = {(row["window"], row["horizon"]) for row in rows if row["estimator"] == "adjoint-r32-heldout"}
-    assert len(anchored) == 6
+    assert len(anchored) == 4
     lines = table(rows)
     show(lines)
     assert "adjoint-own-step" in capsys.readouterr().out
@@ -61,12 +61,15 @@ def test_every_estimator_gets_rows_for_every_window_horizon_and_target(config, c
     assert best["adjoint", "late", "stage_end"] > best["grad-dot", "late", "stage_end"]
     own, anchored = (best[name, "late", "window_end"] for name in ("adjoint-own-step", "adjoint-r32"))
     assert anchored == pytest.approx(own, abs=0.1)
-    for path in (config.folder / "seed-0").glob("*.npz"):
-        path.unlink()
-    (config.folder / "seed-0" / "rows.json").unlink()
-    again = bench(config)
-    for one, other in zip(rows, again["rows"], strict=True):
-        assert {**one, "cost_units_per_step": 0} == {**other, "cost_units_per_step": 0}
+    seed = config.folder / "seed-0"
+    (rows_file,) = seed.glob("rows-*.json")
+    rows_file.unlink()
+    (values,) = seed.glob("values-*")
+    for name in ("targets-exact-early-early.npz", "targets-exact-stage-bridge-5.npz"):
+        (values / name).unlink()
+    assert not list(values.glob("*.safetensors"))
+    with pytest.raises(UserError, match="lacks a part"):
+        bench(config)
 
 
 def test_a_corpus_without_a_domain_of_the_config_is_refused(config):

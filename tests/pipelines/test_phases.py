@@ -19,8 +19,8 @@ def test_the_curve_of_a_tiny_run(tmp_path, estimator):
     assert result["horizon"] == "stage_end"
     assert [row["step"] for row in result["curve"]] == list(range(STEPS))
     (folder,) = (run.folder / "embeddings").glob(f"stage-stage_end-{estimator}-*")
-    (vectors,) = folder.glob("target-*.npy")
-    values = np.load(folder / "embeddings.npy") @ np.load(vectors).mean(0)  # halves of six documents each
+    (vectors,) = folder.glob("target-*.npz")
+    values = np.load(folder / "embeddings.npy") @ np.load(vectors)["vectors"].mean(0)  # halves of six documents each
     steps = pl.read_parquet(folder / "rows.parquet")["step"].to_numpy()
     for row in result["curve"]:
         assert row["mean_abs"] == pytest.approx(np.abs(values[steps == row["step"]]).mean(), rel=1e-4)
