@@ -15,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from curate.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -67,6 +70,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
+    """Replace `path` atomically with an npz of named arrays."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **dict(arrays))
+
+
+def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """What `write_arrays` wrote; nothing is unpickled."""
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files}
 
 
 def fingerprint(value: Any) -> str:

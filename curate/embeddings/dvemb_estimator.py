@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import read_json, replacing, write_json
+from curate.artifacts import read_arrays, read_json, write_arrays, write_json
 from curate.config import Config
 from curate.embeddings.dvemb import carry, joined, recursion
 from curate.embeddings.estimator import HALVES, Encoded, job_target
@@ -229,8 +229,7 @@ class DvembEstimator:
 def _save_progress(path: Path, stop: int, operators: Sequence[Tensor]) -> None:
     """Keep the steps that are left, counted from the window's start, and the operators after them."""
     flat = np.concatenate([operator.numpy().ravel() for operator in operators])
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez(file, stop=np.int64(stop), operators=flat)
+    write_arrays(path, {"stop": np.int64(stop), "operators": flat})
 
 
 def _load_progress(path: Path, blocks: Sequence[slice]) -> tuple[int, list[Tensor]]:
@@ -238,9 +237,9 @@ def _load_progress(path: Path, blocks: Sequence[slice]) -> tuple[int, list[Tenso
     import torch
 
     sizes = [columns.stop - columns.start for columns in blocks]
-    with np.load(path) as stored:
-        parts = torch.from_numpy(stored["operators"]).split([size**2 for size in sizes])
-        return int(stored["stop"]), [part.view(size, size) for part, size in zip(parts, sizes, strict=True)]
+    stored = read_arrays(path)
+    parts = torch.from_numpy(stored["operators"]).split([size**2 for size in sizes])
+    return int(stored["stop"]), [part.view(size, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def layer_settings(job: WindowJob, capture: GradientCapture, record: StepRecord) -> dict[str, GroupSettings]:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal, write_json
+from curate.artifacts import (
+    fingerprint,
+    is_complete,
+    read_arrays,
+    read_json,
+    replacing,
+    seal,
+    write_arrays,
+    write_json,
+)
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
 from curate.trajectory.samples import window_rows
@@ -145,11 +154,10 @@ def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
     if not path.exists():
         encoded = estimator.encode(job)
         residual = np.nan if encoded.residual is None else encoded.residual
-        with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, vectors=encoded.vectors, residual=np.float64(residual))
-    with np.load(path) as stored:
-        residual = float(stored["residual"])
-        return Encoded(vectors=stored["vectors"], residual=None if np.isnan(residual) else residual)
+        write_arrays(path, {"vectors": encoded.vectors, "residual": np.float64(residual)})
+    stored = read_arrays(path)
+    residual = float(stored["residual"])
+    return Encoded(vectors=stored["vectors"], residual=None if np.isnan(residual) else residual)
 
 
 def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:

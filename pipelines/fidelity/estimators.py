@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import fingerprint, replacing
+from curate.artifacts import fingerprint, read_arrays, write_arrays
 from curate.embeddings.adjoint_estimator import optimizer_metric
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors
 from curate.embeddings.basis import AnchorBasis, choose_metric, solve
@@ -237,11 +237,8 @@ def _kept(bench: Bench, name: str, make: Any) -> dict[str, Any]:
     """Arrays that are computed once."""
     path = bench.folder / f"{name}.npz"
     if not path.exists():
-        arrays = make()
-        with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
-    with np.load(path) as stored:
-        return {key: stored[key] for key in stored.files}
+        write_arrays(path, make())
+    return read_arrays(path)
 
 
 def _estimates(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import replacing
+from curate.artifacts import read_arrays, write_arrays
 from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
@@ -81,12 +81,10 @@ def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> d
                 cotangent = _cotangent(replay, anchors, walk, stop, folder)
             cotangent, arrays = _part(replay, walk, window, start, stop, cotangent, folder)
             save_cotangent(_border(folder, walk, start), start, cotangent)
-            with replacing(path) as part, part.open("wb") as file:
-                np.savez(file, **arrays)
+            write_arrays(path, arrays)
         _border(folder, walk, stop).unlink(missing_ok=True)
         if window is not None:
-            with np.load(path) as stored:
-                found[window] = {key: stored[key] for key in stored.files}
+            found[window] = read_arrays(path)
     _border(folder, walk, walk.parts[-1][1]).unlink(missing_ok=True)
     return found
 
