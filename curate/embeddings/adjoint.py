@@ -111,6 +111,18 @@ def adjoint_step(
     return values, pulled
 
 
+def bridge_curvature(step: int, start: int, stop: int, every: int) -> float:
+    """Factor of the Hessian product of a step that is only bridged, where every n-th one stands for n.
+
+    Args:
+        step: of the stretch that is bridged.
+        start: its first step, which is one of those that are taken.
+        stop: step after its last; the last one that is taken stands for what remains.
+        every: n; 1 is exact.
+    """
+    return 0.0 if (step - start) % every else float(min(every, stop - step))
+
+
 def _products(task: Task, layout: FlatLayout, state: State, u: Tensor, options: StepOptions) -> tuple[Tensor, Tensor]:
     """Slopes (R, B) of the samples that curvature is taken over, and `H_k u` (R, P)."""
     import torch

@@ -19,9 +19,11 @@ from pydantic import Field
 
 from curate.artifacts import MANIFEST, read_json, replacing
 from curate.config import Config
-from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
+from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step, bridge_curvature
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
+from curate.embeddings.basis import FILE as BASIS
 from curate.embeddings.basis import AnchorBasis, choose_metric, load_basis, save_basis, solve
+from curate.embeddings.dvemb_adam import denominator
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.embeddings.products import Hessian, check_curvature
 from curate.embeddings.states import StatePlan, plan_states, states_backward
@@ -29,8 +31,7 @@ from curate.errors import UserError
 from curate.optimizers.state import TrainingState
 from curate.progress import progress
 from curate.target import loss_gradients
-from curate.trajectory.replay import optimizer_state, records
-from curate.trajectory.snapshots import named_parameters
+from curate.trajectory.replay import records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from curate.artifacts import Json
     from curate.embeddings.estimator import WindowJob
+    from curate.trajectory.replay import Replay
 
 _log = logging.getLogger(__name__)
 _INFLUENCE = "influence.safetensors"
@@ -178,7 +180,6 @@ class AdjointEstimator:
             replay.load(replay.run.snapshots[0])
             first = next(records(replay.run, job.start, job.stop))
             check_curvature(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
-        self._save_basis(job)
         step, cotangent = self._begin(job)
         plan = self._plan(job, step)
         starts = _row_starts(job)
@@ -201,8 +202,7 @@ class AdjointEstimator:
 
     def _options(self, job: WindowJob, step: int) -> StepOptions:
         valued, every = step < job.stop, self.config.bridge_every
-        stood_for = 0 if (step - job.stop) % every else min(every, job.horizon - step)
-        curvature = 1.0 if valued else float(stood_for)
+        curvature = 1.0 if valued else bridge_curvature(step, job.stop, job.horizon, every)
         return StepOptions(
             own_step=self.config.own_step, hessian=self.config.hessian, hessian_share=self.config.hessian_share,
             rows=valued, curvature=curvature, at_once=self.config.at_once,
@@ -212,19 +212,35 @@ class AdjointEstimator:
         return plan_states(job.replay.layout.size, job.start, stop, self.config.memory_bytes, self.config.disk_bytes)
 
     def _begin(self, job: WindowJob) -> tuple[int, TrainingState]:
-        """The step whose state the cotangent belongs to, and the cotangent."""
+        """The step whose state the cotangent belongs to, and the cotangent; leaves the basis where there is to be one.
+
+        The anchors' gradients at the horizon are the cotangent of a walk that begins there, and the basis.
+        """
+        found = self._saved(job)
+        if found is not None and (not self._has_basis or (job.folder / BASIS).exists()):
+            return found
+        replay, anchors = job.replay, self.anchors(job)
+        optimizers = replay.horizon_optimizers(job.horizon)
+        gradients = anchor_gradients(replay.task, replay.layout, anchors, job.batch_size)
+        if self._has_basis:
+            diagonal = optimizer_metric(replay, optimizers, job.horizon)
+            save_basis(job.folder, AnchorBasis(names=anchors.names, gradients=gradients, diagonal=diagonal))
+        return found or (job.horizon, TrainingState.zeros(gradients))
+
+    def _saved(self, job: WindowJob) -> tuple[int, TrainingState] | None:
+        """Where an interrupted call of this window, or a finished later window, left the cotangent."""
         saved = load_cotangent(job.scratch / "cotangent.safetensors", job.replay.device)
-        if saved is not None:
-            return saved
-        later = self._later_window(job)
+        later = self._later_window(job) if saved is None else None
         if later is not None:
-            found = load_cotangent(later / _INFLUENCE, job.replay.device)
-            if found is not None:
-                _log.info("continuing from the influence checkpoint at step %d of %s", found[0], later.name)
-                return found
-        job.replay.horizon_model(job.horizon)
-        gradients = anchor_gradients(job.replay.task, job.replay.layout, self.anchors(job), job.batch_size)
-        return job.horizon, TrainingState.zeros(gradients)
+            saved = load_cotangent(later / _INFLUENCE, job.replay.device)
+            if saved is not None:
+                _log.info("continuing from the influence checkpoint at step %d of %s", saved[0], later.name)
+        return saved
+
+    @property
+    def _has_basis(self) -> bool:
+        """Whether targets that are seen later can be solved into the anchors, beside the target's own halves."""
+        return not self.with_target or bool(self.config.anchors_per_domain or self.config.anchor_files)
 
     def _later_window(self, job: WindowJob) -> Path | None:
         """The embedding of the same anchors and horizon whose window starts soonest after this one's end.
@@ -244,41 +260,33 @@ class AdjointEstimator:
                 found[start] = path.parent
         return found[min(found)] if found else None
 
-    def _save_basis(self, job: WindowJob) -> None:
-        """The anchors' gradients at the horizon, for targets that are seen later."""
-        if self.with_target and not self.config.anchors_per_domain and not self.config.anchor_files:
-            return
-        optimizers = job.replay.horizon_optimizers(job.horizon)
-        anchors = self.anchors(job)
-        gradients = anchor_gradients(job.replay.task, job.replay.layout, anchors, job.batch_size)
-        save_basis(
-            job.folder,
-            AnchorBasis(names=anchors.names, gradients=gradients, diagonal=optimizer_metric(job, optimizers)),
-        )
-
     def _choose_solver(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any] | None:
-        if self.with_target and not self.config.anchors_per_domain and not self.config.anchor_files:
+        if not self._has_basis:
             return None
         every = -(-len(out) // _METRIC_ROWS)
         choice = choose_metric(load_basis(job.folder), np.asarray(out[::every]))
         return {"metric": choice.metric, "ridge": choice.ridge, "held_out_spearman": choice.scores}
 
 
-def optimizer_metric(job: WindowJob, optimizers: Sequence[Optimizer]) -> Tensor | None:
-    """`D = 1 / (sqrt(v_hat) + eps)` (P,) at the horizon, 0 where v is 0; None where a group has no second moment."""
+def optimizer_metric(replay: Replay, optimizers: Sequence[Optimizer], horizon: int) -> Tensor | None:
+    """`D = 1 / (sqrt(v_hat) + eps)` (P,) at the horizon, 0 where v is 0; None where a group has no second moment.
+
+    Args:
+        replay: of the run.
+        optimizers: in their state before step `horizon`.
+        horizon: the step.
+    """
     import torch
 
-    last = next(records(job.replay.run, job.horizon - 1, job.horizon))
-    named, kept, parts = named_parameters(job.replay.model), optimizer_state(optimizers), {}
-    for group, settings in zip(job.replay.run.spec.groups, last.groups, strict=True):
+    last = next(records(replay.run, horizon - 1, horizon))
+    _, moment, updates = replay.moments(optimizers)
+    metric = torch.zeros_like(moment)
+    for place, settings, done in zip(replay.layout.group_slices, last.groups, updates, strict=True):
         if settings.optimizer not in ("AdamW", "Adam"):
             return None
-        for name in group:
-            buffers = kept.get(named[name], {})
-            moment = buffers.get("exp_avg_sq", torch.zeros_like(named[name]))
-            root = (moment / (1 - settings.beta2 ** max(int(buffers.get("step", 1)), 1))).sqrt()
-            parts[name] = torch.where(moment > 0, 1 / (root + settings.eps), torch.zeros_like(root)).detach()
-    return job.replay.layout.flatten(parts)
+        inverse = 1 / denominator(moment[place], max(done, 1), settings)
+        metric[place] = inverse.where(moment[place] > 0, 0)
+    return metric
 
 
 def _row_starts(job: WindowJob) -> dict[int, int]:

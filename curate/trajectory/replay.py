@@ -212,24 +212,34 @@ class Replay:
         """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
         parameters = named_parameters(self.model)
         for replayed in self.steps(start, stop, checkpoint=checkpoint):
-            zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
-            kept = optimizer_state(replayed.optimizers)
-            buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
-            first = {n: found.get("exp_avg", found.get("momentum_buffer", zeros[n])) for n, found in buffers.items()}
+            momentum, second_moment, updates = self.moments(replayed.optimizers)
+            gradient = {n: p.detach().new_zeros(p.shape) if p.grad is None else p.grad for n, p in parameters.items()}
             yield State(
                 record=replayed.record,
                 batches=replayed.batches,
                 parameters=self.layout.flatten(parameters).detach(),
-                momentum=self.layout.flatten(first),
-                second_moment=self.layout.flatten({n: buffers[n].get("exp_avg_sq", zeros[n]) for n in parameters}),
-                gradient=self.layout.flatten(
-                    {n: p.grad if p.grad is not None else zeros[n] for n, p in parameters.items()}
-                ),
-                updates=[
-                    max((int(buffers[name].get("step", 1)) for name in group if buffers[name]), default=0)
-                    for group in self.run.spec.groups
-                ],
+                momentum=momentum,
+                second_moment=second_moment,
+                gradient=self.layout.flatten(gradient),
+                updates=updates,
             )
+
+    def moments(self, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor, list[int]]:
+        """Copies of what some optimizers keep: momentum (P,), second moment (P,), updates done in each group.
+
+        See `curate.optimizers.state.TrainingState`; zeros where an optimizer, or a parameter without a gradient so
+        far, has none.
+        """
+        parameters, kept = named_parameters(self.model), optimizer_state(optimizers)
+        zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
+        buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
+        first = {n: found.get("exp_avg", found.get("momentum_buffer", zeros[n])) for n, found in buffers.items()}
+        second = {n: found.get("exp_avg_sq", zeros[n]) for n, found in buffers.items()}
+        updates = [
+            max((int(buffers[name].get("step", 1)) for name in group if buffers[name]), default=0)
+            for group in self.run.spec.groups
+        ]
+        return self.layout.flatten(first), self.layout.flatten(second), updates
 
     def restore(self, step: int, checkpoint: Path | None = None) -> list[torch.optim.Optimizer]:
         """Put the model into its state before `step` (a snapshot, or a checkpoint); returns optimizers in theirs.

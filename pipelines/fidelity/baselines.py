@@ -8,13 +8,11 @@ import numpy as np
 
 from curate.embeddings.anchors import AnchorSet, anchor_gradients
 from curate.embeddings.products import sample_gradients
-from curate.trajectory.replay import optimizer_state, records
+from curate.trajectory.replay import records
 from curate.trajectory.snapshots import named_parameters
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    import torch
-    from torch import Tensor
 
     from curate.trajectory.replay import Replay
 
@@ -40,7 +38,7 @@ def checkpoint_products(
     layout, task = replay.layout, replay.task
     targets = anchor_gradients(task, layout, anchors, 48)
     theta = layout.flatten(named_parameters(replay.model)).detach().clone()
-    first, second = _moments(replay, optimizers)
+    first, second, _ = replay.moments(optimizers)
     lengths = targets.norm(dim=1)
     dots, cosines = [], []
     for record in records(replay.run, *window):
@@ -71,17 +69,3 @@ def tracin(replay: Replay, anchors: AnchorSet, window: tuple[int, int]) -> Float
                 rows.append(scale * part.weights[:, None] * (gradients @ targets.T))
     found: Floats = torch.cat(rows).double().numpy()
     return found
-
-
-def _moments(replay: Replay, optimizers: list[torch.optim.Optimizer] | object) -> tuple[Tensor, Tensor]:
-    import torch
-
-    kept = optimizer_state(optimizers)  # type: ignore[arg-type]
-    named = named_parameters(replay.model)
-    moments = [
-        replay.layout.flatten(
-            {name: kept.get(one, {}).get(key, torch.zeros_like(one)).detach().clone() for name, one in named.items()}
-        )
-        for key in ("exp_avg", "exp_avg_sq")
-    ]
-    return moments[0], moments[1]

@@ -185,21 +185,16 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         solved = _kept(
             bench,
             f"solved-{kind}-{window}-{horizon}",
-            lambda v=arrays["exact"], h=horizon, w=window: _solve(bench, v, h, w),
+            lambda v=arrays["exact"], h=horizon: _solve(bench, v, h),
         )
         for chosen, size in (("r8", 8), ("r32", 32), ("r32-heldout", 32), ("r32-foreign", 32)):
             yield _estimates(bench, f"adjoint-{chosen}", window, horizon, solved[chosen], units, 4.0 * size)
 
 
-def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int, window: str) -> dict[str, Any]:
+def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int) -> dict[str, Any]:
     """Values (N, Q) of every kind of anchor set, and the relative residuals (Q,)."""
     replay, both = bench.replay(), bench.targets + bench.pool
-    first, stop = bench.config.windows[window]
-    job = WindowJob(
-        replay=replay, start=first, stop=stop, horizon=horizon, target=None, batch_size=48, folder=bench.folder
-    )
-    optimizers = replay.horizon_optimizers(horizon)
-    diagonal = optimizer_metric(job, optimizers)
+    diagonal = optimizer_metric(replay, replay.horizon_optimizers(horizon), horizon)
     gradients = anchor_gradients(replay.task, replay.layout, both, 48)
     found: dict[str, Any] = {}
     for kind in ("r8", "r32", "r32-heldout", "r32-foreign"):

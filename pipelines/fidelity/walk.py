@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.artifacts import read_arrays, write_arrays
-from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
+from curate.embeddings.adjoint import StepOptions, adjoint_step, bridge_curvature, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
 from curate.embeddings.own_step import embedding_corrections, exact_values
@@ -40,7 +40,7 @@ class Walk:
         windows: windows to value, name -> first step and step after the last, all before the horizon.
         hessian: see `curate.embeddings.products`.
         hessian_share: share of the samples that curvature is taken over.
-        bridge_every: between windows, curvature at every n-th step only, n times as strong.
+        bridge_every: between windows, curvature at every n-th step only, for the n steps.
         own_steps: ways of taking the own step.
     """
 
@@ -119,12 +119,12 @@ def _part(
     plan = plan_states(replay.layout.size, start, stop, _MEMORY, 10**12)
     states = states_backward(replay, plan, folder / f"{walk.name}-states")
     for state in progress(states, total=stop - start, what=f"{walk.name} {window or 'bridge'}"):
-        every = walk.bridge_every if window is None else 1
+        bridged = bridge_curvature(state.record.step, start, stop, walk.bridge_every)
         options = StepOptions(
             hessian=walk.hessian,
             hessian_share=walk.hessian_share,
             rows=window is not None,
-            curvature=float(every) if (state.record.step - start) % every == 0 else 0.0,
+            curvature=bridged if window is None else 1.0,
             at_once=8,
         )
         after = cotangent
