@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from curate.artifacts import SIGN, check_startable, fingerprint, is_complete, read_json, seal, start, write_json
+from curate.artifacts import SIGN, fingerprint, is_complete, read_json, seal, start, write_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
 from curate.errors import UserError
 from curate.fidelity.draw import DrawConfig
+from curate.fidelity.measure import HorizonName
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from curate.trajectory.replay import Replay
 
 _log = logging.getLogger(__name__)
-HorizonName = Literal["window_end", "stage_end"]
 
 
 class VerifyConfig(Config):
@@ -81,6 +81,7 @@ def verify(config: VerifyConfig, run: Run) -> Path:
         UserError: bad run, target or settings.
     """
     from curate.fidelity.draw import draw
+    from curate.fidelity.measure import compare
     from curate.fidelity.reruns import Reruns
     from curate.fidelity.truth import collect
     from curate.report.fidelity import verify_page
@@ -96,7 +97,6 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     if is_complete(out, settings):
         _log.info("this verification is complete already")
         return out
-    check_startable(out, settings)
     start(out, settings)
     windows = named_windows(run, config.windows)
     horizons = horizon_steps(run, windows, config.horizons)
@@ -112,7 +112,7 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     kept = run.folder / "verify" / f"truth-{fingerprint([settings['targets'], steps])[:8]}.parquet"
     truth = collect(kept, reruns, removals, steps, [target.name for target in targets])
     estimates = estimate(config, replay, targets, windows, horizons)
-    result = compare(truth, estimates, horizons, config.seed)
+    result: dict[str, Any] = {**compare(truth, estimates, horizons, config.seed)}
     result["cost"] = {
         "reruns": len(removals), "rerun_units": units,
         "estimate_units": sum(one.cost_units_per_step * len(one.values) * _length(windows, one) for one in estimates),
@@ -215,71 +215,29 @@ def _estimate(
 ) -> Estimates:
     from dataclasses import replace
 
-    import numpy as np
-
     from curate.embeddings.adjoint_estimator import AdjointEstimator
     from curate.embeddings.anchors import AnchorSet
-    from curate.embeddings.estimator import WindowJob
+    from curate.embeddings.estimator import HALVES, WindowJob
     from curate.embeddings.store import embed_window
     from curate.fidelity.measure import Estimates, keyed
 
     first, stop, end = steps
-    job = WindowJob(
-        replay=replay, start=first, stop=stop, horizon=end, target=targets[0], batch_size=config.target_batch_size,
-        folder=Path(),
-    )  # fmt: skip
-    values: dict[str, Any] = {}
+    job = WindowJob(replay=replay, start=first, stop=stop, horizon=end, batch_size=config.target_batch_size)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
     if config.estimator == "adjoint":
         # every target is an anchor: one walk serves them all
-        halves = [
-            (f"{target.name} half {half}", batch) for target in targets for half, batch in enumerate(target.halves)
-        ]
-        anchors = AnchorSet(names=[name for name, _ in halves], batches=[batch for _, batch in halves])
-        embedding = embed_window(job, window, horizon, AdjointEstimator(config.adjoint, anchors=anchors))
-        for index, target in enumerate(targets):
-            values[target.name] = embedding.vectors[:, 2 * index : 2 * index + 2] @ np.asarray(target.half_weights)
-    else:
-        estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
-        for target in targets:
-            embedding = embed_window(replace(job, target=target), window, horizon, estimator)
-            assert embedding.targets is not None
-            values[target.name] = embedding.vectors @ embedding.targets.T @ np.asarray(target.half_weights)
-    row_steps = embedding.rows["step"].to_list()
+        names = [f"{target.name} half {half}" for target in targets for half in range(HALVES)]
+        anchors = AnchorSet(names=names, batches=[half for target in targets for half in target.halves])
+        estimator = AdjointEstimator(config.adjoint, anchors=anchors)
+    values = {}
+    for target in targets:
+        embedding = embed_window(replace(job, target=target), window, horizon, estimator)
+        values[target.name] = keyed(embedding.rows["step"].to_list(), embedding.values(target))
     return Estimates(
-        estimator=config.estimator, window=window, horizon=end,
-        values={name: keyed(row_steps, np.asarray(value, np.float64)) for name, value in values.items()},
+        estimator=config.estimator, window=window, horizon=end, values=values,
         cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
         bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
     )  # fmt: skip
-
-
-def compare(
-    truth: Any, estimates: list[Estimates], horizons: Mapping[str, Mapping[HorizonName, int]], seed: int
-) -> dict[str, Any]:
-    """Rows, pairs, smoothness and noise, as `verify.json` holds them."""
-    from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows
-
-    rows, pairs, names = [], [], {}
-    for one in estimates:
-        general = "general" if "general" in one.values else None
-        for name, step in horizons[one.window].items():
-            if step != one.horizon:
-                continue
-            names[one.window, step] = name
-            rows += fidelity_rows(truth, one, name, seed, general)
-    for one in estimates:
-        own = truth.filter(kind="pair", window=one.window, horizon=one.horizon)
-        for row in own.iter_rows(named=True):
-            key = tuple(row["samples"][0])
-            pairs.append(
-                {
-                    "window": one.window, "horizon": names[one.window, one.horizon], "target": row["target"],
-                    "step": key[0], "value": row["value"], "estimate": one.values[row["target"]][key],
-                }
-            )  # fmt: skip
-    return {
-        "rows": rows, "pairs": pairs, "smoothness": smoothness_rows(truth, names), "noise": noise_rows(truth, names),
-    }  # fmt: skip
 
 
 def main() -> None:

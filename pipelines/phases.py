@@ -144,8 +144,7 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, DvembAdamConfig())
     steps = run.spec.steps
     job = WindowJob(
-        replay=replay, start=0, stop=steps, horizon=steps, target=target, batch_size=config.target_batch_size,
-        folder=Path(),
+        replay=replay, start=0, stop=steps, horizon=steps, target=target, batch_size=config.target_batch_size
     )  # fmt: skip
     _log.info(
         "%s: the whole stage will cost about %.0f forward+backward passes, the stage itself took %d",

@@ -34,18 +34,18 @@ class WindowJob:
         start: first step of the window.
         stop: step after its last.
         horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
-        target: the target to serve, or None where the estimator needs none.
         batch_size: samples per pass where the estimator chooses (targets).
-        folder: where the embeddings lie; an estimator may keep files of its own there.
+        target: the target to serve, or None where the estimator needs none.
+        folder: where the embeddings lie, set by `embed_window`; an estimator may keep files of its own there.
     """
 
     replay: Replay
     start: int
     stop: int
     horizon: int
-    target: Target | None
     batch_size: int
-    folder: Path
+    target: Target | None = None
+    folder: Path = Path()
 
     @property
     def scratch(self) -> Path:

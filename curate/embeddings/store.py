@@ -62,6 +62,12 @@ class Embedding:
     seconds: float
     cost_units: float
 
+    def values(self, target: Target) -> npt.NDArray[np.float64]:
+        """(N,) values of the rows for the target that the embedding was opened with, nats per token of it."""
+        assert self.targets is not None
+        values: npt.NDArray[np.float64] = self.vectors @ self.targets.T @ np.asarray(target.half_weights)
+        return values
+
 
 def plan_job(
     replay: Replay,
@@ -72,7 +78,7 @@ def plan_job(
     batch_size: int,
     window_steps: int | None = None,
 ) -> WindowJob:
-    """The job of one declared window, or of its last `window_steps`; its scratch folder is set by `embed_window`.
+    """The job of one declared window, or of its last `window_steps`.
 
     Raises:
         UserError: the run declared no such window, or the horizon is not between its end and the stage's.
@@ -87,9 +93,7 @@ def plan_job(
             f"horizon {end} is not between the end of the {window} window ({stop}) and the end of the stage ({steps}): "
             "give a step from there, window_end or stage_end, or value one window alone"
         )
-    return WindowJob(
-        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, folder=Path()
-    )
+    return WindowJob(replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size)
 
 
 def horizon_name(horizon: Horizon) -> str:

@@ -9,13 +9,14 @@ noise_cap               mean Spearman of the reruns with themselves plus the noi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 
+from curate.embeddings.anchors import GENERAL
 from curate.rng import generator
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
+HorizonName = Literal["window_end", "stage_end"]
 _RESAMPLES, _DRAWS = 1000, 200
 
 
@@ -56,6 +58,42 @@ def keyed(steps: Sequence[int], values: npt.NDArray[Any]) -> dict[tuple[int, int
         last = step
         found[step, position] = value
     return found
+
+
+def compare(
+    truth: pl.DataFrame, estimates: Iterable[Estimates], horizons: Mapping[str, Mapping[HorizonName, int]], seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Hold estimates against reruns.
+
+    Args:
+        truth: of `curate.fidelity.truth`.
+        estimates: of any estimators, windows and horizons.
+        horizons: window -> what each of its horizons is called -> step; two names may stand for one step.
+        seed: of the run; also of the bootstrap.
+
+    Returns:
+        rows (`fidelity_rows`), pairs (each removed sample with value and estimate), smoothness (`smoothness_rows`) and
+        noise (`noise_rows`).
+    """
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    names = {(window, step): name for window, found in horizons.items() for name, step in found.items()}
+    for one in estimates:
+        general = GENERAL if GENERAL in one.values else None
+        for name, step in horizons[one.window].items():
+            if step == one.horizon:
+                rows += fidelity_rows(truth, one, name, seed, general)
+        for row in truth.filter(kind="pair", window=one.window, horizon=one.horizon).iter_rows(named=True):
+            step, position = row["samples"][0]
+            pairs.append(
+                {
+                    "window": one.window, "horizon": names[one.window, one.horizon], "target": row["target"],
+                    "step": step, "value": row["value"], "estimate": one.values[row["target"]][step, position],
+                }
+            )  # fmt: skip
+    return {
+        "rows": rows, "pairs": pairs, "smoothness": smoothness_rows(truth, names), "noise": noise_rows(truth, names),
+    }  # fmt: skip
 
 
 def fidelity_rows(

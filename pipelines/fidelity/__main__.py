@@ -15,8 +15,9 @@ import numpy as np
 
 from curate.artifacts import SIGN, file_fingerprint, fingerprint, read_json, write_json
 from curate.config import parse_command, run_command
+from curate.embeddings.anchors import GENERAL
 from curate.fidelity.draw import draw
-from curate.fidelity.measure import fidelity_rows, noise_rows, smoothness_rows
+from curate.fidelity.measure import HorizonName, compare
 from curate.fidelity.reruns import Reruns
 from curate.fidelity.truth import collect
 from curate.progress import start_logging
@@ -24,7 +25,7 @@ from curate.report.fidelity import pareto_page
 from curate.target import load_target
 from curate.trajectory.replay import Replay
 from pipelines.fidelity.config import BenchConfig, small
-from pipelines.fidelity.data import GENERAL, make_data, make_run
+from pipelines.fidelity.data import make_data, make_run
 from pipelines.fidelity.estimators import estimates, open_bench
 
 if TYPE_CHECKING:
@@ -64,29 +65,16 @@ def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
     names = [*config.targets, GENERAL]
     targets = [load_target(data / "split" / "targets" / f"{name}.jsonl", run.spec, 1) for name in names]
     windows = config.windows
-    horizons = {name: sorted({stop, config.steps}) for name, (_, stop) in windows.items()}
+    horizons: dict[str, dict[HorizonName, int]] = {
+        name: {"window_end": stop, "stage_end": config.steps} for name, (_, stop) in windows.items()
+    }
+    steps = {name: sorted(set(found.values())) for name, found in horizons.items()}
     reruns = Reruns(Replay(run), targets, 48)
     truth_of = fingerprint([target.fingerprint for target in targets])[:8]
     removals = draw(run, windows, config.draw, seed)
-    truth = collect(folder / f"truth-{truth_of}.parquet", reruns, removals, horizons, names)
-    rows = []
-    for one in estimates(open_bench(config, run, data, folder)):
-        for horizon in horizon_names(config, one.window, one.horizon):
-            rows += fidelity_rows(truth, one, horizon, seed, GENERAL)
-    called = {
-        (window, step): horizon_names(config, window, step)[0] for window, steps in horizons.items() for step in steps
-    }
-    return {
-        "rows": rows,
-        "smoothness": [{**row, "seed": seed} for row in smoothness_rows(truth, called)],
-        "noise": [{**row, "seed": seed} for row in noise_rows(truth, called)],
-    }
-
-
-def horizon_names(config: BenchConfig, window: str, step: int) -> list[str]:
-    """What a horizon is called: the late window's end is also the stage's."""
-    names = {"window_end": config.windows[window][1], "stage_end": config.steps}
-    return [name for name, found in names.items() if found == step]
+    truth = collect(folder / f"truth-{truth_of}.parquet", reruns, removals, steps, names)
+    found = compare(truth, estimates(open_bench(config, run, data, folder)), horizons, seed)
+    return {key: [{**row, "seed": seed} for row in found[key]] for key in ("rows", "smoothness", "noise")}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

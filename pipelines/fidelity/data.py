@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.artifacts import file_fingerprint, is_complete, replacing, seal
+from curate.embeddings.anchors import GENERAL
 from curate.errors import UserError
 from curate.formats.documents import Document, read_documents
 from curate.rng import generator
@@ -18,8 +19,6 @@ from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
 
 if TYPE_CHECKING:
     from pipelines.fidelity.config import BenchConfig
-
-GENERAL = "general"
 
 
 def make_data(config: BenchConfig) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 
 from curate.artifacts import fingerprint, read_arrays, write_arrays
 from curate.embeddings.adjoint_estimator import optimizer_metric
-from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors
+from curate.embeddings.anchors import GENERAL, AnchorSet, anchor_gradients, document_anchors
 from curate.embeddings.basis import AnchorBasis, choose_metric, solve
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
@@ -22,7 +22,6 @@ from curate.fidelity.measure import Estimates, keyed
 from curate.target import load_target, read_pieces, weighted
 from curate.trajectory.replay import Replay, records
 from pipelines.fidelity.baselines import checkpoint_products, tracin
-from pipelines.fidelity.data import GENERAL
 from pipelines.fidelity.walk import Walk, walk_back
 
 if TYPE_CHECKING:
@@ -125,20 +124,11 @@ def _published(bench: Bench) -> Iterator[Estimates]:
     for kind in (DvembEstimator(DvembConfig()), DvembAdamEstimator(DvembAdamConfig())):
         for window, horizon_name, horizon in bench.cells():
             first, stop = bench.config.windows[window]
-            job = WindowJob(
-                replay=bench.replay(),
-                start=first,
-                stop=stop,
-                horizon=horizon,
-                target=None,
-                batch_size=48,
-                folder=Path(),
-            )
+            job = WindowJob(replay=bench.replay(), start=first, stop=stop, horizon=horizon, batch_size=48)
             columns = []
             for target in loaded:
                 embedding = embed_window(replace(job, target=target), window, horizon_name, kind)  # type: ignore[arg-type]
-                assert embedding.targets is not None
-                columns.append(embedding.vectors @ embedding.targets.T @ np.asarray(target.half_weights))
+                columns.append(embedding.values(target))
             units = embedding.cost_units / (stop - first) / len(loaded)
             size = float(embedding.vectors[:1].nbytes)
             yield _estimates(bench, kind.name, window, horizon, np.stack(columns, 1), units, size)
