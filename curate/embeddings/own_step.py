@@ -14,13 +14,15 @@ embeddings alone (with the clip factor held fixed), where the derivative is wors
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from curate.embeddings.products import sample_gradients
 from curate.optimizers.state import TrainingState
-from curate.optimizers.step import clip_factor, update_state, update_vjp
+from curate.optimizers.step import clip_factor, piece_numbers, update_pieces, update_vjp
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from curate.optimizers.state import Group
@@ -46,13 +48,16 @@ def exact_values(
     """
     import torch
 
+    factor = clip_factor(state.gradient.norm(), clip_norm)
     groups = layout.groups(state.record.groups)
+    update = _Update(before_step(state), state.gradient, factor, groups, state.updates)
     rows = []
     for batch in state.batches:
         for part, gradients in sample_gradients(task, layout, batch, state.parameters, layout.names):
-            own = part.weights[:, None].to(gradients.dtype) * gradients
-            without = _subtract(state.gradient, own, task)
-            rows.append(_changes(state, without, groups, clip_norm, cotangent))
+            removed = gradients.mul_(part.weights[:, None].to(gradients.dtype))
+            without = _take_from(state.gradient, removed, _smallest(task, removed.dtype))
+            factors = clip_factor(torch.linalg.vector_norm(without, dim=1), clip_norm)
+            rows.append(_changes(update, without, factors, cotangent))
     return torch.cat(rows)
 
 
@@ -70,19 +75,20 @@ def embedding_corrections(
     """
     import torch
 
-    groups = layout.groups(state.record.groups)
-    clipped = state.gradient * clip_factor(state.gradient, clip_norm)
-    factor = float(clip_factor(state.gradient, clip_norm))
-    slopes, _ = update_vjp(before_step(state), clipped, state.updates, groups, None, cotangent)  # (R, P)
-    kept = layout.columns(names).to(clipped.device)
+    kept = layout.columns(names).to(state.gradient.device)
+    parts = layout.parts(state.record.groups, names)
+    groups, updates = [group for _, group in parts], [state.updates[index] for index, _ in parts]
+    factor = clip_factor(state.gradient.norm(), clip_norm)
+    before, after, gradient = _columns(before_step(state), kept), _columns(cotangent, kept), state.gradient[kept]
+    update = _Update(before, gradient, factor, groups, updates)
+    slopes, _ = update_vjp(before, factor * gradient, updates, groups, None, after)  # (R, p)
     rows = []
     for batch in state.batches:
         for part, gradients in sample_gradients(task, layout, batch, state.parameters, names):
-            removed = torch.zeros(len(part), layout.size, dtype=clipped.dtype, device=clipped.device)
-            removed[:, kept] = factor * part.weights[:, None].to(gradients.dtype) * gradients
-            without = _subtract(clipped, removed, task)
-            exact = _changes(state, without, groups, None, cotangent, base=clipped)
-            rows.append(exact + removed @ slopes.T)
+            removed = gradients.mul_(part.weights[:, None].to(gradients.dtype))
+            linear = factor * removed @ slopes.T
+            without = _take_from(gradient, removed, _smallest(task, removed.dtype))
+            rows.append(_changes(update, without, factor.expand(len(part)), after) + linear)
     return torch.cat(rows)
 
 
@@ -91,52 +97,84 @@ def before_step(state: State) -> TrainingState:
     return TrainingState(parameters=state.parameters, momentum=state.momentum, second_moment=state.second_moment)
 
 
-def _subtract(gradient: Tensor, own: Tensor, task: Task) -> Tensor:
-    """`ghat - c_z g_z` (b, P), exactly 0 where a sample alone drives a weight.
+@dataclass(frozen=True)
+class _Update:
+    """One step as it was.
+
+    Attributes:
+        before: what it read, (p,) each.
+        gradient: (p,) `ghat`.
+        factor: clip factor, a scalar.
+        groups: places and settings; they cover all columns.
+        updates: updates that each group had before.
+    """
+
+    before: TrainingState
+    gradient: Tensor
+    factor: Tensor
+    groups: Sequence[Group]
+    updates: Sequence[int]
+
+
+def _take_from(gradient: Tensor, removed: Tensor, smallest: float) -> Tensor:
+    """`ghat - c_z g_z` (b, p), exactly 0 where a sample alone drives a weight; written over `c_z g_z`.
 
     The two come from different kernels: what they leave of each other there is rounding, which Adam would normalise
-    to an ordinary step. It is told apart by its size, a hundred times the precision that gradients were computed in.
+    to an ordinary step. It is told apart by its size.
     """
     import torch
 
-    precision = torch.finfo(getattr(torch, task.spec.autocast or "float32"))
-    smallest = 100 * min(precision.eps, torch.finfo(own.dtype).eps) if task.spec.autocast is None else 4 * precision.eps
-    without = gradient - own
-    return without.where(without.abs() > smallest * own.abs(), 0)
+    width = max(1, piece_numbers(removed.device) // len(removed))
+    for at, own in zip(gradient.split(width), removed.split(width, dim=1), strict=True):
+        rounding = own.abs().mul_(smallest)
+        torch.sub(at, own, out=own)
+        own.masked_fill_(own.abs() <= rounding, 0)
+    return removed
 
 
-def _changes(
-    state: State,
-    gradients: Tensor,
-    groups: Sequence[Group],
-    clip_norm: float | None,
-    cotangent: TrainingState,
-    base: Tensor | None = None,
-) -> Tensor:
-    """`<lambda, f(s, g') - f(s, ghat)>` for each row g' of (b, P); (b, R)."""
+def _changes(update: _Update, without: Tensor, factors: Tensor, cotangent: TrainingState) -> Tensor:
+    """`<lambda, f(s, factors without) - f(s, factor ghat)>` for each row of `without` (b, p); (b, R).
+
+    It goes piece by piece, so b whole states are never held.
+    """
+    values = without.new_zeros(len(without), len(cotangent.parameters))
+    for rule, group, done in update_pieces(update.groups, update.updates, len(without), without.device):
+        place = group.place
+        start, own = _start(update.before.part(place), group), cotangent.part(place)
+        real = rule.update(start, update.factor * update.gradient[place], done, group)
+        changed = rule.update(start, factors[:, None] * without[:, place], done, group)
+        for name, vector in vars(changed).items():
+            if vector is not getattr(start, name):  # or the optimizer has no such vector
+                values.addmm_(vector.sub_(getattr(real, name)), getattr(own, name).T)
+    return values
+
+
+def _smallest(task: Task, dtype: torch.dtype) -> float:
+    """A hundred times the precision that gradients were computed in; four times that of half precision."""
     import torch
 
-    start = _without_parameters(state, groups)
-    real = update_state(start, state.gradient if base is None else base, state.updates, groups, clip_norm)
-    rows = []
-    for gradient in gradients:
-        changed = update_state(start, gradient, state.updates, groups, clip_norm)
-        rows.append(
-            cotangent.parameters @ (changed.parameters - real.parameters)
-            + cotangent.momentum @ (changed.momentum - real.momentum)
-            + cotangent.second_moment @ (changed.second_moment - real.second_moment)
-        )
-    return torch.stack(rows)
+    if task.spec.autocast is None:
+        return 100 * torch.finfo(dtype).eps
+    return 4 * torch.finfo(getattr(torch, task.spec.autocast)).eps
 
 
-def _without_parameters(state: State, groups: Sequence[Group]) -> TrainingState:
+def _start(before: TrainingState, group: Group) -> TrainingState:
     """The state with parameters 0 where the change of an update does not depend on them.
 
     Everywhere but in Adam with (coupled) weight decay the parameters enter linearly: without them the difference of
     two updates does not cancel to their rounding error.
     """
-    parameters = state.parameters.clone()
-    for group in groups:
-        if group.settings.optimizer != "Adam" or group.settings.weight_decay == 0:
-            parameters[group.place] = 0
-    return TrainingState(parameters=parameters, momentum=state.momentum, second_moment=state.second_moment)
+    import torch
+
+    if group.settings.optimizer == "Adam" and group.settings.weight_decay:
+        return before
+    return replace(before, parameters=torch.zeros_like(before.parameters))
+
+
+def _columns(vectors: TrainingState, kept: Tensor) -> TrainingState:
+    """Copies of some columns."""
+    return TrainingState(
+        parameters=vectors.parameters[..., kept],
+        momentum=vectors.momentum[..., kept],
+        second_moment=vectors.second_moment[..., kept],
+    )

@@ -9,6 +9,7 @@ With `g` the clipped gradient and `t` the number of this update, as in `torch.op
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from curate.optimizers.state import TrainingState
@@ -30,15 +31,20 @@ class AdamRule:
     def __init__(self, *, decoupled: bool) -> None:
         self.decoupled = decoupled
 
+    def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
+        """See `Rule.pieces`."""
+        return group.cut(numbers)
+
     def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
         """See `Rule.update`."""
+        import torch
+
         settings = group.settings
         _, m, v = self._moments(state, gradient, settings)
         step_size, denominator, _ = _step_size_and_denominator(v, updates, settings)
         kept = 1 - settings.lr * settings.weight_decay if self.decoupled else 1.0
-        return TrainingState(
-            parameters=kept * state.parameters - step_size * m / denominator, momentum=m, second_moment=v
-        )
+        parameters = torch.addcdiv(kept * state.parameters, m, denominator, value=-step_size)
+        return TrainingState(parameters=parameters, momentum=m, second_moment=v)
 
     def vjp(
         self,
@@ -61,21 +67,23 @@ class AdamRule:
         # d theta' / d v' = step_size m' / denominator^2 * d root / d v',   d root / d v' = root / (2 v')
         slope = torch.where(v > 0, step_size * m / denominator**2 * root / (2 * v), torch.zeros_like(v))
         d_v = torch.addcmul(cotangent.second_moment, cotangent.parameters, slope)
-        u[:] = (1 - settings.beta1) * d_m + 2 * (1 - settings.beta2) * a * d_v
-        before.momentum[:] = settings.beta1 * d_m
-        before.second_moment[:] = settings.beta2 * d_v
+        torch.addcmul((1 - settings.beta1) * d_m, a, d_v, value=2 * (1 - settings.beta2), out=u)
+        torch.mul(d_m, settings.beta1, out=before.momentum)
+        torch.mul(d_v, settings.beta2, out=before.second_moment)
         if self.decoupled:
-            before.parameters[:] = (1 - settings.lr * settings.weight_decay) * cotangent.parameters
+            torch.mul(cotangent.parameters, 1 - settings.lr * settings.weight_decay, out=before.parameters)
         else:
-            before.parameters[:] = cotangent.parameters + settings.weight_decay * u
+            torch.add(cotangent.parameters, u, alpha=settings.weight_decay, out=before.parameters)
 
     def _moments(
         self, state: TrainingState, gradient: Tensor, settings: GroupSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient with coupled decay, and the new moments."""
+        import torch
+
         a = gradient if self.decoupled else gradient + settings.weight_decay * state.parameters
-        m = settings.beta1 * state.momentum + (1 - settings.beta1) * a
-        v = settings.beta2 * state.second_moment + (1 - settings.beta2) * a**2
+        m = torch.add(settings.beta1 * state.momentum, a, alpha=1 - settings.beta1)
+        v = torch.addcmul(settings.beta2 * state.second_moment, a, a, value=1 - settings.beta2)
         return a, m, v
 
 

@@ -14,7 +14,8 @@ torch's by bfloat16 rounding. Replay uses torch's own optimizer, so states are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 class MuonRule:
     """Muon."""
 
+    def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
+        """See `Rule.pieces`: matrix by matrix, whatever their size."""
+        start = group.place.start
+        for shape in group.shapes:
+            yield replace(group, place=slice(start, start + prod(shape)), shapes=(shape,))
+            start += prod(shape)
+
     def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
         """See `Rule.update`."""
         import torch
@@ -37,12 +45,14 @@ class MuonRule:
         settings = group.settings
         buffer, direction = _buffer_and_direction(state, gradient, settings)
         steps = [
-            (settings.lr * _scale(settings, matrix.shape) * newton_schulz(matrix, settings)).reshape(-1)
+            (settings.lr * _scale(settings, matrix.shape[-2:]) * newton_schulz(matrix, settings)).flatten(-2)
             for matrix in _matrices(direction, group.shapes)
         ]
         kept = (1 - settings.lr * settings.weight_decay) * state.parameters
         return TrainingState(
-            parameters=kept - torch.cat(steps) if steps else kept, momentum=buffer, second_moment=state.second_moment
+            parameters=kept - torch.cat(steps, dim=-1) if steps else kept,
+            momentum=buffer,
+            second_moment=state.second_moment,
         )
 
     def vjp(
@@ -75,9 +85,12 @@ class MuonRule:
 
 
 def newton_schulz(matrix: Tensor, settings: GroupSettings) -> Tensor:
-    """NS of a (m, n) matrix, in its own precision."""
+    """NS of a (m, n) matrix, or of each of (b, m, n), in its own precision."""
     import torch
 
+    if matrix.dim() > 2:
+        each: Tensor = torch.func.vmap(lambda one: newton_schulz(one, settings))(matrix)
+        return each
     wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / wide.norm().clamp(min=settings.eps)
     for _ in range(settings.ns_steps):

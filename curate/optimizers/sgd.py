@@ -10,6 +10,7 @@ With `g` the clipped gradient, mu the momentum and tau the dampening:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from curate.optimizers.state import TrainingState
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 class SgdRule:
     """SGD; linear in everything it reads."""
+
+    def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
+        """See `Rule.pieces`."""
+        return group.cut(numbers)
 
     def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
         """See `Rule.update`."""

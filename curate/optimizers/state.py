@@ -5,7 +5,8 @@ P parameters, p of them in one group; R anchors (rows of cotangents).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -60,16 +61,24 @@ class Group:
     shapes: tuple[tuple[int, ...], ...]
     settings: GroupSettings
 
+    def cut(self, numbers: int) -> Iterator[Group]:
+        """Consecutive parts of at most so many columns; what shapes there were is lost."""
+        for start in range(self.place.start, self.place.stop, numbers):
+            yield replace(self, place=slice(start, min(start + numbers, self.place.stop)), shapes=())
+
 
 class Rule(Protocol):
     """One optimizer's update of one group, without clipping."""
+
+    def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
+        """Consecutive parts of a group that can be updated apart, of about so many numbers each."""
 
     def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
         """The state after the step; the arguments are not changed.
 
         Args:
             state: before the step, (p,) each.
-            gradient: (p,), clipped.
+            gradient: (p,), clipped; or (b, p), one update for each row.
             updates: updates that the group had before this one.
             group: its settings.
         """

@@ -6,7 +6,7 @@ before `torch.nn.utils.clip_grad_norm_`, `c` the clip factor, and every group's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from curate.optimizers.adam import AdamRule
@@ -15,6 +15,7 @@ from curate.optimizers.sgd import SgdRule
 from curate.optimizers.state import TrainingState
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from curate.optimizers.state import Group, Rule
@@ -27,10 +28,41 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def clip_factor(gradient: Tensor, clip_norm: float | None) -> Tensor:
-    """min(1, clip_norm / (|ghat| + 1e-6)), a scalar tensor."""
-    norm: Tensor = gradient.norm()
-    return norm.new_ones(()) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+_CPU_PIECE = 1 << 16  # numbers for each thread: some vectors of that length stay in a core's cache
+_PIECE = 1 << 24
+
+
+def piece_numbers(device: torch.device) -> int:
+    """Numbers that are worked on at once: little memory, and on CPUs the cache."""
+    import torch
+
+    return _CPU_PIECE * torch.get_num_threads() if device.type == "cpu" else _PIECE
+
+
+def clip_factor(norm: Tensor, clip_norm: float | None) -> Tensor:
+    """min(1, clip_norm / (|ghat| + 1e-6)) for norms of any shape."""
+    return norm.new_ones(norm.shape) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def update_pieces(
+    groups: Sequence[Group], updates: Sequence[int], rows: int, device: torch.device
+) -> Iterator[tuple[Rule, Group, int]]:
+    """Groups cut to about `piece_numbers`, where their optimizer allows.
+
+    Args:
+        groups: places and settings.
+        updates: updates that each group had before this one.
+        rows: vectors that are worked on at once.
+        device: of the vectors.
+
+    Yields:
+        Rule, part of a group, its updates.
+    """
+    width = max(1, piece_numbers(device) // rows)
+    for group, done in zip(groups, updates, strict=True):
+        rule = _RULES[group.settings.optimizer]
+        for piece in rule.pieces(group, width):
+            yield rule, piece, done
 
 
 def update_state(
@@ -55,10 +87,10 @@ def update_state(
     new = TrainingState(
         parameters=state.parameters.clone(), momentum=state.momentum.clone(), second_moment=state.second_moment.clone()
     )
-    clipped = gradient * clip_factor(gradient, clip_norm)
-    for group, done in zip(groups, updates, strict=True):
+    factor = clip_factor(gradient.norm(), clip_norm)
+    for rule, group, done in update_pieces(groups, updates, 1, gradient.device):
         place = group.place
-        after = _RULES[group.settings.optimizer].update(state.part(place), clipped[place], done, group)
+        after = rule.update(state.part(place), factor * gradient[place], done, group)
         new.parameters[place] = after.parameters
         new.momentum[place] = after.momentum
         new.second_moment[place] = after.second_moment
@@ -91,22 +123,15 @@ def update_vjp(
     """
     import torch
 
-    factor = clip_factor(gradient, clip_norm)
+    factor = clip_factor(gradient.norm(), clip_norm)
     u = torch.empty_like(cotangent.parameters)
     before = TrainingState(
         parameters=torch.empty_like(u), momentum=torch.empty_like(u), second_moment=torch.empty_like(u)
     )
-    for group, done in zip(groups, updates, strict=True):
+    for rule, group, done in update_pieces(groups, updates, len(u), gradient.device):
         place = group.place
-        _RULES[group.settings.optimizer].vjp(
-            state.part(place),
-            factor * gradient[place],
-            done,
-            group,
-            cotangent.part(place),
-            u[:, place],
-            before.part(place),
-        )
+        part, ghat = state.part(place), factor * gradient[place]
+        rule.vjp(part, ghat, done, group, cotangent.part(place), u[:, place], before.part(place))
     return _unclip(u, gradient, factor), before
 
 

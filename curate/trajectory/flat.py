@@ -46,6 +46,22 @@ class FlatLayout:
             for place, shapes, own in zip(self.group_slices, self._group_shapes, settings, strict=True)
         ]
 
+    def parts(self, settings: Sequence[GroupSettings], names: Sequence[str]) -> list[tuple[int, Group]]:
+        """Some parameters as groups of their own, placed in vectors of these parameters alone (`columns`).
+
+        Returns:
+            Index of the parameter's group, and the part.
+        """
+        found, start, at = [], 0, 0
+        for name, size in zip(self.names, self._sizes, strict=True):
+            if name in names:
+                index = next(i for i, place in enumerate(self.group_slices) if start < place.stop)
+                part = Group(place=slice(at, at + size), shapes=(self.shapes[name],), settings=settings[index])
+                found.append((index, part))
+                at += size
+            start += size
+        return found
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy named tensors of shape (..., *parameter shape) into one of shape (..., P)."""
         import torch
