@@ -6,9 +6,12 @@ step that a sample was used in is taken without it, and only the steps after it 
 
     value(z) = <lambda_{k+1}, f_k(s_k, ghat_k - c_z g_z) - s_{k+1}>
 
-still linear in lambda, so it embeds like the derivative. It needs per-sample gradients at every step of the window:
-about 1.5 forward+backward passes, whatever the number of anchors. `embedding` applies it to the rows of token
-embeddings alone (with the clip factor held fixed), where the derivative is worst, and keeps the derivative elsewhere.
+still linear in lambda, so it embeds like the derivative. The change of Adam's second moment is not small where samples'
+gradients cancel; it is taken in the coordinate that later updates read (`optimizers.adam.second_moment_change`), or
+single values explode and sums over groups mean nothing. The own step needs per-sample gradients at every step of the
+window: about 2 forward+backward passes, whatever the number of anchors, and more where sequences are short. `embedding`
+applies it to the rows of token embeddings alone (with the clip factor held fixed), where the derivative is worst, and
+keeps the derivative elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from curate.embeddings.products import sample_gradients
+from curate.optimizers.adam import second_moment_change
 from curate.optimizers.state import TrainingState
 from curate.optimizers.step import clip_factor, piece_numbers, update_pieces, update_vjp
 
@@ -143,9 +147,11 @@ def _changes(update: _Update, without: Tensor, factors: Tensor, cotangent: Train
         start, own = _start(update.before.part(place), group), cotangent.part(place)
         real = rule.update(start, update.factor * update.gradient[place], done, group)
         changed = rule.update(start, factors[:, None] * without[:, place], done, group)
-        for name, vector in vars(changed).items():
-            if vector is not getattr(start, name):  # or the optimizer has no such vector
-                values.addmm_(vector.sub_(getattr(real, name)), getattr(own, name).T)
+        if changed.second_moment is not start.second_moment:  # or the optimizer has none
+            values.addmm_(second_moment_change(real.second_moment, changed.second_moment), own.second_moment.T)
+        if changed.momentum is not start.momentum:
+            values.addmm_(changed.momentum.sub_(real.momentum), own.momentum.T)
+        values.addmm_(changed.parameters.sub_(real.parameters), own.parameters.T)
     return values
 
 

@@ -32,14 +32,10 @@ class StatePlan:
     Attributes:
         starts: first step of each segment, ascending; each but the first needs a checkpoint.
         stop: step after the last.
-        segment_bytes: memory of the longest segment.
-        disk_bytes: of all checkpoints.
     """
 
     starts: list[int]
     stop: int
-    segment_bytes: int
-    disk_bytes: int
 
     @property
     def replays(self) -> int:
@@ -75,7 +71,7 @@ def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_
             f"{stop - start} steps in segments of {length} need {len(starts) - 1} checkpoints of {checkpoint:,} bytes, "
             f"adjoint.disk_bytes is {disk_bytes:,}: set it to {needed}, or adjoint.memory_bytes to {fitting}"
         )
-    return StatePlan(starts=starts, stop=stop, segment_bytes=length * state, disk_bytes=needed)
+    return StatePlan(starts=starts, stop=stop)
 
 
 def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[State]:

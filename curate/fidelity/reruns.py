@@ -3,8 +3,9 @@
 The same steps with `c_z = 0` for the removed samples and everything else unchanged: batch order, normalisation,
 schedule, kernels. `value = l_q(theta_horizon without) - l_q(theta_horizon)`: positive = the samples helped.
 
-One cursor walks over the run once; each rerun branches off in memory at the first step that differs. Cost: the steps
-from there to its last horizon, plus the targets' losses.
+Reruns branch off in memory, at the first step that differs, from a cursor that starts at the snapshot before it. So
+does the run as it was that they are held against: other hardware than the training's shifts both sides alike. Cost: the
+steps from there to the last horizon, plus the targets' losses.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from curate.fidelity.draw import Removal
     from curate.target import Target
     from curate.task import Batch
-    from curate.trajectory.replay import Replay, StepRecord
+    from curate.trajectory.replay import Replay
 
 _CACHE_BYTES = 10**9
 
@@ -62,14 +64,6 @@ class Reruns:
         size = max(record.size for record in self._records.values()) * replay.run.spec.seq_len * 9
         self._batches = lru_cache(maxsize=max(1, _CACHE_BYTES // size))(self._read)
 
-    def base(self, horizons: Sequence[int]) -> dict[int, npt.NDArray[np.float64]]:
-        """The targets' losses of the run as it was: horizon -> (Q,)."""
-        losses = {}
-        for horizon in sorted(set(horizons)):
-            self._replay.horizon_model(horizon)
-            losses[horizon] = self._losses()
-        return losses
-
     def run(self, removals: Sequence[Removal], horizons: Mapping[str, Sequence[int]]) -> Iterator[Truth]:
         """Run again without some samples.
 
@@ -79,29 +73,47 @@ class Reruns:
 
         Yields:
             One outcome per removal, in the order of their first steps.
-        """
-        base = self.base([step for window in {removal.window for removal in removals} for step in horizons[window]])
-        ordered = sorted(removals, key=lambda removal: removal.step)
-        at, optimizers = -1, None
-        for removal in ordered:
-            snapshot = self._replay.run.snapshot_before(removal.step)
-            if optimizers is None or snapshot > at:
-                optimizers, at = self._replay.restore(snapshot), snapshot
-            while at < removal.step:
-                self._step(self._records[at], self._batches(at), optimizers)
-                at += 1
-            saved = self._replay.checkpoint(optimizers)
-            values = {}
-            for step in range(removal.step, max(horizons[removal.window])):
-                self._step(self._records[step], _changed(self._batches(step), step, removal), optimizers)
-                if step + 1 in horizons[removal.window]:
-                    values[step + 1] = self._losses() - base[step + 1]
-            self._replay.rewind(saved, optimizers)
-            yield Truth(removal=removal, values=values)
 
-    def _step(self, record: StepRecord, batches: Sequence[Batch], optimizers: Sequence[Optimizer]) -> None:
-        self._replay.backward(batches, optimizers)
-        self._replay.update(record, optimizers)
+        Raises:
+            UserError: the run as it was does not repeat its recorded losses.
+        """
+        ordered = sorted(removals, key=lambda removal: removal.step)
+        for at, group in groupby(ordered, key=lambda removal: self._replay.run.snapshot_before(removal.step)):
+            own = list(group)
+            optimizers = self._replay.restore(at)
+            wanted = {step for removal in own for step in horizons[removal.window]}
+            base = self._continue(at, None, wanted, optimizers)
+            for removal in own:
+                for step in range(at, removal.step):
+                    self._step(step, self._batches(step), optimizers)
+                at = removal.step
+                found = self._continue(at, removal, set(horizons[removal.window]), optimizers)
+                yield Truth(removal=removal, values={step: losses - base[step] for step, losses in found.items()})
+
+    def _continue(
+        self, start: int, removal: Removal | None, horizons: set[int], optimizers: Sequence[Optimizer]
+    ) -> dict[int, npt.NDArray[np.float64]]:
+        """Losses (Q,) at some steps of training from `start` on, as it was or changed; the state is put back."""
+        saved = self._replay.checkpoint(optimizers)
+        losses = {}
+        for step in range(start, max(horizons)):
+            batches = self._batches(step)
+            if removal is None:
+                self._step(step, batches, optimizers, check=True)
+            else:
+                self._step(step, _changed(batches, step, removal), optimizers)
+            if step + 1 in horizons:
+                losses[step + 1] = self._losses()
+        self._replay.rewind(saved, optimizers)
+        return losses
+
+    def _step(
+        self, step: int, batches: Sequence[Batch], optimizers: Sequence[Optimizer], *, check: bool = False
+    ) -> None:
+        loss, _ = self._replay.backward(batches, optimizers)
+        if check:
+            self._replay.check(self._records[step], loss)
+        self._replay.update(self._records[step], optimizers)
 
     def _read(self, step: int) -> list[Batch]:
         return self._replay.batches(self._records[step])

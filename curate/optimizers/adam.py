@@ -92,3 +92,20 @@ def _step_size_and_denominator(v: Tensor, updates: int, settings: GroupSettings)
     step = updates + 1
     root = v.sqrt() / (1 - settings.beta2**step) ** 0.5
     return settings.lr / (1 - settings.beta1**step), root + settings.eps, root
+
+
+def second_moment_change(real: Tensor, changed: Tensor) -> Tensor:
+    """`v' - v`, where it is large in the coordinate that later updates read: `2 v (1 - sqrt(v / v'))` where v' > v.
+
+    Later updates divide by `sqrt(v)`. Where gradients of samples cancel, v is tiny, and without one of them it is
+    thousands of times larger: the derivative by v, carried that far, says thousands of times the effect that the
+    weight has at all; the derivative by `v^-1/2` says that the effect ends. For small changes the two agree.
+
+    Args:
+        real: (p,) v.
+        changed: (b, p) v'.
+    """
+    import torch
+
+    grown = 2 * real * (1 - torch.sqrt(real / changed))
+    return torch.where(changed > real, grown, changed - real)

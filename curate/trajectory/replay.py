@@ -189,12 +189,9 @@ class Replay:
         Raises:
             UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
         """
-        from torch.nn.utils import get_total_norm
-
         first = self.run.snapshot_before(start) if checkpoint is None else start
         optimizers = self.restore(first, checkpoint)
         snapshots = {step for step in self.run.snapshots if step > first}
-        trainable = list(named_parameters(self.model).values())
         for record in records(self.run, first, stop):
             if record.step in snapshots:
                 load_state(self.run.snapshot(record.step), self.model, optimizers)
@@ -202,8 +199,7 @@ class Replay:
             begin = perf_counter()
             loss, captured = self.backward(batches, optimizers, after_backward)
             self._pass_seconds.append(perf_counter() - begin)
-            norm = float(get_total_norm([p.grad for p in trainable if p.grad is not None]))
-            self._verify(record, loss, norm)
+            self.check(record, loss)
             if record.step >= start:
                 yield ReplayedStep(record=record, batches=batches, captured=captured, optimizers=optimizers)
             self.update(record, optimizers)
@@ -299,8 +295,16 @@ class Replay:
         for optimizer in optimizers:
             optimizer.step()
 
-    def _verify(self, record: StepRecord, loss: float, norm: float) -> None:
-        """Raise where loss or norm differ by more than the tolerance; a NaN differs from everything."""
+    def check(self, record: StepRecord, loss: float) -> None:
+        """Hold a step's loss and the norm of what is in `.grad` against the record.
+
+        Raises:
+            UserError: one differs by more than the tolerance; a NaN differs from everything.
+        """
+        from torch.nn.utils import get_total_norm
+
+        parameters = named_parameters(self.model).values()
+        norm = float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
             if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(

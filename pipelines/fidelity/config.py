@@ -23,8 +23,10 @@ class BenchConfig(Config):
     """A version of a few minutes that runs every part: fewer steps, pairs and anchors, one seed."""
     levers: bool = True
     """Also measure what the cheaper ways of computing adjoint cost in fidelity."""
-    anchors_hessian: Hessian = "exact"
-    """Curvature of the walks with all anchors."""
+    anchors_hessian: Hessian = "difference"
+    """Curvature of the walks with all anchors, which are most of the time."""
+    anchors_bridge_every: int = Field(default=4, ge=1)
+    """In the same walks, curvature between windows at every n-th step only."""
     anchors_at_stage_end: bool = True
     """Also walk all anchors from the stage's end through every window (by far the longest part)."""
     corpus: Path | None = None

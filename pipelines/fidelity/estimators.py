@@ -159,17 +159,19 @@ def _walks(bench: Bench, name: str, hessian: Any, own_steps: tuple[str, ...], **
 def _anchored(bench: Bench) -> Iterator[Estimates]:
     """Targets in the coordinates of anchors: among them, their domain's other documents among them, or neither."""
     both = bench.targets + bench.pool
-    kind = f"anchors-{bench.config.anchors_hessian}"
+    kind = f"anchors-{bench.config.anchors_hessian}-{bench.config.anchors_bridge_every}"
     for window, horizon_name, horizon in bench.cells():
-        full = horizon_name == "window_end" or window == "late"
-        if not full and not bench.config.anchors_at_stage_end:
+        at_end = bench.config.anchors_at_stage_end
+        full = horizon_name == "window_end" or (window == "late" and not at_end)
+        if not full and not at_end:
             continue
         borders = bench.config.windows[window]
         name = f"{kind}-{horizon}-{window}" if full else f"{kind}-stage"
         windows = {window: borders} if full else bench.config.windows
         walk = Walk(
-            name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",)
-        )
+            name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",),
+            bridge_every=bench.config.anchors_bridge_every,
+        )  # fmt: skip
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)
         solved = _kept(

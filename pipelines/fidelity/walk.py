@@ -82,6 +82,8 @@ def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> d
             cotangent, arrays = _part(replay, walk, window, start, stop, cotangent, folder)
             save_cotangent(_border(folder, walk, start), start, cotangent)
             write_arrays(path, arrays)
+        else:
+            cotangent = None
         _border(folder, walk, stop).unlink(missing_ok=True)
         if window is not None:
             found[window] = read_arrays(path)
