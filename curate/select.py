@@ -29,6 +29,7 @@ from curate.mixture.constraints import MixtureConfig
 from curate.progress import start_logging
 from curate.shards.plan import ShardsConfig
 from curate.tracking import TrackingConfig
+from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages
 from curate.trajectory.run import Run, find_run
 from curate.trajectory.samples import fresh_shares, trained_tokens
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # What does not change what is selected.
 _ELSEWHERE: dict[str, Any] = {
-    **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking"), True),
+    **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking", "earlier"), True),
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
     "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},
     "dvemb": {"rows_per_block"},
@@ -65,6 +66,8 @@ class SelectConfig(EmbedConfig):
     mode: Literal["reweight", "filter", "both"] = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
     folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms."""
+    earlier: tuple[Path, ...] | None = None
+    """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
     seed: int = 0
     """Seed of bootstrap intervals and sample draws."""
     mixture: MixtureConfig = MixtureConfig()
@@ -90,7 +93,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     begin = perf_counter()
     target = read_target(config, run)
     assert target is not None  # the config requires one
-    settings = _settings(config, run, target)
+    folders = stages(run, config.earlier)
+    settings = {**_settings(config, run, target), "earlier": ledger_identity(folders[:-1])}
     out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint(settings)[:8]}"
     if is_complete(out, settings):
         _log.info("this selection is complete already")
@@ -101,7 +105,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     values = _values(embeddings, target)
     trained = trained_tokens(run)
     tables = _score(values, trained, fresh_shares(run), config)
-    mixture, plan = _mix(run, values, tables["domains"], trained, config)
+    tables["ledger"] = domain_ledger(run, folders)
+    mixture, plan = _mix(run, values, tables["domains"], consumed(folders), config)
     start(out, settings)
     _write_tables(out, values, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
@@ -179,7 +184,7 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
 
 def _mix(
-    run: Run, values: pl.DataFrame, domains: pl.DataFrame, trained: dict[str, int], config: SelectConfig
+    run: Run, values: pl.DataFrame, domains: pl.DataFrame, used: pl.DataFrame, config: SelectConfig
 ) -> tuple[Mixture, Plan]:
     """Solve the mixture and turn it into whole samples."""
     from curate.mixture.record import decide, with_tokens
@@ -190,14 +195,18 @@ def _mix(
             f"mixture.window {config.mixture.window!r} is not among the valued windows {config.windows}; "
             "set window or mixture.window"
         )
+    if config.shards.consume_once and config.mode != "filter":
+        raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
+    trained = trained_tokens(run)
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
     kept = 0.0 if config.mode == "reweight" else config.shards.drop_fraction
     pool = make_pool(
-        {domain: catalogues[domain] for domain in trained}, values.filter(window=config.mixture.window), kept
-    )
+        {domain: catalogues[domain] for domain in trained}, values.filter(window=config.mixture.window), kept, used,
+        consume_once=config.shards.consume_once,
+    )  # fmt: skip
     budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    mixture = decide(domains, prior, supply_of(pool, trained), budget, config.mixture)
+    mixture = decide(domains, prior, supply_of(pool), budget, config.mixture)
     plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
     return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan
 

@@ -218,9 +218,14 @@ def _recorder(
         config.out, config.recorder, model, optimizers, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
         streams=domain_folders(streams), tokenizer=tokenizer,
-        columns=config.columns,
-        seq_len=seq_len, clip_norm=config.optimizer.clip_norm,
+        columns=config.columns, seq_len=seq_len, clip_norm=config.optimizer.clip_norm, previous=_previous(config),
     )  # fmt: skip
+
+
+def _previous(config: PretrainConfig) -> Path | None:
+    """The recorded run that the initial state is the end of."""
+    folder = config.init_from and config.init_from.parent
+    return folder if folder and (folder / "run.json").exists() else None
 
 
 def _tokenizers(data: Path, streams: list[dict[str, Any]]) -> Iterator[Path]:

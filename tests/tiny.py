@@ -122,7 +122,13 @@ class Training:
     model: nn.Module | None = None  # as the last run left it
 
     def run(
-        self, folder: Path | None, config: RecorderConfig | None = None, *, start: int = 0, stop: int | None = None
+        self,
+        folder: Path | None,
+        config: RecorderConfig | None = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        previous: Path | None = None,
     ) -> list[float]:
         """Train; with a folder, record there. Stops early (as in a crash) or continues at a snapshot where asked."""
         model = self.model = factory().to(self.dtype)
@@ -132,7 +138,7 @@ class Training:
         recorder = folder and TrajectoryRecorder(
             folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), model, optimizers,
             task=TASK, streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
-            first_step=start,
+            first_step=start, previous=previous,
         )  # fmt: skip
         pools = [MdsStream(path) for path in self.streams.values()]
         losses = []

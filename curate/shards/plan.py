@@ -20,6 +20,8 @@ class ShardsConfig(Config):
     drop_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each domain's valued samples, those of lowest value, that modes filter and both leave out; samples
     outside the window have no value and stay."""
+    consume_once: bool = False
+    """In mode filter, use no sample that this stage or an earlier one trained on."""
     shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
     """Size limit of a shard that is written."""
 
@@ -31,7 +33,7 @@ class Plan:
     Args:
         uses: one row per sample that is used, sorted: `domain`, `index`, `length`, `uses` (how often).
         dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` ("low_value",
-            "over_quota"), `value` (per token; null where the sample was not in the window).
+            "consumed", "over_quota"), `value` (per token; null where the sample was not in the window).
     """
 
     uses: pl.DataFrame
@@ -43,17 +45,27 @@ class Plan:
         return dict(sums.sort("domain").iter_rows())
 
 
-def make_pool(catalogues: Mapping[str, pl.DataFrame], values: pl.DataFrame, drop_fraction: float) -> pl.DataFrame:
+def make_pool(
+    catalogues: Mapping[str, pl.DataFrame],
+    values: pl.DataFrame,
+    drop_fraction: float,
+    consumed: pl.DataFrame,
+    *,
+    consume_once: bool = False,
+) -> pl.DataFrame:
     """Every sample of the streams with its value per token, and whether it is good enough to be used.
 
     Args:
         catalogues: `MdsStream.catalogue()` of each domain.
         values: the values frame of one window and one target.
         drop_fraction: share of each domain's valued samples to leave out, lowest value per token first (0 keeps all).
+        consumed: how often each sample was trained on so far, see `trajectory.ledger.consumed`.
+        consume_once: leave out what was trained on.
 
     Returns:
         One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value` (per predicted
-        token, summed over its uses; null where it was not valued), `kept`.
+        token, summed over its uses; null where it was not valued), `consumed` (uses so far; those of a sample with
+        copies count at its first place), `reason` not to use it ("consumed", "low_value", null), `kept` (no reason).
 
     Raises:
         UserError: the values are of other samples than the streams hold.
@@ -70,7 +82,17 @@ def make_pool(catalogues: Mapping[str, pl.DataFrame], values: pl.DataFrame, drop
     worst_first = pool.sort("domain", "value", "sample_id", "index", nulls_last=True)
     place, count = pl.int_range(pl.len()).over("domain"), pl.col("value").count().over("domain")
     kept = (place >= (count * drop_fraction + 1e-9).floor()) | pl.col("value").is_null()
-    return worst_first.with_columns(kept=kept).sort("domain", "index")
+    ranked = worst_first.with_columns(kept=kept).sort("domain", "index")
+    counted = ranked.join(consumed.select("sample_id", "uses"), on="sample_id", how="left", maintain_order="left")
+    seen = pl.col("uses").fill_null(0)
+    return counted.select(
+        *("domain", "index", "sample_id", "length", "value"),
+        consumed=pl.when(pl.col("sample_id").is_first_distinct()).then(seen).otherwise(0),
+        reason=pl.when(pl.lit(consume_once) & (seen > 0))
+        .then(pl.lit("consumed"))
+        .when(~pl.col("kept"))
+        .then(pl.lit("low_value")),
+    ).with_columns(kept=pl.col("reason").is_null())
 
 
 def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
@@ -84,22 +106,17 @@ def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
         )
 
 
-def supply_of(pool: pl.DataFrame, consumed_tokens: Mapping[str, int]) -> dict[str, Supply]:
-    """What the kept samples of a pool supply to the mixture.
-
-    Args:
-        pool: see `make_pool`.
-        consumed_tokens: tokens of each domain that earlier stages used; the kept samples' share of them is their share
-            of the domain's tokens.
-    """
+def supply_of(pool: pl.DataFrame) -> dict[str, Supply]:
+    """What the kept samples of a pool supply to the mixture; see `make_pool`."""
+    kept = pl.col("kept")
     sums = pool.group_by("domain").agg(
-        samples=pl.col("kept").sum(), tokens=pl.col("length").filter("kept").sum(), all_tokens=pl.col("length").sum()
+        samples=kept.sum(),
+        tokens=pl.col("length").filter(kept).sum(),
+        consumed_tokens=(pl.col("length") * pl.col("consumed")).filter(kept).sum(),
     )
     return {
-        domain: Supply(
-            samples=samples, tokens=tokens, consumed_tokens=round(consumed_tokens.get(domain, 0) * tokens / all_tokens)
-        )
-        for domain, samples, tokens, all_tokens in sums.sort("domain").iter_rows()
+        domain: Supply(samples=samples, tokens=tokens, consumed_tokens=consumed_tokens)
+        for domain, samples, tokens, consumed_tokens in sums.sort("domain").iter_rows()
     }
 
 
@@ -129,7 +146,7 @@ def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> Plan
         "domain",
         "index",
         "sample_id",
-        reason=pl.when("kept").then(pl.lit("over_quota")).otherwise(pl.lit("low_value")),
+        reason=pl.col("reason").fill_null("over_quota"),
         value="value",
     )
     return Plan(uses=uses.filter(pl.col("uses") > 0).sort("domain", "index"), dropped=dropped)

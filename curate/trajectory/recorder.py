@@ -124,6 +124,7 @@ class TrajectoryRecorder:
         first_step: where this process starts; records of that step and later ones are dropped (they are repeated).
         columns: columns of the streams.
         tokenizer: tokenizer file of the tokens.
+        previous: run of the stage that this one continues from, for the ledger of consumed samples.
 
     Raises:
         UserError: the folder holds a finished run, replay could not repeat this training, or windows or byte budget do
@@ -145,6 +146,7 @@ class TrajectoryRecorder:
         first_step: int = 0,
         columns: Columns | None = None,
         tokenizer: Path | None = None,
+        previous: Path | None = None,
     ) -> None:
         self._folder, self._model, self._optimizers = Path(folder), model, as_sequence(optimizer)
         _check_replayable(model, self._optimizers)
@@ -161,6 +163,7 @@ class TrajectoryRecorder:
             steps=steps, windows=windows,
             optimizers=[name for name, _ in self._groups()], clip_norm=clip_norm,
             groups=[[names[id(p)] for p in group["params"] if id(p) in names] for _, group in self._groups()],
+            previous=previous and Path(previous).resolve(),
         )  # fmt: skip
         self._snapshot_steps = snapshot_schedule(
             windows, steps, config.cadence_snapshots, state_bytes(model, self._optimizers), int(config.snapshot_bytes)

@@ -72,6 +72,8 @@ class RunSpec(Config):
     """Parameter names of each group."""
     clip_norm: float | None
     """Clipping threshold of the global gradient norm; none: no clipping."""
+    previous: Path | None = None
+    """Run of the stage that this one continued from; what it consumed counts too (`trajectory.ledger`)."""
 
 
 class Run:
@@ -128,7 +130,7 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the recorded trajectory: spec and steps, not the place where it lies."""
-        spec = self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task"})
+        spec = self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task", "previous"})
         return fingerprint([spec, file_fingerprint(self.folder / "steps.parquet")])
 
     @cached_property

@@ -83,8 +83,9 @@ def small(config: BenchConfig) -> BenchConfig:
     """The same bench in a few minutes: its own steps, draws and number of anchors, the first seed."""
     return config.model_copy(
         update={
-            "folder": config.folder / "small", "seeds": config.seeds[:1], "steps": 60, "window_steps": 12,
-            "draw": DrawConfig(pairs=8, pairs_per_step=4, groups=4, repeats=1, part_pairs=1, parts=(0.5,)),
+            "folder": config.folder / "small", "seeds": config.seeds[:1], "steps": 40, "window_steps": 8,
+            "draw": DrawConfig(pairs=6, pairs_per_step=3, groups=3, repeats=1, part_pairs=1, parts=(0.5,)),
+            "target_documents": 5, "targets": config.targets[:2] + config.targets[-1:],
             "anchors_per_domain": 2, "levers": False, "anchors_at_stage_end": False, "domain_megabytes": 0.1,
         }
     )  # fmt: skip

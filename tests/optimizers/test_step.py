@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from curate.optimizers.adam import second_moment_change
 from curate.optimizers.muon import newton_schulz
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import Group, TrainingState
@@ -177,3 +178,42 @@ def test_vjp_is_finite_where_nothing_was_ever_seen(variant):
 def test_settings_survive_torchs_groups():
     for settings in VARIANTS.values():
         assert GroupSettings.read(settings.optimizer, settings.as_group()) == settings
+
+
+@given(v=st.floats(1e-12, 1e3), factor=st.floats(1, 1e8), m=st.floats(-10, 10))
+def test_a_second_moment_that_grows_ends_the_updates_that_it_divides(v, factor, m):
+    """Later updates without gradients, sum_j c_j m / sqrt(v): what the derivative by v, carried on, must give back."""
+    scale = sum(0.9**j / 0.95 ** (j / 2) for j in range(1, 6))
+
+    def later(moment: float) -> float:
+        return scale * m / moment**0.5
+
+    slope = -0.5 * scale * m / v**1.5
+    change = second_moment_change(
+        torch.tensor([v], dtype=torch.float64), torch.tensor([[v * factor]], dtype=torch.float64)
+    )
+    assert slope * float(change) == pytest.approx(later(v * factor) - later(v), rel=1e-6, abs=1e-9 * abs(later(v)))
+
+
+@given(v=st.floats(0, 1e3), changed=st.floats(0, 1e3))
+def test_a_change_of_the_second_moment_keeps_its_sign_and_is_bounded(v, changed):
+    """Small changes are what they are; one that shrinks takes away what there is, one that grows twice that at most."""
+    change = float(second_moment_change(*(torch.tensor([one], dtype=torch.float64) for one in (v, changed))))
+    assert -v <= change <= 2 * v
+    assert change * (changed - v) >= 0
+    if abs(changed - v) < 1e-3 * v:
+        assert change == pytest.approx(changed - v, rel=1e-3, abs=1e-12)
+
+
+def test_pieces_change_no_number(monkeypatch):
+    both = groups(VARIANTS["AdamW"], VARIANTS["Muon"])
+    numbers, names = torch.Generator().manual_seed(0), ("parameters", "momentum", "second_moment")
+    state = TrainingState(**{name: torch.rand(P, generator=numbers).double() for name in names})
+    gradient = torch.randn(P, generator=numbers).double()
+    cotangent = TrainingState(**{name: torch.randn(3, P, generator=numbers).double() for name in names})
+    whole = update_state(state, gradient, [4, 4], both, 0.5), update_vjp(state, gradient, [4, 4], both, 0.5, cotangent)
+    monkeypatch.setattr("curate.optimizers.step._CPU_PIECE", 1)
+    cut = update_state(state, gradient, [4, 4], both, 0.5), update_vjp(state, gradient, [4, 4], both, 0.5, cotangent)
+    torch.testing.assert_close(vars(cut[0]), vars(whole[0]), rtol=0, atol=0)
+    torch.testing.assert_close(cut[1][0], whole[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(vars(cut[1][1]), vars(whole[1][1]), rtol=0, atol=0)

@@ -23,7 +23,7 @@ from curate.shards.write import DROPPED, STREAMS, write_filter, write_reweight
 
 @pytest.fixture(scope="module")
 def pool(catalogues, values):
-    return make_pool(catalogues, values, 0.2)
+    return make_pool(catalogues, values, 0.2, pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64}))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def mixture(pool):
     scores = {name: [1.0, 0.2, -1.0] for name in ("score", "score_low", "score_high", "shrunk")}
     config = MixtureConfig(temperature=0.25, ceilings={"a": 0.9, "c": 0.0})
     prior = dict.fromkeys(names, 1 / 3)
-    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool, {}), 8 * 101, config)
+    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config)
 
 
 @pytest.fixture(scope="module")

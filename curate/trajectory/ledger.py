@@ -1,0 +1,157 @@
+"""Which samples were consumed how often, over all stages: `python -m curate.trajectory.ledger --run RUN`.
+
+Counted from what the recorder wrote, by content id, so it survives re-sharding and renaming, and a resumed stage counts
+once. A run names the run that it continued from (`RunSpec.previous`); the chain back to the first stage is the ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from curate.artifacts import file_fingerprint, read_json
+from curate.config import Config, parse_command, run_command
+from curate.errors import UserError
+from curate.progress import start_logging
+from curate.trajectory.run import Run, find_run
+
+_log = logging.getLogger(__name__)
+
+
+class LedgerConfig(Config):
+    """Whose ledger."""
+
+    run: Path | None = None
+    """Recorded run of the last stage; none: the newest finished one below `runs_root`."""
+    runs_root: Path = Path("runs")
+    """Where runs are looked for."""
+    earlier: tuple[Path, ...] | None = None
+    """Runs of the stages before it; none: the chain that the runs name themselves."""
+
+
+def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
+    """Folders of all stages, first stage first, this run last.
+
+    Args:
+        run: of the last stage.
+        earlier: the stages before it; none: the chain of `previous`, as the runs were recorded.
+
+    Raises:
+        UserError: an earlier run is not where it was, is not finished, or the chain comes back to itself.
+    """
+    if earlier is not None:
+        found = [Path(folder) for folder in earlier]
+    else:
+        found, at = [], run.spec.previous
+        while at is not None:
+            if at in found or at == run.folder.resolve():
+                raise UserError(f"the stages of run {run.folder} come back to {at}: name them with --earlier")
+            found.insert(0, at)
+            before = _previous(at)
+            at = None if before is None else Path(before)
+    for folder in found:
+        if not (folder / "steps.parquet").exists():
+            raise UserError(
+                f"{folder}, a stage before run {run.folder}, is not there or not finished: its samples cannot be "
+                "counted; name the earlier runs where they lie now with --earlier '[RUN, ...]', or none with '[]'"
+            )
+    return [*found, run.folder]
+
+
+def _previous(folder: Path) -> str | None:
+    try:
+        found = read_json(folder / "run.json").get("previous")
+    except UserError:
+        return None  # `stages` says that it is not there
+    return None if found is None else str(found)
+
+
+def uses(folders: Sequence[Path]) -> pl.DataFrame:
+    """How often each sample was trained on.
+
+    Args:
+        folders: of the stages, see `stages`.
+
+    Returns:
+        stage (position in `folders`), sample_id, uses; sorted.
+
+    Raises:
+        UserError: a table of steps is unreadable.
+    """
+    frames = []
+    for stage, folder in enumerate(folders):
+        try:
+            ids = pl.read_parquet(folder / "steps.parquet", columns=["sample_ids"])
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{folder / 'steps.parquet'} is unreadable ({error}); restore it") from None
+        counted = ids.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+        frames.append(counted.select(pl.lit(stage).alias("stage"), "sample_id", pl.col("uses").cast(pl.Int64)))
+    return pl.concat(frames).sort("stage", "sample_id")
+
+
+def consumed(folders: Sequence[Path]) -> pl.DataFrame:
+    """The same over all stages: sample_id, uses."""
+    return uses(folders).group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
+
+
+def ledger_identity(folders: Sequence[Path]) -> list[str]:
+    """What a result depends on that counts these stages."""
+    return [file_fingerprint(folder / "steps.parquet") for folder in folders]
+
+
+def domain_ledger(run: Run, folders: Sequence[Path]) -> pl.DataFrame:
+    """Per domain of a run's streams, what all stages consumed of it.
+
+    Samples of earlier stages that are in no stream of this run are not in it.
+
+    Returns:
+        domain, samples (distinct), seen (distinct samples that were trained on), most_uses (of one sample), tokens
+        (stored, of the distinct samples), consumed_tokens (repeats counted), epochs (their ratio), and one column of
+        consumed tokens per stage, `stage_0` on.
+    """
+    found = uses(folders)
+    stage_tokens = [
+        (pl.col(f"uses_{stage}") * pl.col("length")).sum().alias(f"stage_{stage}") for stage in range(len(folders))
+    ]
+    table = run.places.select("domain", "sample_id", "length")
+    for stage in range(len(folders)):
+        own = found.filter(stage=stage).select("sample_id", pl.col("uses").alias(f"uses_{stage}"))
+        table = table.join(own, on="sample_id", how="left").with_columns(pl.col(f"uses_{stage}").fill_null(0))
+    table = table.with_columns(uses=pl.sum_horizontal(f"uses_{stage}" for stage in range(len(folders))))
+    sums = table.group_by("domain").agg(
+        *stage_tokens,
+        samples=pl.len().cast(pl.Int64),
+        seen=(pl.col("uses") > 0).sum().cast(pl.Int64),
+        most_uses=pl.col("uses").max(),
+        tokens=pl.col("length").sum(),
+        consumed_tokens=(pl.col("length") * pl.col("uses")).sum(),
+    )
+    columns = ["domain", "samples", "seen", "most_uses", "tokens", "consumed_tokens", "epochs"]
+    table = sums.with_columns(epochs=pl.col("consumed_tokens") / pl.col("tokens")).sort("domain")
+    return table.select(*columns, *(f"stage_{stage}" for stage in range(len(folders))))
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        LedgerConfig, "python -m curate.trajectory.ledger", "What all stages up to a run consumed of each domain."
+    )
+    start_logging()
+    run = Run(config.run or find_run(config.runs_root))
+    folders = stages(run, config.earlier)
+    for stage, folder in enumerate(folders):
+        _log.info("stage %d: %s", stage, folder)
+    _log.info("%-20s %10s %10s %14s %14s %7s %5s", "domain", "samples", "seen", "tokens", "consumed", "epochs", "most")
+    for row in domain_ledger(run, folders).iter_rows(named=True):
+        _log.info(
+            "%-20s %10s %10s %14s %14s %7.2f %5d",
+            row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['tokens']:,}",
+            f"{row['consumed_tokens']:,}", row["epochs"], row["most_uses"],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main)
