@@ -137,9 +137,21 @@ def fidelity_rows(
 
 def spearman(a: Floats, b: Floats) -> float | None:
     """Spearman's rank correlation; None where a side does not vary."""
+    if len(a) <= 2:
+        return None
+    found = float(_spearman_rows(a[None], b[None])[0])
+    return None if np.isnan(found) else found
+
+
+def _spearman_rows(a: Floats, b: Floats) -> Floats:
+    """The same of each row of (K, n); NaN where a side does not vary."""
     from scipy.stats import rankdata
 
-    return _pearson(rankdata(a), rankdata(b)) if len(a) > 2 else None
+    left, right = rankdata(a, axis=1), rankdata(b, axis=1)
+    left, right = left - left.mean(1, keepdims=True), right - right.mean(1, keepdims=True)
+    scale = np.sqrt((left**2).sum(1) * (right**2).sum(1))
+    found: Floats = np.divide((left * right).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+    return found
 
 
 def within_step(a: Floats, b: Floats, steps: npt.NDArray[np.int64]) -> float | None:
@@ -161,12 +173,13 @@ def spearman_interval(
     """95 % interval by resampling steps: samples of one step share its state."""
     random = generator(seed, "fidelity bootstrap")
     places = [np.flatnonzero(steps == step) for step in np.unique(steps)]
+    drawn = [
+        np.concatenate([places[i] for i in random.integers(len(places), size=len(places))]) for _ in range(_RESAMPLES)
+    ]
     found = []
-    for _ in range(_RESAMPLES):
-        chosen = np.concatenate([places[i] for i in random.integers(len(places), size=len(places))])
-        value = spearman(a[chosen], b[chosen])
-        if value is not None:
-            found.append(value)
+    for length in {len(chosen) for chosen in drawn} - {1, 2}:
+        rows = np.stack([chosen for chosen in drawn if len(chosen) == length])
+        found += [value for value in _spearman_rows(a[rows], b[rows]).tolist() if not np.isnan(value)]
     if not found:
         return None, None
     low, high = np.quantile(found, [0.025, 0.975]).tolist()
@@ -188,9 +201,9 @@ def noise_cap(values: Floats, noise: float | None, seed: int) -> float | None:
     if noise is None:
         return None
     random = generator(seed, "fidelity noise cap")
-    draws = [spearman(values, values + noise * random.standard_normal(len(values))) for _ in range(_DRAWS)]
-    kept = [draw for draw in draws if draw is not None]
-    return float(np.mean(kept)) if kept else None
+    noisy = values + noise * random.standard_normal((_DRAWS, len(values)))
+    draws = _spearman_rows(np.broadcast_to(values, noisy.shape), noisy)
+    return None if len(values) <= 2 or np.isnan(draws).all() else float(np.nanmean(draws))
 
 
 def smoothness_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -> list[dict[str, Any]]:
@@ -241,9 +254,3 @@ def _table(window: pl.DataFrame, kind: str, target: str) -> dict[str, Any]:
     table = window.filter(kind=kind, target=target)
     samples = [[(step, position) for step, position in row] for row in table["samples"].to_list()]
     return {"samples": samples, "value": table["value"].to_numpy()}
-
-
-def _pearson(a: Floats, b: Floats) -> float | None:
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale else None
