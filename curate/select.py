@@ -250,8 +250,8 @@ def _report_data(
         loader="\n".join(_loader_line(kind, path) for kind, path in data.items()),
         settings=config.model_dump(mode="json"), reliability=tables["reliability"],
         curve=value_curve(values, training), training=training, domains=tables["domains"],
-        mixture=mixture_table(mixture), examples=example_table(run, values, found), shards=tables["between_shards"],
-        costs=costs, residuals=_residuals(embeddings),
+        mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
+        shards=tables["between_shards"], costs=costs, residuals=_residuals(embeddings),
     )  # fmt: skip
 
 

@@ -32,12 +32,14 @@ def value_curve(values: pl.DataFrame, training: pl.DataFrame) -> pl.DataFrame:
     return joined.select("window", "step", "domain", "value", value_per_lr=pl.col("value") / pl.col("lr"))
 
 
-def mixture_table(mixture: Mixture) -> pl.DataFrame:
-    """The mixture, one row per domain; `weight` is what is delivered."""
+def mixture_table(mixture: Mixture, ledger: pl.DataFrame) -> pl.DataFrame:
+    """The mixture, one row per domain; `weight` is what is delivered, `epochs_so_far` what all stages consumed."""
+    so_far = dict(ledger.select("domain", "epochs").iter_rows())
     rows = [
         {
             "domain": name, "prior": domain.prior, "weight": domain.delivered_weight, "tokens": domain.tokens,
-            "samples": domain.samples, "epochs": domain.epochs, "binding": domain.binding,
+            "samples": domain.samples, "epochs": domain.epochs, "epochs_so_far": so_far.get(name, 0.0),
+            "binding": domain.binding,
         }
         for name, domain in mixture.domains.items()
     ]  # fmt: skip

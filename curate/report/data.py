@@ -23,7 +23,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
         *("score", "score_low", "score_high", "shrunk", "fresh"),
     ),
-    "mixture": ("domain", "prior", "weight", "tokens", "samples", "epochs", "binding"),
+    "mixture": ("domain", "prior", "weight", "tokens", "samples", "epochs", "epochs_so_far", "binding"),
     "examples": ("kind", "rank", "window", "step", "domain", "sample_id", "value", "text"),
     "shards": ("window", "domain", "shards", "samples", "share_between", "p_value", "verdict"),
     "costs": ("phase", "units", "seconds", "bytes", "note"),
@@ -71,8 +71,8 @@ class ReportData:
     domains: pl.DataFrame
     """Output of `curate.scores.domain.domain_scores` for the target."""
     mixture: pl.DataFrame
-    """One row per domain: shares `prior` and `weight`, `tokens`, `samples`, `epochs`, `binding` (null, "floor",
-    "ceiling" or "max_epochs")."""
+    """One row per domain: shares `prior` and `weight`, `tokens`, `samples`, `epochs` of the next stage, `epochs_so_far`
+    of all stages before it, `binding` (null, "floor", "ceiling" or "max_epochs")."""
     examples: pl.DataFrame
     """Samples to read: `kind` "most" or "least" valuable, `rank` from 1, and where each comes from."""
     shards: pl.DataFrame

@@ -77,6 +77,7 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str]) -> Table:
             "tokens": ("tokens", count),
             "samples": ("samples", count),
             "epochs": ("epochs", decimal),
+            "epochs_so_far": ("epochs so far", decimal),
             "binding": ("held", None),
         },
     )

@@ -182,6 +182,31 @@ def test_a_budget_beyond_the_caps_names_what_binds_and_what_would_fit(folder):
         run_select(folder, budget_tokens=5000 * SEQ_LEN, mode="reweight")
 
 
+def test_what_earlier_stages_consumed_counts_against_the_caps(folder):
+    budget = {"budget_tokens": 400 * SEQ_LEN, "mode": "reweight", "window": "late"}
+    alone = run_select(folder, **budget)
+    with pytest.raises(UserError, match=r"max_epochs 4 .* the largest feasible budget_tokens is 3,"):
+        run_select(folder, **budget, earlier=(folder / "run",) * 4)
+    once = run_select(folder, **budget, earlier=(folder / "run",))
+    assert once != alone
+    ledgers = [pl.read_parquet(out / "ledger.parquet")["consumed_tokens"].sum() for out in (alone, once)]
+    assert ledgers == [72 * SEQ_LEN, 144 * SEQ_LEN]
+    assert "epochs so far" in (once / "report.html").read_text(encoding="utf-8")
+
+
+def test_filtered_data_can_leave_out_all_that_was_consumed(folder):
+    settings = {"consume_once": True}
+    out = run_select(folder, mode="filter", window="late", shards=settings)
+    trained = set(Run(folder / "run").steps["sample_ids"].explode())
+    written = {row["sample_id"] for row in iterate(out / "data" / "mds")}
+    assert written
+    assert not written & trained
+    dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
+    assert set(dropped.filter(reason="consumed")["sample_id"]) <= trained
+    with pytest.raises(UserError, match=r"consume_once needs --mode filter"):
+        run_select(folder, mode="both", window="late", shards=settings)
+
+
 def test_a_missing_target_and_an_unknown_key_are_named(folder):
     with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
         run_select(folder, target=folder / "nowhere.jsonl")

@@ -90,6 +90,7 @@ def mixture() -> pl.DataFrame:
             "tokens": [round(2_457_600 * weight) for weight in weights],
             "samples": [round(4800 * weight) for weight in weights],
             "epochs": [6 * weight for weight in weights],
+            "epochs_so_far": [2 * weight for weight in weights],
             "binding": binding,
         }
     )
