@@ -16,7 +16,7 @@ from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
 if TYPE_CHECKING:
-    from curate.embeddings.estimator import WindowJob
+    from curate.embeddings.estimator import Estimator, WindowJob
     from curate.embeddings.store import Embedding, Horizon
     from curate.target import Target
 
@@ -82,24 +82,12 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     Raises:
         UserError: bad run, target or settings.
     """
-    from curate.embeddings.store import embed_window, embedding_folder, plan_job
-    from curate.target import check_vocabulary
-    from curate.trajectory.replay import Replay
+    from curate.embeddings.store import embed_window
 
-    replay = Replay(run, config.device, config.tolerance)
-    if target is not None:
-        check_vocabulary(target, replay.task)
-    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
+    estimator, jobs = _plan(config, run, target)
     horizon: Horizon = config.horizon
-    jobs = {
-        window: plan_job(
-            replay, window, horizon, target, batch_size=config.target_batch_size, window_steps=config.window_steps
-        )
-        for window in config.windows
-    }
     for window, job in jobs.items():
-        folder, settings = embedding_folder(job, window, horizon, estimator)
-        if not is_complete(folder, settings):
+        if not _is_complete(config, window, job, estimator):
             units = estimator.cost_units(job)
             _log.info(
                 "%s: the %s window (steps %d to %d, target read at %d) will cost about %.0f forward+backward passes, "
@@ -113,6 +101,41 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     for window, embedding in embeddings.items():
         _say_residual(config, window, jobs[window], embedding.residual)
     return embeddings
+
+
+def is_embedded(config: EmbedConfig, run: Run, target: Target | None) -> bool:
+    """Whether every window of the config is embedded already; see `embed`."""
+    estimator, jobs = _plan(config, run, target)
+    return all(_is_complete(config, window, job, estimator) for window, job in jobs.items())
+
+
+def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimator, dict[str, WindowJob]]:
+    """The estimator, and the job of each window."""
+    from curate.embeddings.store import plan_job
+    from curate.target import check_vocabulary
+    from curate.trajectory.replay import Replay
+
+    replay = Replay(run, config.device, config.tolerance)
+    if target is not None:
+        check_vocabulary(target, replay.task)
+    jobs = {
+        window: plan_job(
+            replay,
+            window,
+            config.horizon,
+            target,
+            batch_size=config.target_batch_size,
+            window_steps=config.window_steps,
+        )
+        for window in config.windows
+    }
+    return make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam), jobs
+
+
+def _is_complete(config: EmbedConfig, window: str, job: WindowJob, estimator: Estimator) -> bool:
+    from curate.embeddings.store import embedding_folder
+
+    return is_complete(*embedding_folder(job, window, config.horizon, estimator))
 
 
 def _say_residual(config: EmbedConfig, window: str, job: WindowJob, residual: float | None) -> None:

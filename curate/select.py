@@ -91,10 +91,9 @@ def select(config: SelectConfig, run: Run) -> Path:
     from curate.report.collect import cost_table
 
     begin = perf_counter()
-    target = read_target(config, run)
-    assert target is not None  # the config requires one
+    target = _target(config, run)
     folders = stages(run, config.earlier)
-    settings = {**_settings(config, run, target), "earlier": ledger_identity(folders[:-1])}
+    settings = _settings(config, run, target)
     out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint(settings)[:8]}"
     if is_complete(out, settings):
         _log.info("this selection is complete already")
@@ -129,11 +128,28 @@ def select(config: SelectConfig, run: Run) -> Path:
     return out
 
 
+def is_selected(config: SelectConfig, run: Run) -> bool:
+    """Whether `config.out` holds this selection already.
+
+    Raises:
+        UserError: it holds one that was made with other settings (names them).
+    """
+    assert config.out is not None
+    return is_complete(config.out, _settings(config, run, _target(config, run)))
+
+
+def _target(config: SelectConfig, run: Run) -> Target:
+    target = read_target(config, run)
+    assert target is not None  # the config requires one
+    return target
+
+
 def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
     chosen = config.model_dump(mode="json", exclude=_ELSEWHERE)
     files = config.adjoint.anchor_files
     chosen["adjoint"]["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
-    return {"run": run.fingerprint, "target": target.fingerprint, **chosen}
+    earlier = ledger_identity(stages(run, config.earlier)[:-1])
+    return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **chosen}
 
 
 def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""A plan of training stages, and the runner that carries it out between and around them."""
