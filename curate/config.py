@@ -6,6 +6,7 @@ A config class sits beside the code that it configures; its attribute docstrings
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -44,7 +45,8 @@ TokenCount = Annotated[int | str, BeforeValidator(parse_tokens)]
 def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config` from the command line: `--config FILE.yaml`, then dotted overrides; `--print_config` shows it.
 
-    Dashes and underscores in option names are the same (`--budget-tokens`, `--budget_tokens`).
+    Dashes and underscores in option names are the same (`--budget-tokens`, `--budget_tokens`); a top-level option of
+    type bool needs no value (`--once`).
 
     Raises:
         UserError: an option is unknown, missing, or its value is not valid.
@@ -56,7 +58,12 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
     parser.add_class_arguments(config, None)
-    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    given = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    switches = {f"--{name}" for name, field in config.model_fields.items() if field.annotation is bool}
+    arguments = [
+        f"{argument}=true" if argument in switches and (after is None or after.startswith("--")) else argument
+        for argument, after in zip_longest(given, given[1:])
+    ]
     try:
         namespace = parser.parse_args(arguments)
         namespace.pop("config", None)

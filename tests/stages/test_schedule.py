@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from curate.artifacts import file_fingerprint, write_json
+from curate.config import parse_command
 from curate.errors import UserError
-from curate.schedule import BUSY, MORE, TRAINER_FAILED, carry_out, describe, pieces, selection_config
+from curate.schedule import BUSY, MORE, TRAINER_FAILED, ScheduleConfig, carry_out, describe, pieces, selection_config
 from curate.stages.lock import locked
 from curate.stages.plan import load_plan
 from curate.trajectory.ledger import stages
@@ -169,6 +170,21 @@ def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
     selection = {"min_target_tokens": 100, "tracking": {"mode": "none"}}
     with pytest.raises(UserError, match=r"selection is complete but was made .*budget_tokens"):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, selection=selection)), once=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--plan", "p"], (False, False)),
+        (["--once", "--plan", "p"], (True, False)),
+        (["--plan", "p", "--dry-run"], (False, True)),
+        (["--once", "false", "--plan=p", "--dry_run=true"], (False, True)),
+    ],
+)
+def test_switches_need_no_value(arguments, wanted):
+    config = parse_command(ScheduleConfig, "schedule", "", arguments)
+    assert (config.once, config.dry_run) == wanted
+    assert config.plan == Path("p")
 
 
 @pytest.mark.parametrize(
