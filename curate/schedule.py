@@ -144,6 +144,7 @@ def _train(plan: PlanConfig, index: int) -> None:
             f"the command of stage {plan.stages[index].name} exited with status 0 and left no finished run in "
             f"{folder}: it must record with curate's recorder into {{out}} and call recorder.finish()"
         )
+    check_stage(plan, index, Run(folder))
 
 
 def carry_out(plan: PlanConfig, *, once: bool) -> int:
@@ -156,8 +157,6 @@ def carry_out(plan: PlanConfig, *, once: bool) -> int:
         if is_done(plan, piece):
             continue
         work(plan, piece)
-        if not is_done(plan, piece):  # a trained stage is held against the plan here
-            raise UserError(f"{piece.kind} of stage {plan.stages[piece.stage].name} did not complete")
         if once:
             return MORE if piece != list(pieces(plan))[-1] else 0
     return 0

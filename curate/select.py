@@ -29,7 +29,7 @@ from curate.mixture.constraints import MixtureConfig
 from curate.progress import start_logging
 from curate.shards.plan import ShardsConfig
 from curate.tracking import TrackingConfig
-from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages
+from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages, uses
 from curate.trajectory.run import Run, find_run
 from curate.trajectory.samples import fresh_shares, trained_tokens
 
@@ -92,7 +92,6 @@ def select(config: SelectConfig, run: Run) -> Path:
 
     begin = perf_counter()
     target = _target(config, run)
-    folders = stages(run, config.earlier)
     settings = _settings(config, run, target)
     out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint(settings)[:8]}"
     if is_complete(out, settings):
@@ -104,8 +103,9 @@ def select(config: SelectConfig, run: Run) -> Path:
     values = _values(embeddings, target)
     trained = trained_tokens(run)
     tables = _score(values, trained, fresh_shares(run), config)
-    tables["ledger"] = domain_ledger(run, folders)
-    mixture, plan = _mix(run, values, tables["domains"], consumed(folders), config)
+    ledger = uses(stages(run, config.earlier))
+    tables["ledger"] = domain_ledger(run, ledger)
+    mixture, plan = _mix(run, values, tables["domains"], trained, consumed(ledger), config)
     start(out, settings)
     _write_tables(out, values, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
@@ -200,7 +200,12 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
 
 def _mix(
-    run: Run, values: pl.DataFrame, domains: pl.DataFrame, used: pl.DataFrame, config: SelectConfig
+    run: Run,
+    values: pl.DataFrame,
+    domains: pl.DataFrame,
+    trained: dict[str, int],
+    used: pl.DataFrame,
+    config: SelectConfig,
 ) -> tuple[Mixture, Plan]:
     """Solve the mixture and turn it into whole samples."""
     from curate.mixture.record import decide, with_tokens
@@ -213,7 +218,6 @@ def _mix(
         )
     if config.shards.consume_once and config.mode != "filter":
         raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
-    trained = trained_tokens(run)
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
     kept = 0.0 if config.mode == "reweight" else config.shards.drop_fraction
     pool = make_pool(

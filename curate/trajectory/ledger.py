@@ -17,6 +17,7 @@ from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
+from curate.trajectory.samples import sample_uses
 
 _log = logging.getLogger(__name__)
 
@@ -87,14 +88,13 @@ def uses(folders: Sequence[Path]) -> pl.DataFrame:
             ids = pl.read_parquet(folder / "steps.parquet", columns=["sample_ids"])
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{folder / 'steps.parquet'} is unreadable ({error}); restore it") from None
-        counted = ids.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-        frames.append(counted.select(pl.lit(stage).alias("stage"), "sample_id", pl.col("uses").cast(pl.Int64)))
+        frames.append(sample_uses(ids).select(pl.lit(stage).alias("stage"), "sample_id", "uses"))
     return pl.concat(frames).sort("stage", "sample_id")
 
 
-def consumed(folders: Sequence[Path]) -> pl.DataFrame:
-    """The same over all stages: sample_id, uses."""
-    return uses(folders).group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
+def consumed(ledger: pl.DataFrame) -> pl.DataFrame:
+    """`uses` summed over the stages: sample_id, uses."""
+    return ledger.group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
 
 
 def ledger_identity(folders: Sequence[Path]) -> list[str]:
@@ -102,36 +102,35 @@ def ledger_identity(folders: Sequence[Path]) -> list[str]:
     return [file_fingerprint(folder / "steps.parquet") for folder in folders]
 
 
-def domain_ledger(run: Run, folders: Sequence[Path]) -> pl.DataFrame:
+def domain_ledger(run: Run, ledger: pl.DataFrame) -> pl.DataFrame:
     """Per domain of a run's streams, what all stages consumed of it.
 
     Samples of earlier stages that are in no stream of this run are not in it.
+
+    Args:
+        run: of the last stage.
+        ledger: see `uses`.
 
     Returns:
         domain, samples (distinct), seen (distinct samples that were trained on), most_uses (of one sample), tokens
         (stored, of the distinct samples), consumed_tokens (repeats counted), epochs (their ratio), and one column of
         consumed tokens per stage, `stage_0` on.
     """
-    found = uses(folders)
-    stage_tokens = [
-        (pl.col(f"uses_{stage}") * pl.col("length")).sum().alias(f"stage_{stage}") for stage in range(len(folders))
-    ]
-    table = run.places.select("domain", "sample_id", "length")
-    for stage in range(len(folders)):
-        own = found.filter(stage=stage).select("sample_id", pl.col("uses").alias(f"uses_{stage}"))
-        table = table.join(own, on="sample_id", how="left").with_columns(pl.col(f"uses_{stage}").fill_null(0))
-    table = table.with_columns(uses=pl.sum_horizontal(f"uses_{stage}" for stage in range(len(folders))))
-    sums = table.group_by("domain").agg(
-        *stage_tokens,
+    samples = run.places.select("domain", "sample_id", "length")
+    each = samples.join(consumed(ledger), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
+    sums = each.group_by("domain").agg(
         samples=pl.len().cast(pl.Int64),
         seen=(pl.col("uses") > 0).sum().cast(pl.Int64),
         most_uses=pl.col("uses").max(),
         tokens=pl.col("length").sum(),
         consumed_tokens=(pl.col("length") * pl.col("uses")).sum(),
     )
-    columns = ["domain", "samples", "seen", "most_uses", "tokens", "consumed_tokens", "epochs"]
     table = sums.with_columns(epochs=pl.col("consumed_tokens") / pl.col("tokens")).sort("domain")
-    return table.select(*columns, *(f"stage_{stage}" for stage in range(len(folders))))
+    for stage in ledger["stage"].unique().sort():
+        own = samples.join(ledger.filter(stage=stage), on="sample_id").group_by("domain")
+        tokens = own.agg((pl.col("length") * pl.col("uses")).sum().alias(f"stage_{stage}"))
+        table = table.join(tokens, on="domain", how="left", maintain_order="left")
+    return table.with_columns(pl.col("^stage_.*$").fill_null(0))
 
 
 def main() -> None:
@@ -145,7 +144,7 @@ def main() -> None:
     for stage, folder in enumerate(folders):
         _log.info("stage %d: %s", stage, folder)
     _log.info("%-20s %10s %10s %14s %14s %7s %5s", "domain", "samples", "seen", "tokens", "consumed", "epochs", "most")
-    for row in domain_ledger(run, folders).iter_rows(named=True):
+    for row in domain_ledger(run, uses(folders)).iter_rows(named=True):
         _log.info(
             "%-20s %10s %10s %14s %14s %7.2f %5d",
             row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['tokens']:,}",

@@ -71,10 +71,15 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> p
     )  # fmt: skip
 
 
+def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
+    """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
+    counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    return counted.with_columns(pl.col("uses").cast(pl.Int64))
+
+
 def trained_tokens(run: Run) -> dict[str, int]:
     """Stored tokens of each domain that the run trained on, repeats counted."""
-    uses = run.steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-    samples = run.places.join(uses, on="sample_id")
+    samples = run.places.join(sample_uses(run.steps), on="sample_id")
     tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())
 
