@@ -69,10 +69,15 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
         namespace.pop("config", None)
         return config(**vars(parser.instantiate(namespace)))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}; see --help") from None
+        raise UserError(f"--{first_problem(error)}; see --help") from None
     except ArgumentError as error:
         raise UserError(f"{' '.join(str(error).split())}; see --help") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that a validation found wrong, as "field.inner: what"."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _underscored(argument: str) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
 
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream, as_sample
+from curate.formats.mds import Columns, MdsStream, as_sample, load_streams
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
@@ -96,28 +95,6 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def load_streams(data: Path) -> list[dict[str, Any]]:
-    """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
-
-    Raises:
-        UserError: there are none, or the file cannot be read.
-    """
-    if data.suffix in (".yaml", ".yml"):
-        try:
-            streams: Any = yaml.safe_load(data.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{data} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
-        if not isinstance(streams, list) or not all(
-            isinstance(stream, dict) and "local" in stream for stream in streams
-        ):
-            raise UserError(f"{data} must hold a list of Stream arguments, each with `local`")
-    else:
-        streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
-    if not streams:
-        raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
-    return list(streams)
 
 
 def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import yaml
 
 from curate.artifacts import replacing
 from curate.config import Config
@@ -293,3 +294,25 @@ def iterate(folder: Path) -> Iterator[dict[str, Any]]:
 
     dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
     yield from dataset
+
+
+def load_streams(data: Path) -> list[dict[str, Any]]:
+    """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
+
+    Raises:
+        UserError: there are none, or the file cannot be read.
+    """
+    if data.suffix in (".yaml", ".yml"):
+        try:
+            streams: Any = yaml.safe_load(data.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{data} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
+        if not isinstance(streams, list) or not all(
+            isinstance(stream, dict) and "local" in stream for stream in streams
+        ):
+            raise UserError(f"{data} must hold a list of Stream arguments, each with `local`")
+    else:
+        streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
+    if not streams:
+        raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
+    return list(streams)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from curate.artifacts import SIGN, replacing
-from curate.config import Config
+from curate.config import Config, first_problem
 from curate.errors import UserError
 from curate.mixture.apportion import allocate
 from curate.mixture.constraints import MixtureConfig, Supply, caps
@@ -152,8 +152,7 @@ def read_mixture(path: Path) -> Mixture:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path} is not a mixture ({' '.join(str(error).split())}); select again") from None
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from curate.errors import UserError
+from curate.formats.mds import load_streams
 from curate.stages.plan import PlanConfig
 from curate.trajectory.run import Run
 
@@ -45,19 +43,10 @@ def _parameters(run: Run) -> list[str]:
 
 
 def stream_folders(data: Path) -> set[Path]:
-    """MDS folders of a stage's data: of a streams.yaml, or those below a folder.
+    """MDS folders of a stage's data, and the folder that joins them.
 
     Raises:
         UserError: there are none.
     """
-    if data.suffix in (".yaml", ".yml"):
-        try:
-            streams: Any = yaml.safe_load(data.read_text(encoding="utf-8"))
-            found = {(Path(stream["local"]) / (stream.get("split") or "")).resolve() for stream in streams}
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise UserError(f"{data} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
-    else:
-        found = {index.parent.resolve() for index in (*data.glob("*/index.json"), *data.glob("index.json"))}
-    if not found:
-        raise UserError(f"{data} holds no MDS streams")
-    return found
+    folders = {Path(stream["local"]) / (stream.get("split") or "") for stream in load_streams(data)}
+    return {folder.resolve() for folder in folders | {data}}

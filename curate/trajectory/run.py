@@ -15,7 +15,7 @@ import polars as pl
 from pydantic import Field, ValidationError
 
 from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
-from curate.config import Config
+from curate.config import Config, first_problem
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
 from curate.task import TaskSpec
@@ -94,7 +94,7 @@ class Run:
         try:
             self.spec = _resolved(RunSpec(**raw), folder)
         except ValidationError as error:
-            raise UserError(f"{folder / 'run.json'} does not describe a run: {_first(error)}") from None
+            raise UserError(f"{folder / 'run.json'} does not describe a run: {first_problem(error)}") from None
         if not (folder / "steps.parquet").exists():
             raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
         if not self.snapshots:
@@ -202,11 +202,6 @@ class Run:
             with replacing(path) as part:
                 pl.concat(frames).write_parquet(part)
         return pl.read_parquet(path)
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _resolved(spec: RunSpec, folder: Path) -> RunSpec:
