@@ -10,8 +10,8 @@ the state after it,
 `H_k u` and every `<g_z, u>` come out of one pass (`products.py`); a sample's own step can be taken exactly instead
 (`own_step.py`). Every parameter counts, tied ones included; no hooks, no projection.
 
-R anchors, P parameters. Memory: 6 R P numbers for cotangents, R times the activations of one micro-batch, and the
-states (`states.py`).
+R anchors, P parameters. Memory: 6 R P numbers for cotangents, the activations of one micro-batch (`gauss-newton`: once
+for each anchor that goes at once), and the states (`states.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepOptions:
         hessian_share: share of the step's samples that the Hessian product is taken over (scaled up); drawn by step.
         rows: whether the step's samples are valued; a step behind the window only passes the cotangent on.
         curvature: factor of the Hessian product; 0 leaves it out.
-        at_once: anchors in one pass; none: all.
+        at_once: anchors in one pass of `gauss-newton`; none: all.
     """
 
     own_step: OwnStep = "linear"
@@ -96,7 +96,7 @@ def adjoint_step(
     if linear:
         if slopes is None or options.hessian_share < 1:
             parts = [
-                sample_slopes(task, layout, batch, state.parameters, u, options.hessian, options.at_once)
+                sample_slopes(task, layout, batch, state.parameters, u, options.hessian)
                 for batch in state.batches
             ]
             slopes = torch.cat(parts, dim=1)
@@ -147,15 +147,11 @@ def sample_slopes(
     parameters: Tensor,
     directions: Tensor,
     hessian: Hessian = "exact",
-    at_once: int | None = None,
 ) -> Tensor:
     """`<g_z, u_r>` (R, B) for steps whose Hessian product does not deliver it."""
-    import torch
-
     if hessian == "difference":
         return difference_products(task, layout, [batch], parameters, directions)[0]
-    parts = directions.split(at_once or len(directions))
-    return torch.cat([exact_slopes(task, layout, batch, parameters, part) for part in parts])
+    return exact_slopes(task, layout, batch, parameters, directions)
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:

@@ -73,7 +73,7 @@ class AdjointConfig(Config):
     min_anchor_tokens: int = Field(default=200, ge=1)
     """Fewest predicted tokens of an anchor from a file."""
     at_once: int = Field(default=8, ge=1)
-    """Anchors differentiated in one pass; memory grows with it, the cost of each shrinks."""
+    """Anchors that `hessian gauss-newton` takes in one pass; memory grows with it, the cost of each shrinks."""
     memory_bytes: int = Field(default=8 * 10**9, ge=0)
     """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice."""
     disk_bytes: int = Field(default=50 * 10**9, ge=0)
@@ -141,10 +141,10 @@ class AdjointEstimator:
         anchors = self.anchors(job)
         batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
         plan = self._plan(job, job.horizon)
-        per_anchor = {"exact": 1.7, "gauss-newton": 1.3, "difference": 1.0, "fisher": 0.1}[self.config.hessian]
-        once = 0.0 if self.config.hessian == "difference" else 1.6 * -(-len(anchors) // self.config.at_once)
+        per_anchor = {"exact": 2.0, "gauss-newton": 1.3, "difference": 1.1, "fisher": 0.1}[self.config.hessian]
+        once = {"exact": 1.0, "gauss-newton": 1.0, "difference": 0.3, "fisher": 1.6}[self.config.hessian]
         curvature = self.config.hessian_share * (per_anchor * len(anchors) + once)
-        own = {"exact": 2.0, "embedding": 2.0, "linear": 0.0}[self.config.own_step]
+        own = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}[self.config.own_step]
         window, bridge = job.stop - job.start, job.horizon - job.stop
         bridged = bridge / self.config.bridge_every
         sequences = sum(len(each) for each in anchors.batches)

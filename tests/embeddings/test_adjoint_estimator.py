@@ -77,9 +77,10 @@ def test_the_memory_limit_changes_no_bit(folder, plain, copy, limit):
     assert found.folder.name == plain.folder.name
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4, 100])
-def test_how_many_anchors_go_at_once_changes_only_rounding(folder, plain, copy, at_once):
-    found = embedded(copy(), folder, **same_anchors(at_once=at_once))
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_how_many_anchors_go_at_once_changes_only_rounding(folder, copy, at_once):
+    plain = embedded(copy(), folder, **same_anchors(hessian="gauss-newton"))
+    found = embedded(copy(), folder, **same_anchors(hessian="gauss-newton", at_once=at_once))
     scale = np.abs(plain.vectors).max(0)
     np.testing.assert_allclose(found.vectors / scale, plain.vectors / scale, atol=1e-4)
     assert found.folder.name == plain.folder.name
