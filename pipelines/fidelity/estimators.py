@@ -90,9 +90,9 @@ def estimates(bench: Bench) -> Iterator[Estimates]:
     yield from _anchored(bench)
     if bench.config.levers:
         for hessian in ("gauss-newton", "difference"):
-            yield from _adjoint(bench, hessian, {"linear": f"adjoint-{hessian}"})
-        yield from _adjoint(bench, "exact", {"linear": "adjoint-half-batch"}, hessian_share=0.5)
-        yield from _adjoint(bench, "exact", {"linear": "adjoint-bridge-4"}, bridge_every=4)
+            yield from _adjoint(bench, hessian, {"exact": f"adjoint-{hessian}"})
+        yield from _adjoint(bench, "exact", {"exact": "adjoint-half-batch"}, hessian_share=0.5)
+        yield from _adjoint(bench, "exact", {"exact": "adjoint-bridge-4"}, bridge_every=4)
 
 
 def _products(bench: Bench) -> Iterator[Estimates]:
@@ -136,8 +136,8 @@ def _published(bench: Bench) -> Iterator[Estimates]:
 
 def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) -> Iterator[Estimates]:
     """The targets as anchors, one walk per horizon."""
-    tag = "-".join([hessian, *(f"{key}={value}" for key, value in options.items())])
-    for walk in _walks(bench, f"targets-{tag}", hessian, tuple(names), **options):
+    parts = [hessian, *(f"{key}={value}" for key, value in options.items()), *(() if "linear" in names else names)]
+    for walk in _walks(bench, f"targets-{'-'.join(parts)}", hessian, tuple(names), **options):
         found = walk_back(bench.replay(), bench.targets, walk, bench.folder)
         for window, arrays in found.items():
             for own, name in names.items():
