@@ -96,8 +96,7 @@ def adjoint_step(
     if linear:
         if slopes is None or options.hessian_share < 1:
             parts = [
-                sample_slopes(task, layout, batch, state.parameters, u, options.hessian)
-                for batch in state.batches
+                sample_slopes(task, layout, batch, state.parameters, u, options.hessian) for batch in state.batches
             ]
             slopes = torch.cat(parts, dim=1)
         weights = torch.cat([batch.weights for batch in state.batches])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from curate.config import Config
 from curate.embeddings.products import Hessian
 from curate.fidelity.draw import DrawConfig
+
+Window = Literal["early", "middle", "late"]
 
 
 class BenchConfig(Config):
@@ -51,6 +53,8 @@ class BenchConfig(Config):
     """Tokens of a sequence."""
     window_steps: int = 30
     """Steps of the early, the middle and the late window."""
+    valued: tuple[Window, ...] = get_args(Window)
+    """Which of them are valued; fewer for a question about one."""
     draw: DrawConfig = DrawConfig(pairs=50, pairs_per_step=5, groups=8, repeats=4, part_pairs=2)
     """Reruns per window."""
     domain_megabytes: float = 0.5
@@ -70,6 +74,11 @@ class BenchConfig(Config):
 
     @property
     def windows(self) -> dict[str, tuple[int, int]]:
+        """The windows that are valued: first step and step after the last."""
+        return {name: borders for name, borders in self.recorded_windows.items() if name in self.valued}
+
+    @property
+    def recorded_windows(self) -> dict[str, tuple[int, int]]:
         """Early, middle and late window: first step and step after the last."""
         middle = (self.steps - self.window_steps) // 2
         return {
@@ -83,9 +92,9 @@ def small(config: BenchConfig) -> BenchConfig:
     """The same bench in a few minutes: its own steps, draws and number of anchors, the first seed."""
     return config.model_copy(
         update={
-            "folder": config.folder / "small", "seeds": config.seeds[:1], "steps": 40, "window_steps": 8,
+            "folder": config.folder / "small", "seeds": config.seeds[:1], "steps": 30, "window_steps": 5,
             "draw": DrawConfig(pairs=6, pairs_per_step=3, groups=3, repeats=1, part_pairs=1, parts=(0.5,)),
-            "target_documents": 5, "targets": config.targets[:2] + config.targets[-1:],
+            "target_documents": 5, "targets": config.targets[:1] + config.targets[-1:],
             "anchors_per_domain": 2, "levers": False, "anchors_at_stage_end": False, "domain_megabytes": 0.1,
         }
     )  # fmt: skip

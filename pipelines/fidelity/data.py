@@ -113,7 +113,7 @@ def make_run(config: BenchConfig, data: Path, seed: int) -> Run:
         PretrainConfig(
             out=folder, data=data / "mds", model=config.model, steps=config.steps, batch_size=config.batch_size,
             seed=seed, optimizer=OptimizerConfig(lr=config.lr, warmup_steps=warmup),
-            recorder=RecorderConfig(windows=dict(config.windows)),
+            recorder=RecorderConfig(windows=dict(config.recorded_windows)),
         )
     )  # fmt: skip
     return Run(folder)

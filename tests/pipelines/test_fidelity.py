@@ -5,16 +5,19 @@ import ast
 import dataclasses
 import inspect
 import json
+import subprocess
 import textwrap
 import typing
+from pathlib import Path
 
 import pytest
 
 from curate.errors import UserError
 from curate.fidelity.draw import DrawConfig
 from pipelines.fidelity.__main__ import bench, show, table
-from pipelines.fidelity.config import BenchConfig, small
+from pipelines.fidelity.config import BenchConfig
 
+ROOT = Path(__file__).parents[2]
 MODULES = (argparse, ast, dataclasses, typing, inspect, textwrap)
 ESTIMATORS = {
     "grad-dot", "tracin", "less", "dvemb", "dvemb-adam", "adamw-fisher", "adjoint", "adjoint-own-step",
@@ -78,8 +81,19 @@ def test_a_corpus_without_a_domain_of_the_config_is_refused(config):
         bench(config.model_copy(update={"targets": ("poetry",), "folder": config.folder / "other"}))
 
 
-def test_the_small_bench_keeps_what_it_was_given(config):
-    made = small(config)
-    assert made.corpus == config.corpus
-    assert made.steps < BenchConfig().steps
-    assert made.folder != config.folder
+@pytest.mark.timeout(1500)  # three minutes on an idle core
+def test_the_small_bench_as_the_readme_starts_it(config, tmp_path):
+    """1.1M parameters, BPE 2048, every estimator but the levers, reruns included."""
+    options = {"folder": tmp_path, "corpus": config.corpus, "foreign": '["inspect"]', "targets": '["ast", "inspect"]'}
+    command = [ROOT / "scripts" / "bench_fidelity", "--small", "--out", tmp_path / "rows.json"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    found = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["estimator"] for row in rows} == ESTIMATORS
+    late = [row for row in rows if row["estimator"] == "adjoint-own-step" and row["window"] == "late"]
+    assert {row["target"] for row in late} == {"ast", "inspect", "general"}
+    assert all(row["spearman"] > 0.8 for row in late)
+    assert (tmp_path / "rows.html").exists()
+    assert "adjoint-own-step" in found.stdout
