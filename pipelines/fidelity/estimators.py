@@ -18,7 +18,7 @@ from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEst
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.estimator import WindowJob
 from curate.embeddings.store import embed_window
-from curate.fidelity.measure import Estimates, keyed
+from curate.fidelity.measure import Estimates, HorizonName, keyed
 from curate.target import load_target, read_pieces, weighted
 from curate.trajectory.replay import Replay, records
 from pipelines.fidelity.baselines import checkpoint_products, tracin
@@ -54,7 +54,7 @@ class Bench:
         found = records(self.run, *self.config.windows[window])
         return [record.step for record in found for _ in range(record.size)]
 
-    def cells(self) -> Iterator[tuple[str, str, int]]:
+    def cells(self) -> Iterator[tuple[str, HorizonName, int]]:
         """Window, name of the horizon, its step; once where both horizons are one step."""
         for window, (_, stop) in self.config.windows.items():
             yield window, "stage_end", self.config.steps
@@ -116,22 +116,28 @@ def _checkpoint(bench: Bench, window: str, horizon: int) -> dict[str, Any]:
 
 
 def _published(bench: Bench) -> Iterator[Estimates]:
-    """`dvemb` and `dvemb-adam` with the product's defaults."""
+    """`dvemb` and `dvemb-adam` with the product's defaults; as a lever, the latter with one vector for all steps."""
     loaded = [
         load_target(bench.data / "split" / "targets" / f"{name}.jsonl", bench.run.spec, 1)
         for name in bench.targets.names
     ]
-    for kind in (DvembEstimator(DvembConfig()), DvembAdamEstimator(DvembAdamConfig())):
+    kinds: dict[str, DvembEstimator | DvembAdamEstimator] = {
+        "dvemb": DvembEstimator(DvembConfig()),
+        "dvemb-adam": DvembAdamEstimator(DvembAdamConfig()),
+    }
+    if bench.config.levers:
+        kinds["dvemb-adam-shortcut"] = DvembAdamEstimator(DvembAdamConfig(shortcut=True))
+    for name, kind in kinds.items():
         for window, horizon_name, horizon in bench.cells():
             first, stop = bench.config.windows[window]
             job = WindowJob(replay=bench.replay(), start=first, stop=stop, horizon=horizon, batch_size=48)
             columns = []
             for target in loaded:
-                embedding = embed_window(replace(job, target=target), window, horizon_name, kind)  # type: ignore[arg-type]
+                embedding = embed_window(replace(job, target=target), window, horizon_name, kind)
                 columns.append(embedding.values(target))
             units = embedding.cost_units / (stop - first) / len(loaded)
             size = float(embedding.vectors[:1].nbytes)
-            yield _estimates(bench, kind.name, window, horizon, np.stack(columns, 1), units, size)
+            yield _estimates(bench, name, window, horizon, np.stack(columns, 1), units, size)
 
 
 def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) -> Iterator[Estimates]:
