@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from curate.config import Config, parse_command, run_command
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream, as_sample, load_streams
 from curate.progress import progress, start_logging
@@ -87,6 +88,8 @@ class PretrainConfig(Config):
     """Optimizer."""
     recorder: RecorderConfig | None = RecorderConfig()
     """What is recorded; null: train without a recorder."""
+    capture: CaptureConfig | None = None
+    """What is captured of the gradients in the recorder's windows; null: nothing, values are replayed for."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -123,7 +126,7 @@ def train(config: PretrainConfig) -> list[float]:
     """
     import torch
 
-    settings = config.model_dump(mode="json", exclude={"out"})
+    settings = config.model_dump(mode="json", exclude={"out", "capture"})  # a capture changes no number
     if finished(config.out, settings):
         _log.info("%s is complete already", config.out)
         return []
@@ -189,14 +192,19 @@ def _recorder(
     first_step: int,
 ) -> TrajectoryRecorder | NoRecorder:
     if config.recorder is None:
+        if config.capture is not None:
+            raise UserError("capture needs the recorder, which is off (recorder: null); set recorder, or capture: null")
         return NoRecorder()
     tokenizer = next((path for path in _tokenizers(config.data, streams) if path.exists()), None)
-    return TrajectoryRecorder(
+    recorder = TrajectoryRecorder(
         config.out, config.recorder, model, optimizers, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
         streams=domain_folders(streams), tokenizer=tokenizer,
         columns=config.columns, seq_len=seq_len, clip_norm=config.optimizer.clip_norm, previous=_previous(config),
     )  # fmt: skip
+    if config.capture is not None:
+        recorder.attach(RunCapture(recorder, config.capture))
+    return recorder
 
 
 def _previous(config: PretrainConfig) -> Path | None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.task import ModelSpec, TaskSpec
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
@@ -106,6 +107,11 @@ def build_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]
     return [*optimizers, kind(groups, lr=1e-2, **settings)]
 
 
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr
+
+
 @dataclass
 class Training:
     """A plain loop with everything that replay has to repeat: token-mean weights, two micro-batches, two groups,
@@ -119,6 +125,10 @@ class Training:
     dtype: torch.dtype = torch.float32
     optimizer: str = "AdamW"
     dropped: frozenset[tuple[int, int]] = frozenset()  # (step, position) of samples whose weight is set to 0
+    capture: CaptureConfig | None = None
+    autocast: bool = False  # bfloat16
+    loss_scale: float = 1.0  # as a GradScaler's
+    said_scale: float | None = None  # what the recorder is told of it
     model: nn.Module | None = None  # as the last run left it
 
     def run(
@@ -135,18 +145,13 @@ class Training:
         optimizers = build_optimizers(model, self.optimizer)
         if folder and start:
             load_state(snapshot_path(folder, start), model, optimizers)
-        recorder = folder and TrajectoryRecorder(
-            folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), model, optimizers,
-            task=TASK, streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
-            first_step=start, previous=previous,
-        )  # fmt: skip
+        recorder = folder and self._recorder(folder, config, optimizers, start, previous)
         pools = [MdsStream(path) for path in self.streams.values()]
         losses = []
         for step in range(start, stop or self.steps):
             if recorder:
                 recorder.begin_step(step)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = 1e-2 * (1 - step / (2 * self.steps))
+            set_lr(optimizers, 1e-2 * (1 - step / (2 * self.steps)))
             model.zero_grad()
             samples = [pools[i % 2][(self.seed * 31 + step * self.batch_size + i) % 80] for i in range(self.batch_size)]
             total = sum(sample.predicted_tokens for sample in samples)
@@ -155,17 +160,14 @@ class Training:
             size = self.batch_size // 2
             for first in (0, size):
                 half = samples[first : first + size]
-                tokens = torch.from_numpy(np.stack([sample.tokens for sample in half]).astype(np.int64))
-                mask = torch.from_numpy(np.stack([sample.loss_mask for sample in half]))[:, 1:]
-                mask = mask & kept[first : first + size, None]
-                nll = torch.nn.functional.cross_entropy(
-                    model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-                )
-                micro_loss = (nll * mask).sum() / total
-                micro_loss.backward()
+                micro_loss, predicted = self._micro_loss(half, kept[first : first + size, None], total)
+                (micro_loss * self.loss_scale).backward()
                 loss += micro_loss.detach()
                 if recorder:
-                    recorder.micro_batch([sample.sample_id for sample in half], mask.sum(1) / total, mask.sum(1))
+                    ids = [sample.sample_id for sample in half]
+                    recorder.micro_batch(ids, predicted / total, predicted, self.said_scale)
+            for parameter in model.parameters():
+                parameter.grad /= self.loss_scale
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             for optimizer in optimizers:
                 optimizer.step()
@@ -175,6 +177,34 @@ class Training:
         if recorder and stop is None:
             recorder.finish()
         return losses
+
+    def _recorder(
+        self,
+        folder: Path,
+        config: RecorderConfig | None,
+        optimizers: list[torch.optim.Optimizer],
+        start: int,
+        previous: Path | None,
+    ) -> TrajectoryRecorder:
+        recorder = TrajectoryRecorder(
+            folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), self.model,
+            optimizers, task=TASK.model_copy(update={"autocast": "bfloat16" if self.autocast else None}),
+            streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
+            first_step=start, previous=previous,
+        )  # fmt: skip
+        if self.capture:
+            recorder.attach(RunCapture(recorder, self.capture))
+        return recorder
+
+    def _micro_loss(self, samples: list[Any], kept: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the step's loss, and its predicted tokens per sample."""
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
+        mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]))[:, 1:] & kept
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            logits = self.model(tokens)[:, :-1].transpose(1, 2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none")
+        return (nll * mask).sum() / total, mask.sum(1)
 
 
 def record_tiny_run(folder: Path, **settings: Any) -> Run:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from curate.artifacts import Json
+    from curate.embeddings.captured import CapturedRows
     from curate.embeddings.estimator import WindowJob
     from curate.gradients.capture import GradientCapture
     from curate.optimizers.settings import GroupSettings
@@ -61,8 +62,8 @@ class DvembAdamEstimator(DvembEstimator):
         check_adam(job)
         return super().settings(job)
 
-    def _capture(self, job: WindowJob) -> GradientCapture:
-        capture = self._plain_capture(job, keep=not self.config.shortcut)
+    def _capture(self, job: WindowJob, *, frozen: bool = False) -> GradientCapture:
+        capture = self._plain_capture(job, keep=not (self.config.shortcut or frozen), frozen=frozen)
         if self.config.shortcut:
             last = next(records(job.replay.run, job.horizon - 1, job.horizon))
             optimizers = job.replay.horizon_optimizers(job.horizon)
@@ -73,6 +74,9 @@ class DvembAdamEstimator(DvembEstimator):
     def _taker(self, capture: GradientCapture) -> Callable[[Tensor], Any]:
         return capture.take if self.config.shortcut else capture.take_factors
 
+    def _in_run(self, job: WindowJob, capture: GradientCapture) -> CapturedRows | None:
+        return None if self.config.shortcut else super()._in_run(job, capture)
+
     def _stored(self) -> tuple[str, ...]:
         return ("gradients",) if self.config.shortcut else ("gradients", "preconditioned")
 
@@ -82,9 +86,8 @@ class DvembAdamEstimator(DvembEstimator):
         if self.config.shortcut:
             return super()._rows(job, capture, replayed)
         scales = preconditioners(job, capture, replayed.record, replayed.optimizers, updated=False)
-        plain = [captured.rows for captured in replayed.captured]
-        preconditioned = [capture.scaled_rows(captured, scales) for captured in replayed.captured]
-        return [torch.cat(plain), torch.cat(preconditioned)]
+        both = [capture.scaled_rows(captured, scales) for captured in replayed.captured]
+        return [torch.cat(rows) for rows in zip(*both, strict=True)]
 
     def _recursion(
         self,
@@ -135,15 +138,35 @@ def preconditioners(
         optimizers: in their state after the update, or before it with `ghat_k` in `.grad`.
         updated: which of the two.
     """
-    import torch
-
     found, kept = {}, optimizer_state(optimizers)
     for layer, settings in layer_settings(job, capture, record).items():
         weight = capture.weight(layer)
-        state = kept.get(weight, {})  # none where a weight never had a gradient
-        moment, updates = state.get("exp_avg_sq", torch.zeros_like(weight)), int(state.get("step", 0))
-        if not updated and weight.grad is not None:
-            clipped = weight.grad * record.clip_factor
-            moment, updates = torch.lerp(clipped.square(), moment, settings.beta2), updates + 1
-        found[layer] = separable_inverse(capture.oriented(layer, denominator(moment, max(updates, 1), settings)))
+        clipped = None if updated or weight.grad is None else weight.grad * record.clip_factor
+        found[layer] = layer_scale(capture, layer, kept.get(weight, {}), settings, clipped)
     return found
+
+
+def layer_scale(
+    capture: GradientCapture,
+    layer: str,
+    state: Mapping[str, Any],
+    settings: GroupSettings,
+    clipped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Factored `D_k` of one layer: (O,) and (I,).
+
+    Args:
+        capture: of the layer.
+        layer: its name.
+        state: what the optimizer keeps of its weight; empty where that never had a gradient.
+        settings: of its parameter group.
+        clipped: gradient of an update that the state does not have yet.
+    """
+    import torch
+
+    moment, updates = state.get("exp_avg_sq"), int(state.get("step", 0))
+    if moment is None:
+        moment = torch.zeros_like(capture.weight(layer))
+    if clipped is not None:
+        moment, updates = torch.lerp(clipped.square(), moment, settings.beta2), updates + 1
+    return separable_inverse(capture.oriented(layer, denominator(moment, max(updates, 1), settings)))

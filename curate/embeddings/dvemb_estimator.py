@@ -1,7 +1,9 @@
-"""`dvemb` as an estimator: gradients captured by replay to disk, then the recursion of `dvemb.py` from disk.
+"""`dvemb` as an estimator: gradients captured to disk, then the recursion of `dvemb.py` from disk.
 
-An estimator with another recursion over captured gradients replaces `_capture`, `_taker`, `_stored`, `_rows` and
-`_recursion`.
+Steps that the run captured itself (`run_capture.py`) are read, all others replayed.
+
+An estimator with another recursion over captured gradients replaces `_capture`, `_taker`, `_in_run`, `_stored`, `_rows`
+and `_recursion`.
 
 With `segment_steps` the recursion goes segment by segment, last first. The operators of all finished segments together
 lie in the scratch folder: they carry the segment before them (`dvemb.py`), where an interrupted recursion continues.
@@ -9,7 +11,7 @@ lie in the scratch folder: they carry the segment before them (`dvemb.py`), wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from pydantic import Field
 
 from curate.artifacts import read_arrays, read_json, write_arrays, write_json
 from curate.config import Config
+from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb import carry, joined, recursion
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.errors import UserError
@@ -74,11 +77,12 @@ class DvembEstimator:
         return self._plain_capture(job).size
 
     def cost_units(self, job: WindowJob) -> float:
-        """One replay; the recursion is small beside it."""
-        return float(job.horizon - job.start)
+        """A replay of the steps that the run did not capture itself; the recursion is small beside it."""
+        in_run = self._in_run(job, self._plain_capture(job))
+        return float(job.horizon - job.start - (in_run.count(job.start, job.horizon) if in_run else 0))
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """Capture projected gradients by replay to disk, then run the recursion from disk (`dvemb.py`).
+        """Bring projected gradients to disk, from the run or by replay, then run the recursion from disk.
 
         Peak memory: training state, one micro-batch of captures, one block of the recursion, and the operators
         of all layers on the CPU (twice with `segment_steps`).
@@ -104,7 +108,7 @@ class DvembEstimator:
         import torch
 
         target = job_target(job, self.name)
-        capture = self._capture(job)
+        capture = self._capture(job, frozen=True)
         job.replay.horizon_model(job.horizon)
         vectors = np.zeros((HALVES, capture.size), np.float32)
         with capture:
@@ -113,17 +117,17 @@ class DvembEstimator:
                     moved = part.to(job.replay.device)
                     (job.replay.task.sample_losses(moved) * moved.weights).sum().backward()
                     vectors[half] += torch.einsum("bd,b->d", capture.take(moved.weights), moved.weights).cpu().numpy()
-        job.replay.model.zero_grad(set_to_none=True)
         return Encoded(vectors=vectors)
 
-    def _plain_capture(self, job: WindowJob, *, keep: bool = False) -> GradientCapture:
+    def _plain_capture(self, job: WindowJob, *, keep: bool = False, frozen: bool = False) -> GradientCapture:
         from curate.gradients.capture import GradientCapture
 
-        return GradientCapture(job.replay.model, self.config.width, self.config.seed, self.config.exclude, keep=keep)
+        config = self.config
+        return GradientCapture(job.replay.model, config.width, config.seed, config.exclude, keep=keep, frozen=frozen)
 
-    def _capture(self, job: WindowJob) -> GradientCapture:
-        """What captures the window's gradients and the target's; it may load other states into the model."""
-        return self._plain_capture(job)
+    def _capture(self, job: WindowJob, *, frozen: bool = False) -> GradientCapture:
+        """What captures the window's gradients, or (frozen) the target's; it may load other states into the model."""
+        return self._plain_capture(job, frozen=frozen)
 
     def _taker(self, capture: GradientCapture) -> Callable[[Tensor], Any]:
         """What collects a micro-batch after its backward pass, given its weights."""
@@ -198,16 +202,37 @@ class DvembEstimator:
         if first == job.horizon:
             return dict(arrays)
         with capture:
-            replayed_steps = job.replay.steps(first, job.horizon, self._taker(capture))
-            for replayed in progress(replayed_steps, total=job.horizon - first, what="capture"):
-                for array, captured in zip(arrays.values(), self._rows(job, capture, replayed), strict=True):
-                    array[row : row + len(captured)] = captured.cpu().numpy()
-                row += replayed.record.size
-                if (replayed.record.step + 1) in {*job.replay.run.snapshots, job.horizon}:
+            steps = self._step_rows(job, capture, first)
+            for step, found in progress(steps, total=job.horizon - first, what="capture"):
+                for array, captured in zip(arrays.values(), found, strict=True):
+                    array[row : row + len(captured)] = captured
+                row += len(found[0])
+                if (step + 1) in {*job.replay.run.snapshots, job.horizon}:
                     for array in arrays.values():
                         array.flush()
-                    write_json(marker, {"step": replayed.record.step + 1, "row": row})
+                    write_json(marker, {"step": step + 1, "row": row})
         return dict(arrays)
+
+    def _step_rows(
+        self, job: WindowJob, capture: GradientCapture, first: int
+    ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]]]]:
+        """Each step from `first` to the horizon with its stored arrays: read where the run has them, else replayed."""
+        in_run, step = self._in_run(job, capture), first
+        while step < job.horizon:
+            found = in_run and in_run.read(step)
+            if found:
+                yield step, found
+                step += 1
+                continue
+            later = range(step + 1, job.horizon) if in_run else ()
+            stop = next((one for one in later if in_run and in_run.has(one)), job.horizon)
+            for replayed in job.replay.steps(step, stop, self._taker(capture)):
+                yield replayed.record.step, [rows.cpu().numpy() for rows in self._rows(job, capture, replayed)]
+            step = stop
+
+    def _in_run(self, job: WindowJob, capture: GradientCapture) -> CapturedRows | None:
+        """What the run captured itself in the coordinates of these settings; None where that can be of no use."""
+        return CapturedRows(job.replay.run, capture.identity, self._stored())
 
     def _block_settings(self, job: WindowJob, capture: GradientCapture, record: StepRecord) -> list[GroupSettings]:
         """Settings of the parameter group of each block of the operator.

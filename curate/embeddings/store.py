@@ -51,7 +51,8 @@ class Embedding:
         targets: (2, D), the vector t of each half of the target, or None without a target.
         residual: see `Encoded`.
         seconds: time it took to make.
-        cost_units: the same in forward+backward passes of a training batch, measured in that job.
+        cost_units: the same in forward+backward passes of a training batch, measured in that job; 0 where it replayed
+            nothing.
     """
 
     folder: Path
@@ -180,4 +181,4 @@ def _add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
     before: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
     unit = unit_seconds or before["unit_seconds"]
     total = before["seconds"] + seconds
-    write_json(path, {"seconds": total, "cost_units": total / unit if unit else None, "unit_seconds": unit})
+    write_json(path, {"seconds": total, "cost_units": total / unit if unit else 0.0, "unit_seconds": unit})

@@ -9,15 +9,19 @@ Policy: the weights of `nn.Linear` and of transformers' `Conv1D` are captured, e
 are not captured; the `adjoint` estimator covers every parameter.
 
 A scale `d_o d_i` of each weight goes into the two sides, `(b d_o P_o)^T (a d_i P_i)`; where it is known only after the
-backward pass, `a` and `b` are kept until then.
+backward pass, `a` and `b` are kept until then, and each is multiplied once by the projections without and with it.
+
+Factors of half precision are projected in it and contracted over T in float32. A module that activation checkpointing
+runs twice is seen in the pass that is differentiated (`use_reentrant=True`), or in the first one (`False`).
 
 Memory: per micro-batch and layer, B T k_i numbers between forward and backward and B k_o k_i after it. Kept factors:
-B T (I + O) per layer and micro-batch of a step.
+B T (I + O) per layer and micro-batch of a step; with activation checkpointing that is what it saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from types import TracebackType
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from curate.errors import UserError
 from curate.gradients.projection import LayerProjection
+from curate.trajectory.snapshots import unwrapped_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,15 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedFactors:
-    """One backward pass of B samples.
+    """What one backward pass of B samples left of each layer.
 
     Attributes:
-        rows: (B, D), the projected gradients.
         weights: (B,) `c_z`.
         factors: inputs `a` (B, ..., I) and output gradients `b` (B, ..., O) of each call of each layer.
     """
 
-    rows: Tensor
     weights: Tensor
     factors: dict[str, list[tuple[Tensor, Tensor]]]
 
@@ -53,27 +56,44 @@ class GradientCapture:
         width: k_i and k_o, the projected size of each side; a layer contributes up to width^2 numbers.
         seed: of the projections.
         exclude: name patterns of modules to leave out.
-        keep: keep the factors `a` and `b` of a pass for `take_factors`.
+        keep: keep the factors `a` and `b` of a pass for `take_factors` instead of projecting them in the hooks.
+        frozen: a model that is not trained: no parameter gets a gradient, and the backward pass ends at the first
+            captured layer. A third of a forward and backward pass is saved.
+        on_error: called with what a hook raises, instead of raising it inside the backward pass.
 
     Attributes:
         layers: names of the captured modules, in module order.
         blocks: slice of each layer in a row of length D.
         size: D.
+        identity: what the coordinates of a row depend on (JSON): projections, layers, and the torch that drew them.
 
     Raises:
-        UserError: no layer is left to capture.
+        UserError: no layer is left to capture, or one is sharded.
     """
 
     def __init__(
-        self, model: nn.Module, width: int, seed: int, exclude: Sequence[str] = ("lm_head",), *, keep: bool = False
+        self,
+        model: nn.Module,
+        width: int,
+        seed: int,
+        exclude: Sequence[str] = ("lm_head",),
+        *,
+        keep: bool = False,
+        frozen: bool = False,
+        on_error: Callable[[Exception], None] | None = None,
     ) -> None:
+        self._model = model
+        named = {unwrapped_name(name): module for name, module in model.named_modules()}
         self._modules = {
             name: module
-            for name, module in model.named_modules()
+            for name, module in named.items()
             if _is_linear(module)
             and module.weight.requires_grad
             and not any(fnmatch(name, pattern) for pattern in exclude)
         }
+        self._owners = Counter(id(p) for m in named.values() for p in m._parameters.values())  # noqa: SLF001
+        import torch
+
         if not self._modules:
             raise UserError(
                 f"the model has no Linear or Conv1D layer outside exclude={list(exclude)}; there is nothing to capture"
@@ -81,14 +101,17 @@ class GradientCapture:
         self._projections: dict[str, LayerProjection] = {}
         self.blocks: dict[str, slice] = {}
         self.size = 0
-        for name, module in self._modules.items():
-            inputs, outputs = _features(module)
+        features = {name: _features(module) for name, module in self._modules.items()}
+        self.identity: dict[str, Any] = {"width": width, "seed": seed, "torch": torch.__version__, "layers": features}
+        for name, (inputs, outputs) in features.items():
+            module = self._modules[name]
             layer = LayerProjection(name, inputs, outputs, width, seed, module.weight.device)
             self._projections[name] = layer
             self.blocks[name] = slice(self.size, self.size + layer.size)
             self.size += layer.size
         self._gradients: dict[str, Tensor] = {}
-        self._keep = keep
+        self._keep, self._frozen, self._on_error = keep, frozen, on_error
+        self._thaw: list[nn.Parameter] = []
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._handles: list[Any] = []
 
@@ -114,6 +137,10 @@ class GradientCapture:
 
     def __enter__(self) -> Self:
         """Install the hooks."""
+        if self._frozen:
+            self._thaw = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+            for parameter in self._thaw:
+                parameter.requires_grad_(False)
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
         return self
 
@@ -123,7 +150,9 @@ class GradientCapture:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for parameter in self._thaw:
+            parameter.requires_grad_(True)
+        self._handles, self._thaw = [], []
         self._gradients, self._factors = {}, {}
 
     def take(self, weights: Tensor) -> Tensor:
@@ -135,29 +164,57 @@ class GradientCapture:
         Returns:
             (B, D) float32.
         """
-        gradients, self._gradients, self._factors = self._gradients, {}, {}
+        if self._keep:
+            return self.rows(self.take_factors(weights))
+        gradients, self._gradients = self._gradients, {}
         return self._rows(gradients, weights)
 
     def take_factors(self, weights: Tensor) -> CapturedFactors:
-        """Like `take`, with what `scaled_rows` needs; only of a capture that keeps factors."""
-        factors = self._factors
-        return CapturedFactors(rows=self.take(weights), weights=weights, factors=factors)
+        """What `rows` and `scaled_rows` need of the last backward pass; only of a capture that keeps factors."""
+        factors, self._factors = self._factors, {}
+        return CapturedFactors(weights=weights, factors=factors)
 
-    def scaled_rows(self, captured: CapturedFactors, scales: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The gradients of one backward pass, weight by weight times `d_o d_i`.
+    def rows(self, captured: CapturedFactors) -> Tensor:
+        """The gradients of a backward pass whose factors were kept, (B, D) float32."""
+        gradients = {
+            name: _project_calls(calls, [self._projections[name]])[0] for name, calls in captured.factors.items()
+        }
+        return self._rows(gradients, captured.weights)
+
+    def scaled_rows(
+        self, captured: CapturedFactors, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of one backward pass, and the same weight by weight times `d_o d_i`.
 
         Args:
             captured: of that pass.
             scales: (O,) `d_o` and (I,) `d_i` of each layer.
 
         Returns:
-            (B, D) float32.
+            Twice (B, D) float32.
         """
-        gradients = {
-            name: _project_calls(calls, self._projections[name].scaled(*scales[name]))
+        both = {
+            name: _project_calls(calls, [self._projections[name], self._projections[name].scaled(*scales[name])])
             for name, calls in captured.factors.items()
         }
-        return self._rows(gradients, captured.weights)
+        plain, scaled = ({name: found[i] for name, found in both.items()} for i in range(2))
+        return self._rows(plain, captured.weights), self._rows(scaled, captured.weights)
+
+    def sum_rows(self) -> Tensor:
+        """(D,) float32, the gradient that lies in `.grad`, projected; NaN for weights that two modules share."""
+        import torch
+
+        parts = []
+        for name, block in self.blocks.items():
+            weight, layer = self.weight(name), self._projections[name]
+            if self._owners[id(weight)] > 1:
+                parts.append(torch.full((block.stop - block.start,), torch.nan, device=weight.device))
+            elif weight.grad is None:
+                parts.append(torch.zeros(block.stop - block.start, device=weight.device))
+            else:
+                gradient = self.oriented(name, weight.grad).float()
+                parts.append((layer.output.T @ gradient @ layer.input).flatten())
+        return torch.cat(parts)
 
     def _rows(self, gradients: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """(B, D) from (B, k_o k_i) per layer, zeros where a layer has none, divided by the weights."""
@@ -174,40 +231,70 @@ class GradientCapture:
     def _hook(self, name: str) -> Any:
         layer = self._projections[name]
 
-        def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            import torch
+
+            first = self._frozen and torch.is_grad_enabled() and not output.requires_grad
+            if first:
+                output.requires_grad_()  # the backward pass ends here
             if not output.requires_grad:
-                return
-            projected_input = _rows(inputs[0].detach()) @ layer.input.to(inputs[0].dtype)  # (B, T, k_i)
+                return None
+            value = inputs[0].detach()
+            projected_input = None if self._keep else _rows(value) @ layer.input.to(value.dtype)  # (B, T, k_i)
 
             def backward_hook(gradient: Tensor) -> None:
+                if projected_input is None:
+                    self._factors.setdefault(name, []).append((value, gradient))
+                    return
                 projected_output = _rows(gradient) @ layer.output.to(gradient.dtype)  # (B, T, k_o)
-                captured = _contract(projected_output, projected_input.to(gradient.dtype))
+                captured = _contract(projected_output, projected_input)
                 earlier = self._gradients.get(name)
                 self._gradients[name] = captured if earlier is None else earlier + captured
-                if self._keep:
-                    self._factors.setdefault(name, []).append((inputs[0].detach(), gradient))
 
-            output.register_hook(backward_hook)
+            output.register_hook(self._guarded(backward_hook))
+            return output.clone() if first else None  # a leaf could not be changed in place
 
-        return forward_hook
+        return self._guarded(forward_hook)
+
+    def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that hands what it raises to `on_error`, where there is one."""
+        on_error = self._on_error
+        if on_error is None:
+            return hook
+
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return hook(*arguments)
+            except Exception as error:  # noqa: BLE001 - `on_error` says it; the training goes on
+                on_error(error)
+
+        return guarded
 
 
 def _contract(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """(B, T, k_o), (B, T, k_i) -> (B, k_o k_i), summed over T."""
+    """(B, T, k_o), (B, T, k_i) -> (B, k_o k_i), summed over T in float32 or better."""
     import torch
 
-    return torch.einsum("bto,bti->boi", outputs, inputs).flatten(1)
+    kind = torch.promote_types(torch.promote_types(outputs.dtype, inputs.dtype), torch.float32)
+    return torch.bmm(outputs.to(kind).transpose(1, 2), inputs.to(kind)).flatten(1)
 
 
-def _project_calls(calls: list[tuple[Tensor, Tensor]], layer: LayerProjection) -> Tensor:
-    """(B, k_o k_i) from the factors `a`, `b` of each call of a module; float32 or better, scales overflow half."""
+def _project_calls(calls: list[tuple[Tensor, Tensor]], layers: Sequence[LayerProjection]) -> list[Tensor]:
+    """(B, k_o k_i) of each projection, from the factors `a`, `b` of each call of a module.
+
+    Every factor is read once; float32 or better, because scales overflow half precision.
+    """
     import torch
 
-    def project(tensor: Tensor, projection: Tensor) -> Tensor:
-        kind = torch.promote_types(tensor.dtype, projection.dtype)
-        return _rows(tensor).to(kind) @ projection.to(kind)
+    def project(tensor: Tensor, projections: list[Tensor]) -> tuple[Tensor, ...]:
+        kind = torch.promote_types(tensor.dtype, projections[0].dtype)
+        return (_rows(tensor).to(kind) @ torch.cat(projections, dim=1).to(kind)).chunk(len(projections), dim=2)
 
-    return torch.stack([_contract(project(b, layer.output), project(a, layer.input)) for a, b in calls]).sum(0)
+    found = []
+    for a, b in calls:
+        inputs, outputs = project(a, [one.input for one in layers]), project(b, [one.output for one in layers])
+        found.append([_contract(one, other) for one, other in zip(outputs, inputs, strict=True)])
+    return [torch.stack(parts).sum(0) for parts in zip(*found, strict=True)]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -223,8 +310,19 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Input and output features: Linear stores (O, I), Conv1D (I, O)."""
+    """Input and output features: Linear stores (O, I), Conv1D (I, O).
+
+    Raises:
+        UserError: the weight is a shard, whose gradients are not those of samples.
+    """
     from torch import nn
 
-    first, second = module.weight.shape  # type: ignore[misc]
-    return (int(second), int(first)) if isinstance(module, nn.Linear) else (int(first), int(second))
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+    linear = isinstance(module, nn.Linear)
+    if len(shape) != 2 or (linear and shape != (module.out_features, module.in_features)):
+        raise UserError(
+            f"a captured weight of shape {shape} is a shard of its layer (FSDP, tensor parallelism): capture needs "
+            "whole weights, as DistributedDataParallel has them; replay the window instead"
+        )
+    first, second = shape
+    return (second, first) if linear else (first, second)

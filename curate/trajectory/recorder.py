@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -108,6 +108,27 @@ def snapshot_schedule(
     return borders | (set(range(0, steps, ceil(steps / spare))) if spare else set())
 
 
+class StepObserver(Protocol):
+    """What takes part in a recorded training beside the recorder, see `TrajectoryRecorder.attach`."""
+
+    def begin_step(self, step: int) -> None:
+        """Before the first forward pass of a step."""
+
+    def micro_batch(
+        self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], backward_scale: Tensor | float | None
+    ) -> None:
+        """After the backward pass of a micro-batch."""
+
+    def end_step(self, grad_norm: Tensor | float | None) -> None:
+        """After the optimizer's step."""
+
+    def flush(self) -> None:
+        """Where a checkpoint is written."""
+
+    def finish(self) -> None:
+        """After the last step."""
+
+
 class TrajectoryRecorder:
     """Writes `run.json`, `steps.parquet` and `snapshots/` while a model trains.
 
@@ -125,6 +146,12 @@ class TrajectoryRecorder:
         columns: columns of the streams.
         tokenizer: tokenizer file of the tokens.
         previous: run of the stage that this one continues from, for the ledger of consumed samples.
+
+    Attributes:
+        folder, model, optimizers, clip_norm, first_step: as given.
+        windows: name -> first step and step after the last.
+        rank: of this process.
+        world: number of ranks.
 
     Raises:
         UserError: the folder holds a finished run, replay could not repeat this training, or windows or byte budget do
@@ -148,41 +175,47 @@ class TrajectoryRecorder:
         tokenizer: Path | None = None,
         previous: Path | None = None,
     ) -> None:
-        self._folder, self._model, self._optimizers = Path(folder), model, as_sequence(optimizer)
-        _check_replayable(model, self._optimizers)
-        self._clip_norm, self._flush_steps = clip_norm, config.flush_steps
-        self._rank, self._world = _rank_and_world()
+        self.folder, self.model, self.optimizers = Path(folder), model, as_sequence(optimizer)
+        _check_replayable(model, self.optimizers)
+        self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
+        self.rank, self.world = _rank_and_world()
+        self._observers: list[StepObserver] = []
         self._rows: list[dict[str, Any]] = []
         self._step = -1
-        windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
+        self.first_step = first_step
+        self.windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
         task = self._own_copy(task)
         self._spec = RunSpec(
             task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
             columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
-            steps=steps, windows=windows,
+            steps=steps, windows=self.windows,
             optimizers=[name for name, _ in self._groups()], clip_norm=clip_norm,
             groups=[[names[id(p)] for p in group["params"] if id(p) in names] for _, group in self._groups()],
             previous=previous and Path(previous).resolve(),
         )  # fmt: skip
         self._snapshot_steps = snapshot_schedule(
-            windows, steps, config.cadence_snapshots, state_bytes(model, self._optimizers), int(config.snapshot_bytes)
+            self.windows,
+            steps,
+            config.cadence_snapshots,
+            state_bytes(model, self.optimizers),
+            int(config.snapshot_bytes),
         )
         self._open(first_step)
 
     def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every parameter group, with the class name of its optimizer."""
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 yield type(optimizer).__name__, group
 
     def _open(self, first_step: int) -> None:
-        if (self._folder / "steps.parquet").exists():
-            raise UserError(f"{self._folder} holds a finished run; choose another output folder")
-        self._parts = self._folder / "steps.parts" / f"rank-{self._rank:05d}"
+        if (self.folder / "steps.parquet").exists():
+            raise UserError(f"{self.folder} holds a finished run; choose another output folder")
+        self._parts = self.folder / "steps.parts" / f"rank-{self.rank:05d}"
         self._parts.mkdir(parents=True, exist_ok=True)
-        if self._rank == 0:
-            write_json(self._folder / "run.json", self._spec.model_dump(mode="json"))
+        if self.rank == 0:
+            write_json(self.folder / "run.json", self._spec.model_dump(mode="json"))
         for path in sorted(self._parts.glob("*.parquet")):
             rows = pl.read_parquet(path)
             kept = rows.filter(pl.col("step") < first_step)
@@ -196,36 +229,52 @@ class TrajectoryRecorder:
         source = task.model.hf_config
         if source is None:
             return task
-        copy = self._folder / "model" / "config.json"
-        if self._rank == 0:
+        copy = self.folder / "model" / "config.json"
+        if self.rank == 0:
             with replacing(copy) as part:
                 part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
-        relative = copy.relative_to(self._folder)
+        relative = copy.relative_to(self.folder)
         return task.model_copy(update={"model": task.model.model_copy(update={"hf_config": relative})})
+
+    def attach(self, observer: StepObserver) -> None:
+        """Let another take part from the next step on, such as `curate.embeddings.run_capture.RunCapture`."""
+        self._observers.append(observer)
 
     def begin_step(self, step: int) -> None:
         """Call before the first micro-batch of a step: takes the snapshot where one is due."""
+        for observer in self._observers:
+            observer.begin_step(step)
         self._step = step
         self._first_row = len(self._rows)
         if step in self._snapshot_steps:
             self._snapshot(step)
 
     def micro_batch(
-        self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]
+        self,
+        sample_ids: Iterable[int],
+        weights: Tensor | Sequence[float],
+        tokens: Tensor | Sequence[int],
+        backward_scale: Tensor | float | None = None,
     ) -> None:
-        """Call once per micro-batch.
+        """Call once per micro-batch, after its backward pass.
 
         Args:
             sample_ids: B content ids (`curate.formats.mds.content_id`; a column of prepared streams).
             weights: B weights `c_z` of the step's loss; over all micro-batches and ranks the gradient is `sum c_z g_z`.
             tokens: B predicted token counts.
+            backward_scale: what this rank's `sum c_z l_z` was multiplied by before `backward()`: the scale of a
+                GradScaler, times the ranks where the gradient is their mean. None: 1, or the ranks of a model in
+                DistributedDataParallel. Only a capture in the run reads it.
         """
+        sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        for observer in self._observers:
+            observer.micro_batch(sample_ids, weights, backward_scale)
         self._rows.append(
             {
                 "step": self._step,
-                "rank": self._rank,
+                "rank": self.rank,
                 "micro_batch": len(self._rows) - self._first_row,
-                "sample_ids": np.asarray(sample_ids, dtype=np.int64),
+                "sample_ids": sample_ids,
                 "weights": _detached(weights),
                 "tokens": _detached(tokens),
             }
@@ -241,16 +290,20 @@ class TrajectoryRecorder:
         groups = [vars(GroupSettings.read(name, group)) for name, group in self._groups()]
         for row in self._rows[self._first_row :]:
             row.update(loss=_detached(loss), grad_norm=_detached(grad_norm), groups=groups)
+        for observer in self._observers:
+            observer.end_step(grad_norm)
         if (self._step + 1) % self._flush_steps == 0:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows gathered so far; call it where you write a checkpoint."""
+        for observer in self._observers:
+            observer.flush()
         if not self._rows:
             return
         rows = [{key: _host(value) for key, value in row.items()} for row in self._rows]
         for row in rows:
-            row["clip_factor"] = _clip_factor(row["grad_norm"], self._clip_norm)
+            row["clip_factor"] = clip_factor(row["grad_norm"], self.clip_norm)
         self._write(pl.DataFrame(rows, schema=STEPS))
         self._rows = []
         self._first_row = 0
@@ -258,18 +311,20 @@ class TrajectoryRecorder:
     def finish(self) -> None:
         """Write the last snapshot and merge all ranks' records into `steps.parquet`; the run is then complete."""
         self.flush()
+        for observer in self._observers:
+            observer.finish()
         self._snapshot(self._spec.steps)
-        _barrier(self._world)
-        if self._rank == 0:
-            parts = sorted((self._folder / "steps.parts").glob("*/*.parquet"))
+        _barrier(self.world)
+        if self.rank == 0:
+            parts = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
             merged = pl.concat([pl.read_parquet(part) for part in parts]).sort("step", "rank", "micro_batch")
-            with replacing(self._folder / "steps.parquet") as part:
+            with replacing(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
-            shutil.rmtree(self._folder / "steps.parts")
+            shutil.rmtree(self.folder / "steps.parts")
 
     def _snapshot(self, step: int) -> None:
-        if self._rank == 0:
-            save_state(snapshot_path(self._folder, step), self._model, self._optimizers)
+        if self.rank == 0:
+            save_state(snapshot_path(self.folder, step), self.model, self.optimizers)
 
     def _write(self, frame: pl.DataFrame) -> None:
         with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
@@ -296,7 +351,11 @@ class NoRecorder:
         """Nothing is taken."""
 
     def micro_batch(
-        self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], tokens: Tensor | Sequence[int]
+        self,
+        sample_ids: Iterable[int],
+        weights: Tensor | Sequence[float],
+        tokens: Tensor | Sequence[int],
+        backward_scale: Tensor | float | None = None,
     ) -> None:
         """Nothing is kept."""
 
@@ -310,7 +369,7 @@ class NoRecorder:
         """Nothing is written."""
 
 
-def _clip_factor(grad_norm: float | None, clip_norm: float | None) -> float:
+def clip_factor(grad_norm: float | None, clip_norm: float | None) -> float:
     """`torch.nn.utils.clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6))."""
     return 1.0 if grad_norm is None or clip_norm is None else min(1.0, clip_norm / (grad_norm + 1e-6))
 

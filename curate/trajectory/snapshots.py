@@ -30,13 +30,14 @@ def snapshot_steps(run: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / "snapshots").glob("step-*.safetensors"))
 
 
+def unwrapped_name(name: str) -> str:
+    """Without the prefixes `module.` (DDP) and `_orig_mod.` (torch.compile)."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
+
+
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name; `module.` (DDP) and `_orig_mod.` (torch.compile) prefixes are dropped."""
-    return {
-        name.removeprefix("module.").removeprefix("_orig_mod."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Trainable parameters by name, see `unwrapped_name`."""
+    return {unwrapped_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
@@ -171,7 +172,7 @@ def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield "model." + name.removeprefix("module.").removeprefix("_orig_mod."), tensor
+            yield "model." + unwrapped_name(name), tensor
 
 
 def _read(path: Path) -> dict[str, Any]:

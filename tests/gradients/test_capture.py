@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -86,6 +87,61 @@ def test_conv1d_and_a_module_called_twice():
         conv, linear = torch.autograd.grad(model(values[z : z + 1]).sum(), [model.conv.weight, model.linear.weight])
         torch.testing.assert_close(rows[z, capture.blocks["conv"]], conv.T.flatten(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(rows[z, capture.blocks["linear"]], linear.flatten(), rtol=1e-4, atol=1e-4)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks; activations are recomputed in the backward pass where asked."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6), nn.ReLU(inplace=True)) for _ in range(2)
+        )
+        self.reentrant = reentrant
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            if self.reentrant is None:
+                hidden = hidden + block(hidden)
+            else:
+                hidden = hidden + torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=self.reentrant)
+        return hidden.square().mean((1, 2))
+
+
+def captured_rows(reentrant, keep, frozen=False):
+    torch.manual_seed(0)
+    model, tokens, weights = Checkpointed(reentrant), torch.randint(0, 20, (4, 5)), torch.rand(4)
+    with GradientCapture(model, 3, seed=0, keep=keep, frozen=frozen) as capture:
+        (model(tokens) * weights).sum().backward()
+        return capture.take(weights), model
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_captures_the_same_and_leaves_gradients_as_they_are(reentrant, keep):
+    rows, model = captured_rows(reentrant, keep)
+    wanted, plain = captured_rows(None, keep)
+    assert torch.equal(rows, wanted)
+    assert wanted.abs().max() > 0
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_frozen_model_gives_the_same_rows_and_no_parameter_a_gradient(keep):
+    rows, model = captured_rows(None, keep, frozen=True)
+    wanted, _ = captured_rows(None, keep)
+    assert torch.equal(rows, wanted)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_shard_of_a_weight_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach()[:2])
+    with pytest.raises(UserError, match=r"shape \(2, 4\) is a shard"):
+        GradientCapture(model, 4, seed=0)
 
 
 def test_hooks_are_gone_after_an_error():
