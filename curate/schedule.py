@@ -93,7 +93,7 @@ def selection_config(plan: PlanConfig, index: int) -> SelectConfig:
     Raises:
         UserError: the plan's settings are none of `curate.select`.
     """
-    chosen = {**plan.selection, **plan.stages[index].selection}
+    chosen = plan.selection_settings(index)
     own = sorted(set(chosen) & set(_OWN))
     if own:
         raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")

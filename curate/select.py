@@ -26,6 +26,7 @@ from curate.config import TokenCount, parse_command, run_command
 from curate.embed import EmbedConfig, embed, index_folder, read_target
 from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig
+from curate.mixture.schedule import StageSchedule
 from curate.progress import start_logging
 from curate.shards.plan import ShardsConfig
 from curate.tracking import TrackingConfig
@@ -65,13 +66,16 @@ class SelectConfig(EmbedConfig):
     """Folder to write to; none: a folder inside the run."""
     mode: Literal["reweight", "filter", "both"] = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
-    folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms."""
+    folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
+    With phases (`schedule.kind`) each form has a `schedule.yaml` instead of `streams.yaml` or beside the folders."""
     earlier: tuple[Path, ...] | None = None
     """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
     seed: int = 0
     """Seed of bootstrap intervals and sample draws."""
     mixture: MixtureConfig = MixtureConfig()
     """From scores to weights."""
+    schedule: StageSchedule = StageSchedule()
+    """Where in the next stage these weights hold."""
     shards: ShardsConfig = ShardsConfig()
     """How data is written."""
     tracking: TrackingConfig = TrackingConfig()
@@ -208,7 +212,8 @@ def _mix(
     config: SelectConfig,
 ) -> tuple[Mixture, Plan]:
     """Solve the mixture and turn it into whole samples."""
-    from curate.mixture.record import decide, with_tokens
+    from curate.mixture.record import with_tokens
+    from curate.mixture.schedule import decide_stage
     from curate.shards.plan import make_plan, make_pool, supply_of
 
     if config.mixture.window not in config.windows:
@@ -226,7 +231,7 @@ def _mix(
     )  # fmt: skip
     budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    mixture = decide(domains, prior, supply_of(pool), budget, config.mixture)
+    mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule)
     plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
     return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan
 
@@ -234,21 +239,29 @@ def _mix(
 def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: SelectConfig) -> dict[str, Path]:
     """Write `mixture.yaml` and the next stage's data, and read it back; returns what was written."""
     from curate.mixture.record import write_mixture
-    from curate.shards.check import check_filter, check_reweight
-    from curate.shards.write import write_filter, write_reweight
+    from curate.shards.check import check_filter, check_reweight, check_schedule
+    from curate.shards.write import SCHEDULE, STREAMS, write_filter, write_reweight, write_schedule
 
     streams = {domain: stream.folder for domain, stream in run.streams.items()}
-    written = {}
+    written, scheduled = {}, config.schedule.kind != "throughout"
     if config.mode in ("reweight", "both"):
-        written["reweight"] = folder / "streams.yaml"
-        write_reweight(written["reweight"], streams, {name: part.samples for name, part in mixture.domains.items()})
-        check_reweight(written["reweight"], streams, mixture)
+        path = written["reweight"] = folder / (SCHEDULE if scheduled else STREAMS)
+        if scheduled:
+            write_schedule(path, {name: str(place.resolve()) for name, place in streams.items()}, mixture.phases)
+            check_schedule(path, streams, mixture)
+        else:
+            write_reweight(path, streams, {name: part.samples for name, part in mixture.domains.items()})
+            check_reweight(path, streams, mixture)
     if config.mode in ("filter", "both"):
-        written["filter"] = folder / "mds"
-        write_filter(written["filter"], run.streams, plan, seed=config.seed, shard_bytes=config.shards.shard_bytes)
-        check_filter(written["filter"], mixture, run.spec.columns)
+        mds = written["filter"] = folder / "mds"
+        write_filter(mds, run.streams, plan, seed=config.seed, shard_bytes=config.shards.shard_bytes)
+        check_filter(mds, mixture, run.spec.columns)
+        if scheduled:
+            written["filter"] = mds / SCHEDULE
+            write_schedule(written["filter"], {name: name for name in streams}, mixture.phases)
+            check_schedule(written["filter"], {name: mds / name for name in streams}, mixture)
         if run.spec.tokenizer is not None:
-            shutil.copyfile(run.spec.tokenizer, written["filter"] / "tokenizer.json")
+            shutil.copyfile(run.spec.tokenizer, mds / "tokenizer.json")
     write_mixture(folder.parent / "mixture.yaml", mixture)
     return written
 
@@ -272,6 +285,7 @@ def _report_data(
         curve=value_curve(values, training), training=training, domains=tables["domains"],
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
         shards=tables["between_shards"], costs=costs, residuals=_residuals(embeddings),
+        phases=[phase.model_dump(mode="json") for phase in mixture.phases],
     )  # fmt: skip
 
 
@@ -294,6 +308,8 @@ def _search(config: SelectConfig, embeddings: dict[str, Embedding], target: Targ
 
 
 def _loader_line(kind: str, path: Path) -> str:
+    if path.name == "schedule.yaml":
+        return f'curate.formats.dataset.open_dataset(Path("{path.resolve()}"), batch_size=..., seed=0)'
     if kind == "filter":
         return f'StreamingDataset(local="{path.resolve()}", batch_size=...)'
     return f'StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open("{path.resolve()}"))], batch_size=...)'
@@ -347,7 +363,14 @@ def _summarise(out: Path) -> None:
             name, 100 * part.prior, 100 * part.delivered_weight, f"{part.tokens:,}", f"{part.samples:,}", part.epochs,
             part.score, interval, part.binding or "",
         )  # fmt: skip
-    for name in ("mixture.yaml", "data/streams.yaml", "data/mds", "scores.parquet", "report.html"):
+    for name in (
+        "mixture.yaml",
+        "data/streams.yaml",
+        "data/schedule.yaml",
+        "data/mds",
+        "scores.parquet",
+        "report.html",
+    ):
         if (out / name).exists():
             _log.info("wrote %s", out / name)
 

@@ -17,7 +17,8 @@ import numpy as np
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream, as_sample, load_streams
+from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams
+from curate.formats.phases import load_schedule
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
@@ -61,11 +62,11 @@ class PretrainConfig(Config):
     out: Path
     """Folder of the run: records, snapshots, checkpoint, final weights."""
     data: Path
-    """Folder of `pipelines.prepare`, or a streams.yaml of `curate.select`."""
+    """Folder of `pipelines.prepare`, or a streams.yaml or schedule.yaml of `curate.select`."""
     model: Path
     """JSON file or folder with the config of a Hugging Face causal LM."""
     steps: int
-    """Optimizer steps; more than one pass over the data starts a new epoch."""
+    """Optimizer steps; more than one pass over the data starts a new epoch (a schedule has but one)."""
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
@@ -100,21 +101,6 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:
-    """Domain -> MDS folder: domains are called by their folders, with the parent's name where that is not enough.
-
-    Raises:
-        UserError: two streams would have the same name.
-    """
-    folders = [Path(stream["local"]) / (stream.get("split") or "") for stream in streams]
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [f"{folder.parent.name}.{folder.name}" for folder in folders]
-    if len(set(names)) < len(names):
-        raise UserError(f"two streams are called {max(names, key=names.count)}; give their folders different names")
-    return dict(zip(names, folders, strict=True))
-
-
 def train(config: PretrainConfig) -> list[float]:
     """Train the stage to its end, from its checkpoint where it has one.
 
@@ -135,7 +121,7 @@ def train(config: PretrainConfig) -> list[float]:
     optimizers = _optimizers(model, config.optimizer)
     streams = load_streams(config.data)
     seq_len = _check_streams(streams, model, config)
-    loader = _loader(streams, config)
+    loader = _loader(config)
     first_step = resume(config.out, model, optimizers, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizers)
@@ -280,23 +266,30 @@ def _plain(name: Literal["AdamW", "Adam", "SGD"], parameters: list[nn.Parameter]
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def _loader(streams: list[dict[str, Any]], config: PretrainConfig) -> StreamingDataLoader:
-    from streaming import Stream, StreamingDataLoader, StreamingDataset
+def _loader(config: PretrainConfig) -> StreamingDataLoader:
+    from streaming import StreamingDataLoader
+
+    from curate.formats.dataset import open_dataset
 
     if config.micro_batch_size and config.batch_size % config.micro_batch_size:
         raise UserError(
             f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
         )
-    dataset = StreamingDataset(
-        streams=[Stream(**stream) for stream in streams],
-        shuffle=True,
-        shuffle_seed=config.seed,
-        batch_size=config.batch_size,
-        num_canonical_nodes=1,
-        predownload=8 * config.batch_size,
-        shuffle_block_size=1 << 18,
+    _check_length(config)
+    dataset = open_dataset(
+        config.data, batch_size=config.batch_size, seed=config.seed, predownload=8 * config.batch_size
     )
     return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=_keep, drop_last=True)
+
+
+def _check_length(config: PretrainConfig) -> None:
+    """A schedule is served once; streams begin a new epoch."""
+    schedule = load_schedule(config.data)
+    if schedule is not None and schedule.stop < config.steps * config.batch_size:
+        raise UserError(
+            f"{config.data} is a schedule of {schedule.stop:,} samples, {config.steps} steps of {config.batch_size} "
+            f"need {config.steps * config.batch_size:,}; set steps to at most {schedule.stop // config.batch_size}"
+        )
 
 
 def _keep(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from curate.artifacts import replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.ngrams import NgramMemory
+from curate.formats.phases import load_schedule
 from curate.progress import progress
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
@@ -299,14 +300,14 @@ def iterate(folder: Path) -> Iterator[dict[str, Any]]:
 def load_streams(data: Path) -> list[dict[str, Any]]:
     """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
 
+    Those of a schedule.yaml have the samples of all its phases.
+
     Raises:
         UserError: there are none, or the file cannot be read.
     """
     if data.suffix in (".yaml", ".yml"):
-        try:
-            streams: Any = yaml.safe_load(data.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{data} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
+        schedule = load_schedule(data)
+        streams: Any = schedule.totals() if schedule else yaml.safe_load(data.read_text(encoding="utf-8"))
         if not isinstance(streams, list) or not all(
             isinstance(stream, dict) and "local" in stream for stream in streams
         ):
@@ -316,3 +317,18 @@ def load_streams(data: Path) -> list[dict[str, Any]]:
     if not streams:
         raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
     return list(streams)
+
+
+def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:
+    """Domain -> MDS folder: domains are called by their folders, with the parent's name where that is not enough.
+
+    Raises:
+        UserError: two streams would have the same name.
+    """
+    folders = [Path(stream["local"]) / (stream.get("split") or "") for stream in streams]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.name}.{folder.name}" for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"two streams are called {max(names, key=names.count)}; give their folders different names")
+    return dict(zip(names, folders, strict=True))

@@ -26,16 +26,20 @@ def allocate(
         UserError: the budget is smaller than one sample.
     """
     quotas = {domain: weights[domain] * budget_tokens / supply[domain].mean_length for domain in sorted(weights)}
-    limits = {
-        domain: math.floor(supply[domain].available_tokens(max_epochs) / supply[domain].mean_length + 1e-6)
-        for domain in quotas
-    }
+    limits = sample_limits(supply, max_epochs)
     total = min(
         math.floor(math.fsum(quotas.values()) + 1e-6), sum(limits[domain] for domain in quotas if quotas[domain])
     )
     if total < 1:
         raise UserError(f"a budget of {budget_tokens:,} tokens is less than one sample; raise budget_tokens")
     return apportion(quotas, total, limits)
+
+
+def sample_limits(supply: Mapping[str, Supply], max_epochs: float) -> dict[str, int]:
+    """Samples of each domain that may still be used, repeats counted."""
+    return {
+        domain: math.floor(one.available_tokens(max_epochs) / one.mean_length + 1e-6) for domain, one in supply.items()
+    }
 
 
 def apportion(weights: Mapping[str, float], total: int, limits: Mapping[str, int]) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The mixture as a record, and as `mixture.yaml`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -21,7 +21,7 @@ class DomainMixture(Config):
     """One domain of the next stage."""
 
     weight: float
-    """Solved share of the tokens."""
+    """Solved share of the tokens, over the whole stage."""
     delivered_weight: float
     """Share of the tokens after rounding to whole samples: tokens / total tokens."""
     unconstrained_weight: float
@@ -48,6 +48,19 @@ class DomainMixture(Config):
     """The constraint that holds the weight where it is."""
 
 
+class Phase(Config):
+    """A part of the next stage with weights of its own."""
+
+    start_step: int
+    """Where it starts, in samples from the stage's beginning; it ends where the next one starts."""
+    curated: float
+    """How far its weights go from the base mixture (0) to the curated one (1)."""
+    samples: int
+    """Samples delivered, repeats counted."""
+    domains: dict[str, int]
+    """The same by domain."""
+
+
 class Mixture(Config):
     """What the next stage trains on."""
 
@@ -66,6 +79,8 @@ class Mixture(Config):
     kl_to_prior: float
     """KL(delivered weights || prior) in nats."""
     domains: dict[str, DomainMixture]
+    phases: tuple[Phase, ...] = ()
+    """The stage in order: one phase, or one for each part of a schedule (`mixture.schedule`)."""
 
 
 def decide(
@@ -109,11 +124,7 @@ def decide(
                 delivered_weight=0.0,
                 unconstrained_weight=unconstrained,
                 prior=prior[domain],
-                tokens=round(samples[domain] * supply[domain].mean_length),
-                samples=samples[domain],
-                epochs=samples[domain] / supply[domain].samples,
-                epochs_in_all=samples[domain] / supply[domain].samples
-                + supply[domain].consumed_tokens / supply[domain].tokens,
+                **_counts(samples[domain], supply[domain]),
                 score=rows[domain]["score"],
                 low=rows[domain]["score_low"],
                 high=rows[domain]["score_high"],
@@ -131,8 +142,52 @@ def with_tokens(mixture: Mixture, tokens: Mapping[str, int]) -> Mixture:
     domains = {
         name: domain.model_copy(update={"tokens": tokens.get(name, 0)}) for name, domain in mixture.domains.items()
     }
-    kept = ("target", "window", "temperature", "budget_tokens")
-    return _with_totals(domains, {name: getattr(mixture, name) for name in kept})
+    return _with_totals(domains, _facts(mixture))
+
+
+def with_phases(
+    mixture: Mixture,
+    phases: Sequence[Phase],
+    *,
+    weights: Mapping[str, float] | None = None,
+    budget_tokens: int | None = None,
+    supply: Mapping[str, Supply] | None = None,
+) -> Mixture:
+    """The mixture laid out over phases.
+
+    Args:
+        mixture: as decided, for its curated parts.
+        phases: with whole samples.
+        weights: share of the tokens over the whole stage; none: the mixture's.
+        budget_tokens: of the whole stage; none: the mixture's.
+        supply: what there is of the domains; none: the mixture was decided for the whole stage, so that its samples
+            are those of the phases.
+    """
+    totals = {name: sum(phase.domains[name] for phase in phases) for name in mixture.domains}
+    domains = {
+        name: domain
+        if supply is None or weights is None
+        else domain.model_copy(update={"weight": weights[name], **_counts(totals[name], supply[name])})
+        for name, domain in mixture.domains.items()
+    }
+    assert all(domains[name].samples == totals[name] for name in domains)
+    facts = {**_facts(mixture), "phases": list(phases), "budget_tokens": budget_tokens or mixture.budget_tokens}
+    return _with_totals(domains, facts)
+
+
+def _counts(samples: int, supply: Supply) -> dict[str, Any]:
+    epochs = samples / supply.samples
+    return {
+        "samples": samples,
+        "tokens": round(samples * supply.mean_length),
+        "epochs": epochs,
+        "epochs_in_all": epochs + supply.consumed_tokens / supply.tokens,
+    }
+
+
+def _facts(mixture: Mixture) -> dict[str, Any]:
+    kept = ("target", "window", "temperature", "budget_tokens", "phases")
+    return {name: getattr(mixture, name) for name in kept}
 
 
 def write_mixture(path: Path, mixture: Mixture) -> None:
@@ -169,7 +224,7 @@ def _rows(scores: pl.DataFrame, prior: Mapping[str, float], window: str) -> tupl
     return str(chosen["target"][0]), rows
 
 
-def _with_totals(domains: dict[str, DomainMixture], facts: dict[str, str | float | int]) -> Mixture:
+def _with_totals(domains: dict[str, DomainMixture], facts: dict[str, Any]) -> Mixture:
     """The record with everything that follows from the domains' tokens and samples."""
     tokens = sum(domain.tokens for domain in domains.values())
     delivered = {name: domain.tokens / tokens for name, domain in domains.items()}

@@ -1,7 +1,7 @@
 """`ReportData`: the one record that crosses from a selection into its report, and its files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class ReportData:
     costs: pl.DataFrame
     """One row per phase: `units` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
     each but the phase may be null."""
+    phases: Sequence[Mapping[str, Any]] = ()
+    """The next stage in order, as in `mixture.yaml`: `start_step` and `samples` (both in samples), `curated` (0 base
+    mixture to 1) and samples by domain; one phase is not shown."""
     residuals: Mapping[str, float] = field(default_factory=dict)
     """Window -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
     solved into anchors."""

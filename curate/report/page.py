@@ -87,6 +87,7 @@ def _content(data: ReportData) -> dict[str, Any]:
         "score_table": tables.domain_table(data.domains, order, windows, per_token),
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour),
         "mixture_table": tables.mixture_table(data.mixture, order),
+        "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "examples": examples(data, sample_scale.factor),
         "examples_unit": sample_scale.unit,
         "shown_examples": _SHOWN_EXAMPLES,

@@ -83,6 +83,23 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str]) -> Table:
     )
 
 
+def phase_table(phases: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Table:
+    """The phases of the next stage: where each starts, its length, and the share of each domain's samples."""
+    return Table(
+        headers=["from sample", "samples", "curated", *order],
+        numeric=[True] * (3 + len(order)),
+        rows=[
+            [
+                count(phase["start_step"]),
+                count(phase["samples"]),
+                percent(phase["curated"], 0),
+                *(percent(phase["domains"].get(domain, 0) / phase["samples"]) for domain in order),
+            ]
+            for phase in phases
+        ],
+    )
+
+
 def curve_table(
     curve: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale, per_lr: Scale
 ) -> Table:

@@ -7,6 +7,7 @@ import yaml
 
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream
+from curate.formats.phases import load_schedule
 from curate.mixture.record import Mixture
 
 
@@ -48,3 +49,24 @@ def check_reweight(path: Path, streams: Mapping[str, Path], mixture: Mixture) ->
         raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")
     for folder in found:
         MdsStream(folder)
+
+
+def check_schedule(path: Path, streams: Mapping[str, Path], mixture: Mixture) -> None:
+    """Compare start and samples of every phase in `schedule.yaml` with the mixture's, and open every stream.
+
+    Raises:
+        UserError: a stream is missing or corrupted, or a count differs.
+    """
+    schedule = load_schedule(path)
+    names = {str(folder.resolve()): name for name, folder in streams.items()}
+    found = [
+        (entry.start_step, {names[stream.local]: stream.choose for stream in entry.streams})
+        for entry in (schedule.entries if schedule else ())
+    ]
+    expected = [
+        (phase.start_step, {name: count for name, count in phase.domains.items() if count}) for phase in mixture.phases
+    ]
+    if found != expected:
+        raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")
+    for domain in {name for _, domains in expected for name in domains}:
+        MdsStream(streams[domain])

@@ -1,6 +1,6 @@
 """Write the next stage's data: `streams.yaml` over the streams there are, or new MDS folders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from curate.artifacts import replacing
 from curate.formats.mds import MdsStream, merge_indexes, write_stream
+from curate.mixture.record import Phase
 from curate.rng import generator
 from curate.shards.plan import Plan
 
 STREAMS = "streams.yaml"
+SCHEDULE = "schedule.yaml"
 DROPPED = "dropped.parquet"
 
 
@@ -37,6 +39,29 @@ def write_reweight(path: Path, streams: Mapping[str, Path], samples: Mapping[str
     ]
     with replacing(path) as part:
         part.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+
+
+def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phase]) -> None:
+    """Write the phases of a mixture as a schedule; see `curate.formats.phases`.
+
+    Args:
+        path: the YAML file.
+        streams: what stands as `local` of each domain: an absolute folder, or one relative to the file.
+        phases: with samples by domain.
+    """
+    entries = [
+        {
+            "start_step": phase.start_step,
+            "streams": [{"local": streams[name], "choose": count} for name, count in phase.domains.items() if count],
+        }
+        for phase in phases
+    ]
+    with replacing(path) as part:
+        part.write_text(
+            "# start_step counts samples; served by curate.formats.dataset.open_dataset\n"
+            + yaml.safe_dump(entries, sort_keys=False),
+            encoding="utf-8",
+        )
 
 
 def write_filter(folder: Path, streams: Mapping[str, MdsStream], plan: Plan, *, seed: int, shard_bytes: int) -> None:

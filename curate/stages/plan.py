@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shlex
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,8 +22,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from curate.config import Config
 from curate.errors import UserError
+from curate.shards.write import SCHEDULE, STREAMS
 
 Data = Literal["streams", "mds"]
+_DEFAULTS: dict[str, Any] = {"schedule": {"kind": "early-late"}}  # a stage of known length has phases
 _NAME = r"^\w[\w.-]*$"
 
 
@@ -57,7 +60,7 @@ class PlanConfig(Config):
     checkpoint: str = "checkpoint.safetensors"
     """File or folder that a stage leaves in its run for the next one to start from."""
     selection: dict[str, Any] = {}
-    """Settings of `python -m curate.select`, but for run, target and out."""
+    """Settings of `python -m curate.select`, but for run, target and out; `schedule.kind` is early-late by default."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """In the order of training."""
 
@@ -92,13 +95,19 @@ class PlanConfig(Config):
         """Where the selection after a stage lies."""
         return self.folder / self.stages[index].name / "selection"
 
+    def selection_settings(self, index: int) -> dict[str, Any]:
+        """Settings of the selection after a stage: its own over the plan's, phases where nothing else is asked for."""
+        return _merged(_merged(_DEFAULTS, self.selection), self.stages[index].selection)
+
     def data_of(self, index: int) -> Path:
         """What a stage trains on."""
         if index == 0:
             return self.data
-        settings = {**self.selection, **self.stages[index - 1].selection}
-        data = self.selection_folder(index - 1) / "data"
-        return data / "mds" if settings.get("mode") == "filter" else data / "streams.yaml"
+        settings, data = self.selection_settings(index - 1), self.selection_folder(index - 1) / "data"
+        phases = settings["schedule"]["kind"] != "throughout"
+        if settings.get("mode") == "filter":
+            return data / "mds" / SCHEDULE if phases else data / "mds"
+        return data / (SCHEDULE if phases else STREAMS)
 
     def arguments(self, index: int) -> list[str]:
         """The command of one stage, filled in."""
@@ -109,6 +118,16 @@ class PlanConfig(Config):
             values["previous"] = self.run_folder(index - 1)
             values["checkpoint"] = self.run_folder(index - 1) / self.checkpoint
         return [word.format(**values) for word in shlex.split(self.command(index))]
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over others, mappings one by one."""
+    both = {
+        name: _merged(under[name], over[name])
+        for name in set(under) & set(over)
+        if isinstance(under[name], Mapping) and isinstance(over[name], Mapping)
+    }
+    return {**under, **over, **both}
 
 
 def _placeholders(template: str) -> set[str]:

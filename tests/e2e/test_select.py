@@ -16,6 +16,7 @@ import yaml
 
 from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
+from curate.formats.dataset import open_dataset
 from curate.formats.mds import iterate
 from curate.mixture.record import read_mixture
 from curate.select import SelectConfig, select
@@ -100,6 +101,23 @@ def test_streams_yaml_loads_in_one_line_with_the_mixture_exactly(both):
     found = Counter(row["domain"] for row in dataset)
     mixture = read_mixture(both / "mixture.yaml")
     assert found == {name: part.samples for name, part in mixture.domains.items()}
+
+
+def test_phases_are_written_in_both_forms_and_served_exactly(folder, tmp_path):
+    schedule = {"kind": "early-late", "early_share": 0.2, "late_share": 0.3, "transition_share": 0.1}
+    out = run_select(folder, mode="both", out=tmp_path / "out", schedule={**schedule, "transition_steps": 2})
+    mixture = read_mixture(out / "mixture.yaml")
+    assert [phase.curated for phase in mixture.phases] == pytest.approx([1, 2 / 3, 1 / 3, 0, 1 / 3, 2 / 3, 1])
+    assert [phase.samples for phase in mixture.phases] == [12, 3, 3, 18, 3, 3, 18]
+    assert not (out / "data" / "streams.yaml").exists()
+    for path in (out / "data" / "schedule.yaml", out / "data" / "mds" / "schedule.yaml"):
+        rows = list(open_dataset(path, batch_size=6, seed=0))
+        assert len(rows) == mixture.samples == 60
+        for phase in mixture.phases:
+            part = rows[phase.start_step : phase.start_step + phase.samples]
+            found = Counter(row["domain"] for row in part)
+            assert found == {name: count for name, count in phase.domains.items() if count}
+    assert "open_dataset" in (out / "report.html").read_text()
 
 
 def test_a_complete_selection_is_reused_and_other_settings_are_refused(folder, both):

@@ -7,6 +7,9 @@ import pytest
 
 from curate.errors import UserError
 from curate.formats.mds import Columns, write_stream
+from curate.mixture.record import Phase
+from curate.shards.write import write_schedule
+from curate.trajectory.ledger import domain_ledger, uses
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from pipelines import pretrain
@@ -66,6 +69,52 @@ def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, 
     assert Run(other.out).steps.equals(Run(config.out).steps)
     for name in ("checkpoint.safetensors", "snapshots/step-00000012.safetensors"):
         assert (other.out / name).read_bytes() == (config.out / name).read_bytes()
+
+
+def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, monkeypatch):
+    """Phases change inside a step and the crash lies inside a phase, between two checkpoints."""
+    phases = ({"json": 30, "dataclasses": 6}, {"json": 2, "dataclasses": 42}, {"json": 16, "dataclasses": 1})
+    starts = (0, 36, 80)
+    laid = [
+        Phase(start_step=start, curated=1.0, samples=sum(domains.values()), domains=domains)
+        for start, domains in zip(starts, phases, strict=True)
+    ]
+    schedule = tmp_path / "schedule.yaml"
+    write_schedule(schedule, {name: f"data/{name}" for name in ("json", "dataclasses")}, laid)
+    config = config.model_copy(update={"data": schedule})
+    whole = train(config)
+    run = Run(config.out)
+    ids = run.steps["sample_ids"].explode().to_list()
+    owner = dict(run.catalogue.select("sample_id", "domain").iter_rows())
+    assert len(ids) == 96
+    for start, stop, domains in zip(starts, (36, 80, 96), phases, strict=True):
+        found = [owner[each] for each in ids[start:stop]]
+        if stop < 96:  # the last sample of the schedule fills no step
+            assert {name: found.count(name) for name in domains} == domains
+    ledger = domain_ledger(run, uses([run.folder]))
+    assert dict(ledger.select("domain", "consumed_tokens").iter_rows()) == {
+        name: 12 * sum(owner[each] == name for each in ids) for name in ("json", "dataclasses")
+    }
+    other, original = config.model_copy(update={"out": tmp_path / "crashed"}), pretrain.learning_rate
+    for crash in (3, 7, 11):
+
+        def crashing(optimizer, step, steps, crash=crash):
+            if step == crash:
+                raise KeyboardInterrupt
+            return original(optimizer, step, steps)
+
+        monkeypatch.setattr(pretrain, "learning_rate", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            train(other)
+    monkeypatch.undo()
+    resumed = train(other)
+    assert resumed == whole[-len(resumed) :]
+    assert Run(other.out).steps.equals(run.steps)
+    assert (other.out / "checkpoint.safetensors").read_bytes() == (config.out / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"is a schedule of 97 samples, 13 steps of 8 need 104; set steps to at most 12"
+    ):
+        train(config.model_copy(update={"steps": 13, "out": tmp_path / "long"}))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from plotly import graph_objects as go
 
+from curate.report import tables
 from curate.report.data import ReportData, load_data, save_data
 from curate.report.page import domain_order, facts, group_steps, headline, render, warnings, write_report
 from curate.report.style import percent
@@ -130,6 +131,19 @@ def test_the_headline_names_best_worst_and_their_shares(data: ReportData) -> Non
     )
     nothing = data.domains.with_columns(samples=pl.lit(0))
     assert headline(dataclasses.replace(data, domains=nothing)) == "No sample of the late window was valued."
+
+
+def test_phases_are_shown_where_there_are_several(page: Page, data: ReportData, tmp_path: Path) -> None:
+    first = {"start_step": 0, "samples": 480, "curated": 1.0, "domains": {"docstrings": 360, "api_prose": 120}}
+    basin = {"start_step": 480, "samples": 4320, "curated": 0.0, "domains": {"docstrings": 2160, "api_prose": 2160}}
+    phased = dataclasses.replace(data, phases=[first, basin])
+    assert "<h3>Phases</h3>" in render(phased)
+    assert "<h3>Phases</h3>" not in render(dataclasses.replace(data, phases=[first]))
+    shown = tables.phase_table(phased.phases, ["docstrings", "minified_js"])
+    assert shown.rows[0] == ["0", "480", "100\u202f%", "75.0\u202f%", "0.0\u202f%"]
+    assert shown.rows[1][:4] == ["480", "4\u202f320", "0\u202f%", "50.0\u202f%"]
+    save_data(tmp_path, phased)
+    assert render(load_data(tmp_path)) == render(phased)
 
 
 def test_weak_targets_and_unseen_domains_are_said(data: ReportData) -> None:

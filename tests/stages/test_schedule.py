@@ -94,7 +94,7 @@ def test_stages_follow_each_other(whole, inputs):
     ]  # fmt: skip
     third = Run(plan.run_folder(2))
     assert stages(third) == [plan.run_folder(0).resolve(), plan.run_folder(1).resolve(), plan.run_folder(2)]
-    assert plan.data_of(2) == whole / "plan" / "two" / "selection" / "data" / "streams.yaml"
+    assert plan.data_of(2) == whole / "plan" / "two" / "selection" / "data" / "schedule.yaml"
     assert selection_config(plan, 1).earlier == (plan.run_folder(0),)
     assert not (whole / "plan" / "three" / "selection").exists()
     assert len(final_bytes(whole / "plan")) == 2 + 2 + 3 + 4

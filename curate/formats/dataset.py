@@ -1,0 +1,162 @@
+"""What a trainer reads: a `StreamingDataset` over a folder, a streams.yaml or a schedule.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from streaming import Stream, StreamingDataset
+from streaming.base.shuffle import get_shuffle
+
+from curate.artifacts import fingerprint
+from curate.errors import UserError
+from curate.formats.mds import load_streams
+from curate.formats.phases import load_schedule, stream_key
+from curate.rng import derive_seed, generator
+
+if TYPE_CHECKING:
+    from curate.formats.phases import Schedule
+
+Ints = npt.NDArray[np.int64]
+_BLOCK = 1 << 18  # samples that are shuffled among each other within a stream
+_STATE = "schedule"
+
+
+def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> StreamingDataset:
+    """The training data of a stage, shuffled.
+
+    Args:
+        data: folder of MDS folders, streams.yaml or schedule.yaml.
+        batch_size: samples of a batch on each rank.
+        seed: of the order.
+        options: more arguments of `StreamingDataset`.
+
+    Raises:
+        UserError: there are no streams, or the schedule does not hold together.
+    """
+    schedule = load_schedule(data)
+    if schedule is not None:
+        return ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options)
+    return StreamingDataset(
+        streams=[Stream(**stream) for stream in load_streams(data)], batch_size=batch_size, shuffle=True,
+        shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
+    )  # fmt: skip
+
+
+class ScheduledDataset(StreamingDataset):  # type: ignore[misc]
+    """A `StreamingDataset` that serves the phases of a schedule in order, once.
+
+    Everything but the order is StreamingDataset's own: download, cache, ranks, data workers, `StreamingDataLoader`,
+    `state_dict` and `load_state_dict` in the middle of a phase. Steps of the training take consecutive samples of the
+    schedule at any number of ranks and workers, so that start_steps are exact; with several ranks the last step
+    may repeat or pad a few samples. A phase goes on in a stream where the phase before stopped: no sample comes again
+    before all others of its stream came.
+
+    Args:
+        schedule: the phases.
+        batch_size: samples of a batch on each rank.
+        seed: of the order.
+        options: more arguments of `StreamingDataset`, but for those that set the order.
+
+    Raises:
+        UserError: the schedule does not start at step 0, or two streams in it have the same folder.
+    """
+
+    def __init__(self, schedule: Schedule, *, batch_size: int, seed: int = 0, **options: Any) -> None:
+        schedule.at(0)
+        streams = schedule.totals()
+        self._schedule, self._seed = schedule, seed
+        super().__init__(
+            streams=[Stream(**stream) for stream in streams], batch_size=batch_size, shuffle=False,
+            num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
+        )  # fmt: skip
+        keys = [stream_key(stream) for stream in streams]
+        self._counts = np.zeros((len(schedule.entries), len(keys)), np.int64)
+        for row, entry in enumerate(schedule.entries):
+            for part in entry.streams:
+                self._counts[row, keys.index(stream_key(part.model_dump()))] += part.choose
+        self._stamp = fingerprint([self._counts.tolist(), self.samples_per_stream.tolist(), seed])
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Ints, Ints]:
+        """Sizes of the streams, and the schedule as sample ids in order; called by StreamingDataset.
+
+        Raises:
+            UserError: the schedule was served already.
+        """
+        if epoch:
+            raise UserError(
+                f"the schedule of {self._schedule.stop} samples was served once; it says nothing about what "
+                "comes after: train as many steps as it has samples for, and open it anew instead of iterating twice"
+            )
+        passes = [
+            stream_order(self._shard_sizes(stream), total, derive_seed(self._seed, "stream", stream))
+            for stream, total in enumerate(self._counts.sum(0).tolist())
+        ]
+        starts = self.sample_offset_per_stream
+        order = phase_order([one + start for one, start in zip(passes, starts, strict=True)], self._counts, self._seed)
+        return self._counts.sum(0), order
+
+    def _shard_sizes(self, stream: int) -> Ints:
+        begin = self.shard_offset_per_stream[stream]
+        sizes: Ints = self.samples_per_shard[begin : begin + self.shards_per_stream[stream]].astype(np.int64)
+        return sizes
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """The place in the schedule, with what identifies the schedule."""
+        return {**super().state_dict(num_samples, from_beginning), _STATE: self._stamp}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on at a place.
+
+        Raises:
+            UserError: it is a place in another schedule, where going on would repeat or leave out samples.
+        """
+        if obj.get(_STATE) != self._stamp:
+            raise UserError(
+                "the checkpoint's place in the data is not one in this schedule (other phases, streams or seed): going "
+                "on would repeat or leave out samples; restore the schedule, or start the stage anew"
+            )
+        super().load_state_dict(obj)
+
+
+def stream_order(shard_sizes: Ints, total: int, seed: int) -> Ints:
+    """Samples of one stream in the order they are used: all of them in a random order, then all again in another.
+
+    Args:
+        shard_sizes: int64 [shards], samples of each; the order keeps to blocks of shards.
+        total: samples that are used.
+        seed: of the order.
+
+    Returns:
+        int64 [total], indexes within the stream.
+    """
+    rounds = -(-total // int(shard_sizes.sum()))
+    orders = [get_shuffle("py1e", shard_sizes, 1, seed % (1 << 31), each, _BLOCK) for each in range(rounds)]
+    order: Ints = np.concatenate([np.zeros(0, np.int64), *orders])[:total].astype(np.int64)
+    return order
+
+
+def phase_order(passes: Sequence[Ints], counts: Ints, seed: int) -> Ints:
+    """Mix streams phase by phase, each stream in its own order.
+
+    Args:
+        passes: ids of each stream in the order they are used, as many as its column of `counts` sums to.
+        counts: int64 [phases, streams], samples.
+        seed: of how streams alternate within a phase.
+
+    Returns:
+        int64 [counts.sum()], ids.
+    """
+    order = np.empty(int(counts.sum()), np.int64)
+    used, start = np.zeros(counts.shape[1], np.int64), 0
+    for phase, row in enumerate(counts):
+        owners = generator(seed, "phase", phase).permutation(np.repeat(np.arange(len(row)), row))
+        part = order[start : start + len(owners)]
+        for stream, count in enumerate(row.tolist()):
+            part[owners == stream] = passes[stream][used[stream] : used[stream] + count]
+        used += row
+        start += len(owners)
+    return order

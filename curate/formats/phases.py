@@ -1,0 +1,160 @@
+"""`schedule.yaml`: the streams of a stage phase by phase.
+
+    - start_step: 0            # counted in samples, so that it holds at any batch size
+      streams:                 # arguments of one `Stream` each; `choose` samples of it in this phase
+      - {local: data/web, choose: 900}
+      - {local: data/code, choose: 100}
+    - start_step: 1000
+      ...
+
+An entry holds until the next one starts. A relative `local` counts from the file's own folder.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+
+from curate.config import Config, first_problem
+from curate.errors import UserError
+
+
+class PhaseStream(Config):
+    """Arguments of a `Stream`; those that are not named here are passed on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    local: str
+    """MDS folder."""
+    choose: int = Field(ge=1)
+    """Samples of it in the phase."""
+
+
+class Entry(Config):
+    """One phase of a stage."""
+
+    start_step: int = Field(ge=0)
+    """Where it starts, in samples."""
+    streams: Annotated[tuple[PhaseStream, ...], Field(min_length=1)]
+    """What it is made of."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of the phase."""
+        return sum(stream.choose for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The entries of a schedule in order, without gaps.
+
+    Raises:
+        UserError: entries are out of order, or an entry has not as many samples as there are until the next one.
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        for entry, after in zip(self.entries, self.entries[1:], strict=False):
+            if entry.start_step + entry.samples != after.start_step:
+                raise UserError(
+                    f"the entry at start_step {entry.start_step} has {entry.samples} samples, the next one starts at "
+                    f"{after.start_step}: set it to {entry.start_step + entry.samples}, or change `choose`"
+                )
+
+    @property
+    def stop(self) -> int:
+        """Step after the last, in samples."""
+        return self.entries[-1].start_step + self.entries[-1].samples
+
+    def at(self, step: int) -> Entry:
+        """The entry that holds at a step, in samples.
+
+        Raises:
+            UserError: the step lies before the first entry or after the last.
+        """
+        first = self.entries[0].start_step
+        if not first <= step < self.stop:
+            where = f"before the first entry (start_step {first})" if step < first else f"after the end ({self.stop})"
+            raise UserError(
+                f"step {step} lies {where} of the schedule, which says nothing about it: a stage is served from "
+                "start_step 0 to the schedule's end, in samples"
+            )
+        return self.entries[bisect_right([entry.start_step for entry in self.entries], step) - 1]
+
+    def totals(self) -> list[dict[str, Any]]:
+        """`Stream` arguments with the samples of all phases, ordered by folder.
+
+        Raises:
+            UserError: a stream has other arguments in another phase.
+        """
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for entry in self.entries:
+            for stream in entry.streams:
+                arguments = stream.model_dump()
+                known = found.setdefault(stream_key(arguments), {**arguments, "choose": 0})
+                if {**known, "choose": 0} != {**arguments, "choose": 0}:
+                    raise UserError(f"the schedule has {stream.local} with other arguments at {entry.start_step}")
+                known["choose"] += stream.choose
+        return [found[key] for key in sorted(found)]
+
+
+def stream_key(stream: dict[str, Any]) -> tuple[str, str]:
+    """What makes two streams the same: folder and split."""
+    return str(stream["local"]), str(stream.get("split") or "")
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether the content of a YAML file is meant as a schedule, and not as a list of streams."""
+    return isinstance(value, list) and bool(value) and all(isinstance(e, dict) and "start_step" in e for e in value)
+
+
+def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
+    """The schedule in a YAML file.
+
+    Args:
+        value: the file's content.
+        path: the file; relative folders count from it.
+
+    Raises:
+        UserError: an entry lacks something, or the entries do not follow each other.
+    """
+    try:
+        entries = tuple(Entry(**entry) for entry in value)
+    except (ValidationError, TypeError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{path} is not a schedule of streams: {problem}") from None
+    here = path.resolve().parent
+    return Schedule(
+        tuple(
+            entry.model_copy(
+                update={
+                    "streams": tuple(
+                        stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams
+                    )
+                }
+            )
+            for entry in entries
+        )
+    )
+
+
+def load_schedule(path: Path) -> Schedule | None:
+    """Read a schedule; None where the file holds something else (a list of streams).
+
+    Raises:
+        UserError: the file cannot be read, or its schedule does not hold together.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        return None
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
+    return parse_schedule(value, path) if is_schedule(value) else None

@@ -1,0 +1,163 @@
+"""The mixture of a stage over its phases: exact counts, caps over the whole stage, nothing but the weights counts."""
+
+from fractions import Fraction
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from curate.mixture.constraints import MixtureConfig, Supply
+from curate.mixture.record import decide, read_mixture, write_mixture
+from curate.mixture.schedule import Part, StageSchedule, base_weights, decide_stage, lay_out, parts
+
+LENGTH = 16
+
+
+def scores_of(shrunk):
+    names = sorted(shrunk)
+    columns = {name: [shrunk[domain] for domain in names] for name in ("score", "score_low", "score_high", "shrunk")}
+    return pl.DataFrame({"window": "late", "target": "t", "domain": names, **columns})
+
+
+def supply_of(samples, consumed=0):
+    return {
+        name: Supply(samples=count, tokens=count * LENGTH, consumed_tokens=consumed * LENGTH)
+        for name, count in samples.items()
+    }
+
+
+@st.composite
+def schedules(draw):
+    kind = draw(st.sampled_from(["throughout", "early-late", "late"]))
+    shares = {name: draw(st.floats(0.01, 0.3)) for name in ("early_share", "late_share")}
+    return StageSchedule(
+        kind=kind, transition_share=draw(st.sampled_from([0.0, 0.05, 0.2])),
+        transition_steps=draw(st.integers(1, 5)), **shares,
+    )  # fmt: skip
+
+
+@st.composite
+def stages(draw):
+    names = draw(st.lists(st.sampled_from("abcdefg"), min_size=2, max_size=5, unique=True))
+    samples = {name: draw(st.integers(20, 3000)) for name in names}
+    shrunk = {name: draw(st.floats(-3, 3)) for name in names}
+    epochs = draw(st.floats(1.0, 4.0))
+    consumed = {name: draw(st.integers(0, samples[name])) for name in names}
+    supply = {
+        name: Supply(samples=n, tokens=n * LENGTH, consumed_tokens=consumed[name] * LENGTH)
+        for name, n in samples.items()
+    }
+    left = sum(epochs * samples[name] - consumed[name] for name in names)
+    budget = int(draw(st.floats(0.05, 0.99)) * left)
+    return shrunk, {name: float(n) for name, n in samples.items()}, supply, max(budget, 60), epochs
+
+
+@given(stages(), schedules())
+def test_phases_are_exact_and_the_caps_hold_for_the_whole_stage(stage, schedule):
+    shrunk, prior, supply, samples, epochs = stage
+    left = sum(one.available_tokens(epochs) for one in supply.values())
+    if samples * LENGTH > left:
+        return
+    config = MixtureConfig(max_epochs=epochs)
+    mixture = decide_stage(scores_of(shrunk), prior, supply, samples * LENGTH, config, schedule)
+    start = 0
+    for phase in mixture.phases:
+        assert phase.start_step == start
+        assert sum(phase.domains.values()) == phase.samples > 0
+        start += phase.samples
+    assert start == mixture.samples <= samples
+    assert mixture.samples >= samples - len(supply)  # whole samples under caps
+    for name, domain in mixture.domains.items():
+        assert domain.samples == sum(phase.domains[name] for phase in mixture.phases)
+        assert domain.tokens == domain.samples * LENGTH
+        assert domain.samples * LENGTH <= supply[name].available_tokens(epochs) + 1e-3
+        assert domain.epochs_in_all <= epochs + 1e-6
+    assert mixture.budget_tokens == samples * LENGTH
+
+
+@given(st.permutations("abcd"), schedules())
+def test_the_order_of_domains_changes_nothing(order, schedule):
+    samples = {"a": 500, "b": 300, "c": 77, "d": 1200}
+    shrunk = {"a": 0.4, "b": -0.2, "c": 1.5, "d": -1.0}
+
+    def stage(names):
+        return decide_stage(
+            scores_of(shrunk), {name: samples[name] for name in names},
+            {name: supply_of(samples)[name] for name in names}, 1001 * LENGTH, MixtureConfig(), schedule,
+        )  # fmt: skip
+
+    assert stage(order) == stage("abcd")
+
+
+@given(stages(), schedules())
+def test_up_to_any_phase_each_domain_is_within_one_sample_of_its_share(stage, schedule):
+    _, prior, supply, samples, _ = stage
+    whole = sum(prior.values())
+    phases = parts(schedule)
+    weights = [
+        {
+            name: float(Fraction(prior[name]) / Fraction(whole)) if i % 2 else 1 / len(prior)
+            for name in sorted(prior)
+        }
+        for i, _ in enumerate(phases)
+    ]  # fmt: skip
+    laid = lay_out(phases, weights, samples * LENGTH, supply, max_epochs=1e9)
+    assert sum(phase.samples for phase in laid) == samples
+    for domain in prior:
+        due = sum(part.share * each[domain] * samples for part, each in zip(phases, weights, strict=True))
+        assert abs(sum(phase.domains[domain] for phase in laid) - due) < 1 + 1e-6
+
+
+def test_throughout_is_the_plain_mixture():
+    samples, shrunk = {"a": 500, "b": 300, "c": 77}, {"a": 0.4, "b": -0.2, "c": 1.5}
+    arguments = (scores_of(shrunk), samples, supply_of(samples, consumed=40), 801 * LENGTH, MixtureConfig())
+    plain, whole = decide(*arguments), decide_stage(*arguments, StageSchedule())
+    assert whole.model_dump(exclude={"phases"}) == plain.model_dump(exclude={"phases"})
+    assert [(phase.start_step, phase.samples) for phase in whole.phases] == [(0, 801)]
+
+
+def test_early_and_late_parts_are_curated_and_the_basin_is_not(tmp_path):
+    samples, shrunk = {"a": 10_000, "b": 10_000}, {"a": 1.0, "b": -1.0}
+    schedule = StageSchedule(kind="early-late", early_share=0.1, late_share=0.2)
+    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 1000 * LENGTH, MixtureConfig(), schedule)
+    curated = decide(scores_of(shrunk), samples, supply_of(samples), 300 * LENGTH, MixtureConfig()).domains["a"].weight
+    assert curated > 0.85
+    found = [(phase.start_step, phase.curated, phase.samples, phase.domains["a"]) for phase in mixture.phases]
+    wanted = [(0, 1.0, 100, 100 * curated), (100, 0.0, 700, 350), (800, 1.0, 200, 200 * curated)]
+    assert [one[:3] for one in found] == [one[:3] for one in wanted]
+    assert [one[3] for one in found] == pytest.approx([one[3] for one in wanted], abs=1)
+    assert mixture.domains["a"].weight == pytest.approx(0.3 * curated + 0.35)
+    write_mixture(tmp_path / "mixture.yaml", mixture)
+    assert read_mixture(tmp_path / "mixture.yaml") == mixture
+
+
+def test_a_transition_goes_in_equal_steps():
+    schedule = StageSchedule(
+        kind="early-late", early_share=0.1, late_share=0.2, transition_share=0.15, transition_steps=3
+    )
+    found = parts(schedule)
+    assert [part.curated for part in found] == [1, 0.75, 0.5, 0.25, 0, 0.25, 0.5, 0.75, 1]
+    assert [part.share for part in found] == pytest.approx([0.1, *[0.05] * 3, 0.4, *[0.05] * 3, 0.2])
+    assert parts(StageSchedule(kind="late")) == [Part(0.8, 0.0), Part(0.2, 1.0)]
+
+
+def test_what_the_basin_uses_counts_against_the_cap_of_the_curated_parts():
+    """b is small and valuable: the basin alone uses much of its two epochs, the curated parts get what is left."""
+    samples, shrunk = {"a": 10_000, "b": 100}, {"a": -1.0, "b": 5.0}
+    config = MixtureConfig(max_epochs=2.0)
+    schedule = StageSchedule(kind="late", late_share=0.5)
+    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 5000 * LENGTH, config, schedule)
+    base = base_weights(samples, supply_of(samples), 5000 * LENGTH, config)
+    basin, late = mixture.phases
+    assert basin.domains["b"] == pytest.approx(2500 * base["b"], abs=1)
+    assert basin.domains["b"] + late.domains["b"] == 200
+    assert mixture.domains["b"].binding == "max_epochs"
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValidationError, match=r"add up to 1\.1 of the stage"):
+        StageSchedule(kind="early-late", early_share=0.5, late_share=0.6)
+    with pytest.raises(ValidationError, match="transition_share"):
+        StageSchedule(kind="late", late_share=0.9, transition_share=0.2)
