@@ -109,6 +109,12 @@ def is_embedded(config: EmbedConfig, run: Run, target: Target | None) -> bool:
     return all(_is_complete(config, window, job, estimator) for window, job in jobs.items())
 
 
+def cost_units(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, float]:
+    """Forward+backward passes that embedding each window of a run costs, done or not."""
+    estimator, jobs = _plan(config, run, target)
+    return {window: estimator.cost_units(job) for window, job in jobs.items()}
+
+
 def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimator, dict[str, WindowJob]]:
     """The estimator, and the job of each window."""
     from curate.embeddings.store import plan_job

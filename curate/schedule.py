@@ -20,15 +20,27 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from curate.artifacts import folder_bytes, read_json
 from curate.config import Config, parse_command, run_command
-from curate.embed import embed, is_embedded, read_target
+from curate.embed import cost_units, embed, is_embedded, read_target
 from curate.errors import UserError
+from curate.mixture.record import read_mixture
 from curate.progress import start_logging
 from curate.select import SelectConfig, is_selected, select
-from curate.stages.check import check_stage
+from curate.stages.check import (
+    check_data,
+    check_inputs,
+    check_stage,
+    check_states,
+    check_supply,
+    next_tokens,
+    open_stage,
+)
 from curate.stages.lock import BusyError, locked
 from curate.stages.plan import PlanConfig, load_plan
+from curate.trajectory.recorder import default_windows, window_steps
 from curate.trajectory.run import Run
+from curate.trajectory.samples import stored_bytes_per_token, trained_tokens
 
 _log = logging.getLogger(__name__)
 MORE, TRAINER_FAILED, BUSY = 3, 4, 5
@@ -44,7 +56,7 @@ class ScheduleConfig(Config):
     once: bool = False
     """Do the next piece of work only."""
     dry_run: bool = False
-    """Print what is done and what is left, and do nothing."""
+    """Print what is done and what is left, with tokens, bytes and cost, and do nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +89,48 @@ def is_done(plan: PlanConfig, piece: Piece) -> bool:
     folder = plan.run_folder(piece.stage)
     if not (folder / "steps.parquet").exists():
         return False
-    run = Run(folder)
+    run = open_stage(plan, piece.stage)
     if piece.kind == "train":
         check_stage(plan, piece.stage, run)
         return True
-    config = selection_config(plan, piece.stage)
+    config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
         return is_embedded(config, run, read_target(config, run))
     return is_selected(config, run)
 
 
-def selection_config(plan: PlanConfig, index: int) -> SelectConfig:
+def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> SelectConfig:
     """Settings of the selection after a stage.
 
+    Args:
+        plan: the plan.
+        index: the stage.
+        run: of the stage; with it the budget is what the next stage trains on, where the plan names no other.
+
     Raises:
-        UserError: the plan's settings are none of `curate.select`.
+        UserError: the plan's settings are none of `curate.select`, or contradict the next stage.
     """
     chosen = plan.selection_settings(index)
     own = sorted(set(chosen) & set(_OWN))
     if own:
         raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")
     earlier = tuple(plan.run_folder(before) for before in range(index))
-    places = {"run": plan.run_folder(index), "target": plan.target, "out": plan.selection_folder(index)}
+    places = {"run": plan.run_folder(index), "target": plan.target_of(index), "out": plan.selection_folder(index)}
+    after = plan.stages[index + 1]
+    budget = next_tokens(plan, index, run) if run else after.tokens
+    if budget is not None:
+        chosen = {"budget_tokens": budget, **chosen}
     try:
-        return SelectConfig(**{"earlier": earlier, **chosen, **places})
+        config = SelectConfig(**{"earlier": earlier, **chosen, **places})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"selection.{'.'.join(map(str, first['loc']))} of the plan: {first['msg']}") from None
+    if after.tokens is not None and config.budget_tokens != after.tokens:
+        raise UserError(
+            f"stage {after.name} trains on {int(after.tokens):,} tokens, selection.budget_tokens before it is "
+            f"{int(config.budget_tokens or 0):,}: leave it out, or set both to the same"
+        )
+    return config
 
 
 def work(plan: PlanConfig, piece: Piece) -> None:
@@ -116,11 +143,15 @@ def work(plan: PlanConfig, piece: Piece) -> None:
     stage = plan.stages[piece.stage]
     _log.info("stage %s: %s", stage.name, piece.kind)
     if piece.kind == "train":
+        check_data(plan, piece.stage)
         _train(plan, piece.stage)
         return
-    config = selection_config(plan, piece.stage)
-    run = Run(plan.run_folder(piece.stage))
+    run = open_stage(plan, piece.stage)
+    config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
+        check_states(plan, piece.stage, run)
+        if config.mode != "filter":
+            check_supply(plan, piece.stage, run, config.mixture)
         embed(config, run, read_target(config, run))
     else:
         select(config, run)
@@ -144,7 +175,20 @@ def _train(plan: PlanConfig, index: int) -> None:
             f"the command of stage {plan.stages[index].name} exited with status 0 and left no finished run in "
             f"{folder}: it must record with curate's recorder into {{out}} and call recorder.finish()"
         )
-    check_stage(plan, index, Run(folder))
+    run = open_stage(plan, index)
+    check_stage(plan, index, run)
+    check_states(plan, index, run)
+
+
+def check_plan(plan: PlanConfig) -> None:
+    """What can be known before anything is trained.
+
+    Raises:
+        UserError: data or a target is missing, or the settings of a selection are wrong.
+    """
+    check_inputs(plan)
+    for index in range(len(plan.stages) - 1):
+        selection_config(plan, index)
 
 
 def carry_out(plan: PlanConfig, *, once: bool) -> int:
@@ -153,6 +197,7 @@ def carry_out(plan: PlanConfig, *, once: bool) -> int:
     Raises:
         UserError: see `work`.
     """
+    check_plan(plan)
     for piece in pieces(plan):
         if is_done(plan, piece):
             continue
@@ -163,15 +208,88 @@ def carry_out(plan: PlanConfig, *, once: bool) -> int:
 
 
 def describe(plan: PlanConfig) -> list[str]:
-    """One line per piece: what is done and what is left."""
-    lines, left = [], False
+    """One line per piece: what is done and what is left, with tokens, bytes and cost.
+
+    What is left is estimated from the last finished stage; without one its cost is not known.
+
+    Raises:
+        UserError: see `check_plan` and `is_done`.
+    """
+    check_plan(plan)
+    lines, left, like = [], False, None
     for piece in pieces(plan):
-        stage = plan.stages[piece.stage]
         done = not left and is_done(plan, piece)
         left = left or not done
-        what = f"{stage.steps:,} steps: {shlex.join(plan.arguments(piece.stage))}" if piece.kind == "train" else ""
-        lines.append(f"{'done' if done else 'left':5} {piece.kind:7} {stage.name:16} {what}".rstrip())
+        if done:
+            like = piece.stage
+        what = measured(plan, piece) if done else expected(plan, piece, like)
+        if piece.kind == "train":
+            what = f"{what}: {shlex.join(plan.arguments(piece.stage))}"
+        lines.append(f"{'done' if done else 'left':5} {piece.kind:7} {plan.stages[piece.stage].name:16} {what}")
     return lines
+
+
+def measured(plan: PlanConfig, piece: Piece) -> str:
+    """What a piece that is done has: steps, tokens, bytes, forward+backward passes, time."""
+    run = open_stage(plan, piece.stage)
+    if piece.kind == "train":
+        tokens = sum(trained_tokens(run).values())
+        states = folder_bytes(run.folder / "snapshots")
+        return f"{run.spec.steps:,} steps, {tokens:,} tokens, {states / 1e6:,.1f} MB of states"
+    if piece.kind == "embed":
+        size = folder_bytes(run.folder / "embeddings")
+        times = [read_json(path) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
+        seconds = sum(one["seconds"] for one in times)
+        units = sum(one["cost_units"] or 0.0 for one in times)
+        share = 100 * units / run.spec.steps
+        return (
+            f"{units:,.0f} forward+backward passes, {share:.0f} % of the stage, {seconds:,.0f} s, {size / 1e6:,.1f} MB"
+        )
+    mixture = read_mixture(plan.selection_folder(piece.stage) / "mixture.yaml")
+    size = folder_bytes(plan.selection_folder(piece.stage))
+    return f"{mixture.tokens:,} tokens in {len(mixture.phases)} phases, {size / 1e6:,.1f} MB"
+
+
+def expected(plan: PlanConfig, piece: Piece, like: int | None) -> str:
+    """The same for a piece that is left, from a finished stage that it resembles."""
+    stage = plan.stages[piece.stage]
+    known = [f"{stage.steps:,} steps"] if stage.steps is not None else []
+    known += [f"{int(stage.tokens):,} tokens"] if stage.tokens is not None else []
+    if like is None:
+        if piece.kind != "train":
+            return "cost and bytes are known when the first stage is trained"
+        return ", ".join([*known, "bytes are known when the first stage is trained"])
+    run = open_stage(plan, like)
+    tokens = sum(trained_tokens(run).values()) / run.spec.steps
+    steps = stage.steps if stage.steps is not None else round(int(stage.tokens or 0) / tokens)
+    if piece.kind == "train":
+        known += [] if stage.tokens is not None else [f"about {round(steps * tokens):,} tokens"]
+        return f"{', '.join(known)}, about {folder_bytes(run.folder / 'snapshots') / 1e6:,.1f} MB of states"
+    if piece.kind == "select":
+        after = plan.stages[piece.stage + 1]
+        asked = selection_config(plan, piece.stage).budget_tokens
+        wanted = round((after.steps or 0) * tokens) if asked is None else int(asked)
+        filtered = plan.selection_settings(piece.stage).get("mode", "reweight") != "reweight"
+        size = (
+            f"about {wanted * stored_bytes_per_token(run) / 1e6:,.1f} MB of data" if filtered else "no data is copied"
+        )
+        return f"about {wanted:,} tokens, {size}"
+    return _expected_embedding(plan, piece.stage, run, steps)
+
+
+def _expected_embedding(plan: PlanConfig, index: int, run: Run, steps: int) -> str:
+    config = selection_config(plan, index)
+    units = cost_units(config, run, read_target(config, run))
+    declared = plan.stages[index].windows
+    windows = window_steps(declared, steps) if declared else default_windows(steps)
+    total = sum(
+        units[name] * (windows[name][1] - windows[name][0]) / (run.window(name)[1] - run.window(name)[0])
+        for name in units
+    )
+    timed = [read_json(path)["unit_seconds"] for path in sorted(run.folder.glob("embeddings/*/timings.json"))]
+    seconds = [each for each in timed if each]
+    time = f", about {total * sum(seconds) / len(seconds):,.0f} s" if seconds else ""
+    return f"about {total:,.0f} forward+backward passes, {100 * total / steps:.0f} % of the stage{time}"
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def cost_table(run: Run, embeddings: dict[str, Embedding], out: Path, seconds: f
         rows.append(
             {"phase": f"embed {window}", "units": part.cost_units, "seconds": part.seconds, "bytes": size, "note": note}
         )
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    written = folder_bytes(out)
     rows.append({"phase": "select", "units": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
     columns = {"phase": pl.String, "units": pl.Float64, "seconds": pl.Float64, "bytes": pl.Int64, "note": pl.String}
     return pl.DataFrame(rows, schema=columns)

@@ -6,11 +6,14 @@ The trainer is the user's own command: a template, split as a shell would and ru
     {data}        the stage's data: `data` of the plan, or what the selection before the stage wrote
     {checkpoint}  state that the stage starts from: `checkpoint` of the stage before it (not in the first stage)
     {previous}    folder of the run before it (not in the first stage)
-    {name} {steps} and every setting of the stage
+    {lr} {schedule} {warmup_steps} {min_lr_ratio}   of the stage's `lr_schedule`, where it has one
+    {windows}     the stage's `windows` as JSON, where it has some
+    {name} {steps} {tokens} and every setting of the stage
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import string
 from collections.abc import Mapping
@@ -20,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from curate.config import Config
+from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.shards.write import SCHEDULE, STREAMS
 
@@ -29,19 +32,56 @@ _DEFAULTS: dict[str, Any] = {"schedule": {"kind": "early-late"}}  # a stage of k
 _NAME = r"^\w[\w.-]*$"
 
 
+class LrSchedule(Config):
+    """Learning rate of a stage, handed on to the trainer; the peak is held against what was recorded."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """The trainer's name for its course after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of warm-up."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """lr at the end, as a share of the peak."""
+
+
 class StageConfig(Config):
     """One training stage."""
 
     name: Annotated[str, Field(pattern=_NAME)]
     """Name of its folder."""
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Optimizer steps that its run must have."""
+    tokens: TokenCount | None = None
+    """Stored tokens that it trains on, e.g. 50M, to within a step; the selection before it delivers as many."""
+    lr_schedule: LrSchedule | None = None
+    """Learning rate; none: the command's own affair."""
+    windows: dict[str, tuple[int | float, int | float]] | None = None
+    """Windows to value, as in `RecorderConfig.windows`; none: the recorder's."""
+    target: Path | None = None
+    """Target of the selection after this stage; none: the plan's."""
     train: str | None = None
     """Command of this stage; none: the plan's."""
     settings: dict[str, str | int | float] = {}
     """More values for the template, e.g. {lr: 1e-3}."""
     selection: dict[str, Any] = {}
     """Settings of the selection after this stage, over the plan's."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.steps is None and self.tokens is None:
+            raise ValueError(f"stage {self.name} needs steps or tokens")
+        twice = sorted(set(self.settings) & set(self.words(own=False)))
+        if twice:
+            raise ValueError(f"settings.{twice[0]} of stage {self.name} is filled in by the plan itself; rename it")
+        return self
+
+    def words(self, *, own: bool = True) -> dict[str, Any]:
+        """What the template of its command may name, but for the places."""
+        known = {"name": self.name, "steps": self.steps, "tokens": self.tokens}
+        known |= self.lr_schedule.model_dump() if self.lr_schedule else {}
+        known["windows"] = json.dumps(self.windows, separators=(",", ":")) if self.windows else None
+        return {**(self.settings if own else {}), **{name: word for name, word in known.items() if word is not None}}
 
 
 class PlanConfig(Config):
@@ -52,7 +92,7 @@ class PlanConfig(Config):
     data: Path
     """Data of the first stage."""
     target: Path
-    """Target documents (JSONL)."""
+    """Target documents (JSONL); a stage may have its own."""
     train: str
     """Command that trains a stage, see above; it resumes where it is run again, and exits with 0 when it is done."""
     train_first: str | None = None
@@ -71,7 +111,7 @@ class PlanConfig(Config):
         if twice:
             raise ValueError(f"two stages are called {twice[0]}")
         for index, stage in enumerate(self.stages):
-            known = {"out", "data", "name", "steps", *stage.settings}
+            known = {"out", "data", *stage.words()}
             if index:
                 known |= {"checkpoint", "previous"}
             unknown = sorted(_placeholders(self.command(index)) - known)
@@ -81,6 +121,10 @@ class PlanConfig(Config):
                     + ("" if index else " (the first stage has no checkpoint: give it a train_first)")
                 )
         return self
+
+    def target_of(self, index: int) -> Path:
+        """Target of the selection after a stage."""
+        return self.stages[index].target or self.target
 
     def command(self, index: int) -> str:
         """Template of one stage."""
@@ -112,8 +156,7 @@ class PlanConfig(Config):
     def arguments(self, index: int) -> list[str]:
         """The command of one stage, filled in."""
         stage = self.stages[index]
-        values = {**stage.settings, "name": stage.name, "steps": stage.steps, "data": self.data_of(index)}
-        values["out"] = self.run_folder(index)
+        values = {**stage.words(), "data": self.data_of(index), "out": self.run_folder(index)}
         if index:
             values["previous"] = self.run_folder(index - 1)
             values["checkpoint"] = self.run_folder(index - 1) / self.checkpoint

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from curate.artifacts import folder_bytes
 from curate.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def trained_tokens(run: Run) -> dict[str, int]:
     samples = run.places.join(sample_uses(run.steps), on="sample_id")
     tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())
+
+
+def stored_bytes_per_token(run: Run) -> float:
+    """Bytes of the run's streams on disk, per stored token."""
+    return sum(folder_bytes(stream.folder) for stream in run.streams.values()) / int(run.catalogue["length"].sum())
 
 
 def fresh_shares(run: Run) -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,20 @@ import yaml
 from curate.artifacts import file_fingerprint, write_json
 from curate.config import parse_command
 from curate.errors import UserError
-from curate.schedule import BUSY, MORE, TRAINER_FAILED, ScheduleConfig, carry_out, describe, pieces, selection_config
+from curate.mixture.constraints import MixtureConfig
+from curate.schedule import (
+    BUSY,
+    MORE,
+    TRAINER_FAILED,
+    ScheduleConfig,
+    carry_out,
+    check_plan,
+    describe,
+    is_done,
+    pieces,
+    selection_config,
+)  # fmt: skip
+from curate.stages.check import check_data, check_stage, check_states, check_supply, open_stage
 from curate.stages.lock import locked
 from curate.stages.plan import load_plan
 from curate.trajectory.ledger import stages
@@ -21,6 +37,8 @@ from curate.trajectory.run import Run
 from tests.pipelines.test_pretrain import MODEL
 from tests.tiny import SEQ_LEN, write_tiny_streams, write_tiny_target
 
+pytestmark = pytest.mark.timeout(1800)
+PATIENCE = 900  # seconds; for machines that do other things too
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = (
     f"{sys.executable} -m pipelines.pretrain --out {{out}} --data {{data}} --model {{model}} --steps {{steps}} "
@@ -39,12 +57,13 @@ def write_plan(place, inputs, **changes):
         "train": TRAIN + " --init_from {checkpoint}",
         "train_first": TRAIN,
         "selection": {
-            "min_target_tokens": 100, "budget_tokens": 64 * SEQ_LEN, "tracking": {"mode": "none"},
+            "mode": "both", "min_target_tokens": 100, "budget_tokens": 64 * SEQ_LEN, "tracking": {"mode": "none"},
             "mixture": {"max_epochs": 20},
         },
         "stages": [{"name": name, **stage} for name in ("one", "two", "three")],
         **changes,
     }  # fmt: skip
+    place.mkdir(exist_ok=True)
     path = place / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
     return path
@@ -59,18 +78,23 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(plan, *options):
+def start(plan, *options, stderr=subprocess.PIPE):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "curate.schedule", "--plan", str(plan), *options], cwd=ROOT, env=environment,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=stderr, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 def final_bytes(folder):
     """What must not depend on interruptions: scores, mixtures, data, embeddings, states."""
     patterns = "*/selection/scores.parquet", "*/selection/mixture.yaml", "*/run/checkpoint.safetensors"
+    patterns += ("*/run/steps.parquet", "*/selection/data/mds/**/*.*")
     found = {str(path.relative_to(folder)): file_fingerprint(path) for each in patterns for path in folder.glob(each)}
+    for path in folder.glob("*/selection/data/schedule.yaml"):
+        entries = yaml.safe_load(path.read_text())
+        chosen = [{Path(s["local"]).name: s["choose"] for s in entry["streams"]} for entry in entries]
+        found[str(path.relative_to(folder))] = [entry["start_step"] for entry in entries], chosen
     arrays = sorted(path for path in folder.glob("*/run/embeddings/*/embeddings.npy"))
     return {**found, **{str(path.relative_to(folder)): file_fingerprint(path) for path in arrays}}
 
@@ -81,7 +105,7 @@ def whole(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path = write_plan(folder, inputs)
     runner = start(path)
-    _, errors = runner.communicate(timeout=280)
+    _, errors = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 0, errors
     return folder
 
@@ -97,7 +121,7 @@ def test_stages_follow_each_other(whole, inputs):
     assert plan.data_of(2) == whole / "plan" / "two" / "selection" / "data" / "schedule.yaml"
     assert selection_config(plan, 1).earlier == (plan.run_folder(0),)
     assert not (whole / "plan" / "three" / "selection").exists()
-    assert len(final_bytes(whole / "plan")) == 2 + 2 + 3 + 4
+    assert len([path for path in final_bytes(whole / "plan") if "mds" not in path]) == 2 + 2 + 3 + 3 + 2 + 4
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
@@ -106,7 +130,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, inputs, tmp_pat
     while True:
         runner = start(path)
         try:
-            runner.communicate(timeout=moments.uniform(3, 16) if kills < 7 else 280)
+            runner.communicate(timeout=moments.uniform(5, 25) if kills < 2 else PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(runner.pid, signal.SIGKILL)
             runner.communicate()
@@ -114,7 +138,41 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, inputs, tmp_pat
             continue
         assert runner.returncode == 0
         break
-    assert kills > 2
+    assert kills == 2
+    assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
+
+
+def in_phase(phase, stage, errors):
+    """Whether the runner works on a phase of a stage right now, by what lies there and what it said."""
+    run, selection = stage / "run", stage / "selection"
+    if phase == "train":
+        return (run / "trainer.json").exists()
+    if phase == "embed":
+        return any(run.glob("embeddings/*/*"))
+    if phase == "select":
+        return f"stage {stage.name}: select" in errors.read_text()
+    return (selection / "data").exists()  # write
+
+
+def test_killed_in_every_phase_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
+    path, errors = write_plan(tmp_path, inputs), tmp_path / "errors.txt"
+    done = {
+        "train": "run/steps.parquet", "embed": "run/embeddings/*late*/manifest.json",
+        "select": "selection/settings.json", "write": "selection/manifest.json",
+    }  # fmt: skip
+    for name, phase in (*(("one", phase) for phase in done), ("two", "train"), ("two", "write")):
+        stage = tmp_path / "plan" / name
+        with errors.open("w") as file:
+            runner = start(path, stderr=file)
+            deadline = time.monotonic() + PATIENCE
+            while not in_phase(phase, stage, errors) and time.monotonic() < deadline:
+                time.sleep(0.002)
+            os.killpg(runner.pid, signal.SIGKILL)
+            assert runner.wait() == -signal.SIGKILL
+        assert not list(stage.glob(done[phase])), f"{phase} of {name} was over before it was killed"
+    runner = start(path)
+    _, said = runner.communicate(timeout=PATIENCE)
+    assert runner.returncode == 0, said
     assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
 
 
@@ -165,9 +223,119 @@ def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, data=str(tmp_path / "other"))), once=True)
     with pytest.raises(UserError, match=r"has no final.pt for the next stage to start from"):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, checkpoint="final.pt")), once=True)
-    selection = {"min_target_tokens": 100, "tracking": {"mode": "none"}}
-    with pytest.raises(UserError, match=r"selection is complete but was made .*budget_tokens"):
+    selection = {"mode": "both", "min_target_tokens": 100, "tracking": {"mode": "none"}, "seed": 5}
+    with pytest.raises(UserError, match=r"selection is complete but was made .*seed: 0 there, 5 now"):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, selection=selection)), once=True)
+
+
+def test_what_a_trainer_did_otherwise_is_named(whole, inputs, tmp_path):
+    def refused(index=0, **stage):
+        stages = [{"name": "one", "steps": 8, "settings": {"model": "m"}, **stage}, {"name": "two", "steps": 8}]
+        plan = load_plan(write_plan(tmp_path, inputs, folder=str(whole / "plan"), stages=stages, train="t"))
+        run = open_stage(plan, index)
+        check_stage(plan, index, run)
+        check_states(plan, index, run)
+
+    refused()
+    refused(windows={"early": [0, 3], "late": [5, 8]}, lr_schedule={"lr": 3e-3}, tokens=8 * 8 * SEQ_LEN)
+    with pytest.raises(UserError, match=r"recorded the windows .*stage one of the plan has \{'early': \(0, 4\)"):
+        refused(windows={"early": [0, 0.5], "late": [5, 8]})
+    with pytest.raises(UserError, match=r"reached a learning rate of 0.003, stage one of the plan has 0.1"):
+        refused(lr_schedule={"lr": 0.1})
+    with pytest.raises(UserError, match=r"trained on 768 tokens, stage one of the plan has 2,000"):
+        refused(tokens="2K")
+
+
+def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, inputs, tmp_path):
+    shutil.copytree(whole / "plan", tmp_path / "plan")
+    plan = load_plan(write_plan(tmp_path, inputs))
+    one, two = (plan.run_folder(index) for index in (0, 1))
+    check_states(plan, 1, open_stage(plan, 1))
+    kept = (two / "checkpoint.safetensors").read_bytes()
+    shutil.copy(one / "checkpoint.safetensors", two / "checkpoint.safetensors")
+    for check in (lambda: check_states(plan, 1, open_stage(plan, 1)), lambda: check_data(plan, 2)):
+        with pytest.raises(
+            UserError, match=r"checkpoint.safetensors is not the state that .*run ended with \(.* differs"
+        ):
+            check()
+    (two / "checkpoint.safetensors").write_bytes(kept)
+    shutil.copy(one / "snapshots" / "step-00000000.safetensors", two / "snapshots")
+    with pytest.raises(UserError, match=r"two/run did not start from where .*one/run ended .*load \{checkpoint\}"):
+        check_states(plan, 1, open_stage(plan, 1))
+
+
+def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
+    shutil.copytree(whole / "plan", tmp_path / "elsewhere")
+    shutil.copytree(inputs / "data", tmp_path / "data")
+    recorded = tmp_path / "elsewhere" / "one" / "run" / "run.json"
+    recorded.write_text(recorded.read_text().replace(str(inputs / "data"), "/gone/data"))
+    moved = {"folder": str(tmp_path / "elsewhere"), "data": str(tmp_path / "data")}
+    plan = load_plan(write_plan(tmp_path, inputs, **moved))
+    assert open_stage(plan, 0).spec.streams["json"] == tmp_path / "data" / "json"
+    assert all(is_done(plan, piece) for piece in pieces(plan))
+    schedule = plan.data_of(1)
+    schedule.write_text(schedule.read_text().replace(str(inputs / "data"), "/gone/data"))
+    with pytest.raises(
+        UserError, match=r"schedule.yaml names /gone/data/\w+, which is not there: put it back, or delete"
+    ):
+        check_data(plan, 1)
+
+
+def test_stages_that_do_not_follow_are_refused_before_they_cost_anything(whole, inputs, tmp_path):
+    stage = {"settings": {"model": "m"}}
+    stages = [{"name": "one", "steps": 8, **stage}, {"name": "two", "steps": 8, "tokens": 500, **stage}]
+    with pytest.raises(UserError, match=r"two trains on 500 tokens, selection.budget_tokens before it is 768"):
+        check_plan(load_plan(write_plan(tmp_path, inputs, stages=stages)))
+    for missing, message in (("data", "holds no MDS streams"), ("target", "the target after stage one, is not there")):
+        with pytest.raises(UserError, match=message):
+            check_plan(load_plan(write_plan(tmp_path, inputs, **{missing: str(tmp_path / "gone")})))
+    stages = [{"name": "one", "steps": 8, **stage}, *({"name": f"s{i}", "steps": 8, **stage} for i in range(9))]
+    plan = load_plan(write_plan(tmp_path, inputs, folder=str(whole / "plan"), stages=stages))
+    with pytest.raises(UserError, match=r"up to s4 need 3,840 more tokens, the data has 3,072 left at .*max_epochs 2"):
+        check_supply(plan, 0, open_stage(plan, 0), MixtureConfig(max_epochs=2))
+    with pytest.raises(UserError, match="stage a needs steps or tokens"):
+        load_plan(write_plan(tmp_path, inputs, stages=[{"name": "a"}]))
+    clash = {"name": "a", "steps": 1, "lr_schedule": {"lr": 1.0}, "settings": {"lr": 2.0}}
+    with pytest.raises(UserError, match=r"settings.lr of stage a is filled in by the plan"):
+        load_plan(write_plan(tmp_path, inputs, stages=[clash]))
+
+
+def test_the_plan_hands_on_what_a_stage_says(inputs, tmp_path):
+    stage = {
+        "name": "one", "tokens": "2K", "windows": {"early": [0, 0.25]}, "settings": {"colour": "red"},
+        "lr_schedule": {"lr": 0.5, "warmup_steps": 7, "schedule": "linear"},
+    }  # fmt: skip
+    train = "t {tokens} {windows} {lr} {warmup_steps} {schedule} {min_lr_ratio} {colour} {out}"
+    later = {"name": "two", "steps": 3, "train": "t", "selection": {"mode": "filter"}}
+    plan = load_plan(write_plan(tmp_path, inputs, stages=[stage, later], train=train, train_first=None))
+    words = ["t", "2000", '{"early":[0,0.25]}', "0.5", "7", "linear", "0.1", "red", str(plan.run_folder(0))]
+    assert plan.arguments(0) == words
+    assert plan.data_of(1) == plan.selection_folder(0) / "data" / "schedule.yaml"
+    for kind, mode, path in (
+        ("throughout", "reweight", "streams.yaml"),
+        ("late", "filter", "mds/schedule.yaml"),
+        ("throughout", "filter", "mds"),
+    ):
+        selection = {"mode": mode, "schedule": {"kind": kind}}
+        plan = load_plan(
+            write_plan(tmp_path, inputs, stages=[stage, later], train=train, train_first="t", selection=selection)
+        )
+        assert plan.data_of(1) == plan.selection_folder(0) / "data" / path
+
+
+def test_the_dry_run_states_steps_tokens_bytes_and_cost(whole, inputs, tmp_path):
+    done = describe(load_plan(whole / "plan.yaml"))
+    assert re.search(r"done  train   one +8 steps, 768 tokens, [\d.]+ MB of states: ", done[0])
+    assert re.search(r"done  embed   one +\d+ forward\+backward passes, \d+ % of the stage, \d+ s, [\d.]+ MB", done[1])
+    assert re.search(r"done  select  one +768 tokens in 3 phases, [\d.]+ MB", done[2])
+    shutil.copytree(whole / "plan" / "one", tmp_path / "plan" / "one")
+    stages = [{"name": name, "steps": 8 * n, "settings": {"model": "m"}} for name, n in (("one", 1), ("two", 3))]
+    left = describe(load_plan(write_plan(tmp_path, inputs, stages=[*stages, {**stages[0], "name": "three"}])))
+    assert re.search(r"left  train   two +24 steps, about 2,304 tokens, about [\d.]+ MB of states: ", left[3])
+    assert re.search(r"left  embed   two +about \d+ forward\+backward passes, \d+ % of the stage, about \d+ s", left[4])
+    assert re.search(r"left  select  two +about 768 tokens, about [\d.]+ MB of data", left[5])
+    nothing = describe(load_plan(write_plan(tmp_path / "new", inputs)))
+    assert "known when the first stage is trained" in nothing[0]
 
 
 @pytest.mark.parametrize(
