@@ -19,6 +19,7 @@ from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams
 from curate.formats.phases import load_schedule
+from curate.optimizers.schedule import LrSchedule
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
@@ -95,10 +96,8 @@ class PretrainConfig(Config):
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Lr of one step: linear warm-up, then cosine to `min_lr_ratio` of the peak."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    schedule = LrSchedule(peak=config.lr, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio)
+    return schedule.lr(step, steps)
 
 
 def train(config: PretrainConfig) -> list[float]:

@@ -141,7 +141,7 @@ def preconditioners(
     found, kept = {}, optimizer_state(optimizers)
     for layer, settings in layer_settings(job, capture, record).items():
         weight = capture.weight(layer)
-        clipped = None if updated or weight.grad is None else weight.grad * record.clip_factor
+        clipped = None if updated or weight.grad is None else weight.grad * record.clipped
         found[layer] = layer_scale(capture, layer, kept.get(weight, {}), settings, clipped)
     return found
 

@@ -285,7 +285,7 @@ def row_scales(
     weights = [np.concatenate([np.asarray(part) for _, part in record.micro_batches]) for record in step_records]
     return np.concatenate(
         [
-            np.outer(own * record.clip_factor, [group.lr for group in groups])
+            np.outer(own * record.clipped, [group.lr for group in groups])
             for own, record, groups in zip(weights, step_records, settings, strict=True)
         ]
     )

@@ -179,10 +179,11 @@ class RunCapture:
         else:
             arrays["gradients"] = torch.cat(taken)
         if self._opens and self._total is not None:
-            norm = None if grad_norm is None else float(grad_norm)
-            arrays["gradient"] = self._total / clip_factor(norm, self._recorder.clip_norm)
-            if self._recorder.world == 1:
-                _check_sum(arrays)
+            factor = clip_factor(None if grad_norm is None else float(grad_norm), self._recorder.clip_norm)
+            if factor is not None:  # else what was clipped away is not known
+                arrays["gradient"] = self._total / factor
+                if self._recorder.world == 1:
+                    _check_sum(arrays)
         self._parts = []
         self._writer.put(self._step, arrays)
 

@@ -32,7 +32,7 @@ from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
-from curate.trajectory.run import STEPS, RunSpec
+from curate.trajectory.run import STEPS, RunSpec, keep_model_config
 from curate.trajectory.snapshots import as_sequence, named_parameters, save_state, snapshot_path, state_bytes
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class TrajectoryRecorder:
         self.first_step = first_step
         self.windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
-        task = self._own_copy(task)
+        task = keep_model_config(self.folder, task, write=self.rank == 0)
         self._spec = RunSpec(
             task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
             columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
@@ -223,18 +223,6 @@ class TrajectoryRecorder:
                 path.unlink()
             elif len(kept) < len(rows):
                 self._write(kept)
-
-    def _own_copy(self, task: TaskSpec) -> TaskSpec:
-        """Keep the model's config in the run, so that later edits of the original do not matter."""
-        source = task.model.hf_config
-        if source is None:
-            return task
-        copy = self.folder / "model" / "config.json"
-        if self.rank == 0:
-            with replacing(copy) as part:
-                part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
-        relative = copy.relative_to(self.folder)
-        return task.model_copy(update={"model": task.model.model_copy(update={"hf_config": relative})})
 
     def attach(self, observer: StepObserver) -> None:
         """Let another take part from the next step on, such as `curate.embeddings.run_capture.RunCapture`."""
@@ -369,9 +357,11 @@ class NoRecorder:
         """Nothing is written."""
 
 
-def clip_factor(grad_norm: float | None, clip_norm: float | None) -> float:
-    """`torch.nn.utils.clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6))."""
-    return 1.0 if grad_norm is None or clip_norm is None else min(1.0, clip_norm / (grad_norm + 1e-6))
+def clip_factor(grad_norm: float | None, clip_norm: float | None) -> float | None:
+    """`torch.nn.utils.clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6)); None where that is unknown."""
+    if clip_norm is None:
+        return 1.0
+    return None if grad_norm is None else min(1.0, clip_norm / (grad_norm + 1e-6))
 
 
 def _detached(value: Any) -> Any:

@@ -41,18 +41,32 @@ class StepRecord:
     Attributes:
         step: its number.
         micro_batches: sample ids and weights `c_z` of each micro-batch, over all ranks.
-        loss: recorded `L_k`, nats per token.
+        loss: recorded `L_k`, nats per token, or None.
         grad_norm: recorded norm before clipping, or None.
-        clip_factor: what clipping multiplied the gradient by.
+        clip_factor: what clipping multiplied the gradient by; None where that is not known.
         groups: settings per parameter group.
     """
 
     step: int
     micro_batches: list[tuple[list[int], list[float]]]
-    loss: float
+    loss: float | None
     grad_norm: float | None
-    clip_factor: float
+    clip_factor: float | None
     groups: list[GroupSettings]
+
+    @property
+    def clipped(self) -> float:
+        """The clip factor.
+
+        Raises:
+            UserError: it is not known.
+        """
+        if self.clip_factor is None:
+            raise UserError(
+                f"the gradient norm of step {self.step} was not recorded, so what clipping did there is not known: "
+                "pass it to end_step (or log it), or use the adjoint estimator, which measures it"
+            )
+        return self.clip_factor
 
     @property
     def size(self) -> int:
@@ -295,16 +309,20 @@ class Replay:
         for optimizer in optimizers:
             optimizer.step()
 
+    def gradient_norm(self) -> float:
+        """Global norm of what is in `.grad`."""
+        from torch.nn.utils import get_total_norm
+
+        parameters = named_parameters(self.model).values()
+        return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
     def check(self, record: StepRecord, loss: float) -> None:
         """Hold a step's loss and the norm of what is in `.grad` against the record.
 
         Raises:
             UserError: one differs by more than the tolerance; a NaN differs from everything.
         """
-        from torch.nn.utils import get_total_norm
-
-        parameters = named_parameters(self.model).values()
-        norm = float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = self.gradient_norm()
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
             if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(

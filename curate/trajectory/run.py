@@ -38,9 +38,9 @@ STEPS = pl.Schema(
         ("sample_ids", pl.List(pl.Int64)),
         ("weights", pl.List(pl.Float32)),  # c_z of L_k = sum over all ranks and micro-batches of c_z l_z
         ("tokens", pl.List(pl.Int32)),  # predicted tokens per sample
-        ("loss", pl.Float64()),  # L_k, nats per token, the same on every row of a step
-        ("grad_norm", pl.Float64()),  # before clipping; null where the trainer does not clip
-        ("clip_factor", pl.Float64()),  # what clipping multiplied the gradient by
+        ("loss", pl.Float64()),  # L_k, nats per token, the same on every row of a step; null where it was not logged
+        ("grad_norm", pl.Float64()),  # before clipping; null where the trainer does not measure it
+        ("clip_factor", pl.Float64()),  # what clipping multiplied the gradient by; null where it is not known
         ("groups", pl.List(pl.Struct(_SETTINGS))),  # one entry per parameter group
     ]
 )
@@ -194,14 +194,40 @@ class Run:
     @cached_property
     def catalogue(self) -> pl.DataFrame:
         """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
-        indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in self.streams.items()}
-        stamp = fingerprint([CATALOGUE, indexes])
-        path = self.folder / f"catalogue-{stamp}.parquet"
-        if not path.exists():
-            frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in self.streams.items()]
-            with replacing(path) as part:
-                pl.concat(frames).write_parquet(part)
-        return pl.read_parquet(path)
+        return read_catalogue(self.folder, self.streams)
+
+
+def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
+    """Every sample of some streams, by domain; kept in the folder of their run. See `Run.catalogue`."""
+    indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in streams.items()}
+    path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
+    if not path.exists():
+        frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
+        with replacing(path) as part:
+            pl.concat(frames).write_parquet(part)
+    return pl.read_parquet(path)
+
+
+def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:
+    """Copy the model's config into the run, so that later edits of the original do not matter.
+
+    Args:
+        folder: the run.
+        task: as the trainer gave it.
+        write: whether this process does the writing.
+
+    Returns:
+        The task with the config's place relative to the run.
+    """
+    source = task.model.hf_config
+    if source is None:
+        return task
+    copy = folder / "model" / "config.json"
+    if write:
+        with replacing(copy) as part:
+            part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
+    model = task.model.model_copy(update={"hf_config": copy.relative_to(folder)})
+    return task.model_copy(update={"model": model})
 
 
 def _resolved(spec: RunSpec, folder: Path) -> RunSpec:

@@ -63,7 +63,7 @@ def tracin(replay: Replay, anchors: AnchorSet, window: tuple[int, int]) -> Float
         if targets is None or (record.step - window[0]) % _TRACIN_EVERY == 0:
             targets = anchor_gradients(task, layout, anchors, 48)
         theta = layout.flatten(named_parameters(replay.model)).detach().clone()
-        scale = record.groups[0].lr * record.clip_factor
+        scale = record.groups[0].lr * record.clipped
         for batch in replayed.batches:
             for part, gradients in sample_gradients(task, layout, batch, theta, layout.names):
                 rows.append(scale * part.weights[:, None] * (gradients @ targets.T))

@@ -1,0 +1,273 @@
+"""Checkpoints of other programs, as tensors under the keys of a snapshot (`curate.trajectory.snapshots`).
+
+Three kinds are read: files of `torch.save` (with `weights_only=True`), safetensors (a file, or a folder with
+`model.safetensors` or its index), and folders of `torch.distributed.checkpoint`. No object is unpickled but tensors,
+containers and, for a distributed checkpoint, the classes of its own index.
+
+Optimizer state may be that of `optimizer.state_dict()` (numbered parameters, in the order of the groups) or of
+`torch.distributed.checkpoint.state_dict` (parameters by name).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from curate.artifacts import read_json
+from curate.config import Config
+from curate.errors import UserError
+from curate.optimizers.settings import BUFFERS, GroupSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
+_INDEX_CLASSES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_INDEX_OTHERS = {
+    ("builtins", "set"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch.serialization", "_get_layout"),
+}
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+
+
+class CheckpointKeys(Config):
+    """Where a checkpoint holds what, as dotted keys; an empty one: at its top."""
+
+    model: str = "model"
+    """The model's `state_dict()`."""
+    optimizers: tuple[str, ...] = ("optimizer",)
+    """Each optimizer's `state_dict()`, in the order of `optimizers`."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint by dotted key (`model.embedding.weight`, `optimizer.state.0.exp_avg`).
+
+    Returns:
+        Tensors, and numbers and texts of a `torch.save` file (hyper-parameters).
+
+    Raises:
+        UserError: there is none, it is damaged, or it holds pickled objects.
+    """
+    if not path.exists():
+        raise UserError(f"checkpoint {path} is not there; correct `checkpoints`")
+    if path.is_dir() and (path / ".metadata").exists():
+        return _read_distributed(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return dict(_flat(_read_torch(path)))
+
+
+def _read_torch(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split(".")[0].strip()
+        raise UserError(
+            f"checkpoint {path} holds more than tensors ({reason}); curate unpickles no objects: load it where you "
+            "trust it and save model.state_dict() and optimizer.state_dict() alone with torch.save"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}{key}.")
+    elif isinstance(value, list | tuple) and prefix.endswith("param_groups."):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}{index}.")
+    else:
+        yield prefix[:-1], value
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = [path]
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = [path / name for name in names]
+    tensors: dict[str, Any] = {}
+    for file in files:
+        try:
+            tensors |= load_file(str(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {file} cannot be read ({error})") from None
+    return tensors
+
+
+def _read_distributed(path: Path) -> dict[str, Any]:
+    """Every tensor of a folder of `torch.distributed.checkpoint`, in this process; pickled values are left out."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    class Reader(FileSystemReader):
+        """Reads the index without running what somebody may have pickled into it."""
+
+        def read_metadata(self, *arguments: Any, **settings: Any) -> Metadata:
+            with (path / ".metadata").open("rb") as file:
+                metadata: Metadata = _IndexUnpickler(file).load()
+            metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    try:
+        reader = Reader(path)
+        entries = reader.read_metadata().state_dict_metadata
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # says that it loads in a single process, as we mean it to
+            load(dict(tensors), storage_reader=reader, no_dist=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError) as error:
+        raise UserError(
+            f"distributed checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from None
+    return dict(tensors)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the index of a distributed checkpoint: its own classes, and torch's types and sizes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        own = module in _INDEX_CLASSES and "." not in name
+        kinds = (torch.dtype, torch.layout, torch.memory_format)
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), kinds)):
+            return getattr(torch, name)
+        if own or (module, name) in _INDEX_OTHERS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
+
+
+def snapshot_tensors(
+    found: Mapping[str, Any], keys: CheckpointKeys, model: nn.Module, optimizers: Sequence[Sequence[Sequence[str]]]
+) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a checkpoint under the keys of a snapshot.
+
+    Args:
+        found: see `read_checkpoint`.
+        keys: where they lie.
+        model: the model; tells tied tensors, of which one name is enough.
+        optimizers: per optimizer, per group, the names of its parameters.
+
+    Returns:
+        The tensors, and whether optimizer state is among them. A file with the keys of a snapshot is taken as it is.
+
+    Raises:
+        UserError: tensors of the model are missing or unknown, or optimizer state does not belong to its parameters.
+    """
+    if any(
+        key.startswith("optimizer.") and key.rpartition(".")[2] in _BUFFERS and ".state." not in key for key in found
+    ):
+        return dict(found), True
+    state = _model_state(found, keys.model, model)
+    kept: dict[str, Any] = {}
+    for prefix, groups in zip(keys.optimizers, optimizers, strict=False):
+        kept |= _optimizer_state(found, prefix, [name for group in groups for name in group])
+    return {**state, **kept}, bool(kept)
+
+
+_BUFFERS = frozenset().union(*BUFFERS.values())
+
+
+def _below(found: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Entries below a dotted key, without it."""
+    start = f"{prefix}." if prefix else ""
+    return {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
+
+
+def _clean(name: str) -> str:
+    return _WRAPPERS.sub("", _PREFIXES.sub("", name))
+
+
+def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    import torch
+
+    inside = _below(found, prefix) or dict(found)
+    there = {_clean(key): value for key, value in inside.items() if isinstance(value, torch.Tensor)}
+    names: dict[int, list[str]] = {}
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    missing = [each[0] for each in names.values() if not any(name in there for name in each)]
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the model's {len(names)} tensors, first {missing[0]} (it has "
+            f"{', '.join(sorted(found)[:4])}, ...); set checkpoint_keys.model to the key of model.state_dict()"
+        )
+    unknown = sorted(set(there) - set(own))
+    if unknown and prefix and _below(found, prefix):
+        raise UserError(f"the checkpoint is of another model: it has {unknown[0]}, which the description's has not")
+    taken = {each[0]: next(there[name] for name in each if name in there) for each in names.values()}
+    for name, tensor in taken.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} "
+                "in the description's"
+            )
+    return {f"model.{name}": tensor for name, tensor in taken.items()}
+
+
+def _optimizer_state(found: Mapping[str, Any], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """State by snapshot key; empty where there is none."""
+    import torch
+
+    state: dict[str, Tensor] = {}
+    numbered = {str(index): name for index, name in enumerate(names)}
+    for key, value in _below(found, f"{prefix}.state").items():
+        owner, _, buffer = key.rpartition(".")
+        name = numbered.get(owner, _clean(owner))
+        if name not in names:
+            raise UserError(
+                f"{prefix}.state of the checkpoint has {key}, but the description gives that optimizer "
+                f"{len(names)} parameters, none of that name or number: correct optimizers.groups"
+            )
+        if buffer in _BUFFERS and value is not None:
+            state[f"optimizer.{name}.{buffer}"] = (
+                value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+            )
+    return state
+
+
+def check_settings(found: Mapping[str, Any], prefix: str, groups: Sequence[GroupSettings]) -> None:
+    """Hold hyper-parameters that a `torch.save` checkpoint has against the description's; lr is not compared.
+
+    Raises:
+        UserError: one differs.
+    """
+    stored = _below(found, f"{prefix}.param_groups")
+    count = len({key.partition(".")[0] for key in stored})
+    if not count:
+        return
+    if count != len(groups):
+        raise UserError(f"{prefix} of the checkpoint has {count} parameter groups, the description {len(groups)}")
+    for index, settings in enumerate(groups):
+        there = _below(stored, str(index))
+        for key, value in settings.as_group().items():
+            known = there.get(key, value)
+            same = tuple(known) == tuple(value) if isinstance(value, tuple | list) else known == value
+            if key not in ("lr", "adjust_lr_fn") and known is not None and not same:
+                raise UserError(
+                    f"group {index} of {prefix} has {key} {known} in the checkpoint, {value} in the description"
+                )

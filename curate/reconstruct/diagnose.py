@@ -1,0 +1,128 @@
+"""When a description does not give the logged losses: is it one wrong setting, and which?
+
+Each setting that a user may have got wrong is tried alone, and the loss of the first step after each checkpoint is
+compared with the log: forward passes only. What fits is proposed, never taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.errors import UserError
+from curate.formats.order import SampleOrder
+from curate.reconstruct.check import batch_loss, telling
+from curate.reconstruct.records import content, micro_batches, sample_weights
+from curate.trajectory.replay import StepRecord
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.reconstruct.description import ReconstructConfig
+    from curate.trajectory.replay import Replay
+
+_SEEDS = (0, 1, 2, 17, 42, 123, 1234, 9176)
+_ALGORITHMS = ("py1e", "py1s", "py1br", "py2s", "naive")
+_NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+_MOST_CHECKPOINTS = 4
+
+
+def variants(config: ReconstructConfig) -> Iterator[tuple[str, ReconstructConfig]]:
+    """Descriptions that differ in one setting, with its name."""
+    dataset, loader = config.dataset, config.loader
+    seed = int(dataset.get("shuffle_seed", 9176))
+    tried: dict[str, tuple[Any, ...]] = {
+        "shuffle": (not dataset.get("shuffle", False),),
+        "shuffle_seed": tuple(dict.fromkeys((seed + 1, max(seed - 1, 0), *_SEEDS))),
+        "shuffle_algo": _ALGORITHMS,
+        "num_canonical_nodes": (None, *(nodes * loader.nodes for nodes in _NODES)),
+        "shuffle_block_size": (None, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 4_000_000),
+        "sampling_method": ("balanced", "fixed"),
+        "batching_method": ("random", "stratified", "per_stream", "device_per_stream"),
+    }
+    for name, values in tried.items():
+        for value in values:
+            if value != dataset.get(name, "as by default"):
+                yield f"dataset.{name} {value}", config.model_copy(update={"dataset": {**dataset, name: value}})
+    changed: list[tuple[str, dict[str, Any]]] = [("first_epoch", {"first_epoch": loader.first_epoch + 1})]
+    changed += [("workers", {"workers": workers}) for workers in (0, 1, 2, 4, 8, 16) if workers != loader.workers]
+    changed += [("drop_last", {"drop_last": not loader.drop_last}), ("resumed", {"resumed": ()})]
+    for name, update in changed:
+        yield f"loader.{name} {update[name]}", config.model_copy(update={"loader": loader.model_copy(update=update)})
+    for mean in ("token", "sample"):
+        for over in ("step", "rank", "micro_batch"):
+            loss = config.loss.model_copy(update={"mean": mean, "over": over})
+            yield f"loss.mean {mean} and loss.over {over}", config.model_copy(update={"loss": loss})
+    yield "the streams in reverse order", config.model_copy(update={"streams": dict(reversed(config.streams.items()))})
+
+
+def diagnose(config: ReconstructConfig, replay: Replay, catalogue: pl.DataFrame, losses: dict[int, float]) -> list[str]:
+    """Which single settings would make the logged losses.
+
+    Args:
+        config: the description that does not.
+        replay: of the run that was built from it.
+        catalogue: of its streams.
+        losses: logged loss by step.
+
+    Returns:
+        The settings, as a user writes them.
+    """
+    steps = [step for step in replay.run.snapshots if step in losses][:_MOST_CHECKPOINTS]
+    shifted = {
+        f"log.first_step {config.log.first_step - by}": {step: losses.get(step - by) for step in steps}
+        for by in (1, -1)
+    }
+    known: dict[str, dict[int, StepRecord]] = {"as described": _batches(config, catalogue, steps)}
+    for name, variant in variants(config):
+        found = _batches(variant, catalogue, steps)
+        if found:
+            known[name] = found
+    replayed: dict[str, dict[int, float]] = {name: {} for name in known}
+    for step in steps:
+        replay.load(step)
+        for name, records in known.items():
+            replayed[name][step] = batch_loss(replay, replay.batches(records[step]))
+    wanted: dict[int, float | None] = {step: losses[step] for step in steps}
+    base = replayed.pop("as described")
+    hints = [name for name, found in replayed.items() if _fits(found, wanted, base, replay.tolerance)]
+    # a log that is off by one: the described order, other steps' losses
+    return hints + [name for name, logged in shifted.items() if _fits(base, logged, None, replay.tolerance)]
+
+
+def _fits(
+    found: dict[int, float], logged: dict[int, float | None], base: dict[int, float] | None, tolerance: float
+) -> bool:
+    """Whether all losses agree, and at least one of them did not as described."""
+    pairs = [(found[step], value, step) for step, value in logged.items() if value is not None]
+    agree = all(math.isclose(loss, value, rel_tol=tolerance) for loss, value, _ in pairs)
+    return (
+        bool(pairs) and agree and (base is None or any(telling(base[step], loss, value) for loss, value, step in pairs))
+    )
+
+
+def _batches(config: ReconstructConfig, catalogue: pl.DataFrame, steps: list[int]) -> dict[int, StepRecord]:
+    """What a description would train on at some steps; nothing where streaming refuses it."""
+    ids, tokens = content(catalogue, list(config.streams))
+    last, found = max(steps), {}
+    try:
+        order = SampleOrder(list(config.streams.values()), config.dataset, config.loader)
+        for step, ranks in enumerate(micro_batches(config.model_copy(update={"steps": last + 1}), order)):
+            if step in steps:
+                weights = sample_weights([[tokens[part] for part in rank] for rank in ranks], config.loss)
+                found[step] = _record(step, ids, ranks, weights)
+    except UserError:
+        return {}
+    return found
+
+
+def _record(step: int, ids: np.ndarray[Any, Any], ranks: list[Any], weights: list[Any]) -> StepRecord:
+    parts = [
+        (ids[part].tolist(), own.tolist())
+        for rank, shares in zip(ranks, weights, strict=True)
+        for part, own in zip(rank, shares, strict=True)
+    ]
+    return StepRecord(step=step, micro_batches=parts, loss=None, grad_norm=None, clip_factor=None, groups=[])
