@@ -11,6 +11,7 @@ from pydantic import Field
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
+from curate.errors import UserError
 from curate.index.build import IndexConfig
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
@@ -33,8 +34,13 @@ class EmbedConfig(Config):
     """Where runs are looked for."""
     window: Literal["early", "late", "both"] = "both"
     """Window or windows of the run to value."""
+    windows: Literal["declared", "auto"] = "declared"
+    """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves, or
+    from a value curve of `python -m pipelines.phases` in its folder."""
     window_steps: int | None = Field(default=None, ge=1)
     """Value only the last steps of each window, as many as this; none: the whole window."""
+    window_every: int = Field(default=1, ge=1)
+    """Value the samples of every n-th step only (adjoint and anchors); all steps are replayed and walked back."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
     horizon: Literal["window_end", "stage_end"] | int = "window_end"
@@ -63,7 +69,7 @@ class EmbedConfig(Config):
     """Settings of the FAISS index."""
 
     @property
-    def windows(self) -> list[str]:
+    def window_names(self) -> list[str]:
         """Names of the windows to embed."""
         return ["early", "late"] if self.window == "both" else [self.window]
 
@@ -83,17 +89,23 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
         UserError: bad run, target or settings.
     """
     from curate.embeddings.store import embed_window
+    from curate.trajectory.windows import run_windows
 
+    if config.windows == "auto":
+        for part in run_windows(run).values():
+            _log.info("%s", part.line)
     estimator, jobs = _plan(config, run, target)
     horizon: Horizon = config.horizon
     for window, job in jobs.items():
         if not _is_complete(config, window, job, estimator):
             units = estimator.cost_units(job)
+            lead = job.start - run.snapshot_before(job.start)
             _log.info(
                 "%s: the %s window (steps %d to %d, target read at %d) will cost about %.0f forward+backward passes, "
-                "%.0f %% of the stage's %d",
-                estimator.name, window, job.start, job.stop, job.horizon, units, 100 * units / run.spec.steps,
-                run.spec.steps,
+                "%.0f %% of the stage's %d%s",
+                estimator.name, window, job.start, job.stop, job.horizon, units + lead,
+                100 * (units + lead) / run.spec.steps, run.spec.steps,
+                f" ({lead} of them to replay from the snapshot before it)" if lead else "",
             )  # fmt: skip
     embeddings = {window: embed_window(job, window, horizon, estimator) for window, job in jobs.items()}
     for embedding in embeddings.values():
@@ -120,10 +132,14 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
     from curate.embeddings.store import plan_job
     from curate.target import check_vocabulary
     from curate.trajectory.replay import Replay
+    from curate.trajectory.windows import run_windows
 
     replay = Replay(run, config.device, config.tolerance)
     if target is not None:
         check_vocabulary(target, replay.task)
+    if config.window_every > 1 and config.estimator not in ("adjoint", "anchors"):
+        raise UserError(f"estimator {config.estimator} values every step; window_every needs adjoint or anchors")
+    found = {} if config.windows == "declared" else run_windows(run)
     jobs = {
         window: plan_job(
             replay,
@@ -132,8 +148,10 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
             target,
             batch_size=config.target_batch_size,
             window_steps=config.window_steps,
+            every=config.window_every,
+            borders=(found[window].start, found[window].stop) if found else None,
         )
-        for window in config.windows
+        for window in config.window_names
     }
     return make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam), jobs
 

@@ -216,9 +216,9 @@ def _mix(
     from curate.mixture.schedule import decide_stage
     from curate.shards.plan import make_plan, make_pool, supply_of
 
-    if config.mixture.window not in config.windows:
+    if config.mixture.window not in config.window_names:
         raise UserError(
-            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.windows}; "
+            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
             "set window or mixture.window"
         )
     if config.shards.consume_once and config.mode != "filter":

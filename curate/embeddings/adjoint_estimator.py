@@ -149,7 +149,7 @@ class AdjointEstimator:
         bridged = bridge / self.config.bridge_every
         sequences = sum(len(each) for each in anchors.batches)
         replay = plan.replays * (window + bridge)
-        return replay + (window + bridged) * curvature + window * own + sequences / batch
+        return replay + (window + bridged) * curvature + window * own / job.every + sequences / batch
 
     def encode(self, job: WindowJob) -> Encoded:
         """Unit vectors where its halves are anchors; else coordinates in the anchors' basis, with the residual.
@@ -205,7 +205,7 @@ class AdjointEstimator:
         curvature = 1.0 if valued else bridge_curvature(step, job.stop, job.horizon, every)
         return StepOptions(
             own_step=self.config.own_step, hessian=self.config.hessian, hessian_share=self.config.hessian_share,
-            rows=valued, curvature=curvature, at_once=self.config.at_once,
+            rows=job.values_step(step), curvature=curvature, at_once=self.config.at_once,
         )  # fmt: skip
 
     def _plan(self, job: WindowJob, stop: int) -> StatePlan:
@@ -255,6 +255,7 @@ class AdjointEstimator:
         for path in sorted(job.folder.parent.glob(f"*/{MANIFEST}")):
             settings = {"own_step": None, **read_json(path)["settings"]}
             start = settings.pop("window")[0]
+            settings.pop("every", None)
             same = settings | {"own_step": wanted["own_step"]} == wanted
             if same and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
                 found[start] = path.parent
@@ -291,7 +292,7 @@ def optimizer_metric(replay: Replay, optimizers: Sequence[Optimizer], horizon: i
 
 def _row_starts(job: WindowJob) -> dict[int, int]:
     """First row of each step of the window."""
-    step_records = list(records(job.replay.run, job.start, job.stop))
+    step_records = [each for each in records(job.replay.run, job.start, job.stop) if job.values_step(each.step)]
     starts = np.cumsum([0, *(record.size for record in step_records)]).tolist()
     return {record.step: start for record, start in zip(step_records, starts, strict=False)}
 

@@ -78,13 +78,15 @@ def plan_job(
     *,
     batch_size: int,
     window_steps: int | None = None,
+    borders: tuple[int, int] | None = None,
+    every: int = 1,
 ) -> WindowJob:
-    """The job of one declared window, or of its last `window_steps`.
+    """The job of one declared window (or of other borders), or of its last `window_steps`.
 
     Raises:
         UserError: the run declared no such window, or the horizon is not between its end and the stage's.
     """
-    start, stop = replay.run.window(window)
+    start, stop = borders or replay.run.window(window)
     start = start if window_steps is None else max(start, stop - window_steps)
     steps = replay.run.spec.steps
     end = {"window_end": stop, "stage_end": steps}.get(str(horizon), horizon)
@@ -94,7 +96,9 @@ def plan_job(
             f"horizon {end} is not between the end of the {window} window ({stop}) and the end of the stage ({steps}): "
             "give a step from there, window_end or stage_end, or value one window alone"
         )
-    return WindowJob(replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size)
+    return WindowJob(
+        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, every=every
+    )
 
 
 def horizon_name(horizon: Horizon) -> str:
@@ -109,6 +113,7 @@ def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: E
         "window": [job.start, job.stop],
         "horizon": job.horizon,
         "estimator": estimator.name,
+        **({"every": job.every} if job.every > 1 else {}),
         **estimator.settings(job),
     }
     name = f"{window}-{horizon_name(horizon)}-{estimator.name}-{fingerprint(settings)[:8]}"
@@ -126,7 +131,7 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
     if not is_complete(folder, settings):
         job.scratch.mkdir(parents=True, exist_ok=True)
         begin = perf_counter()
-        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon))
+        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon), job.every)
         with replacing(folder / "rows.parquet") as part:
             rows.write_parquet(part)
         vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))

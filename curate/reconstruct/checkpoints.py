@@ -204,10 +204,11 @@ def _clean(name: str) -> str:
 def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dict[str, Tensor]:
     import torch
 
-    inside = _below(found, prefix) or dict(found)
-    there = {_clean(key): value for key, value in inside.items() if isinstance(value, torch.Tensor)}
-    names: dict[int, list[str]] = {}
     own = model.state_dict(keep_vars=True)
+    nested = {_clean(key): value for key, value in _below(found, prefix).items() if isinstance(value, torch.Tensor)}
+    top = {_clean(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    there = nested if set(own) & set(nested) else top  # a model's own names may begin like the prefix ("model.")
+    names: dict[int, list[str]] = {}
     for name, tensor in own.items():
         names.setdefault(id(tensor), []).append(name)
     missing = [each[0] for each in names.values() if not any(name in there for name in each)]
@@ -217,7 +218,7 @@ def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dic
             f"{', '.join(sorted(found)[:4])}, ...); set checkpoint_keys.model to the key of model.state_dict()"
         )
     unknown = sorted(set(there) - set(own))
-    if unknown and prefix and _below(found, prefix):
+    if unknown and there is nested:
         raise UserError(f"the checkpoint is of another model: it has {unknown[0]}, which the description's has not")
     taken = {each[0]: next(there[name] for name in each if name in there) for each in names.values()}
     for name, tensor in taken.items():

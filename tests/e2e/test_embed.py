@@ -14,6 +14,7 @@ from curate.errors import UserError
 from curate.target import load_target
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
+from curate.trajectory.windows import Found
 from tests.tiny import Training, record_tiny_run
 
 
@@ -69,3 +70,28 @@ def test_a_horizon_is_a_name_or_a_step():
         assert parse_command(EmbedConfig, "embed", "", ["--horizon", text]).horizon == wanted
     with pytest.raises(UserError, match="horizon"):
         parse_command(EmbedConfig, "embed", "", ["--horizon", "soon"])
+
+
+def test_every_second_step_is_valued_as_it_is_in_the_whole_window(folder, run):
+    target = load_target(folder / "foreign.jsonl", run.spec, 100)
+    whole = embed(config_of(run, folder, estimator="adjoint"), run, target)["early"]
+    half = embed(config_of(run, folder, estimator="adjoint", window_every=2), run, target)["early"]
+    kept = (whole.rows["step"] % 2 == 0).to_numpy()
+    assert half.rows["step"].unique().sort().to_list() == [0, 2]
+    assert half.rows["sample_id"].to_list() == whole.rows["sample_id"].to_numpy()[kept].tolist()
+    assert np.array_equal(np.asarray(half.vectors), np.asarray(whole.vectors)[kept])
+    with pytest.raises(UserError, match="dvemb values every step"):
+        embed(config_of(run, folder, estimator="dvemb", window_every=2), run, target)
+
+
+def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
+    found = {"early": Found(start=2, stop=5, changes=5, line="early window: why")}
+    monkeypatch.setattr("curate.trajectory.windows.run_windows", lambda run: found)
+    target = load_target(folder / "foreign.jsonl", run.spec, 100)
+    with caplog.at_level(logging.INFO):
+        embedding = embed(config_of(run, folder, estimator="adjoint", windows="auto"), run, target)["early"]
+    assert embedding.rows["step"].unique().sort().to_list() == [2, 3, 4]
+    said = caplog.text
+    assert (
+        said.index("early window: why") < said.index("steps 2 to 5") < said.index("replay from the snapshot before it")
+    )
