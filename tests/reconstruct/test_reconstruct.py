@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from curate.errors import UserError
 from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, judge
-from curate.reconstruct.checkpoints import read_checkpoint
+from curate.reconstruct.checkpoints import CheckpointKeys, read_checkpoint, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
 from curate.select import SelectConfig, select
 from curate.trajectory.replay import Replay, records
@@ -270,3 +270,20 @@ def test_a_comparison_that_cannot_fail_is_no_proof():
     with pytest.raises(UserError, match="nothing can be checked"):
         judge([], list)
     judge([same, Compared(**{**vars(same), "tells": True})], list)
+
+
+class Named(torch.nn.Module):
+    """Its parameters are called like a key of a checkpoint, as those of Hugging Face models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_model_whose_names_begin_like_the_key_of_its_state(prefix):
+    model = Named()
+    found = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors, whole = snapshot_tensors(found, CheckpointKeys(), model, [[["model.weight", "model.bias"]]])
+    assert sorted(tensors) == ["model.model.bias", "model.model.weight"]
+    assert not whole
