@@ -3,7 +3,8 @@
 A GPT-2 on real text (source files of Python's library, bytes as tokens). Every contender has its own model and
 takes its step in turn, in an order that changes from round to round, in one process; seconds are CPU time of all its
 threads, the waiting for the writer's included. Ratios are medians over rounds with a bootstrap bound. Multiplications
-are counted by torch's dispatcher, bytes by its allocator, each in one more step.
+are counted by torch's dispatcher, bytes by its allocator, each in one more step. Ctrl-C ends a model's rounds; what was
+measured until then is reported.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Contender:
     Attributes:
         model: its own.
         optimizers: those that it has so far.
+        pending: whether its next step begins by using the gradient of the last one.
         step: takes a batch with its sample ids.
         close: ends it.
         seconds: CPU time of each round.
@@ -88,6 +90,7 @@ class Contender:
 
     model: nn.Module
     optimizers: list[Optimizer] = field(default_factory=list)
+    pending: bool = False
     step: Callable[[list[int], Batch], object] = field(default=lambda _ids, _batch: None)
     close: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
@@ -233,7 +236,7 @@ class Bench:
         replay = Replay(Run(folder))
         capture = GradientCapture(replay.model, self.config.width, 0)
         rows = np.zeros((self.config.batch_size, capture.size), np.float32)
-        contender = Contender(model=replay.model)
+        contender = Contender(model=replay.model, pending=True)
 
         def steps() -> Generator[None, None, None]:
             with capture:
@@ -256,12 +259,13 @@ class Bench:
     def measure(self) -> list[dict[str, Any]]:
         """Rows of the issue's form, one per case."""
         contenders = {case: self.contender(case) for case in CASES}
-        for number in progress(range(WARM_UP + self.pairs), total=WARM_UP + self.pairs, what=f"{self.model} rounds"):
-            for case in np.roll(CASES, number):
-                one, (ids, batch) = contenders[case], self.batch(number)
-                begin = process_time()
-                one.step(ids, batch)
-                one.seconds.append(process_time() - begin)
+        try:
+            self._rounds(contenders)
+        except KeyboardInterrupt:
+            self.pairs = min(len(one.seconds) for one in contenders.values()) - WARM_UP
+            if self.pairs < 1:
+                raise
+            _log.warning("%s: interrupted, the numbers are of %d rounds", self.model, self.pairs)
         counted = {case: _multiplications(partial(one.step, *self.batch(0))) for case, one in contenders.items()}
         peaks = {case: _peak_bytes(one, *self.batch(1)) for case, one in contenders.items()}
         for one in contenders.values():
@@ -274,11 +278,21 @@ class Bench:
         _log.info("%s: %.2f %% of a recorded step is spent inside the recorder's calls", self.model, 100 * share)
         return rows
 
+    def _rounds(self, contenders: dict[str, Contender]) -> None:
+        total = WARM_UP + self.pairs
+        for number in progress(range(total), total=total, what=f"{self.model} rounds"):
+            for case in np.roll(CASES, number):
+                one, (ids, batch) = contenders[case], self.batch(number)
+                begin = process_time()
+                one.step(ids, batch)
+                one.seconds.append(process_time() - begin)
+
     def _row(
         self, case: str, contenders: dict[str, Contender], counted: dict[str, int], peak: int, size: int
     ) -> dict[str, Any]:
         own, plain, passes = (
-            np.array(contenders[name].seconds[WARM_UP:]) for name in (case, "plain-step", "forward-backward")
+            np.array(contenders[name].seconds[WARM_UP : WARM_UP + self.pairs])
+            for name in (case, "plain-step", "forward-backward")
         )
         captures = case not in ("forward-backward", "plain-step", "recorder")
         added = counted[case] - counted["forward-backward"]
@@ -290,14 +304,15 @@ class Bench:
             "ratio_to_forward_backward": float(np.median(own / passes)),
             "ratio_upper_95": _upper_bound(own / (passes if frozen else plain)),
             "added_multiplications_share": added / counted["forward-backward"],
-            "added_over_floor": added / self._floor() if captures and not frozen else None,
+            "added_over_floor": added / self._floor(case) if captures and not frozen else None,
             "peak_bytes": peak,
         }  # fmt: skip
 
-    def _floor(self) -> int:
+    def _floor(self, case: str) -> int:
         """Fewest multiplications that bring all factors to rows: each order of the two projections and the sum over T.
 
         For one sample and layer T O k + T I k + T k^2, or T O k + T k I + I k^2 (the other side last), or the mirror.
+        Rows in AdamW's coordinates are rows of other projections, so `capture-adam` makes each row twice.
         """
         capture = GradientCapture(self._task().model, self.config.width, 0)
         tokens, total = self.config.context, 0
@@ -308,7 +323,7 @@ class Bench:
                 tokens * (outputs * k_out + inputs * k_out) + inputs * k_in * k_out,
                 tokens * (inputs * k_in + outputs * k_in) + outputs * k_in * k_out,
             )
-        return total * self.config.batch_size
+        return total * self.config.batch_size * (2 if case == "capture-adam" else 1)
 
 
 def _upper_bound(ratios: np.ndarray[Any, Any]) -> float:
@@ -328,10 +343,11 @@ def _multiplications(work: Callable[[], object]) -> int:
 
 
 def _peak_bytes(contender: Contender, sample_ids: list[int], batch: Batch) -> int:
-    """Most bytes of tensors held at once in a step, those between steps included."""
+    """Most bytes of tensors held at once in a step, parameters and optimizer state included."""
     from torch.profiler import ProfilerActivity, profile
 
-    contender.model.zero_grad(set_to_none=True)
+    if not contender.pending:
+        contender.model.zero_grad(set_to_none=True)
     states = [state for optimizer in contender.optimizers for state in optimizer.state.values()]
     tensors = [*contender.model.parameters(), *(tensor for state in states for tensor in state.values())]
     resident = sum(tensor.nbytes for tensor in tensors)
