@@ -3,8 +3,7 @@
 A GPT-2 on real text (source files of Python's library, bytes as tokens). Every contender has its own model and
 takes its step in turn, in an order that changes from round to round, in one process; seconds are CPU time of all its
 threads, the waiting for the writer's included. Ratios are medians over rounds with a bootstrap bound. Multiplications
-are counted by torch's dispatcher, bytes by its allocator, each in one more step. Ctrl-C ends a model's rounds; what was
-measured until then is reported.
+are counted by torch's dispatcher, bytes by its allocator, each in one more step.
 """
 
 from __future__ import annotations
@@ -259,13 +258,7 @@ class Bench:
     def measure(self) -> list[dict[str, Any]]:
         """Rows of the issue's form, one per case."""
         contenders = {case: self.contender(case) for case in CASES}
-        try:
-            self._rounds(contenders)
-        except KeyboardInterrupt:
-            self.pairs = min(len(one.seconds) for one in contenders.values()) - WARM_UP
-            if self.pairs < 1:
-                raise
-            _log.warning("%s: interrupted, the numbers are of %d rounds", self.model, self.pairs)
+        self._rounds(contenders)
         counted = {case: _multiplications(partial(one.step, *self.batch(0))) for case, one in contenders.items()}
         peaks = {case: _peak_bytes(one, *self.batch(1)) for case, one in contenders.items()}
         for one in contenders.values():
