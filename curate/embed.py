@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -51,6 +52,10 @@ class EmbedConfig(Config):
     into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum."""
     target: Path | None = None
     """Target documents (JSONL); required by adjoint."""
+    more_targets: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """More targets (JSONL), valued in the same pass, each with the weight of its scores; that of `target` is 1."""
+    guard: Path | None = None
+    """Documents (JSONL) of what must not be lost, valued in the same pass; see mixture.guard_drop."""
     min_target_tokens: int = 1000
     """Fewest predicted tokens of a target."""
     target_batch_size: int = 16
@@ -115,6 +120,39 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     return embeddings
 
 
+def embed_others(config: EmbedConfig, run: Run, target: Target) -> list[dict[str, Embedding]]:
+    """The embeddings of `embed`, opened for each of the other targets in turn; see `other_targets`."""
+    from curate.embeddings.store import embed_window
+
+    estimator, jobs = _plan(config, run, target)
+    return [
+        {
+            window: embed_window(replace(job, target=other), window, config.horizon, estimator)
+            for window, job in jobs.items()
+        }
+        for other in other_targets(config, run, target)
+    ]
+
+
+def other_targets(config: EmbedConfig, run: Run, target: Target) -> list[Target]:
+    """The further targets of the config in its order, the guard last.
+
+    Raises:
+        UserError: a file is bad, or two have one name: a target is called by its file's stem.
+    """
+    from curate.target import load_target
+
+    paths = [*map(Path, config.more_targets), *([config.guard] if config.guard is not None else [])]
+    others = [load_target(path, run.spec, config.min_target_tokens) for path in paths]
+    names = [target.name, *(other.name for other in others)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"two targets are called {twice[0]!r}, by the names of their files: rename one, or leave it out"
+        )
+    return others
+
+
 def is_embedded(config: EmbedConfig, run: Run, target: Target | None) -> bool:
     """Whether every window of the config is embedded already; see `embed`."""
     estimator, jobs = _plan(config, run, target)
@@ -135,8 +173,9 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
     from curate.trajectory.windows import run_windows
 
     replay = Replay(run, config.device, config.tolerance)
-    if target is not None:
-        check_vocabulary(target, replay.task)
+    others = [] if target is None else other_targets(config, run, target)
+    for each in [] if target is None else [target, *others]:
+        check_vocabulary(each, replay.task)
     if config.window_every > 1 and config.estimator not in ("adjoint", "anchors"):
         raise UserError(f"estimator {config.estimator} values every step; window_every needs adjoint or anchors")
     found = {} if config.windows == "declared" else run_windows(run)
@@ -153,7 +192,22 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
         )
         for window in config.window_names
     }
-    return make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam), jobs
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
+    if others and config.estimator == "adjoint":
+        estimator = _with_anchors(config, next(iter(jobs.values())), others)
+    return estimator, jobs
+
+
+def _with_anchors(config: EmbedConfig, job: WindowJob, others: list[Target]) -> Estimator:
+    """`adjoint` with the halves of every target among its anchors, so that one pass values all of them exactly."""
+    from curate.embeddings.adjoint_estimator import AdjointEstimator
+    from curate.embeddings.anchors import AnchorSet
+
+    halves = AnchorSet(
+        names=[f"{other.name} half {half}" for other in others for half in "ab"],
+        batches=[half for other in others for half in other.halves],
+    )
+    return AdjointEstimator(config.adjoint, anchors=AdjointEstimator(config.adjoint).anchors(job) + halves)
 
 
 def _is_complete(config: EmbedConfig, window: str, job: WindowJob, estimator: Estimator) -> bool:

@@ -23,7 +23,7 @@ from curate.artifacts import (
     start,
 )
 from curate.config import TokenCount, parse_command, run_command
-from curate.embed import EmbedConfig, embed, index_folder, read_target
+from curate.embed import EmbedConfig, embed, embed_others, index_folder, other_targets, read_target
 from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from curate.artifacts import Json
     from curate.embeddings.store import Embedding
+    from curate.mixture.decide import Aims
     from curate.mixture.record import Mixture
     from curate.report.data import ReportData
     from curate.shards.plan import Plan
@@ -48,6 +49,7 @@ _log = logging.getLogger(__name__)
 # What does not change what is selected.
 _ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking", "earlier"), True),
+    **dict.fromkeys(("more_targets", "guard"), True),
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
     "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},
     "dvemb": {"rows_per_block"},
@@ -104,14 +106,15 @@ def select(config: SelectConfig, run: Run) -> Path:
     check_startable(out, settings)
     embeddings = embed(config, run, target)
     embedded = perf_counter()
-    values = _values(embeddings, target)
+    every = _every_value(config, run, target, embeddings)
+    values, aims = every.filter(target=target.name), _aims(config, target)
     trained = trained_tokens(run)
-    tables = _score(values, trained, fresh_shares(run), config)
+    tables = _score(every, values, trained, fresh_shares(run), config)
     ledger = uses(stages(run, config.earlier))
     tables["ledger"] = domain_ledger(run, ledger)
-    mixture, plan = _mix(run, values, tables["domains"], trained, consumed(ledger), config)
+    mixture, plan = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims)
     start(out, settings)
-    _write_tables(out, values, tables)
+    _write_tables(out, every, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
     costs = cost_table(run, embeddings, out, perf_counter() - embedded)
     report = _report_data(
@@ -153,12 +156,34 @@ def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
     files = config.adjoint.anchor_files
     chosen["adjoint"]["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
     earlier = ledger_identity(stages(run, config.earlier)[:-1])
-    return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **chosen}
+    weights: list[float | str] = [*config.more_targets.values(), *([] if config.guard is None else ["guard"])]
+    others = [other.fingerprint for other in other_targets(config, run, target)]
+    more = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
+    return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
+
+
+def _aims(config: SelectConfig, target: Target) -> Aims:
+    from curate.mixture.decide import Aims
+
+    weights = {target.name: 1.0} | {Path(path).stem: weight for path, weight in config.more_targets.items()}
+    return Aims(targets=weights, guard=None if config.guard is None else config.guard.stem)
 
 
 def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:
     """Window -> relative residual, where the target was solved into anchors."""
     return {window: part.residual for window, part in embeddings.items() if part.residual is not None}
+
+
+def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding]) -> pl.DataFrame:
+    """The values of every target, one after the other, the guard last."""
+    import polars as pl
+
+    frames = [_values(embeddings, target)]
+    others = other_targets(config, run, target)
+    if others:
+        opened = embed_others(config, run, target)
+        frames += [_values(part, other) for part, other in zip(opened, others, strict=True)]
+    return pl.concat(frames)
 
 
 def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
@@ -176,9 +201,9 @@ def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
 
 
 def _score(
-    values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
+    every: pl.DataFrame, values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
 ) -> dict[str, pl.DataFrame]:
-    """The roll-ups of the values, by name."""
+    """The roll-ups of the values, by name: domains for every target, the others for the first."""
     from curate.scores.documents import document_values
     from curate.scores.domain import domain_scores
     from curate.scores.reliability import halves_reliability
@@ -186,7 +211,7 @@ def _score(
 
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     return {
-        "domains": domain_scores(values, prior, seed=config.seed, fresh=fresh),
+        "domains": domain_scores(every, prior, seed=config.seed, fresh=fresh),
         "shards": shard_scores(values),
         "documents": document_values(values),
         "between_shards": between_shards(values),
@@ -210,10 +235,12 @@ def _mix(
     trained: dict[str, int],
     used: pl.DataFrame,
     config: SelectConfig,
+    aims: Aims,
 ) -> tuple[Mixture, Plan]:
     """Solve the mixture and turn it into whole samples."""
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
+    from curate.scores.values import combined_values
     from curate.shards.plan import make_plan, make_pool, supply_of
 
     if config.mixture.window not in config.window_names:
@@ -225,13 +252,14 @@ def _mix(
         raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
     kept = 0.0 if config.mode == "reweight" else config.shards.drop_fraction
+    wanted = combined_values(values.filter(window=config.mixture.window), aims.targets)
     pool = make_pool(
-        {domain: catalogues[domain] for domain in trained}, values.filter(window=config.mixture.window), kept, used,
+        {domain: catalogues[domain] for domain in trained}, wanted, kept, used,
         consume_once=config.shards.consume_once,
     )  # fmt: skip
     budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule)
+    mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule, aims)
     plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
     return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan
 
@@ -271,7 +299,14 @@ def _report_data(
     tables: dict[str, pl.DataFrame], mixture: Mixture, costs: pl.DataFrame, data: dict[str, Path],
 ) -> ReportData:  # fmt: skip
     from curate.embeddings.store import horizon_name
-    from curate.report.collect import example_table, mixture_table, training_curve, value_curve
+    from curate.report.collect import (
+        example_table,
+        mixture_table,
+        sweep_table,
+        target_table,
+        training_curve,
+        value_curve,
+    )
     from curate.report.data import ReportData
 
     training = training_curve(run)
@@ -282,10 +317,12 @@ def _report_data(
         mixture_window=config.mixture.window, sign=SIGN, budget_tokens=mixture.budget_tokens,
         loader="\n".join(_loader_line(kind, path) for kind, path in data.items()),
         settings=config.model_dump(mode="json"), reliability=tables["reliability"],
-        curve=value_curve(values, training), training=training, domains=tables["domains"],
+        curve=value_curve(values, training), training=training, domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
         shards=tables["between_shards"], costs=costs, residuals=_residuals(embeddings),
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
+        sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
+        shared={name: one.model_dump() for name, one in mixture.shared.items()},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from curate.mixture.constraints import Supply
 
 
 def allocate(
-    weights: Mapping[str, float], budget_tokens: int, supply: Mapping[str, Supply], max_epochs: float
+    weights: Mapping[str, float], budget_tokens: int, supply: Mapping[str, Supply], ceilings: Mapping[str, float]
 ) -> dict[str, int]:
     """Samples of each domain for a token budget, which is never exceeded by more than the spread of sample lengths.
 
@@ -17,7 +17,8 @@ def allocate(
         weights: share of the tokens; sums to 1.
         budget_tokens: stored tokens of the next stage.
         supply: what there is of the same domains.
-        max_epochs: no domain gets more samples than fit into this many uses, earlier ones included.
+        ceilings: no domain gets more samples than fit into this share of the budget. (A floor holds to within one
+            sample.)
 
     Returns:
         Samples per domain, in the order of names.
@@ -26,7 +27,7 @@ def allocate(
         UserError: the budget is smaller than one sample.
     """
     quotas = {domain: weights[domain] * budget_tokens / supply[domain].mean_length for domain in sorted(weights)}
-    limits = sample_limits(supply, max_epochs)
+    limits = sample_limits(supply, budget_tokens, ceilings)
     total = min(
         math.floor(math.fsum(quotas.values()) + 1e-6), sum(limits[domain] for domain in quotas if quotas[domain])
     )
@@ -35,10 +36,10 @@ def allocate(
     return apportion(quotas, total, limits)
 
 
-def sample_limits(supply: Mapping[str, Supply], max_epochs: float) -> dict[str, int]:
-    """Samples of each domain that may still be used, repeats counted."""
+def sample_limits(supply: Mapping[str, Supply], budget_tokens: int, ceilings: Mapping[str, float]) -> dict[str, int]:
+    """Samples of each domain that its ceiling, a share of the budget, allows; repeats counted."""
     return {
-        domain: math.floor(one.available_tokens(max_epochs) / one.mean_length + 1e-6) for domain, one in supply.items()
+        domain: math.floor(ceilings[domain] * budget_tokens / one.mean_length + 1e-6) for domain, one in supply.items()
     }
 
 

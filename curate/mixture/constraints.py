@@ -1,18 +1,22 @@
-"""What bounds a domain's weight: floors, ceilings, and how often its data may be repeated.
+"""What bounds the weights: floors, ceilings, how often data may be repeated, and what domains must hold together.
 
 Tokens are stored tokens throughout (padding and masked tokens included): what a training step consumes and a budget
 counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from curate.config import Config
 from curate.errors import UserError
+from curate.mixture.weights import Floats, Problem, roomiest
 
+Lower = Literal["floor", "max_change"]
+Upper = Literal["ceiling", "max_epochs", "max_change"]
 _ROUNDING = 1e-9
 
 
@@ -24,16 +28,31 @@ class MixtureConfig(Config):
     unit is one standard deviation of a sample's value. High = close to the prior, low = concentrated."""
     window: str = "late"
     """The window whose scores set the weights; windows are never averaged."""
+    prior: dict[str, float] = {}
+    """Share of each domain that the weights stay near; none: what the last stage trained on."""
     min_share_of_prior: float = Field(default=0.1, ge=0, le=1)
-    """Each domain keeps at least this share of its prior weight, so that nothing is forgotten (a replay floor)."""
+    """Each domain keeps at least this share of its prior weight, so that nothing is forgotten."""
     max_weight: float = Field(default=1.0, gt=0, le=1)
     """No domain gets more than this weight."""
     max_epochs: float = Field(default=4.0, gt=0)
     """No domain's data is used more often than this, what earlier stages consumed included."""
+    decay_epochs: float = Field(default=15.4, gt=0)
+    """Data used for the e-th time is worth exp(-(e - 1) / decay_epochs) of new data (arXiv 2305.16264); .inf: as
+    much."""
     floors: dict[str, float] = {}
     """Least weight of single domains, e.g. {"general": 0.2}; stands above min_share_of_prior."""
     ceilings: dict[str, float] = {}
     """Largest weight of single domains; stands beside max_weight, the smaller one holds."""
+    replay_domains: tuple[str, ...] = ()
+    """Domains of general data that keep at least replay_share together."""
+    replay_share: float = Field(default=0.0, ge=0, le=1)
+    """Least weight of the replay_domains together."""
+    max_change: float | None = Field(default=None, ge=1)
+    """No domain gets more than this many times its share of the last stage, nor less than one part in as many; none: no
+    such bound."""
+    guard_drop: float = Field(default=0.0, ge=0)
+    """With a guard target: how far its expected score may fall below what the last stage's shares give, in standard
+    deviations of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,128 +81,170 @@ class Supply:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """`lo <= weight <= hi`, and which setting `hi` comes from."""
+    """`lo <= weight <= hi`, and which setting each comes from."""
 
     lo: float
     hi: float
-    hi_from: Literal["ceiling", "max_epochs"]
+    lo_from: Lower
+    hi_from: Upper
 
-    def binding(self, weight: float) -> Literal["floor", "ceiling", "max_epochs"] | None:
+    def binding(self, weight: float) -> Lower | Upper | None:
         """The constraint that holds the weight where it is, if one does."""
         if weight >= self.hi and self.hi < 1:
             return self.hi_from
-        return "floor" if weight <= self.lo and self.lo > 0 else None
+        return self.lo_from if weight <= self.lo and self.lo > 0 else None
 
 
-def caps(
-    config: MixtureConfig, prior: Mapping[str, float], supply: Mapping[str, Supply], budget_tokens: int
-) -> dict[str, Bounds]:
-    """Bounds of every domain's weight at a budget.
-
-        hi_d = min(max_weight, ceiling_d, (max_epochs tokens_d - consumed_d) / budget)
-        lo_d = floor_d, else min_share_of_prior * prior_d, which gives way where hi_d is smaller
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the constraints are about, every mapping over the same domains.
 
     Args:
-        config: the constraints.
-        prior: share of each domain in what was trained on; sums to 1.
-        supply: what there is of the same domains.
-        budget_tokens: tokens of the next stage.
+        prior: share that the weights stay near; sums to 1.
+        previous: share of the last stage; sums to 1.
+        supply: what there is.
+        budget_tokens: stored tokens of the next stage.
+        guard: score of each domain for the guard target; None without one.
+    """
 
-    Returns:
-        Feasible bounds: `lo <= hi`, `sum lo <= 1 <= sum hi`.
+    prior: Mapping[str, float]
+    previous: Mapping[str, float]
+    supply: Mapping[str, Supply]
+    budget_tokens: float
+    guard: Mapping[str, float] | None = None
+
+    @property
+    def domains(self) -> list[str]:
+        """In the order of names, which is the order of every array."""
+        return sorted(self.prior)
+
+    def array(self, values: Mapping[str, float]) -> Floats:
+        """float64 [D] of a mapping over the domains."""
+        return np.array([values[domain] for domain in self.domains], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A constraint on several domains together: `row w >= least`."""
+
+    name: Literal["replay_share", "guard"]
+    row: Floats
+    least: float
+
+
+def bounds_of(config: MixtureConfig, facts: Facts) -> dict[str, Bounds]:
+    """Bounds of every domain's weight at a budget, not yet known to be feasible.
+
+    hi_d = min(max_weight, ceiling_d, (max_epochs tokens_d - consumed_d) / budget, max_change previous_d)
+    lo_d = floor_d, else max(min_share_of_prior prior_d, previous_d / max_change), which gives way to hi_d
+    """
+    return {domain: _bounds(config, facts, domain) for domain in facts.domains}
+
+
+def _bounds(config: MixtureConfig, facts: Facts, domain: str) -> Bounds:
+    change, previous = config.max_change, facts.previous[domain]
+    above: list[tuple[float, Upper]] = [
+        (min(config.max_weight, config.ceilings.get(domain, 1.0)), "ceiling"),
+        (facts.supply[domain].available_tokens(config.max_epochs) / facts.budget_tokens, "max_epochs"),
+    ]
+    below: list[tuple[float, Lower]] = [(config.min_share_of_prior * facts.prior[domain], "floor")]
+    if change is not None:
+        above.append((previous * change, "max_change"))
+        below.append((previous / change, "max_change"))
+    hi, hi_from = min(above, key=lambda bound: bound[0])
+    lo, lo_from = max(below, key=lambda bound: bound[0])
+    lo = min(lo, hi)
+    if domain in config.floors:
+        lo, lo_from = config.floors[domain], "floor"
+        lo = min(lo, hi) if lo <= hi * (1 + _ROUNDING) else lo
+    return Bounds(lo=lo, hi=hi, lo_from=lo_from, hi_from=hi_from)
+
+
+def shared_of(config: MixtureConfig, facts: Facts) -> list[Shared]:
+    """The constraints on several domains together."""
+    found = []
+    if config.replay_share > 0:
+        row = facts.array({domain: float(domain in config.replay_domains) for domain in facts.domains})
+        found.append(Shared(name="replay_share", row=row, least=config.replay_share))
+    if facts.guard is not None:
+        row = facts.array(facts.guard)
+        least = float(row @ facts.array(facts.previous)) - config.guard_drop
+        found.append(Shared(name="guard", row=row, least=least))
+    return found
+
+
+def problem_of(config: MixtureConfig, facts: Facts, scores: Mapping[str, float]) -> Problem:
+    """The problem that the weights are solved from; see `conflicts.check` for what makes it feasible."""
+    bounds, shared = bounds_of(config, facts), shared_of(config, facts)
+    supply = facts.supply
+    return Problem(
+        prior=facts.array(facts.prior),
+        scores=facts.array(scores),
+        temperature=config.temperature,
+        lo=facts.array({domain: bound.lo for domain, bound in bounds.items()}),
+        hi=facts.array({domain: bound.hi for domain, bound in bounds.items()}),
+        used=facts.array({domain: part.consumed_tokens / part.tokens for domain, part in supply.items()}),
+        epochs=facts.array({domain: facts.budget_tokens / part.tokens for domain, part in supply.items()}),
+        decay_epochs=config.decay_epochs,
+        rows=np.array([one.row for one in shared]) if shared else None,
+        least=np.array([one.least for one in shared]) if shared else None,
+    )
+
+
+def is_feasible(config: MixtureConfig, facts: Facts) -> bool:
+    """Whether some weights satisfy every constraint."""
+    bounds = bounds_of(config, facts).values()
+    lo, hi = (np.array([getattr(bound, side) for bound in bounds]) for side in ("lo", "hi"))
+    if (lo > hi).any() or lo.sum() > 1 + _ROUNDING or hi.sum() < 1 - _ROUNDING:
+        return False
+    shared = shared_of(config, facts)
+    if not shared:
+        return True
+    rows, least = np.array([one.row for one in shared]), np.array([one.least for one in shared])
+    return roomiest(rows, least, lo, hi)[1] >= -_ROUNDING
+
+
+def check_names(config: MixtureConfig, facts: Facts) -> None:
+    """Refuse names that are no domains and numbers that are no weights.
 
     Raises:
-        UserError: no weights satisfy the constraints; the message names the domains that bind and the largest feasible
-            budget or floor.
+        UserError: names them, and what would work.
     """
-    _check_names(config, prior, supply)
-    _check_ceilings(config, prior)
-    _check_floors(config, prior)
-    _check_budget(config, supply, budget_tokens)
-    return {domain: _bounds(config, domain, prior[domain], supply[domain], budget_tokens) for domain in sorted(prior)}
-
-
-def _ceiling(config: MixtureConfig, domain: str) -> float:
-    return min(config.max_weight, config.ceilings.get(domain, 1.0))
-
-
-def _bounds(config: MixtureConfig, domain: str, prior: float, supply: Supply, budget_tokens: int) -> Bounds:
-    ceiling, epochs = _ceiling(config, domain), supply.available_tokens(config.max_epochs) / budget_tokens
-    hi = min(ceiling, epochs)
-    lo = config.floors.get(domain, config.min_share_of_prior * prior)
-    return Bounds(lo=min(lo, hi), hi=hi, hi_from="max_epochs" if epochs < ceiling else "ceiling")
-
-
-def _check_names(config: MixtureConfig, prior: Mapping[str, float], supply: Mapping[str, Supply]) -> None:
+    prior, supply = facts.prior, facts.supply
     if set(prior) != set(supply):
         raise UserError(f"the run trained on {sorted(prior)}, the data has {sorted(supply)}; give the same domains")
     empty = sorted(domain for domain in supply if supply[domain].samples == 0)
     if empty:
         raise UserError(f"there are no samples of {', '.join(empty)}; leave the domain out or restore its data")
-    for setting, limits in (("floors", config.floors), ("ceilings", config.ceilings)):
-        unknown = sorted(set(limits) - set(prior))
+    named = {"floors": config.floors, "ceilings": config.ceilings, "replay_domains": config.replay_domains}
+    for setting, names in named.items():
+        unknown = sorted(set(names) - set(prior))
         if unknown:
             raise UserError(f"mixture.{setting} names {', '.join(unknown)}; the domains are {', '.join(sorted(prior))}")
+    for setting, limits in (("floors", config.floors), ("ceilings", config.ceilings)):
         outside = {domain: limit for domain, limit in limits.items() if not 0 <= limit <= 1}
         if outside:
             raise UserError(f"mixture.{setting} must be weights from 0 to 1, got {outside}")
+    if config.replay_share > 0 and not config.replay_domains:
+        raise UserError("mixture.replay_share needs mixture.replay_domains: the domains of general data")
 
 
-def _check_ceilings(config: MixtureConfig, prior: Mapping[str, float]) -> None:
-    ceilings = {domain: _ceiling(config, domain) for domain in sorted(prior)}
-    if sum(ceilings.values()) < 1 - _ROUNDING:
+def chosen_prior(config: MixtureConfig, previous: Mapping[str, float]) -> dict[str, float]:
+    """The prior, summing to 1: `config.prior`, or where it is empty what the last stage trained on.
+
+    Raises:
+        UserError: it names other domains than the run, or a share is not positive.
+    """
+    prior = config.prior or previous
+    unknown, missing = sorted(set(prior) - set(previous)), sorted(set(previous) - set(prior))
+    if unknown or missing:
+        wrong = [f"names {', '.join(unknown)}"] if unknown else []
+        wrong += [f"lacks {', '.join(missing)}"] if missing else []
+        raise UserError(f"mixture.prior {' and '.join(wrong)}; the domains are {', '.join(sorted(previous))}")
+    bad = {domain: share for domain, share in prior.items() if not 0 < share < np.inf}
+    if bad:
         raise UserError(
-            f"the ceilings {ceilings} add up to {sum(ceilings.values()):.3g}, less than 1: raise mixture.ceilings, or "
-            f"mixture.max_weight to at least {1 / len(ceilings):.3g}"
+            f"mixture.prior must be positive numbers, got {bad}; use mixture.ceilings to leave a domain out"
         )
-    for domain, floor in sorted(config.floors.items()):
-        if floor > ceilings[domain]:
-            raise UserError(
-                f"mixture.floors.{domain} {floor} is above the ceiling {ceilings[domain]} of that domain; lower it"
-            )
-
-
-def _check_floors(config: MixtureConfig, prior: Mapping[str, float]) -> None:
-    def total(share: float) -> float:
-        relative = {domain: min(share * prior[domain], _ceiling(config, domain)) for domain in prior}
-        return sum({**relative, **config.floors}.values())
-
-    if sum(config.floors.values()) > 1 + _ROUNDING:
-        named = ", ".join(f"{domain} {floor}" for domain, floor in sorted(config.floors.items()))
-        raise UserError(f"mixture.floors add up to more than 1 ({named}); lower them to a sum of at most 1")
-    if total(config.min_share_of_prior) > 1 + _ROUNDING:
-        share = _largest(lambda share: total(share) <= 1, config.min_share_of_prior)
-        raise UserError(
-            f"the floors of {', '.join(sorted(config.floors))} and mixture.min_share_of_prior add up to more than 1; "
-            f"with these floors min_share_of_prior can be at most {share:.3g}"
-        )
-
-
-def _check_budget(config: MixtureConfig, supply: Mapping[str, Supply], budget_tokens: int) -> None:
-    available = {domain: supply[domain].available_tokens(config.max_epochs) for domain in sorted(supply)}
-
-    def feasible(budget: float) -> bool:
-        filled = sum(min(_ceiling(config, domain) * budget, tokens) for domain, tokens in available.items())
-        floors = all(available[domain] >= floor * budget * (1 - _ROUNDING) for domain, floor in config.floors.items())
-        return floors and filled >= budget * (1 - _ROUNDING)
-
-    if feasible(budget_tokens):
-        return
-    largest = int(_largest(feasible, float(budget_tokens)))
-    binding = [
-        f"{domain} has {int(tokens):,} left"
-        for domain, tokens in available.items()
-        if tokens < max(_ceiling(config, domain), config.floors.get(domain, 0)) * budget_tokens
-    ]
-    raise UserError(
-        f"budget_tokens {budget_tokens:,} is more than the data allows at mixture.max_epochs {config.max_epochs:g} "
-        f"({', '.join(binding)}); the largest feasible budget_tokens is {largest:,}"
-    )
-
-
-def _largest(feasible: Callable[[float], bool], upper: float) -> float:
-    """The largest number in [0, upper) that is feasible, by bisection; 0 is, `upper` is not."""
-    lower = 0.0
-    while lower < (middle := (lower + upper) / 2) < upper:
-        lower, upper = (middle, upper) if feasible(middle) else (lower, middle)
-    return lower
+    total = sum(prior[domain] for domain in sorted(prior))
+    return {domain: prior[domain] / total for domain in sorted(prior)}

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
 import yaml
 from pydantic import ValidationError
 
 from curate.artifacts import SIGN, replacing
 from curate.config import Config, first_problem
 from curate.errors import UserError
-from curate.mixture.apportion import allocate
-from curate.mixture.constraints import MixtureConfig, Supply, caps
-from curate.mixture.weights import divergence, effective_number, solve
+from curate.mixture.constraints import Supply
+from curate.mixture.weights import divergence, effective_number
+
+_TOTALS = {"tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
 
 
 class DomainMixture(Config):
@@ -25,9 +25,9 @@ class DomainMixture(Config):
     delivered_weight: float
     """Share of the tokens after rounding to whole samples: tokens / total tokens."""
     unconstrained_weight: float
-    """What the weight would be without floors, ceilings and epoch caps."""
+    """What the weight would be without floors, ceilings, epoch caps and constraints on several domains together."""
     prior: float
-    """Share in what was trained on."""
+    """Share that the weights stay near: that in what was trained on, or mixture.prior."""
     tokens: int
     """Stored tokens delivered."""
     samples: int
@@ -37,14 +37,17 @@ class DomainMixture(Config):
     epochs_in_all: float
     """The same with what earlier stages consumed; above max_epochs only where they already went beyond it."""
     score: float
-    """How far the domain's value per token lies above average, in standard deviations of a sample."""
+    """How far the domain's value per token lies above average, in standard deviations of a sample; of several targets
+    the weighted mean."""
     low: float | None
     """Lower end of the score's 95 % interval; null where it is not known."""
     high: float | None
     """Upper end."""
     shrunk: float
     """The score shrunk by its standard error: what the weight was solved from."""
-    binding: Literal["floor", "ceiling", "max_epochs"] | None
+    valued: int
+    """Distinct samples that the score was measured on; 0: nothing was measured, the score is the average's."""
+    binding: Literal["floor", "ceiling", "max_epochs", "max_change"] | None
     """The constraint that holds the weight where it is."""
 
 
@@ -61,10 +64,48 @@ class Phase(Config):
     """The same by domain."""
 
 
+class SharedLimit(Config):
+    """A constraint on several domains together."""
+
+    least: float
+    """What must be reached: a share of the tokens (replay_share), an expected score (guard)."""
+    reached: float
+    """What the solved weights reach."""
+    price: float
+    """What the expected score gains per unit that the constraint is loosened; 0: it does not bind."""
+
+
+class SweepPoint(Config):
+    """The mixture that another temperature would give, under the same constraints."""
+
+    temperature: float
+    expected_score: float
+    """Expected score of a token, repetition discounted."""
+    kl_to_prior: float
+    effective_domains: float
+    guard_score: float | None
+    """Expected score of a token for the guard; null without one."""
+    weights: dict[str, float]
+
+
+class Asked(Config):
+    """What one window's scores ask for, under the same constraints; windows are never averaged."""
+
+    shrunk: dict[str, float]
+    """Shrunk score of each domain."""
+    weights: dict[str, float] | None
+    """Solved weights; null where the window's guard scores leave no mixture."""
+
+
 class Mixture(Config):
     """What the next stage trains on."""
 
     target: str
+    """Name of the target; of several, joined by a plus."""
+    targets: dict[str, float]
+    """Weight of each target's scores."""
+    guard: str | None
+    """Name of the guard's target."""
     window: str
     """Where the scores come from."""
     sign: str = SIGN
@@ -76,65 +117,24 @@ class Mixture(Config):
     samples: int
     effective_domains: float
     """exp(entropy) of the delivered weights."""
+    unconstrained_effective_domains: float
+    """The same of the unconstrained weights."""
     kl_to_prior: float
     """KL(delivered weights || prior) in nats."""
+    expected_score: float
+    """Expected score of a token under the solved weights, repetition discounted."""
+    gap: float
+    """Certificate of the solution: no weights reach an objective (expected score less temperature times divergence)
+    that is higher by more than this."""
     domains: dict[str, DomainMixture]
+    shared: dict[str, SharedLimit]
+    """Constraints on several domains together."""
+    sweep: list[SweepPoint]
+    """Other temperatures."""
+    asked: dict[str, Asked]
+    """Each valued window on its own."""
     phases: tuple[Phase, ...] = ()
     """The stage in order: one phase, or one for each part of a schedule (`mixture.schedule`)."""
-
-
-def decide(
-    scores: pl.DataFrame,
-    prior: Mapping[str, float],
-    supply: Mapping[str, Supply],
-    budget_tokens: int,
-    config: MixtureConfig,
-) -> Mixture:
-    """Solve the mixture for one target: bounds, weights, whole samples.
-
-    Args:
-        scores: rows of `scores.domain_scores` for one target and `config.window`, one per domain of the prior.
-        prior: share of each domain in what was trained on; need not sum to 1.
-        supply: what there is of the same domains.
-        budget_tokens: stored tokens of the next stage.
-        config: temperature and constraints.
-
-    Returns:
-        The mixture with `tokens = samples * mean length`, exact where the samples of a domain have one length; else see
-        `with_tokens`.
-
-    Raises:
-        UserError: no mixture satisfies the constraints, or the scores are not those of the window and the domains.
-    """
-    target, rows = _rows(scores, prior, config.window)
-    domains = sorted(prior)
-    whole = sum(prior[domain] for domain in domains)
-    prior = {domain: prior[domain] / whole for domain in domains}
-    bounds = caps(config, prior, supply, budget_tokens)
-    p = np.array([prior[domain] for domain in domains])
-    s = np.array([rows[domain]["shrunk"] for domain in domains])
-    lo, hi = (np.array([getattr(bounds[domain], side) for domain in domains]) for side in ("lo", "hi"))
-    weights = dict(zip(domains, solve(p, s, config.temperature, lo, hi).tolist(), strict=True))
-    free = solve(p, s, config.temperature, np.zeros_like(p), np.ones_like(p)).tolist()
-    samples = allocate(weights, budget_tokens, supply, config.max_epochs)
-    return _with_totals(
-        {
-            domain: DomainMixture(
-                weight=weights[domain],
-                delivered_weight=0.0,
-                unconstrained_weight=unconstrained,
-                prior=prior[domain],
-                **_counts(samples[domain], supply[domain]),
-                score=rows[domain]["score"],
-                low=rows[domain]["score_low"],
-                high=rows[domain]["score_high"],
-                shrunk=rows[domain]["shrunk"],
-                binding=bounds[domain].binding(weights[domain]),
-            )
-            for domain, unconstrained in zip(domains, free, strict=True)
-        },
-        {"target": target, "window": config.window, "temperature": config.temperature, "budget_tokens": budget_tokens},
-    )
 
 
 def with_tokens(mixture: Mixture, tokens: Mapping[str, int]) -> Mixture:
@@ -142,7 +142,7 @@ def with_tokens(mixture: Mixture, tokens: Mapping[str, int]) -> Mixture:
     domains = {
         name: domain.model_copy(update={"tokens": tokens.get(name, 0)}) for name, domain in mixture.domains.items()
     }
-    return _with_totals(domains, _facts(mixture))
+    return with_totals(domains, _facts(mixture))
 
 
 def with_phases(
@@ -167,15 +167,16 @@ def with_phases(
     domains = {
         name: domain
         if supply is None or weights is None
-        else domain.model_copy(update={"weight": weights[name], **_counts(totals[name], supply[name])})
+        else domain.model_copy(update={"weight": weights[name], **counts_of(totals[name], supply[name])})
         for name, domain in mixture.domains.items()
     }
     assert all(domains[name].samples == totals[name] for name in domains)
     facts = {**_facts(mixture), "phases": list(phases), "budget_tokens": budget_tokens or mixture.budget_tokens}
-    return _with_totals(domains, facts)
+    return with_totals(domains, facts)
 
 
-def _counts(samples: int, supply: Supply) -> dict[str, Any]:
+def counts_of(samples: int, supply: Supply) -> dict[str, Any]:
+    """Samples, tokens and epochs of a domain, as fields of `DomainMixture`."""
     epochs = samples / supply.samples
     return {
         "samples": samples,
@@ -186,8 +187,7 @@ def _counts(samples: int, supply: Supply) -> dict[str, Any]:
 
 
 def _facts(mixture: Mixture) -> dict[str, Any]:
-    kept = ("target", "window", "temperature", "budget_tokens", "phases")
-    return {name: getattr(mixture, name) for name in kept}
+    return {name: getattr(mixture, name) for name in Mixture.model_fields if name not in _TOTALS}
 
 
 def write_mixture(path: Path, mixture: Mixture) -> None:
@@ -212,20 +212,13 @@ def read_mixture(path: Path) -> Mixture:
         raise UserError(f"{path} is not a mixture ({' '.join(str(error).split())}); select again") from None
 
 
-def _rows(scores: pl.DataFrame, prior: Mapping[str, float], window: str) -> tuple[str, dict[str, dict[str, float]]]:
-    """The target's name and the row of each domain."""
-    chosen = scores.filter(pl.col("window") == window)
-    if chosen.is_empty():
-        windows = ", ".join(scores["window"].unique().sort())
-        raise UserError(f"there are no scores for window {window!r} (there are {windows}); set mixture.window")
-    rows = {row["domain"]: row for row in chosen.iter_rows(named=True)}
-    if sorted(rows) != sorted(prior) or len(rows) != chosen.height:
-        raise ValueError(f"scores of one target for the domains {sorted(prior)} are needed, got {chosen.height} rows")
-    return str(chosen["target"][0]), rows
+def with_totals(domains: Mapping[str, DomainMixture], facts: Mapping[str, Any]) -> Mixture:
+    """The record with everything that follows from the domains' tokens and samples.
 
-
-def _with_totals(domains: dict[str, DomainMixture], facts: dict[str, Any]) -> Mixture:
-    """The record with everything that follows from the domains' tokens and samples."""
+    Args:
+        domains: every field but `delivered_weight` is right.
+        facts: the other fields of `Mixture`.
+    """
     tokens = sum(domain.tokens for domain in domains.values())
     delivered = {name: domain.tokens / tokens for name, domain in domains.items()}
     weights = np.array(list(delivered.values()))

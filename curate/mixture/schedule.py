@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from curate.config import Config
 from curate.mixture.apportion import apportion, sample_limits
-from curate.mixture.constraints import MixtureConfig, Supply, caps
-from curate.mixture.record import Mixture, Phase, decide, with_phases
-from curate.mixture.weights import solve
+from curate.mixture.conflicts import check
+from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, chosen_prior, problem_of
+from curate.mixture.decide import Aims, decide
+from curate.mixture.record import Mixture, Phase, with_phases
+from curate.mixture.weights import optimum
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,8 +85,9 @@ def decide_stage(
     budget_tokens: int,
     config: MixtureConfig,
     schedule: StageSchedule,
+    aims: Aims,
 ) -> Mixture:
-    """Solve the mixture (see `mixture.record.decide`) and lay it out over the phases of the stage.
+    """Solve the mixture (see `mixture.decide`) and lay it out over the phases of the stage.
 
     What the base mixture will consume counts as consumed when the curated weights are solved, so that the epoch caps
     hold for the stage. They always can: base weights are within the caps at the whole budget.
@@ -94,25 +96,27 @@ def decide_stage(
         The mixture of the whole stage; its `phases` have whole samples, in all exactly those of the domains.
 
     Raises:
-        UserError: see `mixture.record.decide`.
+        UserError: see `mixture.decide`.
     """
     phases = parts(schedule)
+    facts = _facts(prior, supply, budget_tokens, config)
+    limits = sample_limits(supply, budget_tokens, {name: one.hi for name, one in bounds_of(config, facts).items()})
     if schedule.kind == "throughout":
-        mixture = decide(scores, prior, supply, budget_tokens, config)
-        return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, config.max_epochs))
+        mixture = decide(scores, prior, supply, budget_tokens, config, aims)
+        return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, limits))
     base = base_weights(prior, supply, budget_tokens, config)
     share = math.fsum(part.share * part.curated for part in phases)
     left = {
         domain: replace(one, consumed_tokens=one.consumed_tokens + int((1 - share) * budget_tokens * base[domain]))
         for domain, one in supply.items()
     }
-    mixture = decide(scores, prior, left, max(int(share * budget_tokens), 1), config)
+    mixture = decide(scores, prior, left, max(int(share * budget_tokens), 1), config, aims)
     curated = _weights(mixture)
     weights = [
         {domain: part.curated * curated[domain] + (1 - part.curated) * base[domain] for domain in sorted(base)}
         for part in phases
     ]
-    laid = lay_out(phases, weights, budget_tokens, supply, config.max_epochs)
+    laid = lay_out(phases, weights, budget_tokens, supply, limits)
     whole = {
         domain: math.fsum(part.share * each[domain] for part, each in zip(phases, weights, strict=True))
         for domain in sorted(base)
@@ -123,18 +127,24 @@ def decide_stage(
 def base_weights(
     prior: Mapping[str, float], supply: Mapping[str, Supply], budget_tokens: int, config: MixtureConfig
 ) -> dict[str, float]:
-    """The prior within the bounds of a whole stage: share of the tokens by domain, sums to 1.
+    """The prior within the bounds of a whole stage, no target considered: share of the tokens by domain, sums to 1.
 
     Raises:
         UserError: no weights satisfy the constraints.
     """
-    domains = sorted(prior)
+    facts = _facts(prior, supply, budget_tokens, config)
+    check(config, facts)
+    weights = optimum(problem_of(config, facts, dict.fromkeys(facts.domains, 0.0))).weights
+    return dict(zip(facts.domains, weights.tolist(), strict=True))
+
+
+def _facts(
+    prior: Mapping[str, float], supply: Mapping[str, Supply], budget_tokens: int, config: MixtureConfig
+) -> Facts:
     whole = math.fsum(prior.values())
-    shares = {domain: prior[domain] / whole for domain in domains}
-    bounds = caps(config, shares, supply, budget_tokens)
-    p = np.array([shares[domain] for domain in domains])
-    lo, hi = (np.array([getattr(bounds[domain], side) for domain in domains]) for side in ("lo", "hi"))
-    return dict(zip(domains, solve(p, np.zeros_like(p), 1.0, lo, hi).tolist(), strict=True))
+    previous = {domain: prior[domain] / whole for domain in sorted(prior)}
+    chosen = chosen_prior(config, previous)
+    return Facts(prior=chosen, previous=previous, supply=supply, budget_tokens=budget_tokens)
 
 
 def lay_out(
@@ -142,7 +152,7 @@ def lay_out(
     weights: Sequence[Mapping[str, float]],
     budget_tokens: int,
     supply: Mapping[str, Supply],
-    max_epochs: float,
+    limits: Mapping[str, int],
 ) -> list[Phase]:
     """Whole samples of each domain in each phase.
 
@@ -154,12 +164,11 @@ def lay_out(
         weights: share of the tokens by domain, one mapping per phase.
         budget_tokens: stored tokens of the stage.
         supply: what there is of the domains.
-        max_epochs: no domain gets more samples than fit into this many uses, earlier ones included.
+        limits: no domain gets more samples than this in all, see `apportion.sample_limits`.
 
     Returns:
         The phases that have samples; each starts where the one before it ends.
     """
-    limits = sample_limits(supply, max_epochs)
     due, given = dict.fromkeys(sorted(supply), 0.0), dict.fromkeys(sorted(supply), 0)
     laid, start = [], 0
     for part, shares in zip(phases, weights, strict=True):

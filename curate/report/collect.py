@@ -40,11 +40,36 @@ def mixture_table(mixture: Mixture, ledger: pl.DataFrame) -> pl.DataFrame:
         {
             "domain": name, "prior": domain.prior, "weight": domain.delivered_weight, "tokens": domain.tokens,
             "samples": domain.samples, "epochs": domain.epochs, "epochs_so_far": so_far.get(name, 0.0),
-            "binding": domain.binding,
+            "binding": domain.binding, "unconstrained": domain.unconstrained_weight,
+            **{
+                f"asked_{window}": None if phase.weights is None else phase.weights[name]
+                for window, phase in mixture.asked.items()
+            },
         }
         for name, domain in mixture.domains.items()
     ]  # fmt: skip
     return pl.DataFrame(rows, schema_overrides={"binding": pl.String})
+
+
+def sweep_table(mixture: Mixture) -> pl.DataFrame:
+    """One row per temperature of the sweep."""
+    rows = [
+        point.model_dump(exclude={"weights"}) | {f"share_{name}": share for name, share in point.weights.items()}
+        for point in mixture.sweep
+    ]
+    return pl.DataFrame(rows, schema_overrides={"guard_score": pl.Float64})
+
+
+def target_table(domains: pl.DataFrame, mixture: Mixture) -> pl.DataFrame:
+    """Domain scores of every target, and of the guard (weight null), in the window that set the mixture."""
+    weights: dict[str, float | None] = {**mixture.targets}
+    if mixture.guard is not None:
+        weights[mixture.guard] = None
+    order = pl.DataFrame(
+        {"target": list(weights), "weight": list(weights.values())}, schema_overrides={"weight": pl.Float64}
+    )
+    rows = order.join(domains.filter(window=mixture.window), on="target", maintain_order="left_right")
+    return rows.select("target", "weight", "domain", "score", "score_low", "score_high", "shrunk")
 
 
 def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str], Sequence[int]]) -> pl.DataFrame:

@@ -23,7 +23,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
         *("score", "score_low", "score_high", "shrunk", "fresh"),
     ),
-    "mixture": ("domain", "prior", "weight", "tokens", "samples", "epochs", "epochs_so_far", "binding"),
+    "mixture": (
+        *("domain", "prior", "weight", "tokens", "samples", "epochs", "epochs_so_far", "binding", "unconstrained"),
+    ),
+    "sweep": ("temperature", "expected_score", "kl_to_prior", "effective_domains", "guard_score"),
+    "targets": ("target", "weight", "domain", "score", "score_low", "score_high", "shrunk"),
     "examples": ("kind", "rank", "window", "step", "domain", "sample_id", "value", "text"),
     "shards": ("window", "domain", "shards", "samples", "share_between", "p_value", "verdict"),
     "costs": ("phase", "units", "seconds", "bytes", "note"),
@@ -72,7 +76,13 @@ class ReportData:
     """Output of `curate.scores.domain.domain_scores` for the target."""
     mixture: pl.DataFrame
     """One row per domain: shares `prior` and `weight`, `tokens`, `samples`, `epochs` of the next stage, `epochs_so_far`
-    of all stages before it, `binding` (null, "floor", "ceiling" or "max_epochs")."""
+    of all stages before it, `binding` (null, "floor", "ceiling", "max_epochs" or "max_change"), `unconstrained` (the
+    share that no bound would give) and `asked_WINDOW` (the share that each window's scores ask for)."""
+    sweep: pl.DataFrame
+    """One row per temperature: what the mixture would be, see `curate.mixture.record.SweepPoint`, and the share of each
+    domain in a column of its name after `share_`."""
+    targets: pl.DataFrame
+    """Domain scores of every target and of the guard (`weight` null) in the window that set the mixture."""
     examples: pl.DataFrame
     """Samples to read: `kind` "most" or "least" valuable, `rank` from 1, and where each comes from."""
     shards: pl.DataFrame
@@ -86,6 +96,8 @@ class ReportData:
     residuals: Mapping[str, float] = field(default_factory=dict)
     """Window -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
     solved into anchors."""
+    shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Constraints on several domains together -> `least`, `reached` and `price`."""
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():

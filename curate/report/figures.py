@@ -203,7 +203,7 @@ def _room(binding: str | None) -> float:
 
 def bound_name(binding: str) -> str:
     """A binding constraint in words."""
-    return {"max_epochs": "epoch cap"}.get(binding, binding)
+    return {"max_epochs": "epoch cap", "max_change": "change bound"}.get(binding, binding)
 
 
 def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int]]) -> str:

@@ -88,6 +88,8 @@ def _content(data: ReportData) -> dict[str, Any]:
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour),
         "mixture_table": tables.mixture_table(data.mixture, order),
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
+        "sweep_table": tables.sweep_table(data.sweep, order),
+        "target_table": tables.target_table(data.targets, order) if data.targets["target"].n_unique() > 1 else None,
         "examples": examples(data, sample_scale.factor),
         "examples_unit": sample_scale.unit,
         "shown_examples": _SHOWN_EXAMPLES,
@@ -161,7 +163,9 @@ def warnings(data: ReportData) -> list[str]:
     ]
     unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
     if unseen:
-        found.append(f"A window has no sample of {listed(unseen)}; the score of 0 there is not a measurement.")
+        found.append(
+            f"A window has no sample of {listed(unseen)}; the score of 0 there is the average, not a measurement."
+        )
     return found
 
 
@@ -183,6 +187,13 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
         ("horizon", "; ".join(horizons)),
         ("next stage", f"{count(delivered)} tokens of {count(data.budget_tokens)} asked for"),
         ("domains in effect", f"{number(2.718281828459045**entropy)} of {data.mixture.height}"),
+        *[
+            (
+                name.replace("_", " "),
+                f"{signed(one['reached'])}, at least {signed(one['least'])}; price {number(one['price'])}",
+            )
+            for name, one in data.shared.items()
+        ],
         ("embedding and selection took", duration(float(data.costs["seconds"].sum()))),
     ]
 

@@ -79,6 +79,43 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str]) -> Table:
             "epochs": ("epochs", decimal),
             "epochs_so_far": ("epochs so far", decimal),
             "binding": ("held", None),
+            "unconstrained": ("without bounds", percent),
+            **{
+                name: (f"{name.removeprefix('asked_')} alone", percent)
+                for name in mixture.columns
+                if name[:6] == "asked_"
+            },
+        },
+    )
+
+
+def sweep_table(sweep: pl.DataFrame, order: Sequence[str]) -> Table:
+    """What other temperatures would give."""
+    return table(
+        sweep.sort("temperature"),
+        {
+            "temperature": ("temperature", number),
+            "expected_score": ("expected score", signed),
+            **({"guard_score": ("guard", signed)} if sweep["guard_score"].drop_nulls().len() else {}),
+            "kl_to_prior": ("KL to prior", number),
+            "effective_domains": ("domains in effect", decimal),
+            **{f"share_{name}": (name, percent) for name in order if f"share_{name}" in sweep.columns},
+        },
+    )
+
+
+def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
+    """Scores for each target."""
+    return table(
+        _sorted(targets, order, ()),
+        {
+            "domain": ("domain", None),
+            "target": ("target", None),
+            "weight": ("weight", lambda weight: "guard" if weight is None else number(weight)),
+            "score": ("score", signed),
+            "score_low": ("low", signed),
+            "score_high": ("high", signed),
+            "shrunk": ("shrunk", signed),
         },
     )
 

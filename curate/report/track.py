@@ -22,7 +22,7 @@ def log_report(tracker: Tracker, data: ReportData, html_path: Path, mixture_path
     tracker.log_config({**data.settings, "estimator": data.estimator, "target": data.target, "sign": data.sign})
     for step, metrics in sorted(curves(data).items()):
         tracker.log_metrics(metrics, step)
-    for name in ("reliability", "domains", "mixture", "examples", "shards", "costs"):
+    for name in ("reliability", "domains", "mixture", "sweep", "targets", "examples", "shards", "costs"):
         tracker.log_table(f"report/{name}", getattr(data, name))
     tracker.log_html("report/page", html_path)
     tracker.log_artifact(f"mixture-{_plain(data.run)}-{_plain(data.target)}", "mixture", mixture_path)

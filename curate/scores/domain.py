@@ -57,9 +57,10 @@ def domain_scores(
     Returns:
         One row per (window, target, domain): `prior`, `fresh`, `samples` (distinct), `tokens` (predicted, each use
         counted), `value_per_token` with `se`, `low`, `high`; `score` with `score_se`, `score_low`, `score_high`;
-        `shrunk`. A domain without samples in the window has `samples` 0, score 0 and null intervals; one seen in a
-        single step has null intervals and `shrunk` 0. Where no value differs from its domain's mean there is no scale,
-        and every score is 0.
+        `shrunk`. A domain without samples in the window has `samples` 0, null errors, and what is believed without a
+        measurement: score 0 (the average) with an interval of 1.96 tau around it (null where tau is 0); one seen in a
+        single step has its score with that interval, null errors and `shrunk` 0. Where no value differs from its
+        domain's mean there is no scale, and every score is 0.
 
     Raises:
         UserError: a domain of `values` is not in the prior, or a prior is not positive.
@@ -100,6 +101,9 @@ def _score(
     score = _discounted(_centred(mean[None], shares, scale), fresh)[0]
     se, low, high = spread(drawn)
     score_se, score_low, score_high = spread(_discounted(_centred(drawn, shares, scale), fresh))
+    unmeasured, width = ~np.isfinite(score_low), 1.96 * np.sqrt(between(score) or np.nan)
+    score_low[unmeasured] = (np.nan_to_num(score) - width)[unmeasured]
+    score_high[unmeasured] = (np.nan_to_num(score) + width)[unmeasured]
     scored = pl.DataFrame(
         {
             "domain": list(prior),
@@ -177,8 +181,13 @@ def shrink(score: Floats, se: Floats) -> Floats:
     Returns:
         float64 [D], finite: 0 where the score or its error is not known.
     """
-    seen = np.isfinite(score)
-    variance = score[seen].var(ddof=1) if seen.sum() > 1 else 0.0
+    variance = between(score)
     if variance == 0:
         return np.zeros_like(score)
     return np.asarray(np.nan_to_num(score) * np.nan_to_num(np.maximum(0.0, 1 - se**2 / variance)))
+
+
+def between(score: Floats) -> float:
+    """Observed variance between the domains of finite score, tau^2; 0 where fewer than two are known."""
+    seen = np.isfinite(score)
+    return float(score[seen].var(ddof=1)) if seen.sum() > 1 else 0.0

@@ -1,10 +1,12 @@
 """The values frame: one row per (sample, step) of a window with its value for one target."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+
+from curate.scores.domain import pooled_deviation
 
 _CHUNK = 1 << 16  # rows multiplied at once
 
@@ -40,3 +42,27 @@ def value_frame(
         pl.Series("value_a", products[:, 0]),
         pl.Series("value_b", products[:, 1]),
     )
+
+
+def combined_values(values: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:
+    """One value per row for several targets: the weighted mean of their values, each in its own standard deviations.
+
+    Args:
+        values: the values frames of one window, one target after the other, each with the same rows in the same order.
+        weights: target -> weight.
+
+    Returns:
+        The first target's frame with the combined `value` (without unit, where there is more than one target);
+        `value_a` and `value_b` stay its own.
+    """
+    first, *rest = weights
+    frame = values.filter(target=first)
+    if not rest:
+        return frame
+    total = np.zeros(len(frame))
+    for target, weight in weights.items():
+        part = values.filter(target=target)
+        scale = pooled_deviation(part)
+        if scale > 0:
+            total += weight / sum(weights.values()) * part["value"].to_numpy() / scale
+    return frame.with_columns(value=pl.Series(total))

@@ -196,14 +196,14 @@ def test_a_bad_target_ends_in_one_sentence(folder, tmp_path, line, message):
 
 
 def test_a_budget_beyond_the_caps_names_what_binds_and_what_would_fit(folder):
-    with pytest.raises(UserError, match=r"max_epochs 4 \(dataclasses has .* left, json has .* the largest feasible"):
+    with pytest.raises(UserError, match=r"max_epochs 4 at all .* dataclasses .*, json .*budget_tokens at most"):
         run_select(folder, budget_tokens=5000 * SEQ_LEN, mode="reweight")
 
 
 def test_what_earlier_stages_consumed_counts_against_the_caps(folder):
     budget = {"budget_tokens": 400 * SEQ_LEN, "mode": "reweight", "window": "late"}
     alone = run_select(folder, **budget)
-    with pytest.raises(UserError, match=r"max_epochs 4 .* the largest feasible budget_tokens is 3,"):
+    with pytest.raises(UserError, match=r"max_epochs 4 .* budget_tokens at most 3,"):
         run_select(folder, **budget, earlier=(folder / "run",) * 4)
     once = run_select(folder, **budget, earlier=(folder / "run",))
     assert once != alone
@@ -223,6 +223,29 @@ def test_filtered_data_can_leave_out_all_that_was_consumed(folder):
     assert set(dropped.filter(reason="consumed")["sample_id"]) <= trained
     with pytest.raises(UserError, match=r"consume_once needs --mode filter"):
         run_select(folder, mode="both", window="late", shards=settings)
+
+
+def test_several_targets_and_a_guard_are_valued_in_one_pass(folder, tmp_path):
+    for name, documents in (("other", 15), ("general", 18)):
+        write_tiny_target(tmp_path / f"{name}.jsonl", documents=documents)
+    more = {"more_targets": {str(tmp_path / "other.jsonl"): 0.5}, "guard": tmp_path / "general.jsonl"}
+    out = run_select(folder, window="late", mode="reweight", **more)
+    alone = run_select(folder, window="late", mode="reweight")
+    mixture = read_mixture(out / "mixture.yaml")
+    assert mixture.targets == {"target": 1.0, "other": 0.5}
+    assert mixture.shared["guard"].reached >= mixture.shared["guard"].least - 1e-8
+    scores, single = (pl.read_parquet(part / "scores.parquet") for part in (out, alone))
+    assert set(scores["target"]) == {"target", "other", "general"}
+    together = scores.filter(target="target").select("row", "value").sort("row")
+    for found, wanted in zip(together["value"], single.sort("row")["value"], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    domains = pl.read_parquet(out / "domains.parquet")
+    for name, part in mixture.domains.items():
+        rows = dict(domains.filter(domain=name).select("target", "shrunk").iter_rows())
+        assert part.shrunk == pytest.approx((rows["target"] + 0.5 * rows["other"]) / 1.5)
+    assert "Every target" in (out / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="two targets are called 'target'"):
+        run_select(folder, window="late", mode="reweight", guard=folder / "target.jsonl")
 
 
 def test_a_missing_target_and_an_unknown_key_are_named(folder):

@@ -51,22 +51,22 @@ def test_more_than_the_limits():
 
 def test_allocate_counts_tokens_not_samples():
     supply = {"long": Supply(samples=100, tokens=10_000), "short": Supply(samples=100, tokens=1_000)}
-    assert allocate({"long": 0.5, "short": 0.5}, 2_000, supply, 4) == {"long": 10, "short": 100}
+    assert allocate({"long": 0.5, "short": 0.5}, 2_000, supply, {"long": 1, "short": 1}) == {"long": 10, "short": 100}
 
 
 @given(st.integers(8, 10**9))
 def test_allocate_never_exceeds_the_budget(budget):
     supply = {name: Supply(samples=10**9, tokens=8 * 10**9) for name in "abc"}
-    samples = allocate({"a": 1 / 3, "b": 1 / 3, "c": 1 - 2 / 3}, budget, supply, 4)
+    samples = allocate({"a": 1 / 3, "b": 1 / 3, "c": 1 - 2 / 3}, budget, supply, dict.fromkeys("abc", 1))
     assert sum(samples.values()) == budget // 8
 
 
-def test_allocate_keeps_to_whole_epochs_left():
-    supply = {"a": Supply(samples=10, tokens=80, consumed_tokens=85), "b": Supply(samples=10, tokens=80)}
-    samples = allocate({"a": 0.5, "b": 0.5}, 1000, supply, 2)
+def test_allocate_keeps_below_the_ceilings():
+    supply = {"a": Supply(samples=10, tokens=80), "b": Supply(samples=10, tokens=80)}
+    samples = allocate({"a": 0.5, "b": 0.5}, 1000, supply, {"a": 0.075, "b": 0.16})
     assert samples == {"a": 9, "b": 20}
 
 
 def test_less_than_one_sample():
     with pytest.raises(UserError, match="less than one sample"):
-        allocate({"a": 1.0}, 7, {"a": Supply(samples=1, tokens=8)}, 1)
+        allocate({"a": 1.0}, 7, {"a": Supply(samples=1, tokens=8)}, {"a": 1})

@@ -1,39 +1,58 @@
 """Constraints and the record."""
 
+import math
+import re
+
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.artifacts import SIGN
 from curate.errors import UserError
-from curate.mixture.constraints import MixtureConfig, Supply, caps
-from curate.mixture.record import decide, read_mixture, with_tokens, write_mixture
+from curate.mixture.conflicts import check
+from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, is_feasible, problem_of
+from curate.mixture.decide import Aims, decide
+from curate.mixture.record import read_mixture, with_tokens, write_mixture
+from curate.mixture.weights import optimum
 
 PRIOR = {"a": 0.5, "b": 0.3, "c": 0.2}
+PLAIN = MixtureConfig(temperature=0.5, decay_epochs=math.inf)
+ONE = Aims(targets={"t": 1.0})
 SUPPLY = {name: Supply(samples=1000, tokens=8000) for name in PRIOR}
 
 
-def scores(shrunk=(0.5, 0.0, -0.5), window="late"):
+def scores(shrunk=(0.5, 0.0, -0.5), window="late", target="t"):
     return pl.DataFrame(
         {
             "window": [window] * 3,
-            "target": ["t"] * 3,
+            "target": [target] * 3,
             "domain": list("abc"),
             "score": [2.0 * value for value in shrunk],
             "score_low": [None, -1.0, -1.0],
             "score_high": [None, 1.0, 1.0],
             "shrunk": [float(value) for value in shrunk],
+            "samples": [100, 100, 0],
         },
         schema_overrides={"score_low": pl.Float64, "score_high": pl.Float64},
     )
 
 
-def test_caps():
+def chosen(table=None, budget=8_000, config=None, aims=ONE, supply=None):
+    return decide(
+        scores() if table is None else table, PRIOR, supply or SUPPLY, budget, config or MixtureConfig(), aims
+    )
+
+
+def facts(budget=10_000, supply=None, **more):
+    return Facts(**{"prior": PRIOR, "previous": PRIOR, "supply": supply or SUPPLY, "budget_tokens": budget, **more})
+
+
+def test_bounds():
     config = MixtureConfig(max_epochs=2, max_weight=0.7, ceilings={"b": 0.4}, floors={"c": 0.15})
     supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, consumed_tokens=12_000)}
-    bounds = caps(config, PRIOR, supply, 10_000)
+    bounds = bounds_of(config, facts(supply=supply))
     assert [(b.lo, b.hi, b.hi_from) for b in bounds.values()] == [
         (pytest.approx(0.05), 0.4, "max_epochs"),
         (pytest.approx(0.03), 0.4, "ceiling"),
@@ -41,41 +60,62 @@ def test_caps():
     ]
 
 
+def test_the_change_of_a_stage_is_bounded_by_what_the_last_one_trained_on():
+    bounds = bounds_of(MixtureConfig(max_change=2), facts(prior={"a": 0.2, "b": 0.2, "c": 0.6}))
+    sides = [(b.lo, b.hi, b.lo_from, b.hi_from) for b in bounds.values()]
+    assert sides == [
+        (0.25, 0.8, "max_change", "max_epochs") if 2 * 0.5 > 3.2 else (0.25, 1.0, "max_change", "ceiling"),
+        (0.15, 0.6, "max_change", "max_change"),
+        (0.1, 0.4, "max_change", "max_change"),
+    ]
+
+
 def test_relative_floor_gives_way_to_an_exhausted_domain():
     supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, consumed_tokens=50_000)}
-    bound = caps(MixtureConfig(), PRIOR, supply, 10_000)["a"]
+    bound = bounds_of(MixtureConfig(), facts(supply=supply))["a"]
     assert (bound.lo, bound.hi, bound.binding(0.0)) == (0, 0, "max_epochs")
 
 
 def test_largest_feasible_budget_is_the_largest():
     config = MixtureConfig(max_epochs=2, ceilings={"a": 0.2})
-    with pytest.raises(UserError, match=r"at mixture.max_epochs 2 \(a has .*b has 16,000 left.*is 40,000$"):
-        caps(config, PRIOR, SUPPLY, 10**6)
-    caps(config, PRIOR, SUPPLY, 40_000)
+    with pytest.raises(UserError, match=r"b 16,000.*max_epochs at least .*budget_tokens at most 40,000"):
+        check(config, facts(10**6))
+    check(config, facts(40_000))
     with pytest.raises(UserError):
-        caps(config, PRIOR, SUPPLY, 40_010)
+        check(config, facts(40_010))
 
 
+@settings(max_examples=12)
 @given(
     st.floats(0.1, 8),
     st.lists(st.integers(1, 10**6), min_size=3, max_size=3),
-    st.integers(1, 10**8),
+    st.integers(10, 10**8),
     st.floats(0.34, 1),
+    st.floats(0, 1),
+    st.none() | st.floats(1, 3),
 )
-def test_feasible_or_told_what_would_be(max_epochs, tokens, budget, max_weight):
-    config = MixtureConfig(max_epochs=max_epochs, max_weight=max_weight)
+def test_feasible_or_told_what_would_be(max_epochs, tokens, budget, max_weight, replay, change):
+    """Each remedy that an error names makes the constraints feasible, by itself."""
+    config = MixtureConfig(
+        max_epochs=max_epochs, max_weight=max_weight, replay_domains=("b",), replay_share=replay, max_change=change
+    )
     supply = {name: Supply(samples=count, tokens=count) for name, count in zip("abc", tokens, strict=True)}
-    try:
-        bounds = caps(config, PRIOR, supply, budget)
-    except UserError as error:
-        largest = int(str(error).rsplit(" ", 1)[1].replace(",", ""))
-        assert largest < budget
-        if largest > 0:
-            caps(config, PRIOR, supply, largest)
+    if not is_feasible(config, facts(budget, supply)):
+        with pytest.raises(UserError) as raised:
+            check(config, facts(budget, supply))
+        told = str(raised.value)
+        remedies = re.findall(r"(?:mixture\.)?(\w+) at (?:least|most) ([\d.,e+-]+)", told.partition("do:")[2])
+        assert remedies or "conflict besides" in told
+        for name, value in remedies:
+            number = float(value.strip(",").replace(",", ""))
+            if name == "budget_tokens":
+                assert is_feasible(config, facts(number, supply))
+            else:
+                assert is_feasible(config.model_copy(update={name: number}), facts(budget, supply)), (name, value)
     else:
-        assert sum(bound.lo for bound in bounds.values()) <= 1 + 1e-9
-        assert sum(bound.hi for bound in bounds.values()) >= 1 - 1e-8
-        assert all(0 <= bound.lo <= bound.hi <= 1 for bound in bounds.values())
+        weights = optimum(problem_of(config, facts(budget, supply), dict.fromkeys(PRIOR, 0.0))).weights
+        assert weights.sum() == pytest.approx(1, abs=1e-8)
+        assert weights[1] >= replay - 1e-8
 
 
 @pytest.mark.parametrize(
@@ -83,27 +123,73 @@ def test_feasible_or_told_what_would_be(max_epochs, tokens, budget, max_weight):
     [
         ({"floors": {"x": 0.1}}, "floors names x; the domains are a, b, c"),
         ({"ceilings": {"a": 1.5}}, "ceilings must be weights"),
-        ({"floors": {"a": 0.6, "b": 0.6}}, "floors add up to more than 1"),
-        ({"floors": {"a": 0.98}, "min_share_of_prior": 0.5}, "min_share_of_prior can be at most 0.04"),
-        ({"floors": {"a": 0.6}, "max_weight": 0.5}, "above the ceiling 0.5"),
-        ({"max_weight": 0.3}, "less than 1: raise mixture.ceilings, or mixture.max_weight to at least 0.333"),
-        ({"floors": {"b": 0.5}, "max_epochs": 1}, "b has 8,000 left.*largest feasible budget_tokens is 16,000"),
+        (
+            {"floors": {"a": 0.6, "b": 0.6}},
+            r"floors.a 0.6, mixture.floors.b 0.6 together; .*floors.a at most 0.38, or mixture.floors.b at most 0.38$",
+        ),
+        (
+            {"floors": {"a": 0.98}, "min_share_of_prior": 0.5},
+            "min_share_of_prior 0.5, mixture.floors.a 0.98 together; .*min_share_of_prior at most 0.04, or .* 0.75",
+        ),
+        ({"floors": {"a": 0.6}, "max_weight": 0.5}, "max_weight at least 0.6, or mixture.floors.a at most 0.5"),
+        ({"floors": {"a": 0.6}, "ceilings": {"a": 0.3}}, "ceilings.a at least 0.6, or mixture.floors.a at most 0.3"),
+        ({"max_weight": 0.3}, "max_weight 0.3 at all; .*: mixture.max_weight at least 0.33[34]"),
+        (
+            {"floors": {"b": 0.5}, "max_epochs": 1},
+            r"of 20,000 wanted: a 8,000, .*least 1.25, or budget_tokens at most 16,000, or .*b at most 0.4$",
+        ),
+        ({"replay_share": 0.3}, "needs mixture.replay_domains"),
+        ({"replay_share": 0.3, "replay_domains": ("web",)}, "replay_domains names web"),
+        (
+            {"replay_share": 0.7, "replay_domains": ("b", "c"), "ceilings": {"b": 0.3}, "max_change": 1.8},
+            "replay_share at most 0.66, or mixture.max_change at least 2, or mixture.ceilings.b at least 0.34",
+        ),
     ],
 )
 def test_infeasible(config, message):
     with pytest.raises(UserError, match=message):
-        caps(MixtureConfig(**config), PRIOR, SUPPLY, 20_000)
+        check(MixtureConfig(**config), facts(20_000))
+
+
+def test_a_guard_that_no_mixture_within_the_bounds_keeps():
+    guarded = facts(guard={"a": 1.0, "b": 0.0, "c": 0.0})
+    check(MixtureConfig(ceilings={"a": 0.4}, guard_drop=0.1), guarded)
+    with pytest.raises(
+        UserError, match=r"guard_drop 0, mixture.ceilings.a 0.4 together; .* at least 0.1, or .* at least 0.5$"
+    ):
+        check(MixtureConfig(ceilings={"a": 0.4}), guarded)
 
 
 def test_domains_must_be_those_of_the_run():
     with pytest.raises(UserError, match="the data has"):
-        caps(MixtureConfig(), PRIOR, {"a": SUPPLY["a"]}, 100)
+        check(MixtureConfig(), facts(supply={"a": SUPPLY["a"]}))
     with pytest.raises(UserError, match="no samples of a"):
-        caps(MixtureConfig(), PRIOR, {**SUPPLY, "a": Supply(samples=0, tokens=0)}, 100)
+        check(MixtureConfig(), facts(supply={**SUPPLY, "a": Supply(samples=0, tokens=0)}))
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ({"a": 1, "b": 1, "web": 1}, "names web and lacks c; the domains are a, b, c"),
+        ({"a": 1, "b": 1}, "lacks c"),
+        ({"a": 1, "b": -1, "c": 1}, "positive numbers, got {'b': -1.0}"),
+        ({"a": 1, "b": math.inf, "c": 1}, "positive numbers"),
+    ],
+)
+def test_a_prior_that_is_not_the_domains(prior, message):
+    with pytest.raises(UserError, match=message):
+        chosen(config=MixtureConfig(prior=prior))
+
+
+def test_a_given_prior_is_what_equal_scores_keep():
+    mixture = chosen(scores((0, 0, 0)), config=MixtureConfig(prior={"a": 1, "b": 1, "c": 2}))
+    assert [part.weight for part in mixture.domains.values()] == pytest.approx([0.25, 0.25, 0.5])
 
 
 def test_decide():
-    mixture = decide(scores(), {"a": 5, "b": 3, "c": 2}, SUPPLY, 16_000, MixtureConfig(temperature=0.5, max_epochs=1.5))
+    mixture = decide(
+        scores(), {"a": 5, "b": 3, "c": 2}, SUPPLY, 16_000, PLAIN.model_copy(update={"max_epochs": 1.5}), ONE
+    )
     a, b, c = (mixture.domains[name] for name in "abc")
     assert (a.binding, b.binding, c.binding) == ("max_epochs", None, None)
     assert a.weight == 0.75
@@ -120,20 +206,103 @@ def test_decide():
 
 
 def test_equal_scores_keep_the_prior():
-    mixture = decide(scores((0, 0, 0)), PRIOR, SUPPLY, 8_000, MixtureConfig())
+    mixture = decide(scores((0, 0, 0)), PRIOR, SUPPLY, 8_000, MixtureConfig(), ONE)
     assert {name: domain.samples for name, domain in mixture.domains.items()} == {"a": 500, "b": 300, "c": 200}
     assert mixture.kl_to_prior == pytest.approx(0, abs=1e-12)
 
 
 def test_windows_are_never_mixed():
     both = pl.concat([scores((1, 0, -1), "early"), scores()])
-    assert decide(both, PRIOR, SUPPLY, 800, MixtureConfig()) == decide(scores(), PRIOR, SUPPLY, 800, MixtureConfig())
+    late, alone = (decide(table, PRIOR, SUPPLY, 800, MixtureConfig(), ONE) for table in (both, scores()))
+    assert late.domains == alone.domains
+    assert set(late.phases) == {"early", "late"}
+    assert late.phases["late"] == alone.phases["late"]
+    assert late.phases["early"].weights["a"] > late.phases["late"].weights["a"]
     with pytest.raises(UserError, match="no scores for window 'middle' \\(there are early, late\\)"):
-        decide(both, PRIOR, SUPPLY, 800, MixtureConfig(window="middle"))
+        decide(both, PRIOR, SUPPLY, 800, MixtureConfig(window="middle"), ONE)
+
+
+def test_several_targets_are_weighted_and_a_guard_holds():
+    """Target u wants the opposite of t; the guard wants what t does not."""
+    table = pl.concat([scores(), scores((-0.5, 0.0, 0.5), target="u"), scores((-0.4, 0.0, 0.4), target="general")])
+    even = chosen(table, aims=Aims(targets={"t": 1, "u": 1}))
+    assert [part.weight for part in even.domains.values()] == pytest.approx([0.5, 0.3, 0.2])
+    more = chosen(table, aims=Aims(targets={"t": 3, "u": 1}))
+    assert more.domains["a"].shrunk == pytest.approx(0.25)
+    assert more.targets == {"t": 3, "u": 1}
+    free, guarded = (chosen(table, aims=Aims(targets={"t": 1}, guard=guard)) for guard in (None, "general"))
+    before = -0.4 * 0.5 + 0.4 * 0.2
+    assert free.domains["a"].weight > 0.5
+    assert guarded.shared["guard"].reached == pytest.approx(before, abs=1e-8)
+    assert guarded.shared["guard"].price > 0
+    assert guarded.gap < 1e-8
+    assert {point.guard_score >= before - 1e-8 for point in guarded.sweep} == {True}
+    loose = chosen(table, aims=Aims(targets={"t": 1}, guard="general"), config=MixtureConfig(guard_drop=9))
+    assert loose.shared["guard"].price == 0
+    assert loose.domains == free.domains
+
+
+def test_general_domains_keep_their_share_together():
+    config = MixtureConfig(temperature=0.2, replay_domains=("b", "c"), replay_share=0.4)
+    mixture = chosen(scores((1.0, 0.2, 0.1)), config=config)
+    assert mixture.shared["replay_share"].reached == pytest.approx(0.4)
+    assert mixture.domains["b"].weight > mixture.domains["c"].weight
+    assert mixture.domains["a"].binding is None
+
+
+def test_the_sweep_goes_from_concentrated_to_the_prior():
+    mixture = chosen()
+    divergences = [point.kl_to_prior for point in mixture.sweep]
+    assert divergences == sorted(divergences, reverse=True)
+    assert [point.expected_score for point in mixture.sweep] == sorted(
+        (point.expected_score for point in mixture.sweep), reverse=True
+    )
+    same = next(point for point in mixture.sweep if point.temperature == 1.0)
+    assert same.weights == {name: part.weight for name, part in mixture.domains.items()}
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.floats(-3, 3), min_size=3, max_size=3),
+    st.lists(st.integers(1, 400), min_size=3, max_size=3),
+    st.integers(8, 4000),
+    st.sampled_from([0.4, 0.55, 1.0]),
+    st.sampled_from([None, 1.7]),
+)
+def test_caps_hold_exactly_after_rounding_and_floors_to_a_sample(shrunk, counts, samples, max_weight, change):
+    supply = {
+        name: Supply(samples=n, tokens=8 * n, consumed_tokens=4 * n) for name, n in zip("abc", counts, strict=True)
+    }
+    config = MixtureConfig(max_weight=max_weight, max_change=change)
+    budget = 8 * samples
+    try:
+        mixture = chosen(scores(shrunk), budget, config, supply=supply)
+    except UserError:
+        return
+    for name, part in mixture.domains.items():
+        assert part.tokens <= max_weight * budget + 1e-6
+        assert part.epochs_in_all <= config.max_epochs + 1e-9
+        floor = min(0.1 * PRIOR[name], supply[name].available_tokens(config.max_epochs) / budget)
+        assert part.tokens > floor * budget - 8
+        if change is not None:
+            assert part.tokens <= change * PRIOR[name] * budget + 1e-6
+    assert mixture.tokens == sum(part.tokens for part in mixture.domains.values()) <= budget
+    room = sum(min(max_weight, (change or 99) * PRIOR[name]) * samples // 1 for name in PRIOR)
+    if room >= samples and all(part.binding != "max_epochs" for part in mixture.domains.values()):
+        assert mixture.samples == samples
+
+
+@given(st.permutations("abc"))
+@settings(max_examples=6)
+def test_the_order_of_rows_and_domains_does_not_matter(order):
+    table = scores((0.3, 0.2, -0.5))
+    moved = pl.concat([table.filter(domain=name) for name in order])
+    previous = {name: PRIOR[name] for name in order}
+    assert decide(moved, previous, SUPPLY, 9_000, PLAIN, ONE) == decide(table, PRIOR, SUPPLY, 9_000, PLAIN, ONE)
 
 
 def test_with_tokens_sets_what_follows_from_them():
-    mixture = decide(scores(), PRIOR, SUPPLY, 16_000, MixtureConfig())
+    mixture = decide(scores(), PRIOR, SUPPLY, 16_000, MixtureConfig(), ONE)
     changed = with_tokens(mixture, {"a": 100, "b": 60, "c": 40})
     assert changed.tokens == 200
     assert [domain.delivered_weight for domain in changed.domains.values()] == [0.5, 0.3, 0.2]
@@ -142,7 +311,7 @@ def test_with_tokens_sets_what_follows_from_them():
 
 
 def test_round_trip(tmp_path):
-    mixture = decide(scores(), PRIOR, SUPPLY, 16_000, MixtureConfig())
+    mixture = decide(scores(), PRIOR, SUPPLY, 16_000, MixtureConfig(), ONE)
     path = tmp_path / "mixture.yaml"
     write_mixture(path, mixture)
     assert read_mixture(path) == mixture
@@ -158,7 +327,7 @@ def test_round_trip(tmp_path):
         (None, "does not exist"),
         ("- 1", "is not a mixture"),
         ("a: [", "is not a mixture"),
-        ("target: t", "window: Field required"),
+        ("target: t", "targets: Field required"),
         ("extra: t", "Field required|Extra"),
     ],
 )

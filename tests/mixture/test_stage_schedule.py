@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from curate.mixture.constraints import MixtureConfig, Supply
-from curate.mixture.record import decide, read_mixture, write_mixture
+from curate.mixture.decide import decide
+from curate.mixture.record import read_mixture, write_mixture
 from curate.mixture.schedule import Part, StageSchedule, base_weights, decide_stage, lay_out, parts
 
 LENGTH = 16
@@ -19,6 +20,9 @@ def scores_of(shrunk):
     names = sorted(shrunk)
     columns = {name: [shrunk[domain] for domain in names] for name in ("score", "score_low", "score_high", "shrunk")}
     return pl.DataFrame({"window": "late", "target": "t", "domain": names, **columns})
+
+
+ONE = Aims(targets={"t": 1.0})
 
 
 def supply_of(samples, consumed=0):
@@ -61,7 +65,7 @@ def test_phases_are_exact_and_the_caps_hold_for_the_whole_stage(stage, schedule)
     if samples * LENGTH > left:
         return
     config = MixtureConfig(max_epochs=epochs)
-    mixture = decide_stage(scores_of(shrunk), prior, supply, samples * LENGTH, config, schedule)
+    mixture = decide_stage(scores_of(shrunk), prior, supply, samples * LENGTH, config, schedule, ONE)
     start = 0
     for phase in mixture.phases:
         assert phase.start_step == start
@@ -85,7 +89,7 @@ def test_the_order_of_domains_changes_nothing(order, schedule):
     def stage(names):
         return decide_stage(
             scores_of(shrunk), {name: samples[name] for name in names},
-            {name: supply_of(samples)[name] for name in names}, 1001 * LENGTH, MixtureConfig(), schedule,
+            {name: supply_of(samples)[name] for name in names}, 1001 * LENGTH, MixtureConfig(), schedule, ONE,
         )  # fmt: skip
 
     assert stage(order) == stage("abcd")
@@ -103,7 +107,7 @@ def test_up_to_any_phase_each_domain_is_within_one_sample_of_its_share(stage, sc
         }
         for i, _ in enumerate(phases)
     ]  # fmt: skip
-    laid = lay_out(phases, weights, samples * LENGTH, supply, max_epochs=1e9)
+    laid = lay_out(phases, weights, samples * LENGTH, supply, dict.fromkeys(supply, 10**9))
     assert sum(phase.samples for phase in laid) == samples
     for domain in prior:
         due = sum(part.share * each[domain] * samples for part, each in zip(phases, weights, strict=True))
@@ -113,7 +117,7 @@ def test_up_to_any_phase_each_domain_is_within_one_sample_of_its_share(stage, sc
 def test_throughout_is_the_plain_mixture():
     samples, shrunk = {"a": 500, "b": 300, "c": 77}, {"a": 0.4, "b": -0.2, "c": 1.5}
     arguments = (scores_of(shrunk), samples, supply_of(samples, consumed=40), 801 * LENGTH, MixtureConfig())
-    plain, whole = decide(*arguments), decide_stage(*arguments, StageSchedule())
+    plain, whole = decide(*arguments, ONE), decide_stage(*arguments, StageSchedule(), ONE)
     assert whole.model_dump(exclude={"phases"}) == plain.model_dump(exclude={"phases"})
     assert [(phase.start_step, phase.samples) for phase in whole.phases] == [(0, 801)]
 
@@ -121,8 +125,8 @@ def test_throughout_is_the_plain_mixture():
 def test_early_and_late_parts_are_curated_and_the_basin_is_not(tmp_path):
     samples, shrunk = {"a": 10_000, "b": 10_000}, {"a": 1.0, "b": -1.0}
     schedule = StageSchedule(kind="early-late", early_share=0.1, late_share=0.2)
-    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 1000 * LENGTH, MixtureConfig(), schedule)
-    curated = decide(scores_of(shrunk), samples, supply_of(samples), 300 * LENGTH, MixtureConfig()).domains["a"].weight
+    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 1000 * LENGTH, MixtureConfig(), schedule, ONE)
+    curated = decide(scores_of(shrunk), samples, supply_of(samples), 300 * LENGTH, MixtureConfig(), ONE).domains["a"].weight
     assert curated > 0.85
     found = [(phase.start_step, phase.curated, phase.samples, phase.domains["a"]) for phase in mixture.phases]
     wanted = [(0, 1.0, 100, 100 * curated), (100, 0.0, 700, 350), (800, 1.0, 200, 200 * curated)]
@@ -148,7 +152,7 @@ def test_what_the_basin_uses_counts_against_the_cap_of_the_curated_parts():
     samples, shrunk = {"a": 10_000, "b": 100}, {"a": -1.0, "b": 5.0}
     config = MixtureConfig(max_epochs=2.0)
     schedule = StageSchedule(kind="late", late_share=0.5)
-    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 5000 * LENGTH, config, schedule)
+    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 5000 * LENGTH, config, schedule, ONE)
     base = base_weights(samples, supply_of(samples), 5000 * LENGTH, config)
     basin, late = mixture.phases
     assert basin.domains["b"] == pytest.approx(2500 * base["b"], abs=1)

@@ -92,7 +92,24 @@ def mixture() -> pl.DataFrame:
             "epochs": [6 * weight for weight in weights],
             "epochs_so_far": [2 * weight for weight in weights],
             "binding": binding,
+            "unconstrained": weights,
+            "asked_early": [1 / 7] * 7,
+            "asked_late": weights,
         }
+    )
+
+
+def sweep() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "temperature": [0.25, 0.5, 1.0],
+            "expected_score": [0.4, 0.3, 0.2],
+            "kl_to_prior": [0.9, 0.4, 0.1],
+            "effective_domains": [2.5, 4.1, 6.0],
+            "guard_score": [None, None, None],
+            **{f"share_{domain}": [1 / 7] * 3 for domain in DOMAINS},
+        },
+        schema_overrides={"guard_score": pl.Float64},
     )
 
 
@@ -144,6 +161,8 @@ def report_data(target: str = "astronomy docstrings", late_reliability: float = 
         training=training(),
         domains=domains(target),
         mixture=mixture(),
+        sweep=sweep(),
+        targets=domains(target).filter(window="late").with_columns(weight=pl.lit(1.0)),
         examples=examples(),
         shards=pl.DataFrame(
             {

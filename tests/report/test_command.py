@@ -99,7 +99,7 @@ def test_the_tracker_gets_every_number(tmp_path: Path) -> None:
     metrics = dict(tracker.metrics)[280]
     assert metrics["value/late/api_prose"] == late
     assert metrics["train/loss"] == data.training["loss"][280]
-    names = {"reliability", "domains", "mixture", "examples", "shards", "costs"}
+    names = {"reliability", "domains", "mixture", "sweep", "targets", "examples", "shards", "costs"}
     assert set(tracker.tables) == {f"report/{name}" for name in names}
     assert tracker.files["mixture-demo-astronomy-docstrings"] == tmp_path / "mixture.yaml"
 
@@ -118,4 +118,4 @@ def test_wandb_offline_files_hold_the_page_and_the_mixture(
     (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report/page_*.html")
     assert page.read_bytes() == (tmp_path / "report.html").read_bytes()
     tables = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/report/*.table.json"))
-    assert len(tables) == 6
+    assert len(tables) == 8

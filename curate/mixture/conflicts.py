@@ -1,0 +1,148 @@
+"""Why no mixture satisfies the constraints: the settings that conflict, and the nearest feasible value of each."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from curate.errors import UserError
+from curate.mixture.constraints import Facts, MixtureConfig, check_names, is_feasible
+
+_FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """One setting that can be loosened.
+
+    Args:
+        name: as the user writes it.
+        value: what it is.
+        loosest: where it constrains nothing.
+        put: (config, facts, value) -> the same with another value.
+    """
+
+    name: str
+    value: float
+    loosest: float
+    put: Callable[[MixtureConfig, Facts, float], tuple[MixtureConfig, Facts]]
+
+
+def check(config: MixtureConfig, facts: Facts) -> None:
+    """Refuse constraints that no mixture satisfies.
+
+    Of the settings a smallest set is named that conflicts by itself: loosening any one of it ends that conflict. The
+    nearest feasible value of each is given, everything else as it is.
+
+    Raises:
+        UserError: the conflict, or a name that is no domain.
+    """
+    check_names(config, facts)
+    if is_feasible(config, facts):
+        return
+    conflict = _smallest(config, facts)
+    remedies = [
+        remedy
+        for setting in conflict
+        for one in ([setting, _budget(facts)] if setting.name == "mixture.max_epochs" else [setting])
+        if (remedy := _remedy(one, config, facts)) is not None
+    ]
+    named = ", ".join(f"{setting.name} {setting.value:g}" for setting in conflict)
+    detail = _left(config, facts) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
+    if not remedies:
+        raise UserError(f"no mixture satisfies {named} together{detail}, and other constraints conflict besides")
+    raise UserError(
+        f"no mixture satisfies {named} {'together' if len(conflict) > 1 else 'at all'}{detail}; "
+        f"with all else as it is, this would do: {', or '.join(remedies)}"
+    )
+
+
+def _smallest(config: MixtureConfig, facts: Facts) -> list[_Setting]:
+    """Loosen one setting after the other; what cannot be loosened without ending the conflict is part of it."""
+    conflict = []
+    for setting in _settings(config, facts):
+        looser = setting.put(config, facts, setting.loosest)
+        if is_feasible(*looser):
+            conflict.append(setting)
+        else:
+            config, facts = looser
+    return conflict
+
+
+def _settings(config: MixtureConfig, facts: Facts) -> list[_Setting]:
+    """Every setting that constrains something; the ones named last are more likely to be kept in a conflict."""
+    found = [
+        _plain("min_share_of_prior", config.min_share_of_prior, 0.0),
+        _plain("max_weight", config.max_weight, 1.0),
+        _plain("max_epochs", config.max_epochs, math.inf),
+        _plain("replay_share", config.replay_share, 0.0),
+    ]
+    if config.max_change is not None:
+        found.append(_plain("max_change", config.max_change, _FAR))
+    if facts.guard is not None:
+        found.append(_plain("guard_drop", config.guard_drop, _FAR))
+    found += [_single("ceilings", domain, config.ceilings[domain], 1.0) for domain in sorted(config.ceilings)]
+    found += [_single("floors", domain, config.floors[domain], 0.0) for domain in sorted(config.floors)]
+    return found
+
+
+def _plain(name: str, value: float, loosest: float) -> _Setting:
+    return _Setting(
+        name=f"mixture.{name}",
+        value=value,
+        loosest=loosest,
+        put=lambda config, facts, value: (config.model_copy(update={name: value}), facts),
+    )
+
+
+def _single(name: str, domain: str, value: float, loosest: float) -> _Setting:
+    def put(config: MixtureConfig, facts: Facts, value: float) -> tuple[MixtureConfig, Facts]:
+        return config.model_copy(update={name: {**getattr(config, name), domain: value}}), facts
+
+    return _Setting(name=f"mixture.{name}.{domain}", value=value, loosest=loosest, put=put)
+
+
+def _budget(facts: Facts) -> _Setting:
+    return _Setting(
+        name="budget_tokens",
+        value=facts.budget_tokens,
+        loosest=1.0,
+        put=lambda config, facts, value: (config, replace(facts, budget_tokens=value)),
+    )
+
+
+def _remedy(setting: _Setting, config: MixtureConfig, facts: Facts) -> str | None:
+    """`setting` and the value next to its own that is feasible; None where loosening it alone is not enough."""
+
+    def feasible(value: float) -> bool:
+        return is_feasible(*setting.put(config, facts, value))
+
+    if not feasible(min(setting.loosest, _FAR)):
+        return None
+    bad, good = setting.value, min(setting.loosest, _FAR)
+    for _ in range(45):
+        middle = (bad + good) / 2
+        bad, good = (bad, middle) if feasible(middle) else (middle, good)
+    word = "at least" if setting.loosest > setting.value else "at most"
+    return f"{setting.name} {word} {_rounded(good, setting, feasible)}"
+
+
+def _rounded(value: float, setting: _Setting, feasible: Callable[[float], bool]) -> str:
+    """A number of three digits that is feasible; a budget in whole tokens."""
+    if setting.name == "budget_tokens":
+        return f"{math.floor(value):,}"
+    scale = 10.0 ** (3 - math.ceil(math.log10(value))) if value > 0 else 1.0
+    nearest = round(value * scale) / scale
+    if feasible(nearest):
+        return f"{nearest:g}"
+    return f"{(math.ceil if setting.loosest > setting.value else math.floor)(value * scale) / scale:g}"
+
+
+def _left(config: MixtureConfig, facts: Facts) -> str:
+    """How much the domains have left that are wanted more of than that."""
+    short = []
+    for domain in facts.domains:
+        left = facts.supply[domain].available_tokens(config.max_epochs)
+        wanted = max(min(config.max_weight, config.ceilings.get(domain, 1.0)), config.floors.get(domain, 0.0))
+        if left < wanted * facts.budget_tokens:
+            short.append(f"{domain} {int(left):,}")
+    return f" (tokens left of {int(facts.budget_tokens):,} wanted: {', '.join(short)})" if short else ""
