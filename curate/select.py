@@ -28,7 +28,7 @@ from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
 from curate.progress import start_logging
-from curate.shards.plan import ShardsConfig
+from curate.shards.choose import ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages, uses
 from curate.trajectory.run import Run, find_run
@@ -112,7 +112,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     tables = _score(every, values, trained, fresh_shares(run), config)
     ledger = uses(stages(run, config.earlier))
     tables["ledger"] = domain_ledger(run, ledger)
-    mixture, plan = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims)
+    mixture, plan, tables["leaks"] = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims)
     start(out, settings)
     _write_tables(out, every, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
@@ -155,6 +155,8 @@ def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
     chosen = config.model_dump(mode="json", exclude=_ELSEWHERE)
     files = config.adjoint.anchor_files
     chosen["adjoint"]["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+    screened = config.shards.screen.files
+    chosen["shards"]["screen"]["files"] = [file_fingerprint(Path(path)) for path in screened if Path(path).is_file()]
     earlier = ledger_identity(stages(run, config.earlier)[:-1])
     weights: list[float | str] = [*config.more_targets.values(), *([] if config.guard is None else ["guard"])]
     others = [other.fingerprint for other in other_targets(config, run, target)]
@@ -236,32 +238,33 @@ def _mix(
     used: pl.DataFrame,
     config: SelectConfig,
     aims: Aims,
-) -> tuple[Mixture, Plan]:
-    """Solve the mixture and turn it into whole samples."""
+) -> tuple[Mixture, Plan, pl.DataFrame]:
+    """Choose among the samples, solve the mixture and turn it into whole samples; also what the screen found."""
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
     from curate.scores.values import combined_values
     from curate.shards.plan import make_plan, make_pool, supply_of
+    from curate.shards.sift import check_reweighted, read_held_out, sift
 
     if config.mixture.window not in config.window_names:
         raise UserError(
             f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
             "set window or mixture.window"
         )
-    if config.shards.consume_once and config.mode != "filter":
-        raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
+    if config.mode != "filter":
+        check_reweighted(config.shards)
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
-    kept = 0.0 if config.mode == "reweight" else config.shards.drop_fraction
     wanted = combined_values(values.filter(window=config.mixture.window), aims.targets)
-    pool = make_pool(
-        {domain: catalogues[domain] for domain in trained}, wanted, kept, used,
-        consume_once=config.shards.consume_once,
-    )  # fmt: skip
+    known = {domain: catalogues[domain] for domain in trained}
+    pool = make_pool(known, wanted, used, consume_once=config.shards.consume_once)
+    aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
+    held = read_held_out(aimed, config.shards.screen, run.spec)
+    pool, leaks = sift(pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed)
     budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule, aims)
     plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
-    return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan
+    return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan, leaks
 
 
 def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: SelectConfig) -> dict[str, Path]:
@@ -308,6 +311,7 @@ def _report_data(
         value_curve,
     )
     from curate.report.data import ReportData
+    from curate.shards.write import loader_line
 
     training = training_curve(run)
     found = _search(config, embeddings, target)
@@ -315,7 +319,7 @@ def _report_data(
         run=run.folder.name, target=target.name, target_documents=target.documents, target_tokens=target.tokens,
         estimator=config.estimator, horizons=dict.fromkeys(embeddings, horizon_name(config.horizon)),
         mixture_window=config.mixture.window, sign=SIGN, budget_tokens=mixture.budget_tokens,
-        loader="\n".join(_loader_line(kind, path) for kind, path in data.items()),
+        loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
         settings=config.model_dump(mode="json"), reliability=tables["reliability"],
         curve=value_curve(values, training), training=training, domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
@@ -342,14 +346,6 @@ def _search(config: SelectConfig, embeddings: dict[str, Embedding], target: Targ
             _, rows = index.search(sign * query, EXAMPLES)
             found[window, kind] = rows[0][rows[0] >= 0].tolist()
     return found
-
-
-def _loader_line(kind: str, path: Path) -> str:
-    if path.name == "schedule.yaml":
-        return f'curate.formats.dataset.open_dataset(Path("{path.resolve()}"), batch_size=..., seed=0)'
-    if kind == "filter":
-        return f'StreamingDataset(local="{path.resolve()}", batch_size=...)'
-    return f'StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open("{path.resolve()}"))], batch_size=...)'
 
 
 def _publish(out: Path, config: SelectConfig, report: ReportData) -> None:
@@ -384,30 +380,17 @@ def _summarise(out: Path) -> None:
     from curate.mixture.record import read_mixture
 
     mixture = read_mixture(out / "mixture.yaml")
-    _log.info(
-        "%-20s %7s -> %6s %14s %8s %7s  score [95 %% interval]",
-        "domain",
-        "prior",
-        "next",
-        "tokens",
-        "samples",
-        "epochs",
-    )
+    names = ("domain", "prior", "next", "tokens", "samples", "epochs")
+    _log.info("%-20s %7s -> %6s %14s %8s %7s  score [95 %% interval]", *names)
     for name, part in sorted(mixture.domains.items(), key=lambda item: -item[1].delivered_weight):
         interval = "" if part.low is None or part.high is None else f"[{part.low:+.2f}, {part.high:+.2f}]"
         _log.info(
             "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
             name, 100 * part.prior, 100 * part.delivered_weight, f"{part.tokens:,}", f"{part.samples:,}", part.epochs,
-            part.score, interval, part.binding or "",
+            part.score, interval, part.binding or "" if part.valued else "not measured",
         )  # fmt: skip
-    for name in (
-        "mixture.yaml",
-        "data/streams.yaml",
-        "data/schedule.yaml",
-        "data/mds",
-        "scores.parquet",
-        "report.html",
-    ):
+    written = ("data/streams.yaml", "data/schedule.yaml", "data/mds")
+    for name in ("mixture.yaml", *written, "scores.parquet", "leaks.parquet", "report.html"):
         if (out / name).exists():
             _log.info("wrote %s", out / name)
 

@@ -6,24 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import Field
 
-from curate.config import Config
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
 from curate.rng import generator
 
-
-class ShardsConfig(Config):
-    """How the next stage's data is written."""
-
-    drop_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Share of each domain's valued samples, those of lowest value, that modes filter and both leave out; samples
-    outside the window have no value and stay."""
-    consume_once: bool = False
-    """In mode filter, use no sample that this stage or an earlier one trained on."""
-    shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
-    """Size limit of a shard that is written."""
+VALUES = ("value", "value_a", "value_b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +20,9 @@ class Plan:
 
     Args:
         uses: one row per sample that is used, sorted: `domain`, `index`, `length`, `uses` (how often).
-        dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` ("low_value",
-            "consumed", "over_quota"), `value` (per token; null where the sample was not in the window).
+        dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` (one of
+            `choose`, or "over_quota": not drawn), `detail` of it, `value` (per token; null where the sample was not in
+            the window).
     """
 
     uses: pl.DataFrame
@@ -48,24 +37,23 @@ class Plan:
 def make_pool(
     catalogues: Mapping[str, pl.DataFrame],
     values: pl.DataFrame,
-    drop_fraction: float,
     consumed: pl.DataFrame,
     *,
     consume_once: bool = False,
 ) -> pl.DataFrame:
-    """Every sample of the streams with its value per token, and whether it is good enough to be used.
+    """Every sample of the streams with its value per token, and whether it may be used.
 
     Args:
         catalogues: `MdsStream.catalogue()` of each domain.
         values: the values frame of one window and one target.
-        drop_fraction: share of each domain's valued samples to leave out, lowest value per token first (0 keeps all).
         consumed: how often each sample was trained on so far, see `trajectory.ledger.consumed`.
         consume_once: leave out what was trained on.
 
     Returns:
-        One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value` (per predicted
-        token, summed over its uses; null where it was not valued), `consumed` (uses so far; those of a sample with
-        copies count at its first place), `reason` not to use it ("consumed", "low_value", null), `kept` (no reason).
+        One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value`, `value_a`,
+        `value_b` (for the target and its halves, per predicted token, summed over its uses; null where it was not
+        valued), `consumed` (uses so far; those of a sample with copies count at its first place), `reason` not to use
+        it ("consumed" or null), `detail` (null), `kept` (no reason).
 
     Raises:
         UserError: the values are of other samples than the streams hold.
@@ -75,23 +63,19 @@ def make_pool(
     columns = ["domain", "index", "sample_id", "length"]
     samples = pl.concat([table.with_columns(domain=pl.lit(name)).select(columns) for name, table in catalogues.items()])
     _check_same(samples, values.select("domain", "index", "sample_id").unique())
-    valued = values.group_by("domain", "sample_id").agg(
-        value=pl.when(pl.col("tokens").sum() > 0).then(pl.col("value").sum() / pl.col("tokens").sum()),
-    )
+    per_token = [
+        pl.when(pl.col("tokens").sum() > 0).then(pl.col(name).sum() / pl.col("tokens").sum()).alias(name)
+        for name in VALUES
+    ]
+    valued = values.group_by("domain", "sample_id").agg(per_token)
     pool = samples.join(valued, on=["domain", "sample_id"], how="left")  # copies of a sample share its value
-    worst_first = pool.sort("domain", "value", "sample_id", "index", nulls_last=True)
-    place, count = pl.int_range(pl.len()).over("domain"), pl.col("value").count().over("domain")
-    kept = (place >= (count * drop_fraction + 1e-9).floor()) | pl.col("value").is_null()
-    ranked = worst_first.with_columns(kept=kept).sort("domain", "index")
-    counted = ranked.join(consumed.select("sample_id", "uses"), on="sample_id", how="left", maintain_order="left")
+    counted = pool.join(consumed.select("sample_id", "uses"), on="sample_id", how="left").sort("domain", "index")
     seen = pl.col("uses").fill_null(0)
     return counted.select(
-        *("domain", "index", "sample_id", "length", "value"),
+        *("domain", "index", "sample_id", "length", *VALUES),
         consumed=pl.when(pl.col("sample_id").is_first_distinct()).then(seen).otherwise(0),
-        reason=pl.when(pl.lit(consume_once) & (seen > 0))
-        .then(pl.lit("consumed"))
-        .when(~pl.col("kept"))
-        .then(pl.lit("low_value")),
+        reason=pl.when(pl.lit(consume_once) & (seen > 0)).then(pl.lit("consumed")),
+        detail=pl.lit(None, pl.String),
     ).with_columns(kept=pl.col("reason").is_null())
 
 
@@ -137,7 +121,9 @@ def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> Plan
     for (domain,), table in pool.group_by("domain", maintain_order=True):
         kept = table.filter("kept").sort("sample_id", "index")
         if kept.is_empty() and samples[str(domain)]:
-            raise UserError(f"{domain} has no samples to deliver; lower shards.drop_fraction")
+            raise UserError(
+                f"{domain} has no samples left to deliver: loosen what shards leaves out, such as drop_fraction"
+            )
         counts = _uses(kept.height, samples[str(domain)], generator(seed, "uses", str(domain)))
         parts.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
     uses = pl.concat(parts).select("domain", "index", "length", "uses")
@@ -147,6 +133,7 @@ def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> Plan
         "index",
         "sample_id",
         reason=pl.col("reason").fill_null("over_quota"),
+        detail="detail",
         value="value",
     )
     return Plan(uses=uses.filter(pl.col("uses") > 0).sort("domain", "index"), dropped=dropped)

@@ -102,3 +102,12 @@ def _rows(stream: MdsStream, order: list[int], progress: "tqdm[Any]") -> Iterato
     for index in order:
         yield stream.row(index)
         progress.update()
+
+
+def loader_line(kind: str, path: Path) -> str:
+    """The line of Python that loads what was written, `kind` "filter" or "reweight"."""
+    if path.name == "schedule.yaml":
+        return f'curate.formats.dataset.open_dataset(Path("{path.resolve()}"), batch_size=..., seed=0)'
+    if kind == "filter":
+        return f'StreamingDataset(local="{path.resolve()}", batch_size=...)'
+    return f'StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open("{path.resolve()}"))], batch_size=...)'

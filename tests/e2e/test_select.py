@@ -85,7 +85,7 @@ def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both)
     assert Counter(row["domain"] for row in rows) == {name: part.samples for name, part in mixture.domains.items()}
     assert sum(len(row["tokens"]) for row in rows) == mixture.tokens
     dropped = pl.read_parquet(both / "data" / "mds" / "dropped.parquet")
-    assert set(dropped["reason"]) <= {"low_value", "over_quota"}
+    assert set(dropped["reason"]) <= {"low_value", "over_quota", "near_duplicate", "leak"}
     low = set(dropped.filter(reason="low_value")["sample_id"])
     assert low
     assert not low & {row["sample_id"] for row in rows}

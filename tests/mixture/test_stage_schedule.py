@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from curate.mixture.constraints import MixtureConfig, Supply
-from curate.mixture.decide import decide
+from curate.mixture.decide import Aims, decide
 from curate.mixture.record import read_mixture, write_mixture
 from curate.mixture.schedule import Part, StageSchedule, base_weights, decide_stage, lay_out, parts
 
@@ -19,7 +19,7 @@ LENGTH = 16
 def scores_of(shrunk):
     names = sorted(shrunk)
     columns = {name: [shrunk[domain] for domain in names] for name in ("score", "score_low", "score_high", "shrunk")}
-    return pl.DataFrame({"window": "late", "target": "t", "domain": names, **columns})
+    return pl.DataFrame({"window": "late", "target": "t", "domain": names, "samples": 9, **columns})
 
 
 ONE = Aims(targets={"t": 1.0})
@@ -125,8 +125,9 @@ def test_throughout_is_the_plain_mixture():
 def test_early_and_late_parts_are_curated_and_the_basin_is_not(tmp_path):
     samples, shrunk = {"a": 10_000, "b": 10_000}, {"a": 1.0, "b": -1.0}
     schedule = StageSchedule(kind="early-late", early_share=0.1, late_share=0.2)
-    mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 1000 * LENGTH, MixtureConfig(), schedule, ONE)
-    curated = decide(scores_of(shrunk), samples, supply_of(samples), 300 * LENGTH, MixtureConfig(), ONE).domains["a"].weight
+    given, config = (scores_of(shrunk), samples, supply_of(samples)), MixtureConfig()
+    mixture = decide_stage(*given, 1000 * LENGTH, config, schedule, ONE)
+    curated = decide(*given, 300 * LENGTH, config, ONE).domains["a"].weight
     assert curated > 0.85
     found = [(phase.start_step, phase.curated, phase.samples, phase.domains["a"]) for phase in mixture.phases]
     wanted = [(0, 1.0, 100, 100 * curated), (100, 0.0, 700, 350), (800, 1.0, 200, 200 * curated)]

@@ -15,26 +15,30 @@ from streaming import Stream, StreamingDataset
 from curate.errors import UserError
 from curate.formats.mds import MdsStream
 from curate.mixture.constraints import MixtureConfig
-from curate.mixture.record import decide
+from curate.mixture.decide import Aims, decide
 from curate.shards.check import check_filter, check_reweight
+from curate.shards.choose import ShardsConfig, choose
 from curate.shards.plan import make_plan, make_pool, supply_of
+from curate.shards.scan import held_out, leaks, scan
 from curate.shards.write import DROPPED, STREAMS, write_filter, write_reweight
 
 
 @pytest.fixture(scope="module")
-def pool(catalogues, values):
-    return make_pool(catalogues, values, 0.2, pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64}))
+def pool(streams, catalogues, values):
+    made = make_pool(catalogues, values, pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64}))
+    found = scan(made, streams, held_out([]))
+    return choose(made, found, leaks(found, held_out([]), 0.2), ShardsConfig(sample_temperature=0), 0)
 
 
 @pytest.fixture(scope="module")
 def mixture(pool):
     """Repeats of a, a part of b, nothing of c."""
     names = ["a", "b", "c"]
-    row = {"window": ["late"] * 3, "target": ["t"] * 3, "domain": names}
+    row = {"window": ["late"] * 3, "target": ["t"] * 3, "domain": names, "samples": [20] * 3}
     scores = {name: [1.0, 0.2, -1.0] for name in ("score", "score_low", "score_high", "shrunk")}
     config = MixtureConfig(temperature=0.25, ceilings={"a": 0.9, "c": 0.0})
     prior = dict.fromkeys(names, 1 / 3)
-    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config)
+    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config, Aims(targets={"t": 1.0}))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +125,9 @@ import sys, time
 from pathlib import Path
 import polars as pl
 from curate.formats.mds import MdsStream
+from curate.shards.choose import ShardsConfig, choose
 from curate.shards.plan import Plan
+from curate.shards.scan import held_out, leaks, scan
 from curate.shards.write import write_filter
 
 class Slow(MdsStream):

@@ -1,0 +1,181 @@
+"""Which samples of a domain are good enough to be used: each that is not gets its reason. Tables in, tables out.
+
+In this order, each among what the ones before it left: consumed (where asked), leak, near_duplicate, not_valued (where
+asked), low_value, cluster_quota.
+"""
+
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from curate.config import Config
+from curate.index.clusters import clusters
+from curate.rng import generator
+from curate.shards.scan import Scan, near_duplicates
+
+_FAR = 1.0  # deviations below the domain's mean from which both halves of a target call a sample bad
+_FEW = 8  # n-grams from which a sample can be compared
+
+
+class ScreenConfig(Config):
+    """What must not be trained on."""
+
+    files: tuple[str, ...] = ()
+    """Held-out documents (JSONL) besides the targets and the guard, such as the benchmarks that the model is tested
+    on."""
+    overlap: float = Field(default=0.2, gt=0, le=1)
+    """A sample is a leak where it shares at least this share of its own 13-grams of tokens, or of a held-out
+    document's, with that document."""
+    mode: Literal["remove", "report", "none"] = "remove"
+    """remove: leaks are left out of filtered data and reported. report: only reported. none: not looked for."""
+
+
+class ShardsConfig(Config):
+    """Which samples filtered data holds, and how it is written."""
+
+    drop_fraction: float | None = Field(default=0.2, ge=0, lt=1)
+    """Share of each domain's valued samples to leave out, those of low value; none: as many as both halves of the
+    target find worse than their domain's mean by more than a standard deviation."""
+    sample_temperature: float = Field(default=0.5, ge=0)
+    """Randomness of that choice (Gumbel top-k), in standard deviations of a sample's value within its domain; 0:
+    exactly the lowest values are left out."""
+    unvalued: Literal["keep", "drop"] = "keep"
+    """Samples outside the valued window: keep all of them, which stand for the domain's mean, or drop them."""
+    duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
+    """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
+    only."""
+    clusters: int = Field(default=0, ge=0)
+    """Clusters of similar text (FAISS k-means) in each domain; 0: none."""
+    cluster_quota: float = Field(default=2.0, ge=1)
+    """No cluster of a domain keeps more samples than this many times an even share of the domain's."""
+    consume_once: bool = False
+    """Use no sample that this stage or an earlier one trained on; mode filter only."""
+    screen: ScreenConfig = ScreenConfig()
+    """Held-out text."""
+    shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
+    """Size limit of a shard that is written."""
+
+
+def choose(pool: pl.DataFrame, found: Scan, hits: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame:
+    """Give every sample that is not good enough its reason.
+
+    Nothing depends on the order of shards: ties and draws go by the samples' content ids.
+
+    Args:
+        pool: see `plan.make_pool`.
+        found: the pass over the pool's samples.
+        hits: leaks, `place`, `file` and `id`; see `scan.leaks`. Empty where they are only reported.
+        config: what is left out.
+        seed: of the draws and the clusters.
+
+    Returns:
+        The pool with `reason`, `detail` and `kept`.
+    """
+    ranked = _ranked(pool, config, seed)
+    ranked = _mark(ranked, hits.unique("place", keep="first").select("place", detail=_source()), "leak")
+    doubles = near_duplicates(found, _comparable(ranked, found), config.duplicate_overlap)
+    names = ranked.select(of="place", detail=pl.format("sample {}", "sample_id"))
+    ranked = _mark(ranked, doubles.join(names, on="of").select("place", "detail"), "near_duplicate")
+    ranked = _mark(ranked, _copies(ranked), "near_duplicate")
+    if config.unvalued == "drop":
+        ranked = _mark(
+            ranked,
+            ranked.filter(pl.col("value").is_null()).select("place", detail=pl.lit(None, pl.String)),
+            "not_valued",
+        )
+    ranked = _mark(ranked, _low(ranked, config), "low_value")
+    if config.clusters:
+        ranked = _mark(ranked, _crowded(ranked, found, config, seed), "cluster_quota")
+    return ranked.sort("place").with_columns(kept=pl.col("reason").is_null()).select(pool.columns)
+
+
+def _source() -> pl.Expr:
+    return pl.format("{}: {}", "file", "id")
+
+
+def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame:
+    """The pool with `place`, `z` (deviations from the domain's mean) and `key`, by which samples compete.
+
+    Gumbel top-k: the k largest of `z / temperature + Gumbel noise` are a draw without replacement with probabilities
+    proportional to exp(z / temperature) (Kool, van Hoof and Welling, arXiv 1903.06059). A sample without a value stands
+    for the mean: z = 0.
+    """
+    placed = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
+    spread = pl.col("value").std().over("domain")
+    scored = placed.with_columns(
+        z=pl.when(spread > 0).then((pl.col("value") - pl.col("value").mean().over("domain")) / spread).fill_null(0.0)
+    ).sort("domain", "sample_id", "index")
+    noise = np.concatenate(
+        [
+            generator(seed, "top-k", str(domain)).gumbel(size=count)
+            for domain, count in scored.group_by("domain", maintain_order=True).len().iter_rows()
+        ]
+    )
+    temperature = config.sample_temperature
+    key = pl.col("z") if temperature == 0 else pl.col("z") / temperature + pl.Series(noise)
+    return scored.with_columns(key=key)
+
+
+def _mark(ranked: pl.DataFrame, found: pl.DataFrame, reason: str) -> pl.DataFrame:
+    """Give the places of `found` that have no reason yet this one, with its detail."""
+    joined = ranked.join(
+        found.rename({"detail": "why"}).with_columns(here=True), on="place", how="left", maintain_order="left"
+    )
+    new = pl.col("here").fill_null(value=False) & pl.col("reason").is_null()
+    return joined.with_columns(
+        reason=pl.when(new).then(pl.lit(reason)).otherwise("reason"),
+        detail=pl.when(new).then("why").otherwise("detail"),
+    ).drop("why", "here")
+
+
+def _open(ranked: pl.DataFrame) -> pl.DataFrame:
+    return ranked.filter(pl.col("reason").is_null())
+
+
+def _comparable(ranked: pl.DataFrame, found: Scan) -> pl.DataFrame:
+    """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
+    enough = pl.Series(np.flatnonzero(found.ngrams >= _FEW))
+    rest = _open(ranked).filter(pl.col("place").is_in(enough.implode()))
+    ordered = rest.sort(["value", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
+    return ordered.with_row_index("rank").select("place", "domain", pl.col("rank").cast(pl.Int64))
+
+
+def _copies(ranked: pl.DataFrame) -> pl.DataFrame:
+    """Exact copies but for one, however short."""
+    rest = _open(ranked).sort("domain", "sample_id", "index")
+    again = rest.filter(~pl.struct("domain", "sample_id").is_first_distinct())
+    return again.select("place", detail=pl.format("sample {}", "sample_id"))
+
+
+def _low(ranked: pl.DataFrame, config: ShardsConfig) -> pl.DataFrame:
+    """The valued samples that lose the draw, as many of each domain as are to be left out."""
+    valued = _open(ranked).filter(pl.col("value").is_not_null())
+    if config.drop_fraction is None:
+        far = [
+            (pl.col(half) - pl.col(half).mean().over("domain")) / pl.col(half).std().over("domain") < -_FAR
+            for half in ("value_a", "value_b")
+        ]
+        count = pl.all_horizontal(far).fill_null(value=False).sum().over("domain")
+    else:
+        count = (pl.len().over("domain") * config.drop_fraction + 1e-9).floor().cast(pl.Int64)
+    place = pl.int_range(pl.len()).over("domain")
+    worst = valued.sort("domain", "key", "sample_id", "index").filter(place < count)
+    return worst.select("place", detail=pl.format("{} deviations from its domain's mean", pl.col("z").round(2)))
+
+
+def _crowded(ranked: pl.DataFrame, found: Scan, config: ShardsConfig, seed: int) -> pl.DataFrame:
+    """The samples of lowest key in each cluster that has more than its quota."""
+    assert found.features is not None
+    parts = []
+    for (domain,), rest in _open(ranked).sort("domain", "sample_id", "index").group_by("domain", maintain_order=True):
+        labels = clusters(found.features[rest["place"].to_numpy()], config.clusters, seed)
+        made = int(labels.max()) + 1
+        most = int(np.ceil(config.cluster_quota * len(rest) / made))
+        named = rest.with_columns(cluster=pl.Series(labels)).sort(
+            ["cluster", "key", "sample_id", "index"], descending=[False, True, False, False]
+        )
+        over = named.filter(pl.int_range(pl.len()).over("cluster") >= most)
+        parts.append(over.select("place", detail=pl.format("cluster {} of {}", "cluster", pl.lit(f"{domain}"))))
+    return pl.concat(parts)

@@ -1,0 +1,153 @@
+"""One pass over the samples of a pool: what their text shares with each other and with held-out documents."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from curate.formats.mds import MdsStream
+from curate.formats.ngrams import Hashes, hashed_features, ngram_hashes, sampled
+from curate.progress import progress
+from curate.rng import generator
+
+MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
+_DIMENSION = 64  # of the features that clusters are made from
+_GRAMS = pl.Schema({"place": pl.Int64, "hash": pl.UInt64})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Documents that must not be trained on.
+
+    Args:
+        documents: one row each: `document` (position), `file`, `id`, `ngrams` (distinct; 0: too short to be screened).
+        grams: one row per distinct n-gram of a document: `document`, `hash`.
+    """
+
+    documents: pl.DataFrame
+    grams: pl.DataFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What one pass found; `place` is a row of the pool.
+
+    Args:
+        ngrams: int64 [N], distinct n-grams of each sample.
+        grams: `place`, `hash`: the n-grams that near-duplicates are found by.
+        shared: `place`, `hash`: the n-grams that a held-out document has too.
+        features: float32 [N, 64], or None where no clusters are wanted.
+    """
+
+    ngrams: npt.NDArray[np.int64]
+    grams: pl.DataFrame
+    shared: pl.DataFrame
+    features: npt.NDArray[np.float32] | None
+
+
+def held_out(documents: Sequence[tuple[str, str, npt.NDArray[np.int32]]]) -> HeldOut:
+    """The n-grams of documents, each given as its file, its id and its token ids."""
+    hashes = [np.unique(ngram_hashes(tokens)) for _, _, tokens in documents]
+    table = pl.DataFrame(
+        {
+            "document": np.arange(len(documents)),
+            "file": [file for file, _, _ in documents],
+            "id": [name for _, name, _ in documents],
+            "ngrams": [len(own) for own in hashes],
+        },
+        schema={"document": pl.Int64, "file": pl.String, "id": pl.String, "ngrams": pl.Int64},
+    )
+    grams = _long(hashes).rename({"place": "document"})
+    return HeldOut(documents=table, grams=grams)
+
+
+def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut, *, clusters: bool = False) -> Scan:
+    """Read every sample of the pool once.
+
+    Args:
+        pool: columns `domain`, `index` and `length` (see `plan.make_pool`).
+        streams: the stream of each domain.
+        held: what is screened against.
+        clusters: whether features are wanted.
+    """
+    reference = np.unique(held.grams["hash"].to_numpy())
+    total = int(pool["length"].sum())
+    # A fixed projection of the hashed counts keeps their inner products (Johnson and Lindenstrauss).
+    projection = generator(0, "features").standard_normal((1 << 12, _DIMENSION)).astype(np.float32) / 8
+    own: list[Hashes] = []
+    common: list[Hashes] = []
+    counts = np.zeros(len(pool), np.int64)
+    features = np.zeros((len(pool) if clusters else 0, _DIMENSION), np.float32)
+    rows = pool.select("domain", "index").iter_rows()
+    for place, (domain, index) in enumerate(progress(rows, total=len(pool), what="compare texts", unit="sample")):
+        tokens = streams[domain][index].tokens
+        hashes = np.unique(ngram_hashes(tokens))
+        counts[place] = len(hashes)
+        own.append(sampled(hashes, total, MEMORY))
+        at = np.searchsorted(reference, hashes).clip(max=max(len(reference) - 1, 0))
+        common.append(hashes[reference[at] == hashes] if len(reference) else hashes[:0])
+        if clusters:
+            features[place] = hashed_features(tokens) @ projection
+    return Scan(ngrams=counts, grams=_long(own), shared=_long(common), features=features if clusters else None)
+
+
+def _long(parts: Sequence[Hashes]) -> pl.DataFrame:
+    """One row per hash, with the position of its part."""
+    places = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return pl.DataFrame({"place": places, "hash": np.concatenate([*parts, np.zeros(0, np.uint64)])}, schema=_GRAMS)
+
+
+def leaks(found: Scan, held: HeldOut, overlap: float) -> pl.DataFrame:
+    """Samples that share text with held-out documents.
+
+    Args:
+        found: the pass over the samples.
+        held: the documents.
+        overlap: share of the sample's or of the document's n-grams from which a sample is a hit.
+
+    Returns:
+        One row per sample and document that share an n-gram, most in common first: `place`, `file`, `id`, `shared`
+        (n-grams), `of_sample`, `of_document` (shares), `hit`.
+    """
+    sizes = pl.DataFrame({"place": np.arange(len(found.ngrams)), "own": found.ngrams})
+    pairs = found.shared.join(held.grams, on="hash").group_by("place", "document").agg(shared=pl.len().cast(pl.Int64))
+    shares = (
+        pairs.join(held.documents, on="document")
+        .join(sizes, on="place")
+        .with_columns(of_sample=pl.col("shared") / pl.col("own"), of_document=pl.col("shared") / pl.col("ngrams"))
+        .with_columns(hit=pl.max_horizontal("of_sample", "of_document") >= overlap)
+    )
+    columns = ("place", "file", "id", "shared", "of_sample", "of_document", "hit")
+    return shares.sort(["shared", "place", "document"], descending=[True, False, False]).select(columns)
+
+
+def near_duplicates(found: Scan, order: pl.DataFrame, overlap: float) -> pl.DataFrame:
+    """Samples that repeat a better one of their domain.
+
+    Every n-gram belongs to the best sample that has it; a sample of whose n-grams one better sample owns at least
+    `overlap` is its near-duplicate. Exact over all pairs of a sample and an owner, in one sort of the n-grams: no
+    candidates are missed by chance, as with MinHash, and a template that hundreds of samples share costs no pairs.
+
+    Args:
+        found: the pass over the samples.
+        order: `place`, `domain`, `rank` (unique; the smallest is the best) of the samples that compete.
+        overlap: share of the sample's n-grams, above 0.
+
+    Returns:
+        `place` and `of`, the place of the sample that it repeats.
+    """
+    grams = found.grams.join(order, on="place")
+    owners = grams.group_by("domain", "hash").agg(owner=pl.col("rank").min())
+    counts = grams.join(owners, on=["domain", "hash"]).group_by("place", "rank", "owner").len("common")
+    sizes = grams.group_by("place").len("own")
+    repeated = (
+        counts.filter(pl.col("owner") < pl.col("rank"))
+        .join(sizes, on="place")
+        .filter(pl.col("common") >= overlap * pl.col("own"))
+        .sort(["place", "common", "owner"], descending=[False, True, False])
+        .unique("place", keep="first", maintain_order=True)
+    )
+    names = order.select(owner="rank", of="place")
+    return repeated.join(names, on="owner").select("place", "of").sort("place")

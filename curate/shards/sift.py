@@ -1,0 +1,98 @@
+"""From a run and its values to the pool of samples that may be used, and what held-out text was found in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.errors import UserError
+from curate.formats.documents import encode, load_tokenizer, read_documents
+from curate.shards.choose import ScreenConfig, ShardsConfig, choose
+from curate.shards.scan import HeldOut, held_out, leaks, scan
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from curate.formats.mds import MdsStream
+    from curate.trajectory.run import RunSpec
+
+_log = logging.getLogger(__name__)
+_SHOWN = 3  # files named in a line of the log
+
+
+def read_held_out(aimed: Sequence[Path], config: ScreenConfig, spec: RunSpec) -> HeldOut:
+    """The documents that must not be trained on, tokenised as the run's data was: those aimed at and the screen's.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
+    files = [] if config.mode == "none" else [*aimed, *map(Path, config.files)]
+    documents: list[tuple[str, str, npt.NDArray[np.int32]]] = []
+    for path in files:
+        documents += [(path.name, document.id, encode(document, tokenizer)[0]) for document in read_documents(path)]
+    return held_out(documents)
+
+
+def sift(
+    pool: pl.DataFrame,
+    streams: Mapping[str, MdsStream],
+    held: HeldOut,
+    config: ShardsConfig,
+    *,
+    filtered: bool,
+    seed: int,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Screen a pool and choose among its samples.
+
+    Args:
+        pool: see `plan.make_pool`.
+        streams: the stream of each domain.
+        held: documents that must not be trained on.
+        config: what is left out.
+        filtered: whether samples can be left out; else they are only screened.
+        seed: of the draws.
+
+    Returns:
+        The pool, and the hits of the screen: `domain`, `index`, `sample_id`, `file`, `id`, `shared` (n-grams),
+        `of_sample`, `of_document`, `removed`.
+    """
+    found = scan(pool, streams, held, clusters=filtered and config.clusters > 0)
+    hits = leaks(found, held, config.screen.overlap).filter("hit")
+    removing = filtered and config.screen.mode == "remove"
+    if filtered:
+        pool = choose(pool, found, hits if removing else hits.clear(), config, seed)
+    places = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
+    report = hits.join(places.select("place", "domain", "index", "sample_id"), on="place", maintain_order="left")
+    _say(report, held, removing=removing)
+    columns = ("domain", "index", "sample_id", "file", "id", "shared", "of_sample", "of_document")
+    return pool, report.select(*columns, removed=pl.lit(removing))
+
+
+def check_reweighted(config: ShardsConfig) -> None:
+    """Refuse settings that reweighted streams cannot follow.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if config.consume_once:
+        raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
+
+
+def _say(report: pl.DataFrame, held: HeldOut, *, removing: bool) -> None:
+    short = int((held.documents["ngrams"] == 0).sum())
+    if short:
+        _log.info("%d of %d held-out documents are too short to be screened (13 tokens)", short, len(held.documents))
+    if report.is_empty():
+        return
+    samples = report.unique("sample_id", keep="first", maintain_order=True)
+    domains = samples.group_by("domain").len().sort("len", "domain", descending=[True, False])
+    told = ", ".join(f"{domain} {count}" for domain, count in domains.iter_rows())
+    files = ", ".join(report["file"].unique().sort().to_list()[:_SHOWN])
+    what = "they are left out" if removing else "they stay in: select with --mode filter to leave them out"
+    _log.warning("%d samples hold text of %s (%s); %s; see leaks.parquet", len(samples), files, told, what)
