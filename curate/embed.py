@@ -11,7 +11,14 @@ from pydantic import Field
 
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.config import Config, parse_command, run_command
-from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
+from curate.embeddings.estimators import (
+    AdjointConfig,
+    BaselineConfig,
+    DvembAdamConfig,
+    DvembConfig,
+    EstimatorName,
+    make_estimator,
+)
 from curate.errors import UserError
 from curate.index.build import IndexConfig
 from curate.progress import start_logging
@@ -49,9 +56,10 @@ class EmbedConfig(Config):
     from there (a number), for values with respect to any checkpoint in between."""
     estimator: EstimatorName = "adjoint"
     """adjoint: exact values for one target. anchors: exact values for other document sets; later targets are solved
-    into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum."""
+    into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum.
+    grad-dot, less, shapley: baselines, see `curate.embeddings.baselines`."""
     target: Path | None = None
-    """Target documents (JSONL); required by adjoint."""
+    """Target documents (JSONL); required by adjoint and the baselines."""
     more_targets: dict[str, Annotated[float, Field(gt=0)]] = {}
     """More targets (JSONL), valued in the same pass, each with the weight of its scores; that of `target` is 1."""
     guard: Path | None = None
@@ -70,6 +78,8 @@ class EmbedConfig(Config):
     """Settings of dvemb."""
     dvemb_adam: DvembAdamConfig = DvembAdamConfig()
     """Settings of dvemb-adam."""
+    baseline: BaselineConfig = BaselineConfig()
+    """Settings of the baselines."""
     index: IndexConfig = IndexConfig()
     """Settings of the FAISS index."""
 
@@ -192,7 +202,7 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
         )
         for window in config.window_names
     }
-    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam)
+    estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam, config.baseline)
     if others and config.estimator == "adjoint":
         estimator = _with_anchors(config, next(iter(jobs.values())), others)
     return estimator, jobs

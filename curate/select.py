@@ -12,6 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from curate.artifacts import (
     SIGN,
     check_startable,
@@ -28,6 +30,7 @@ from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
 from curate.progress import start_logging
+from curate.scores.methods import VALUED, Method, estimator_of
 from curate.shards.choose import ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages, uses
@@ -66,6 +69,12 @@ class SelectConfig(EmbedConfig):
     """Tokens of the next stage, e.g. 50M; none: as many as the last stage."""
     out: Path | None = None
     """Folder to write to; none: a folder inside the run."""
+    method: Method = "curate"
+    """Where scores come from. curate: values by the estimator. Baselines: proportional (what was trained on), uniform
+    (over domains), random (samples), dsir (importance resampling over hashed n-grams), grad-dot, less and shapley
+    (gradient dot products), shuffled (values dealt anew: a null control), given (the weights of `weights`)."""
+    weights: dict[str, float] = {}
+    """Weight of every domain, for method given."""
     mode: Literal["reweight", "filter", "both"] = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
     folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
@@ -83,18 +92,29 @@ class SelectConfig(EmbedConfig):
     tracking: TrackingConfig = TrackingConfig()
     """Weights & Biases."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _estimator_of_method(cls, given: dict[str, Any]) -> dict[str, Any]:
+        method = given.get("method", "curate")
+        if bool(given.get("weights")) != (method == "given"):
+            raise ValueError("weights are for method given, which needs them; set both or neither")
+        return {**given, "estimator": estimator_of(method, given.get("estimator", "adjoint"))}
+
 
 def select(config: SelectConfig, run: Run) -> Path:
     """Select the next stage's data.
 
     Returns:
         The selection's folder: mixture.yaml, data/, scores.parquet, domains.parquet, shards.parquet, documents.parquet,
-        report.html. A complete one made with the same settings is returned as it is.
+        report.html; a method that values no samples leaves an empty scores.parquet and no report. A complete one made
+        with the same settings is returned as it is.
 
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
     from curate.report.collect import cost_table
+    from curate.scores.methods import scores_without_values
+    from curate.scores.schema import no_scores
 
     begin = perf_counter()
     target = _target(config, run)
@@ -104,31 +124,35 @@ def select(config: SelectConfig, run: Run) -> Path:
         _log.info("this selection is complete already")
         return out
     check_startable(out, settings)
-    embeddings = embed(config, run, target)
+    valued = config.method in VALUED
+    embeddings = embed(config, run, target) if valued else {}
     embedded = perf_counter()
-    every = _every_value(config, run, target, embeddings)
-    values, aims = every.filter(target=target.name), _aims(config, target)
     trained = trained_tokens(run)
-    tables = _score(every, values, trained, fresh_shares(run), config)
+    if valued:
+        keys, every = None, _every_value(config, run, target, embeddings)
+        values = every.filter(target=target.name)
+        tables = _score(every, values, trained, fresh_shares(run), config)
+    else:
+        every = values = no_scores()
+        domains, keys = scores_without_values(
+            config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
+            seed=config.seed,
+        )  # fmt: skip
+        tables = {"domains": domains}
     ledger = uses(stages(run, config.earlier))
     tables["ledger"] = domain_ledger(run, ledger)
-    mixture, plan, tables["leaks"] = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims)
+    aims = _aims(config, target)
+    mixture, plan, tables["leaks"] = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims, keys)
     start(out, settings)
     _write_tables(out, every, tables)
     data = _write_data(out / "data", run, mixture, plan, config)
-    costs = cost_table(run, embeddings, out, perf_counter() - embedded)
-    report = _report_data(
-        config,
-        run,
-        target,
-        embeddings=embeddings,
-        values=values,
-        tables=tables,
-        mixture=mixture,
-        costs=costs,
-        data=data,
-    )
-    _publish(out, config, report)
+    if valued:
+        costs = cost_table(run, embeddings, out, perf_counter() - embedded)
+        report = _report_data(
+            config, run, target, embeddings=embeddings, values=values, tables=tables, mixture=mixture, costs=costs,
+            data=data,
+        )  # fmt: skip
+        _publish(out, config, report)
     facts = {"mixture_fingerprint": fingerprint(mixture.model_dump(mode="json")), "residuals": _residuals(embeddings)}
     seal(out, "selection", settings, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
@@ -180,17 +204,18 @@ def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dic
     """The values of every target, one after the other, the guard last."""
     import polars as pl
 
-    frames = [_values(embeddings, target)]
+    frames = [_values(embeddings, target, config)]
     others = other_targets(config, run, target)
     if others:
         opened = embed_others(config, run, target)
-        frames += [_values(part, other) for part, other in zip(opened, others, strict=True)]
+        frames += [_values(part, other, config) for part, other in zip(opened, others, strict=True)]
     return pl.concat(frames)
 
 
-def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
+def _values(embeddings: dict[str, Embedding], target: Target, config: SelectConfig) -> pl.DataFrame:
     import polars as pl
 
+    from curate.scores.methods import shuffled
     from curate.scores.values import value_frame
 
     frames = []
@@ -199,7 +224,8 @@ def _values(embeddings: dict[str, Embedding], target: Target) -> pl.DataFrame:
         frames.append(
             value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
         )
-    return pl.concat(frames)
+    values = pl.concat(frames)
+    return shuffled(values, config.seed) if config.method == "shuffled" else values
 
 
 def _score(
@@ -238,10 +264,15 @@ def _mix(
     used: pl.DataFrame,
     config: SelectConfig,
     aims: Aims,
+    keys: pl.DataFrame | None,
 ) -> tuple[Mixture, Plan, pl.DataFrame]:
-    """Choose among the samples, solve the mixture and turn it into whole samples; also what the screen found."""
+    """Choose among the samples, solve the mixture and turn it into whole samples; also what the screen found.
+
+    `keys` say which samples, where the method draws them.
+    """
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
+    from curate.scores.importance import keep_best
     from curate.scores.values import combined_values
     from curate.shards.plan import make_plan, make_pool, supply_of
     from curate.shards.sift import check_reweighted, read_held_out, sift
@@ -260,11 +291,18 @@ def _mix(
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
     pool, leaks = sift(pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed)
-    budget = sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
+    budget = _budget(config, trained)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule, aims)
-    plan = make_plan(pool, {domain: part.samples for domain, part in mixture.domains.items()}, config.seed)
+    samples = {domain: part.samples for domain, part in mixture.domains.items()}
+    if keys is not None and config.mode != "reweight":
+        pool = keep_best(pool, keys, samples)
+    plan = make_plan(pool, samples, config.seed)
     return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan, leaks
+
+
+def _budget(config: SelectConfig, trained: dict[str, int]) -> int:
+    return sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
 
 
 def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: SelectConfig) -> dict[str, Path]:

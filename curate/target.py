@@ -7,7 +7,7 @@ token is predicted exactly once. That makes it a loss `sum_p c_p l_p` over piece
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,11 @@ class Target:
     tokens: int
     halves: tuple[Batch, Batch]
     half_weights: tuple[float, float]
+
+    def sequences(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+        """Tokens and loss mask of every sequence, padded as in its half."""
+        for half in self.halves:
+            yield from zip(half.tokens.numpy(), half.loss_mask.numpy(), strict=True)
 
 
 def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:

@@ -29,6 +29,11 @@ class Scores(dy.Schema):
     value_b = dy.Float64(nullable=False)
 
 
+def no_scores() -> pl.DataFrame:
+    """A values frame (without documents) of no samples."""
+    return Scores.create_empty()
+
+
 def write_scores(path: Path, values: pl.DataFrame) -> None:
     """Write the values frame atomically; columns that are not in `Scores` (documents) are left out.
 

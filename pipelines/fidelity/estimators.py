@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.artifacts import fingerprint, read_arrays, write_arrays
+from curate.embeddings import baselines
 from curate.embeddings.adjoint_estimator import optimizer_metric
 from curate.embeddings.anchors import GENERAL, AnchorSet, anchor_gradients, document_anchors
 from curate.embeddings.basis import AnchorBasis, choose_metric, solve
@@ -21,7 +23,6 @@ from curate.embeddings.store import embed_window
 from curate.fidelity.measure import Estimates, HorizonName, keyed
 from curate.target import load_target, read_pieces, weighted
 from curate.trajectory.replay import Replay, records
-from pipelines.fidelity.baselines import checkpoint_products, tracin
 from pipelines.fidelity.walk import Walk, walk_back
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pipelines.fidelity.config import BenchConfig
 
 _OWN = {"linear": "adjoint", "exact": "adjoint-own-step", "embedding": "adjoint-own-embedding"}
+_TRACIN_EVERY = 10  # steps between checkpoints at which the targets' gradients are taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +99,30 @@ def estimates(bench: Bench) -> Iterator[Estimates]:
 
 def _products(bench: Bench) -> Iterator[Estimates]:
     for window, _, horizon in bench.cells():
-        found = _kept(bench, f"products-{window}-{horizon}", lambda w=window, h=horizon: _checkpoint(bench, w, h))
         for name in ("grad-dot", "less", "tracin"):
-            yield _estimates(bench, name, window, horizon, found[name], float(found[f"units {name}"]))
+            file = f"products-{name}-{window}-{horizon}"
+            found = _kept(bench, file, lambda n=name, w=window, h=horizon: _product(bench, n, w, h))
+            yield _estimates(bench, name, window, horizon, found["values"], float(found["units"]))
 
 
-def _checkpoint(bench: Bench, window: str, horizon: int) -> dict[str, Any]:
-    replay, borders = bench.replay(), bench.config.windows[window]
+def _product(bench: Bench, name: str, window: str, horizon: int) -> dict[str, Any]:
+    replay, (start, stop) = bench.replay(), bench.config.windows[window]
     begin = perf_counter()
-    dots, cosines = checkpoint_products(replay, bench.targets, borders, horizon)
-    middle = perf_counter()
-    along = tracin(replay, bench.targets, borders)
-    unit = (replay.unit_seconds or 1.0) * (borders[1] - borders[0]) * len(bench.targets)
-    shared = {"units grad-dot": (middle - begin) / unit, "units less": (middle - begin) / unit}
-    return {
-        "grad-dot": dots, "less": cosines, "tracin": along, **shared, "units tracin": (perf_counter() - middle) / unit,
-    }  # fmt: skip
+    if name == "tracin":
+        values = baselines.along_trajectory(replay, bench.targets.batches, (start, stop), 48, _TRACIN_EVERY)
+    else:
+        optimizers = replay.horizon_optimizers(horizon)
+        targets = anchor_gradients(replay.task, replay.layout, bench.targets, 48)
+        if name == "grad-dot":
+            values = baselines.grad_dot(replay, targets, (start, stop))
+        else:
+            lengths = targets.norm(dim=1, keepdim=True)
+            values = baselines.less(replay, targets / lengths, (start, stop), optimizers)
+    seconds = perf_counter() - begin
+    if replay.unit_seconds is None:
+        deque(replay.steps(start, stop), maxlen=0)
+    unit = (replay.unit_seconds or 1.0) * (stop - start) * len(bench.targets)
+    return {"values": values, "units": seconds / unit}
 
 
 def _published(bench: Bench) -> Iterator[Estimates]:

@@ -1,0 +1,153 @@
+"""Importance resampling over hashed n-grams (DSIR: Xie et al., arXiv 2302.03169, section 3): `dsir` and `random`.
+
+Target and pool are bags of hashed unigrams and bigrams with multinomial distributions p and q; a sample's importance is
+
+    log w_z = sum over its n-grams j of log p_j - log q_j
+
+and a stage of k samples is drawn without replacement by the k largest of `log w_z + Gumbel noise` (section 3.3). With
+log w = 0 this is a draw of samples at random.
+
+The n-grams are those of the run's own tokens, counted where their last token is predicted, so that padding, prompts and
+the overlap of a document's pieces do not count.
+
+F features of a sequence of T tokens, V buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from curate.progress import progress
+from curate.rng import generator
+
+if TYPE_CHECKING:
+    from curate.formats.mds import MdsStream
+
+Floats = npt.NDArray[np.float64]
+Sequence = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.bool_]]  # tokens and loss mask, (T,) each
+
+BUCKETS = 10_000  # section 3.2
+_SMOOTHING = 1e-8  # added to probabilities, as in the authors' program
+
+
+def features(tokens: npt.NDArray[np.integer[Any]], loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Buckets of the unigrams and bigrams whose last token is predicted.
+
+    Args:
+        tokens: (T,) token ids.
+        loss_mask: (T,), True where a token is predicted; the first token never is.
+
+    Returns:
+        (F,) int64 from 0 to V - 1, F twice the predicted tokens.
+    """
+    factors = generator(0, "hashed n-grams").integers(0, 1 << 63, size=2, dtype=np.uint64) * 2 + 1
+    shifted = tokens.astype(np.uint64) + 1
+    last, before = shifted[1:][loss_mask[1:]], shifted[:-1][loss_mask[1:]]
+    hashes = np.concatenate([last * factors[0], last * factors[0] + before * factors[1]])  # modulo 2^64
+    buckets: npt.NDArray[np.int64] = ((hashes >> np.uint64(33)) % np.uint64(BUCKETS)).astype(np.int64)
+    return buckets
+
+
+def distribution(sequences: Iterable[Sequence]) -> Floats:
+    """Share of each bucket in the n-grams of some sequences, float64 (V,)."""
+    counts = np.zeros(BUCKETS)
+    for tokens, loss_mask in sequences:
+        np.add.at(counts, features(tokens, loss_mask), 1)
+    return np.asarray(counts / max(counts.sum(), 1.0))
+
+
+def log_ratio(target: Floats, pool: Floats) -> Floats:
+    """`log p_j - log q_j` of every bucket, smoothed; float64 (V,)."""
+    return np.asarray(np.log(target + _SMOOTHING) - np.log(pool + _SMOOTHING))
+
+
+def log_importance(streams: Mapping[str, MdsStream], target: Iterable[Sequence]) -> dict[str, Floats]:
+    """`log w_z` of every sample of some streams, by domain, in the order of each stream.
+
+    Reads every stream twice: for the distribution of the pool, and for the weights. Memory: one number a sample.
+
+    Args:
+        streams: the pool.
+        target: sequences of the target.
+    """
+    pool = distribution(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
+    ratio = log_ratio(distribution(target), pool)
+    return {
+        domain: np.array([ratio[features(*sequence)].sum() for sequence in _sequences(stream, "importance")])
+        for domain, stream in streams.items()
+    }
+
+
+def _sequences(stream: MdsStream, what: str) -> Iterator[Sequence]:
+    samples = (stream[index] for index in range(len(stream)))
+    for sample in progress(samples, total=len(stream), what=f"{what} of {stream.folder.name}", unit="sample"):
+        yield sample.tokens, sample.loss_mask
+
+
+def gumbel_keys(pool: pl.DataFrame, log_weights: Mapping[str, Floats] | None, seed: int) -> pl.DataFrame:
+    """Every sample's key: the k samples of largest key are a draw of k without replacement, in proportion to w.
+
+    The noise belongs to a sample's content, so re-sharding changes nothing.
+
+    Args:
+        pool: `domain`, `index`, `sample_id`, `length`.
+        log_weights: log w of each domain's samples by `index`; None: all equal.
+        seed: of the noise.
+
+    Returns:
+        `domain`, `index`, `sample_id`, `length` and `key`, largest key first.
+    """
+    table = pool.sort("sample_id", "domain", "index")
+    noise = generator(seed, "gumbel").gumbel(size=table.height)
+    keyed = table.with_columns(key=pl.Series(noise))
+    if log_weights is not None:
+        weights = pl.concat(
+            pl.DataFrame({"index": np.arange(len(own)), "log_weight": own}).with_columns(domain=pl.lit(domain))
+            for domain, own in sorted(log_weights.items())
+        )
+        keyed = keyed.join(weights, on=["domain", "index"], how="left", maintain_order="left")
+        keyed = keyed.with_columns(pl.col("key") + pl.col("log_weight")).drop("log_weight")
+    chosen = keyed.select("domain", "index", "sample_id", "length", "key")
+    return chosen.sort("key", "sample_id", "domain", "index", descending=[True, False, False, False])
+
+
+def drawn_shares(keys: pl.DataFrame, budget_tokens: int) -> dict[str, float]:
+    """Domain -> share of the tokens in the draw that fills a budget, by name; sums to 1.
+
+    A domain that is not drawn counts as half a mean sample of it, so that its weight has a logarithm.
+
+    Args:
+        keys: see `gumbel_keys`.
+        budget_tokens: of the next stage; one larger than the pool draws all of it.
+    """
+    taken = keys.with_columns(before=pl.col("length").cum_sum() - pl.col("length"))
+    sums = taken.group_by("domain").agg(
+        drawn=pl.col("length").filter(pl.col("before") < budget_tokens).sum(), least=pl.col("length").mean() / 2
+    )
+    tokens = {domain: max(float(drawn), least) for domain, drawn, least in sums.sort("domain").iter_rows()}
+    return {domain: own / sum(tokens.values()) for domain, own in tokens.items()}
+
+
+def keep_best(pool: pl.DataFrame, keys: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
+    """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
+
+    Args:
+        pool: see `curate.shards.plan.make_pool`.
+        keys: see `gumbel_keys`.
+        samples: how many each domain delivers.
+
+    Returns:
+        The pool with the keys as `value`, and the reason "over_quota" for what is not drawn.
+    """
+    keyed = pool.drop("value").join(keys.select("domain", "index", value="key"), on=["domain", "index"], how="left")
+    place = pl.when(pl.col("kept")).then(pl.col("value")).rank("ordinal", descending=True).over("domain")
+    wanted = pl.col("domain").replace_strict(dict(samples), default=0, return_dtype=pl.Int64)
+    drawn = keyed.with_columns(
+        reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("over_quota")).otherwise(pl.col("reason"))
+    )
+    return drawn.with_columns(kept=pl.col("reason").is_null()).select(pool.columns)
