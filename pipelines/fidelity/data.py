@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.artifacts import file_fingerprint, is_complete, replacing, seal
 from curate.embeddings.anchors import GENERAL
 from curate.errors import UserError
-from curate.formats.documents import Document, read_documents
+from curate.formats.documents import read_documents
 from curate.rng import generator
 from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.run import Run
-from pipelines.corpus.build import CorpusConfig, build
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
+from pipelines.splits import corpus_files, excerpt, first_megabytes, write_rows
 
 if TYPE_CHECKING:
     from pipelines.fidelity.config import BenchConfig
@@ -30,14 +29,7 @@ def make_data(config: BenchConfig) -> Path:
     Raises:
         UserError: the corpus lacks a domain of the config, or a domain is too small.
     """
-    corpus = config.corpus
-    if corpus is None:
-        corpus = config.folder / "corpus" / "train"
-        build(CorpusConfig(out=config.folder / "corpus"))
-    files = {path.stem: path for path in sorted(corpus.glob("*.jsonl"))}
-    missing = sorted({*config.foreign, *config.targets} - set(files))
-    if missing:
-        raise UserError(f"corpus {corpus} has no {missing[0]}.jsonl (it has {sorted(files)}); set foreign and targets")
+    files = corpus_files(config.corpus, config.folder, [*config.foreign, *config.targets])
     folder = config.folder / "data"
     settings = {
         "files": {name: file_fingerprint(path) for name, path in files.items()},
@@ -73,36 +65,16 @@ def _split(config: BenchConfig, files: dict[str, Path], out: Path) -> None:
         needed = 2 * config.target_documents + anchors
         if len(documents) <= needed:
             raise UserError(f"{path} has {len(documents)} documents; the bench holds out {needed}, trains on the rest")
-        held_out = [_excerpt(documents[i], config.excerpt_characters) for i in order[:needed]]
-        _write(out / "targets" / f"{name}.jsonl", held_out[: config.target_documents])
-        _write(out / "anchors" / f"{name}.jsonl", held_out[config.target_documents : -config.target_documents])
+        held_out = [excerpt(documents[i], config.excerpt_characters) for i in order[:needed]]
+        write_rows(out / "targets" / f"{name}.jsonl", held_out[: config.target_documents])
+        write_rows(out / "anchors" / f"{name}.jsonl", held_out[config.target_documents : -config.target_documents])
         if name not in config.foreign:
             general += held_out[-config.target_documents :][: max(2, config.target_documents // 4)]
-            _write(
-                out / "train" / f"{name}.jsonl", _first([documents[i] for i in order[needed:]], config.domain_megabytes)
+            write_rows(
+                out / "train" / f"{name}.jsonl",
+                first_megabytes([documents[i] for i in order[needed:]], config.domain_megabytes),
             )
-    _write(out / "targets" / f"{GENERAL}.jsonl", general)
-
-
-def _excerpt(document: Document, characters: int) -> dict[str, str]:
-    text = document.text or ""
-    start = int(generator(0, "fidelity excerpt", document.id).integers(max(len(text) - characters, 0) + 1))
-    return {"id": document.id, "text": text[start : start + characters]}
-
-
-def _first(documents: list[Document], megabytes: float) -> list[dict[str, str]]:
-    rows, size = [], 0
-    for document in documents:
-        if size >= megabytes * 1e6:
-            break
-        rows.append({"id": document.id, "text": document.text or ""})
-        size += len(rows[-1]["text"].encode())
-    return rows
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(out / "targets" / f"{GENERAL}.jsonl", general)
 
 
 def make_run(config: BenchConfig, data: Path, seed: int) -> Run:

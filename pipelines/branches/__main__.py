@@ -1,0 +1,134 @@
+"""`python -m pipelines.branches` (`scripts/bench_branches`): what each method of selection buys, at equal tokens.
+
+For each case and seed: one stage 1, and from its state one branch per method and temperature. Branches share initial
+state, schedule, lr and seed of the batch order; they differ in their data only. Each finished branch is kept, so an
+interrupted bench continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from curate.artifacts import SIGN, write_json
+from curate.config import parse_command, run_command
+from curate.progress import start_logging
+from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARD, BenchMethod, BranchesConfig, small
+from pipelines.branches.rows import BASE, at_equal_kl, best_within_guard, token_speedup
+
+if TYPE_CHECKING:
+    from pipelines.branches.branch import Arena
+    from pipelines.branches.rows import Row
+
+_log = logging.getLogger(__name__)
+
+
+def bench(config: BranchesConfig) -> dict[str, Any]:
+    """Run what is missing, and gather rows and tables.
+
+    Returns:
+        `rows` as the losses were reported; `tuning`, the same rows with the losses that temperatures are chosen by;
+        `equal_kl` and `best`, see `pipelines.branches.rows`.
+
+    Raises:
+        UserError: bad corpus or settings.
+    """
+    from pipelines.branches.branch import open_arena
+    from pipelines.branches.pools import make_pools
+
+    data = make_pools(config)
+    rows: list[Row] = []
+    tuning: list[Row] = []
+    for seed in config.seeds:
+        for name in config.cases:
+            _log.info("-- seed %d, case %s", seed, name)
+            for row, tuned in _branches(open_arena(config, config.case(name), seed, data)):
+                rows.append(row)
+                tuning.append(tuned)
+    return {
+        "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows), "best": best_within_guard(rows, tuning, GUARD),
+    }  # fmt: skip
+
+
+def _branches(arena: Arena) -> list[tuple[Row, Row]]:
+    """Rows of a case and seed, proportional first."""
+    from pipelines.branches.branch import continued
+
+    config = arena.config
+    along = [losses["target_report"] for losses in continued(arena)]
+    found = []
+    methods: list[BenchMethod] = sorted(config.methods, key=lambda method: method != BASE)
+    for method in methods:
+        clean = method == "oracle" and arena.case.pool == "noisy"
+        for temperature in [DEFAULT_TEMPERATURE] if clean else config.sweep(method):
+            branch = _one(arena, method, temperature)
+            shared = {
+                "case": arena.case.name, "model": config.model.stem, "method": method, "seed": arena.seed,
+                "temperature": temperature, "kl_to_prior": branch["kl_to_prior"], "schedule": "throughout",
+                "is_default": temperature == DEFAULT_TEMPERATURE,
+            }  # fmt: skip
+            row = {
+                **shared, "target_loss": branch["target_report"], "general_loss": branch["general_report"],
+                "tokens": branch["tokens"], "token_speedup": token_speedup(branch["target_report"], along),
+                "selection_cost_units": branch["selection_cost_units"], "stage_cost_units": float(config.branch_steps),
+            }  # fmt: skip
+            tuned = {**shared, "target_loss": branch["target_tune"], "general_loss": branch["general_tune"]}
+            found.append((row, tuned))
+    return found
+
+
+def _one(arena: Arena, method: BenchMethod, temperature: float) -> dict[str, Any]:
+    from pipelines.branches.branch import clean_branch, run_branch
+    from pipelines.branches.oracle import oracle_weights
+
+    name = f"{method}-{temperature:g}"
+    if method != "oracle":
+        return run_branch(arena, name, method, temperature)
+    if arena.case.pool == "noisy":
+        return clean_branch(arena)
+    return run_branch(arena, name, "given", 1.0, weights=oracle_weights(arena, temperature))
+
+
+def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.write) -> None:
+    """Print both tables: differences from proportional in nats per token, with 95 % t intervals over seeds."""
+    write("target loss minus proportional's, at the best temperature within the guard on general loss\n")
+    write(f"{'case':10}{'method':14}{'T':>6}{'KL':>7}{'target':>10}{'+-':>8}{'general':>9}{'seeds':>6}\n")
+    for row in sorted(result["best"], key=lambda row: (row["case"], row["target"]["mean"])):
+        temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
+        write(
+            f"{row['case']:10}{row['method']:14}{temperature:>6}{row['kl_to_prior']:7.3f}{row['target']['mean']:+10.4f}"
+            f"{_width(row['target']):>8}{100 * row['general_share']['mean']:+8.2f}%{row['seeds']:6}\n"
+        )
+    write("the same at the KL that curate has by default\n")
+    for row in sorted(result["equal_kl"], key=lambda row: (row["case"], row["target"]["mean"])):
+        write(
+            f"{row['case']:10}{row['method']:14}{'':6}{row['kl_to_prior']:7.3f}{row['target']['mean']:+10.4f}"
+            f"{_width(row['target']):>8}{row['general']['mean']:+9.4f}{row['seeds']:6}\n"
+        )
+
+
+def _width(found: dict[str, float | None]) -> str:
+    return "-" if found["half_width"] is None else f"{found['half_width']:.4f}"
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        BranchesConfig, "python -m pipelines.branches", "What each method of selection buys, at equal tokens."
+    )
+    start_logging()
+    config = small(config) if config.small else config
+    result = bench(config)
+    show(result)
+    from curate.report.branches import branches_page
+
+    target = config.out or config.folder / "branches.json"
+    write_json(target, {"sign": SIGN, **result})
+    branches_page(target.with_suffix(".html"), result)
+    _log.info("wrote %s and %s", target, target.with_suffix(".html"))
+
+
+if __name__ == "__main__":
+    run_command(main)

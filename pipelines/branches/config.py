@@ -1,0 +1,140 @@
+"""Settings of the branch bench; the composition of its cases is fixed here, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from curate.config import Config
+from curate.mixture.constraints import MixtureConfig
+from curate.scores.methods import Method
+
+CaseName = Literal["inside", "foreign", "noisy", "two"]
+BenchMethod = Method | Literal["oracle"]
+DEFAULT_TEMPERATURE = MixtureConfig().temperature
+FIXED = ("proportional", "random")  # methods that temperature does not change
+GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained on and what for.
+
+    Attributes:
+        name: of the case.
+        pool: `plain`: every domain but the foreign one; `noisy`: domains of natural text with noise inside each.
+        targets: domains whose held-out documents are the target, as many of each.
+    """
+
+    name: CaseName
+    pool: Literal["plain", "noisy"]
+    targets: tuple[str, ...]
+
+
+class BranchesConfig(Config):
+    """One bench: cases, methods, temperatures, seeds, training."""
+
+    out: Path | None = None
+    """JSON file of the rows, with a page of plots beside it; none: branches.json in the folder."""
+    folder: Path = Path("runs/branches")
+    """Folder of everything that the bench makes; an interrupted bench continues in it."""
+    small: bool = False
+    """A version of a few minutes that runs every part: short stages, two cases, one seed."""
+    cases: tuple[CaseName, ...] = ("inside", "foreign", "noisy", "two")
+    """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
+    noise in every domain. two: both targets at once."""
+    methods: tuple[BenchMethod, ...] = (
+        "curate", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley", "shuffled", "oracle",
+    )  # fmt: skip
+    """Methods of `curate.select`, and oracle: a regression over a swarm of branches, or the pool without its noise."""
+    temperatures: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.25)
+    """Temperatures of the mixture; one is always run, it is the default."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of initial weights, data order and draws."""
+    model: Path = Path("configs/bench/fidelity.json")
+    """Config of the Hugging Face causal LM."""
+    corpus: Path | None = None
+    """Folder with one JSONL file of documents per domain; none: the demo's corpus, built from installed packages."""
+    inside: str = "docstrings"
+    """Domain trained on that is a target."""
+    foreign: str = "headers"
+    """Domain that is a target and never trained on."""
+    junk: tuple[str, ...] = ("minified_js", "endpoint_rules")
+    """Domains that are no natural text: trained on as domains of their own, or, in the noisy case, inside the others;
+    never part of the general loss."""
+    noise_share: float = Field(default=0.4, gt=0, lt=1)
+    """Share of noise in the text of each domain of the noisy pool, in equal parts junk, shuffled, minified and repeated
+    documents."""
+    vocab_size: int = 2048
+    """BPE vocabulary, trained on the training domains."""
+    domain_megabytes: float = 0.5
+    """Training text of each domain."""
+    target_documents: int = Field(default=60, ge=2)
+    """Held-out documents of each target and split: for selecting, for choosing a temperature, for reporting."""
+    excerpt_characters: int = 400
+    """Length of the excerpt taken of each."""
+    mode: Literal["reweight", "filter"] = "filter"
+    """How branches get their data."""
+    window: Literal["early", "late"] = "late"
+    """Window whose samples are valued."""
+    window_steps: int = Field(default=30, ge=1)
+    """Steps of each window."""
+    steps: int = Field(default=300, ge=2)
+    """Optimizer steps of stage 1 (AdamW, warm-up of a tenth, cosine)."""
+    branch_steps: int = Field(default=150, ge=1)
+    """Optimizer steps of a branch, at constant lr after the same warm-up."""
+    continued: int = Field(default=4, ge=1)
+    """Proportional goes on to this many times the tokens of a branch, for the token speed-up."""
+    lr: float = 1e-3
+    """Peak learning rate of stage 1."""
+    branch_lr: float = 5e-4
+    """Learning rate of a branch."""
+    batch_size: int = 8
+    """Sequences per step."""
+    seq_len: int = 32
+    """Tokens of a sequence."""
+    swarm: int = Field(default=16, ge=4)
+    """Branches that the oracle's regression is fitted to."""
+    device: str = "cpu"
+    """Device of training and values."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if 2 * self.window_steps > self.steps:
+            raise ValueError(f"two windows of {self.window_steps} steps do not fit into {self.steps} steps")
+        if "proportional" not in self.methods:
+            raise ValueError("methods must hold proportional: all differences are taken from it")
+        if "given" in self.methods:
+            raise ValueError("method given has no weights here; leave it out")
+        if {self.inside, self.foreign} & set(self.junk) or self.inside == self.foreign:
+            raise ValueError("inside, foreign and junk must be different domains")
+        return self
+
+    def case(self, name: CaseName) -> Case:
+        """The composition of a case."""
+        return {
+            "inside": Case(name="inside", pool="plain", targets=(self.inside,)),
+            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,)),
+            "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,)),
+            "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign)),
+        }[name]
+
+    def sweep(self, method: str) -> list[float]:
+        """Temperatures that a method is run at, the default among them."""
+        if method in FIXED:
+            return [DEFAULT_TEMPERATURE]
+        return sorted({*self.temperatures, DEFAULT_TEMPERATURE}, reverse=True)
+
+
+def small(config: BranchesConfig) -> BranchesConfig:
+    """The same bench in a few minutes: short stages, a case of each pool, one temperature beside the default."""
+    return config.model_copy(
+        update={
+            "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
+            "temperatures": (0.5,), "steps": 60, "branch_steps": 30, "window_steps": 10, "continued": 2,
+            "target_documents": 12, "domain_megabytes": 0.1, "swarm": 6,
+        }
+    )  # fmt: skip
