@@ -7,10 +7,9 @@ train on? In order: target, embeddings (made where they are missing), search, sc
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
@@ -27,11 +26,13 @@ from curate.artifacts import (
 from curate.config import TokenCount, parse_command, run_command
 from curate.embed import EmbedConfig, embed, embed_others, index_folder, other_targets, read_target
 from curate.errors import UserError
+from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
 from curate.progress import start_logging
 from curate.scores.methods import VALUED, Method, estimator_of
 from curate.shards.choose import ShardsConfig
+from curate.shards.deliver import Mode, deliver
 from curate.tracking import TrackingConfig
 from curate.trajectory.ledger import consumed, domain_ledger, ledger_identity, stages, uses
 from curate.trajectory.run import Run, find_run
@@ -75,12 +76,17 @@ class SelectConfig(EmbedConfig):
     (gradient dot products), shuffled (values dealt anew: a null control), given (the weights of `weights`)."""
     weights: dict[str, float] = {}
     """Weight of every domain, for method given."""
-    mode: Literal["reweight", "filter", "both"] = "reweight"
+    mode: Mode = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
     folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
     With phases (`schedule.kind`) each form has a `schedule.yaml` instead of `streams.yaml` or beside the folders."""
     earlier: tuple[Path, ...] | None = None
     """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
+    branch_test: bool = False
+    """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
+    scores do not predict what they do to the target."""
+    branches: BranchTestConfig = BranchTestConfig()
+    """Length and number of those branches."""
     seed: int = 0
     """Seed of bootstrap intervals and sample draws."""
     mixture: MixtureConfig = MixtureConfig()
@@ -112,9 +118,13 @@ def select(config: SelectConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
+    from curate.fidelity.branches import check_scores
+    from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
     from curate.scores.methods import scores_without_values
+    from curate.scores.rollup import roll_ups
     from curate.scores.schema import no_scores
+    from curate.trajectory.replay import Replay
 
     begin = perf_counter()
     target = _target(config, run)
@@ -131,7 +141,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     if valued:
         keys, every = None, _every_value(config, run, target, embeddings)
         values = every.filter(target=target.name)
-        tables = _score(every, values, trained, fresh_shares(run), config)
+        tables = roll_ups(every, target.name, trained, fresh_shares(run), config.seed)
     else:
         every = values = no_scores()
         domains, keys = scores_without_values(
@@ -139,13 +149,27 @@ def select(config: SelectConfig, run: Run) -> Path:
             seed=config.seed,
         )  # fmt: skip
         tables = {"domains": domains}
+    facts: dict[str, Any] = {"residuals": _residuals(embeddings)}
+    if config.branch_test:
+        own = tables["domains"].filter(window=config.mixture.window, target=target.name)
+        facts["branch_test"] = check_scores(
+            Replay(run, config.device, config.tolerance), target, trained, config.branches, domains=own,
+            temperature=config.mixture.temperature, seed=config.seed, batch_size=config.target_batch_size,
+        )  # fmt: skip
+        allowed = config.mixture.model_copy(update={"temperature": facts["branch_test"]["temperature"]})
+        config = config.model_copy(update={"mixture": allowed})
     ledger = uses(stages(run, config.earlier))
     tables["ledger"] = domain_ledger(run, ledger)
     aims = _aims(config, target)
     mixture, plan, tables["leaks"] = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims, keys)
     start(out, settings)
     _write_tables(out, every, tables)
-    data = _write_data(out / "data", run, mixture, plan, config)
+    shard_bytes, scheduled = config.shards.shard_bytes, config.schedule.kind != "throughout"
+    data = deliver(
+        out / "data", run, mixture, plan, mode=config.mode, scheduled=scheduled, seed=config.seed,
+        shard_bytes=shard_bytes,
+    )  # fmt: skip
+    write_mixture(out / "mixture.yaml", mixture)
     if valued:
         costs = cost_table(run, embeddings, out, perf_counter() - embedded)
         report = _report_data(
@@ -153,7 +177,7 @@ def select(config: SelectConfig, run: Run) -> Path:
             data=data,
         )  # fmt: skip
         _publish(out, config, report)
-    facts = {"mixture_fingerprint": fingerprint(mixture.model_dump(mode="json")), "residuals": _residuals(embeddings)}
+    facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
     seal(out, "selection", settings, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
     return out
@@ -228,25 +252,6 @@ def _values(embeddings: dict[str, Embedding], target: Target, config: SelectConf
     return shuffled(values, config.seed) if config.method == "shuffled" else values
 
 
-def _score(
-    every: pl.DataFrame, values: pl.DataFrame, trained: dict[str, int], fresh: dict[str, float], config: SelectConfig
-) -> dict[str, pl.DataFrame]:
-    """The roll-ups of the values, by name: domains for every target, the others for the first."""
-    from curate.scores.documents import document_values
-    from curate.scores.domain import domain_scores
-    from curate.scores.reliability import halves_reliability
-    from curate.scores.shards import between_shards, shard_scores
-
-    prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    return {
-        "domains": domain_scores(every, prior, seed=config.seed, fresh=fresh),
-        "shards": shard_scores(values),
-        "documents": document_values(values),
-        "between_shards": between_shards(values),
-        "reliability": halves_reliability(values, seed=config.seed),
-    }
-
-
 def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFrame]) -> None:
     from curate.scores.schema import write_scores
 
@@ -303,36 +308,6 @@ def _mix(
 
 def _budget(config: SelectConfig, trained: dict[str, int]) -> int:
     return sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
-
-
-def _write_data(folder: Path, run: Run, mixture: Mixture, plan: Plan, config: SelectConfig) -> dict[str, Path]:
-    """Write `mixture.yaml` and the next stage's data, and read it back; returns what was written."""
-    from curate.mixture.record import write_mixture
-    from curate.shards.check import check_filter, check_reweight, check_schedule
-    from curate.shards.write import SCHEDULE, STREAMS, write_filter, write_reweight, write_schedule
-
-    streams = {domain: stream.folder for domain, stream in run.streams.items()}
-    written, scheduled = {}, config.schedule.kind != "throughout"
-    if config.mode in ("reweight", "both"):
-        path = written["reweight"] = folder / (SCHEDULE if scheduled else STREAMS)
-        if scheduled:
-            write_schedule(path, {name: str(place.resolve()) for name, place in streams.items()}, mixture.phases)
-            check_schedule(path, streams, mixture)
-        else:
-            write_reweight(path, streams, {name: part.samples for name, part in mixture.domains.items()})
-            check_reweight(path, streams, mixture)
-    if config.mode in ("filter", "both"):
-        mds = written["filter"] = folder / "mds"
-        write_filter(mds, run.streams, plan, seed=config.seed, shard_bytes=config.shards.shard_bytes)
-        check_filter(mds, mixture, run.spec.columns)
-        if scheduled:
-            written["filter"] = mds / SCHEDULE
-            write_schedule(written["filter"], {name: name for name in streams}, mixture.phases)
-            check_schedule(written["filter"], {name: mds / name for name in streams}, mixture)
-        if run.spec.tokenizer is not None:
-            shutil.copyfile(run.spec.tokenizer, mds / "tokenizer.json")
-    write_mixture(folder.parent / "mixture.yaml", mixture)
-    return written
 
 
 def _report_data(
@@ -402,6 +377,8 @@ def _publish(out: Path, config: SelectConfig, report: ReportData) -> None:
 
 def main() -> None:
     """Entry point."""
+    from curate.report.summary import say_mixture
+
     config = parse_command(
         SelectConfig,
         "python -m curate.select",
@@ -410,27 +387,7 @@ def main() -> None:
     start_logging()
     run = Run(config.run or find_run(config.runs_root), config.streams)
     out = select(config, run)
-    _summarise(out)
-
-
-def _summarise(out: Path) -> None:
-    """Print the mixture and name the files."""
-    from curate.mixture.record import read_mixture
-
-    mixture = read_mixture(out / "mixture.yaml")
-    names = ("domain", "prior", "next", "tokens", "samples", "epochs")
-    _log.info("%-20s %7s -> %6s %14s %8s %7s  score [95 %% interval]", *names)
-    for name, part in sorted(mixture.domains.items(), key=lambda item: -item[1].delivered_weight):
-        interval = "" if part.low is None or part.high is None else f"[{part.low:+.2f}, {part.high:+.2f}]"
-        _log.info(
-            "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
-            name, 100 * part.prior, 100 * part.delivered_weight, f"{part.tokens:,}", f"{part.samples:,}", part.epochs,
-            part.score, interval, part.binding or "" if part.valued else "not measured",
-        )  # fmt: skip
-    written = ("data/streams.yaml", "data/schedule.yaml", "data/mds")
-    for name in ("mixture.yaml", *written, "scores.parquet", "leaks.parquet", "report.html"):
-        if (out / name).exists():
-            _log.info("wrote %s", out / name)
+    say_mixture(out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
+from curate.artifacts import read_json
 from curate.config import parse_command
 from curate.errors import UserError
 from curate.formats.mds import iterate
@@ -121,3 +122,14 @@ def test_contradictions_are_refused(folder):
         parse_command(SelectConfig, "select", "", ["--target", "t", "--method", "uniform", "--estimator", "dvemb"])
     arguments = ["--target", "t.jsonl", "--method", "given", "--weights", '{"a": 0.5, "b": 0.5}']
     assert parse_command(SelectConfig, "select", "", arguments).weights == {"a": 0.5, "b": 0.5}
+
+
+def test_the_branch_test_tempers_the_mixture_and_is_kept_in_the_manifest(folder):
+    settings = {"branch_test": True, "branches": {"steps": 2, "repeats": 1, "share": 0.5}}
+    out = run_select(folder, **settings)
+    found = read_json(out / "manifest.json")["branch_test"]
+    assert set(found["changes"]) == {"dataclasses", "json"}
+    # two domains have no rank correlation: scores are not trusted
+    assert found["temperature"] == pytest.approx(20)
+    assert read_mixture(out / "mixture.yaml").temperature == pytest.approx(20)
+    assert run_select(folder, **settings) == out

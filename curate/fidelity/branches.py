@@ -1,0 +1,239 @@
+"""Does a past value predict the next stage? Short branches from the last state, each with a little more of one domain.
+
+A branch trains a few steps on samples drawn in the run's own proportions, in which a share of the places, the same in
+every branch, is filled from one domain; the base keeps all of its own. The realised change of a domain is the target's
+loss after the base minus that after its branch: positive = more of the domain helped. Branches share state, order and
+every other sample, so that only the domain differs. Its agreement with the domains' scores is a rank correlation.
+
+Steps are those of a replay: recorded optimizers and settings, lr and the rest as at the step of median lr, each step's
+loss a mean over tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from curate.artifacts import fingerprint, read_json, write_json
+from curate.config import Config
+from curate.errors import UserError
+from curate.fidelity.measure import spearman, spearman_interval
+from curate.progress import progress
+from curate.rng import generator
+from curate.target import target_loss
+from curate.task import collate
+from curate.trajectory.replay import records
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.target import Target
+    from curate.trajectory.replay import Replay, StepRecord
+    from curate.trajectory.run import Run
+
+    Ids = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
+TRUSTED = 0.7  # Spearman from which scores are taken at their word
+_LEAST = 0.05  # of the correlation that a temperature is divided by
+
+
+class BranchTestConfig(Config):
+    """How long branches are, and how far they differ."""
+
+    share: float = Field(default=0.2, gt=0, le=1)
+    """Share of a branch's samples that comes from the one domain instead."""
+    steps: int = Field(default=20, ge=1)
+    """Optimizer steps of a branch."""
+    repeats: int = Field(default=2, ge=1)
+    """Draws of samples; each has a base and a branch per domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of domain scores with realised changes.
+
+    Attributes:
+        spearman: over domains; None where fewer than three have a score, or a side does not vary.
+        low: lower end of its 95 % interval (bootstrap over domains).
+        high: upper end.
+    """
+
+    spearman: float | None
+    low: float | None
+    high: float | None
+
+
+def cost_units(run: Run, target: Target, config: BranchTestConfig) -> float:
+    """Forward+backward passes of a training batch: the branches, and a third of a pass to read each one's target."""
+    batch = max(_record(run).size, 1)
+    reads = sum(len(half) for half in target.halves) / batch / 3
+    return config.repeats * (len(run.streams) + 1) * (config.steps + reads)
+
+
+def realised_changes(
+    replay: Replay,
+    target: Target,
+    prior: Mapping[str, float],
+    config: BranchTestConfig,
+    *,
+    seed: int,
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """Train what is missing of the branches; each finished one is kept in the run.
+
+    Args:
+        replay: of the run.
+        target: whose loss is read.
+        prior: share of each domain in what was trained on; sums to anything.
+        config: length and size of the change.
+        seed: of the draws.
+        batch_size: sequences per pass over the target.
+
+    Returns:
+        Domain -> realised change of each repeat, nats per token of the target; positive = more of it helped.
+    """
+    run = replay.run
+    settings = [run.fingerprint, target.fingerprint, config.model_dump(), seed]
+    path = run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}.json"
+    losses: dict[str, float] = read_json(path) if path.exists() else {}
+    names = ["base", *sorted(prior)]
+    missing = [(repeat, name) for repeat in range(config.repeats) for name in names if f"{repeat}/{name}" not in losses]
+    if missing:
+        optimizers = replay.horizon_optimizers(run.spec.steps)
+        state, record = replay.checkpoint(optimizers), _record(run)
+        for repeat, name in progress(missing, total=len(missing), what="branches", unit="branch"):
+            drawn = _draw(run, prior, config, record.size, seed + repeat)
+            replay.rewind(state, optimizers)
+            for ids in drawn[name].reshape(config.steps, record.size).tolist():
+                samples = replay.reader.samples(ids)
+                predicted = np.array([sample.predicted_tokens for sample in samples], np.float32)
+                batch = collate(samples, predicted / max(float(predicted.sum()), 1.0)).to(replay.device)
+                replay.backward([batch], optimizers)
+                replay.update(record, optimizers)
+            losses[f"{repeat}/{name}"] = target_loss(replay.task, target, batch_size)
+            write_json(path, losses)
+    return {
+        name: [losses[f"{repeat}/base"] - losses[f"{repeat}/{name}"] for repeat in range(config.repeats)]
+        for name in names[1:]
+    }
+
+
+def _record(run: Run) -> StepRecord:
+    """The step of median lr (of the first group)."""
+    lr = pl.col("groups").list.first().struct.field("lr")
+    rates = run.steps.unique("step", keep="first", maintain_order=True).select("step", lr=lr).sort("lr", "step")
+    step = int(rates["step"][len(rates) // 2])
+    return next(records(run, step, step + 1))
+
+
+def _draw(run: Run, prior: Mapping[str, float], config: BranchTestConfig, batch_size: int, seed: int) -> dict[str, Ids]:
+    """Sample ids of the base and of every domain's branch, one per place; they differ at the same places."""
+    domains, places = sorted(prior), config.steps * batch_size
+    pools = {domain: _order(run, domain, seed) for domain in domains}
+    shares = np.array([prior[domain] for domain in domains])
+    random = generator(seed, "branch test")
+    chosen = random.choice(len(domains), places, p=shares / shares.sum())
+    at = np.arange(places)
+    base = np.zeros(places, np.int64)
+    for own, domain in enumerate(domains):
+        base = np.where(chosen == own, pools[domain][at % len(pools[domain])], base)
+    replaced = np.zeros(places, bool)
+    replaced[random.permutation(places)[: max(1, round(config.share * places))]] = True
+    drawn = {"base": base}
+    for domain, pool in pools.items():
+        # From the pool's far end, so that a branch adds new samples of the domain instead of repeating the base's.
+        drawn[domain] = np.where(replaced, pool[-1 - at % len(pool)], base)
+    return drawn
+
+
+def _order(run: Run, domain: str, seed: int) -> Ids:
+    """Ids of a domain's samples with predicted tokens in random order, whatever their places in shards."""
+    usable = run.places.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).sort("sample_id")
+    return np.asarray(generator(seed, "branch test", domain).permutation(usable["sample_id"].to_numpy()))
+
+
+def agreement(scores: Mapping[str, float], changes: Mapping[str, Sequence[float]], seed: int) -> Agreement:
+    """Rank correlation over domains of a score with the mean realised change.
+
+    Args:
+        scores: of the domains that have one.
+        changes: see `realised_changes`.
+        seed: of the bootstrap.
+    """
+    domains = sorted(scores)
+    a = np.array([scores[domain] for domain in domains])
+    b = np.array([np.mean(changes[domain]) for domain in domains])
+    found = spearman(a, b)
+    low, high = (None, None) if found is None else spearman_interval(a, b, np.arange(len(a)), seed)
+    return Agreement(spearman=found, low=low, high=high)
+
+
+def tempered(temperature: float, found: Agreement) -> float:
+    """The temperature that the agreement allows: T where it is at least `TRUSTED`, else T / max(correlation, 0.05).
+
+    Dividing by the correlation is what regression to the mean says: of a score that ranks realised changes with
+    correlation r, a change of r times as many deviations is to be expected. An unknown correlation counts as 0.
+    """
+    r = 0.0 if found.spearman is None else found.spearman
+    return temperature if r >= TRUSTED else temperature / max(r, _LEAST)
+
+
+def check_scores(
+    replay: Replay,
+    target: Target,
+    prior: Mapping[str, float],
+    config: BranchTestConfig,
+    *,
+    domains: pl.DataFrame,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Say what the branches will cost, run them, and hold domain scores against what they did.
+
+    Args:
+        replay: of the run.
+        target: whose loss is read.
+        prior: see `realised_changes`.
+        config: length and size of the change.
+        domains: `domain`, `samples` and `score` of one window and target; a domain without samples has no score, unless
+            none has samples (methods that value none).
+        temperature: that the scores would be used with.
+        seed: of draws and bootstrap.
+        batch_size: sequences per pass over the target.
+
+    Returns:
+        `changes` (see `realised_changes`), `spearman`, `low`, `high` and the `temperature` to use.
+
+    Raises:
+        UserError: all scores are equal.
+    """
+    seen = domains.filter(pl.col("samples") > 0)
+    scores: dict[str, float] = dict((domains if seen.is_empty() else seen).select("domain", "score").iter_rows())
+    if len(set(scores.values())) == 1:
+        raise UserError("every domain has the same score: there is nothing for --branch-test to test; leave it out")
+    units = cost_units(replay.run, target, config)
+    _log.info(
+        "the branch test will cost about %.0f forward+backward passes, %.0f %% of the stage's %d",
+        units, 100 * units / replay.run.spec.steps, replay.run.spec.steps,
+    )  # fmt: skip
+    changes = realised_changes(replay, target, prior, config, seed=seed, batch_size=batch_size)
+    found = agreement(scores, changes, seed)
+    allowed = tempered(temperature, found)
+    interval = "" if found.low is None or found.high is None else f" [95 % interval {found.low:.2f}, {found.high:.2f}]"
+    said = "not defined" if found.spearman is None else f"{found.spearman:.2f}{interval}"
+    _log.info("branch test: Spearman of domain scores and realised changes is %s", said)
+    if allowed > temperature:
+        _log.warning(
+            "below %.1f scores do not predict the next stage well: it stays nearer to the prior, mixture.temperature "
+            "%.3g instead of %.3g (divided by the correlation, at least %g)",
+            TRUSTED, allowed, temperature, _LEAST,
+        )  # fmt: skip
+    return {"changes": changes, **asdict(found), "temperature": allowed}
