@@ -146,7 +146,7 @@ def select(config: SelectConfig, run: Run) -> Path:
         every = values = no_scores()
         domains, keys = scores_without_values(
             config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
-            seed=config.seed,
+            temperature=config.mixture.temperature, seed=config.seed,
         )  # fmt: skip
         tables = {"domains": domains}
     facts: dict[str, Any] = {"residuals": _residuals(embeddings)}

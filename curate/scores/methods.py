@@ -8,7 +8,8 @@ in where the scores come from:
 - `proportional`, `uniform`, `given`: the weights themselves.
 
 A method that has weights w has the scores `log(w / prior)`: at temperature 1 the mixture is w wherever no constraint
-binds, at higher ones it lies closer to the prior, as for every other method.
+binds, at higher ones it lies closer to the prior, as for every other method. `dsir` takes the temperature T into its
+draw, in proportion to `w_z^(1/T)`, and its scores are `T log(share / prior)`: samples and domains are tempered alike.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def scores_without_values(
     *,
     window: str,
     budget: int,
+    temperature: float,
     seed: int,
 ) -> tuple[pl.DataFrame, pl.DataFrame | None]:
     """Domain scores of a method that values no samples; for `random` and `dsir`, the keys of the samples too.
@@ -67,20 +69,23 @@ def scores_without_values(
         weights: of method given.
         window: the mixture's window.
         budget: tokens of the next stage.
+        temperature: of the mixture.
         seed: of the draw.
 
     Raises:
         UserError: `weights` are of other domains.
     """
-    prior, keys = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}, None
+    prior = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}
     if method in ("random", "dsir"):
         streams = {domain: run.streams[domain] for domain in prior}
-        importance = log_importance(streams, target.sequences()) if method == "dsir" else None
-        keys = gumbel_keys(run.catalogue.filter(pl.col("domain").is_in(list(prior))), importance, seed)
-        weights = drawn_shares(keys, budget)
-    elif method != "given":
+        found = log_importance(streams, target.sequences()) if method == "dsir" else {}
+        importance = {domain: log_weights / temperature for domain, log_weights in found.items()}
+        keys = gumbel_keys(run.catalogue.filter(pl.col("domain").is_in(list(prior))), importance or None, seed)
+        shares = weight_scores(drawn_shares(keys, budget), prior, window, target.name)
+        return shares.with_columns(pl.col("score", "shrunk") * temperature), keys
+    if method != "given":
         weights = prior if method == "proportional" else dict.fromkeys(prior, 1.0)
-    return weight_scores(weights, prior, window, target.name), keys
+    return weight_scores(weights, prior, window, target.name), None
 
 
 def weight_scores(weights: Mapping[str, float], prior: Mapping[str, float], window: str, target: str) -> pl.DataFrame:

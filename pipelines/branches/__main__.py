@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from curate.artifacts import SIGN, write_json
 from curate.config import parse_command, run_command
 from curate.progress import start_logging
-from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARD, BenchMethod, BranchesConfig, small
+from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARD, SCORED, BenchMethod, BranchesConfig, small
 from pipelines.branches.rows import BASE, at_equal_kl, best_within_guard, token_speedup
 
 if TYPE_CHECKING:
@@ -30,25 +30,30 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
 
     Returns:
         `rows` as the losses were reported; `tuning`, the same rows with the losses that temperatures are chosen by;
-        `equal_kl` and `best`, see `pipelines.branches.rows`.
+        `equal_kl` and `best`, see `pipelines.branches.rows`; `branch_test`, how domain scores agree with what a little
+        more of one domain does.
 
     Raises:
         UserError: bad corpus or settings.
     """
-    from pipelines.branches.branch import open_arena
+    from pipelines.branches.branch import domain_agreement, open_arena
     from pipelines.branches.pools import make_pools
 
     data = make_pools(config)
     rows: list[Row] = []
     tuning: list[Row] = []
+    tested: list[Row] = []
     for seed in config.seeds:
         for name in config.cases:
             _log.info("-- seed %d, case %s", seed, name)
-            for row, tuned in _branches(open_arena(config, config.case(name), seed, data)):
+            arena = open_arena(config, config.case(name), seed, data)
+            for row, tuned in _branches(arena):
                 rows.append(row)
                 tuning.append(tuned)
+            tested += domain_agreement(arena, [method for method in SCORED if method in config.methods])
     return {
         "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows), "best": best_within_guard(rows, tuning, GUARD),
+        "branch_test": tested,
     }  # fmt: skip
 
 
@@ -107,6 +112,12 @@ def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.wri
             f"{row['case']:10}{row['method']:14}{'':6}{row['kl_to_prior']:7.3f}{row['target']['mean']:+10.4f}"
             f"{_width(row['target']):>8}{row['general']['mean']:+9.4f}{row['seeds']:6}\n"
         )
+
+    write("Spearman of domain scores with what a little more of one domain did to the target, by seed\n")
+    for case, method in dict.fromkeys((row["case"], row["method"]) for row in result["branch_test"]):
+        own = [row for row in result["branch_test"] if (row["case"], row["method"]) == (case, method)]
+        found = ["    -" if row["spearman"] is None else f"{row['spearman']:+.2f}" for row in own]
+        write(f"{case:10}{method:14}{'  '.join(found)}\n")
 
 
 def _width(found: dict[str, float | None]) -> str:

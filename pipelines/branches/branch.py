@@ -6,11 +6,12 @@ A branch is a folder with `mixture.yaml` and `losses.json`; its data and its sta
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import fingerprint, read_json, write_json
+from curate.fidelity.branches import agreement, realised_changes
 from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
@@ -20,14 +21,16 @@ from curate.shards.write import write_reweight
 from curate.target import load_target, target_loss
 from curate.tracking import TrackingConfig
 from curate.trajectory.recorder import RecorderConfig
+from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
+from curate.trajectory.samples import trained_tokens
 from pipelines.branches.config import DEFAULT_TEMPERATURE
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pipelines.branches.config import BranchesConfig, Case
 
@@ -103,7 +106,7 @@ def run_branch(
         keep_state: leave `stage/` there.
 
     Returns:
-        Losses, `kl_to_prior`, `tokens` and `selection_cost_units`.
+        Losses, `kl_to_prior`, `tokens`, `selection_cost_units`, and `weights` and `scores` of the domains.
     """
     folder = arena.folder / name
     if not (folder / "losses.json").exists():
@@ -111,9 +114,12 @@ def run_branch(
         mixture = read_mixture(made / "mixture.yaml")
         losses = train_and_read(arena, folder / "stage", data_of(made))
         facts = {"kl_to_prior": mixture.kl_to_prior, "tokens": mixture.tokens}
-        weights_found = {domain: part.delivered_weight for domain, part in mixture.domains.items()}
+        domains = {
+            "weights": {domain: part.delivered_weight for domain, part in mixture.domains.items()},
+            "scores": {domain: part.score for domain, part in mixture.domains.items()},
+        }
         units = _cost_units(arena, method)
-        write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, "weights": weights_found})
+        write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, **domains})
         for part in ("selection",) if keep_state else ("selection", "stage"):
             shutil.rmtree(folder / part)
     return read_json(folder / "losses.json")
@@ -222,3 +228,19 @@ def clean_branch(arena: Arena) -> dict[str, Any]:
         write_json(folder / "losses.json", {**losses, **facts})
         shutil.rmtree(folder / "stage")
     return read_json(folder / "losses.json")
+
+
+def domain_agreement(arena: Arena, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Spearman of each method's domain scores with what a little more of one domain did to the target."""
+    config, run = arena.config, arena.run
+    target = load_target(target_file(arena.data, arena.case, "select"), run.spec, 1)
+    prior = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}
+    changes = realised_changes(
+        Replay(run, config.device), target, prior, config.branch_test, seed=arena.seed, batch_size=BATCH_SIZE
+    )
+    rows = []
+    for method in methods:
+        scores = run_branch(arena, f"{method}-{DEFAULT_TEMPERATURE:g}", method, DEFAULT_TEMPERATURE)["scores"]
+        found = asdict(agreement(scores, changes, arena.seed))
+        rows.append({"case": arena.case.name, "method": method, "seed": arena.seed, **found})
+    return rows

@@ -9,12 +9,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from curate.config import Config
+from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.scores.methods import Method
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
 BenchMethod = Method | Literal["oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
+# Methods whose scores say something of domains.
+SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
 FIXED = ("proportional", "random")  # methods that temperature does not change
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
 
@@ -98,6 +101,8 @@ class BranchesConfig(Config):
     """Tokens of a sequence."""
     swarm: int = Field(default=16, ge=4)
     """Branches that the oracle's regression is fitted to."""
+    branch_test: BranchTestConfig = BranchTestConfig(steps=30, repeats=4)
+    """Short branches with a little more of one domain each, which the methods' domain scores are held against."""
     device: str = "cpu"
     """Device of training and values."""
 
@@ -136,5 +141,6 @@ def small(config: BranchesConfig) -> BranchesConfig:
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
             "temperatures": (0.5,), "steps": 60, "branch_steps": 30, "window_steps": 10, "continued": 2,
             "target_documents": 12, "domain_megabytes": 0.1, "swarm": 6,
+            "branch_test": BranchTestConfig(steps=5, repeats=1),
         }
     )  # fmt: skip

@@ -94,6 +94,11 @@ def test_dsir_finds_the_text_that_resembles_the_target(folder, tmp_path):
     written = {row["sample_id"] for row in iterate(out / "data" / "mds")}
     own = {run.streams["dataclasses"][index].sample_id for index in range(40, 80)}
     assert len(written & own) > 30
+    hot = run_select(
+        folder, method="dsir", target=tmp_path / "own.jsonl", mode="filter", mixture=MixtureConfig(temperature=1e4)
+    )
+    assert read_mixture(hot / "mixture.yaml").domains["dataclasses"].delivered_weight == pytest.approx(0.5, abs=0.12)
+    assert len({row["sample_id"] for row in iterate(hot / "data" / "mds")} & own) < 25
 
 
 def test_values_of_shuffled_are_those_of_curate_in_another_order(folder):

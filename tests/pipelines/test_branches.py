@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from curate.errors import UserError
+from curate.fidelity.branches import BranchTestConfig
 from curate.formats.documents import Document, read_documents
 from curate.report.branches import best_sentence, branches_page
 from pipelines.branches.__main__ import bench, show
@@ -138,9 +139,10 @@ def config(tmp_path_factory):
     (folder / "model.json").write_text(json.dumps(model))
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
-        cases=("foreign", "noisy"), methods=("curate", "oracle", "random", "proportional"), temperatures=(0.5,),
+        cases=("foreign", "noisy"), methods=("curate", "oracle", "proportional"), temperatures=(0.5,),
         seeds=(0,), model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
-        batch_size=4, seq_len=16, target_documents=6, excerpt_characters=80, domain_megabytes=0.008, lr=3e-3, swarm=4,
+        batch_size=4, seq_len=16, branch_test=BranchTestConfig(steps=2, repeats=1),
+        target_documents=6, excerpt_characters=80, domain_megabytes=0.008, lr=3e-3, swarm=4,
     )  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
     assert found == {
         ("foreign", "proportional", 1.0), ("noisy", "proportional", 1.0), ("noisy", "oracle", 1.0),
         *((case, "curate", at) for case in ("foreign", "noisy") for at in (1.0, 0.5)),
-        ("foreign", "random", 1.0), ("noisy", "random", 1.0), ("foreign", "oracle", 1.0), ("foreign", "oracle", 0.5),
+        ("foreign", "oracle", 1.0), ("foreign", "oracle", 0.5),
     }  # fmt: skip
     assert {one["tokens"] for one in rows} == {4 * 4 * 16}
     for one in rows:
@@ -170,6 +172,9 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
     assert not list(config.folder.glob("**/checkpoint.safetensors.part"))
     left = [path for path in config.folder.glob("*/seed-0/*/*/stage") if path.exists()]
     assert not left
+    tested = {(one["case"], one["method"]) for one in result["branch_test"]}
+    assert tested == {("foreign", "curate"), ("noisy", "curate")}
+    assert all(-1 <= one["spearman"] <= 1 for one in result["branch_test"])
     again = bench(config)
     assert again == result
     printed: list[str] = []
