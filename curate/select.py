@@ -7,6 +7,7 @@ train on? In order: target, embeddings (made where they are missing), search, sc
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -121,9 +122,6 @@ def select(config: SelectConfig, run: Run) -> Path:
     from curate.fidelity.branches import check_scores
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
-    from curate.scores.methods import scores_without_values
-    from curate.scores.rollup import roll_ups
-    from curate.scores.schema import no_scores
     from curate.trajectory.replay import Replay
 
     begin = perf_counter()
@@ -138,17 +136,10 @@ def select(config: SelectConfig, run: Run) -> Path:
     embeddings = embed(config, run, target) if valued else {}
     embedded = perf_counter()
     trained = trained_tokens(run)
-    if valued:
-        keys, every = None, _every_value(config, run, target, embeddings)
-        values = every.filter(target=target.name)
-        tables = roll_ups(every, target.name, trained, fresh_shares(run), config.seed)
-    else:
-        every = values = no_scores()
-        domains, keys = scores_without_values(
-            config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
-            temperature=config.mixture.temperature, seed=config.seed,
-        )  # fmt: skip
-        tables = {"domains": domains}
+    every, tables, keys = _scored(config, run, target, embeddings, trained)
+    if not valued:  # weights are no gains that repetition could take from
+        endless = config.mixture.model_copy(update={"decay_epochs": math.inf})
+        config = config.model_copy(update={"mixture": endless})
     facts: dict[str, Any] = {"residuals": _residuals(embeddings)}
     if config.branch_test:
         own = tables["domains"].filter(window=config.mixture.window, target=target.name)
@@ -173,8 +164,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     if valued:
         costs = cost_table(run, embeddings, out, perf_counter() - embedded)
         report = _report_data(
-            config, run, target, embeddings=embeddings, values=values, tables=tables, mixture=mixture, costs=costs,
-            data=data,
+            config, run, target, embeddings=embeddings, values=every.filter(target=target.name), tables=tables,
+            mixture=mixture, costs=costs, data=data,
         )  # fmt: skip
         _publish(out, config, report)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
@@ -224,32 +215,37 @@ def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:
     return {window: part.residual for window, part in embeddings.items() if part.residual is not None}
 
 
+def _scored(
+    config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding], trained: dict[str, int]
+) -> tuple[pl.DataFrame, dict[str, pl.DataFrame], pl.DataFrame | None]:
+    """Values of every target, their roll-ups, and the keys by which a method draws samples, where it does."""
+    from curate.scores.methods import scores_without_values
+    from curate.scores.rollup import roll_ups
+    from curate.scores.schema import no_scores
+
+    if config.method in VALUED:
+        every = _every_value(config, run, target, embeddings)
+        return every, roll_ups(every, target.name, trained, fresh_shares(run), config.seed), None
+    domains, keys = scores_without_values(
+        config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
+        temperature=config.mixture.temperature, seed=config.seed,
+    )  # fmt: skip
+    return no_scores(), {"domains": domains}, keys
+
+
 def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding]) -> pl.DataFrame:
     """The values of every target, one after the other, the guard last."""
     import polars as pl
 
-    frames = [_values(embeddings, target, config)]
+    from curate.scores.methods import shuffled
+    from curate.scores.values import embedded_values
+
+    frames = [embedded_values(embeddings, target)]
     others = other_targets(config, run, target)
     if others:
         opened = embed_others(config, run, target)
-        frames += [_values(part, other, config) for part, other in zip(opened, others, strict=True)]
-    return pl.concat(frames)
-
-
-def _values(embeddings: dict[str, Embedding], target: Target, config: SelectConfig) -> pl.DataFrame:
-    import polars as pl
-
-    from curate.scores.methods import shuffled
-    from curate.scores.values import value_frame
-
-    frames = []
-    for embedding in embeddings.values():
-        assert embedding.targets is not None
-        frames.append(
-            value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
-        )
-    values = pl.concat(frames)
-    return shuffled(values, config.seed) if config.method == "shuffled" else values
+        frames += [embedded_values(part, other) for part, other in zip(opened, others, strict=True)]
+    return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
 
 
 def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFrame]) -> None:

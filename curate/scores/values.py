@@ -1,12 +1,19 @@
 """The values frame: one row per (sample, step) of a window with its value for one target."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from curate.scores.domain import pooled_deviation
+
+if TYPE_CHECKING:
+    from curate.embeddings.store import Embedding
+    from curate.target import Target
 
 _CHUNK = 1 << 16  # rows multiplied at once
 
@@ -42,6 +49,22 @@ def value_frame(
         pl.Series("value_a", products[:, 0]),
         pl.Series("value_b", products[:, 1]),
     )
+
+
+def embedded_values(embeddings: Mapping[str, Embedding], target: Target) -> pl.DataFrame:
+    """The values frames of several windows, one below the other.
+
+    Args:
+        embeddings: window -> an embedding that holds the target's vectors.
+        target: the target.
+    """
+    frames = []
+    for embedding in embeddings.values():
+        assert embedding.targets is not None
+        frames.append(
+            value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
+        )
+    return pl.concat(frames)
 
 
 def combined_values(values: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:

@@ -215,9 +215,9 @@ def test_windows_are_never_mixed():
     both = pl.concat([scores((1, 0, -1), "early"), scores()])
     late, alone = (decide(table, PRIOR, SUPPLY, 800, MixtureConfig(), ONE) for table in (both, scores()))
     assert late.domains == alone.domains
-    assert set(late.phases) == {"early", "late"}
-    assert late.phases["late"] == alone.phases["late"]
-    assert late.phases["early"].weights["a"] > late.phases["late"].weights["a"]
+    assert set(late.asked) == {"early", "late"}
+    assert late.asked["late"] == alone.asked["late"]
+    assert late.asked["early"].weights["a"] > late.asked["late"].weights["a"]
     with pytest.raises(UserError, match="no scores for window 'middle' \\(there are early, late\\)"):
         decide(both, PRIOR, SUPPLY, 800, MixtureConfig(window="middle"), ONE)
 
