@@ -147,7 +147,7 @@ def test_phases_are_shown_where_there_are_several(page: Page, data: ReportData, 
 
 
 def test_weak_targets_and_unseen_domains_are_said(data: ReportData) -> None:
-    assert warnings(data) == ["A window has no sample of minified_js; the score of 0 there is not a measurement."]
+    assert warnings(data) == ["A window has no sample of minified_js; the score of 0 there is the average, not a measurement."]
     assert "late window differently (reliability +0.18)" in warnings(report_data(late_reliability=0.1))[0]
 
 
