@@ -333,6 +333,7 @@ def _report_data(
         curve=value_curve(values, training), training=training, domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
         shards=tables["between_shards"], costs=costs, residuals=_residuals(embeddings),
+        length_bias=dict(tables["length_bias"].drop_nulls().select("window", "spearman").iter_rows()),
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
         sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
         shared={name: one.model_dump() for name, one in mixture.shared.items()},

@@ -96,6 +96,8 @@ class ReportData:
     residuals: Mapping[str, float] = field(default_factory=dict)
     """Window -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
     solved into anchors."""
+    length_bias: Mapping[str, float] = field(default_factory=dict)
+    """Window -> rank correlation of value and length inside domains (`curate.scores.reliability.length_bias`)."""
     shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Constraints on several domains together -> `least`, `reached` and `price`."""
 

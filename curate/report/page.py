@@ -17,6 +17,7 @@ MAX_WINDOW_STEPS = 150
 MAX_STAGE_STEPS = 600
 _SHOWN_EXAMPLES = 4  # of each kind before the fold
 _WEAK_RELIABILITY = 0.5
+_LENGTH_BIAS = 0.3
 _WEAK_RESIDUAL = 0.5
 
 
@@ -160,6 +161,12 @@ def warnings(data: ReportData) -> list[str]:
         "gradient of the target unexplained. The estimator adjoint, with the target as an anchor, values exactly."
         for window, residual in data.residuals.items()
         if residual > _WEAK_RESIDUAL
+    ]
+    found += [
+        f"Inside domains, a sample's value in the {window} window goes with its length (rank correlation "
+        f"{signed(bias)}): choosing by value also chooses by length."
+        for window, bias in data.length_bias.items()
+        if abs(bias) > _LENGTH_BIAS
     ]
     unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
     if unseen:

@@ -1,4 +1,4 @@
-"""Split-half reliability: would another half of the target have ranked the samples the same way?
+"""Whether a ranking of samples is one by value: split-half reliability, and how far it is one by length.
 
 Shape legend: S steps of the window, R resamples.
 """
@@ -59,6 +59,36 @@ def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000
     }
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     return frame.with_columns(pl.col(names).fill_nan(None)).sort(*_WINDOW, "ranking")
+
+
+def length_bias(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl.DataFrame:
+    """Rank correlation of a sample's value with its predicted tokens inside its domain.
+
+    Far from 0, choosing samples by value also chooses them by length. Intervals as in `halves_reliability`.
+
+    Args:
+        values: columns `window`, `target`, `domain`, `step`, `tokens` and `value`.
+        seed: of the bootstrap.
+        resamples: R.
+
+    Returns:
+        One row per (window, target): `samples`, `spearman`, `low`, `high`; null where the samples of each domain are
+        of one length.
+    """
+    ranked = values.select(
+        *_STEP, value_rank=_rank("value", [*_WINDOW, "domain"]), length_rank=_rank("tokens", [*_WINDOW, "domain"])
+    )
+    rows = []
+    for (window, target), group in ranked.group_by(_WINDOW):
+        moments = _moments(group, "value_rank", "length_rank")
+        weights = step_weights(len(moments), resamples, generator(seed, "length", str(window)))
+        r = correlation(moments.sum(axis=0)[None])
+        _, low, high = spread(correlation(weights @ moments)[:, None])
+        rows.append((window, target, group.height, *np.concatenate([r, low, high]).tolist()))
+    numbers = dict.fromkeys(("spearman", "low", "high"), pl.Float64)
+    schema = {"window": pl.String, "target": pl.String, "samples": pl.Int64, **numbers}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_WINDOW)
 
 
 def _rank(column: str, group: list[str]) -> pl.Expr:

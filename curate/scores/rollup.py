@@ -6,7 +6,7 @@ import polars as pl
 
 from curate.scores.documents import document_values
 from curate.scores.domain import domain_scores
-from curate.scores.reliability import halves_reliability
+from curate.scores.reliability import halves_reliability, length_bias
 from curate.scores.shards import between_shards, shard_scores
 
 
@@ -30,4 +30,5 @@ def roll_ups(
         "documents": document_values(values),
         "between_shards": between_shards(values),
         "reliability": halves_reliability(values, seed=seed),
+        "length_bias": length_bias(values, seed=seed),
     }

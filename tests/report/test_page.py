@@ -146,8 +146,17 @@ def test_phases_are_shown_where_there_are_several(page: Page, data: ReportData, 
     assert render(load_data(tmp_path)) == render(phased)
 
 
+def test_values_that_go_with_length_are_said():
+    data = dataclasses.replace(report_data(), length_bias={"early": 0.1, "late": -0.62})
+    (said,) = [one for one in warnings(data) if "length" in one]
+    assert said.startswith("Inside domains, a sample's value in the late window goes with its length (rank correlation")
+    assert "0.62" in said
+
+
 def test_weak_targets_and_unseen_domains_are_said(data: ReportData) -> None:
-    assert warnings(data) == ["A window has no sample of minified_js; the score of 0 there is the average, not a measurement."]
+    assert warnings(data) == [
+        "A window has no sample of minified_js; the score of 0 there is the average, not a measurement."
+    ]
     assert "late window differently (reliability +0.18)" in warnings(report_data(late_reliability=0.1))[0]
 
 

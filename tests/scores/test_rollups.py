@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from curate.scores.documents import document_values
-from curate.scores.reliability import halves_reliability, spearman_brown
+from curate.scores.reliability import halves_reliability, length_bias, spearman_brown
 from curate.scores.shards import between_shards, shard_scores
 
 
@@ -103,3 +103,23 @@ def test_equal_halves_are_unknown_not_nan(values):
 
 def test_spearman_brown():
     assert spearman_brown(np.array([1.0, 0.5, 0.0, -0.9])).tolist() == [1.0, 2 / 3, 0.0, 0.0]
+
+
+def test_length_bias_is_the_rank_correlation_inside_domains():
+    """One domain's long samples are worth more, the other's too; domains themselves differ the other way."""
+    random = np.random.default_rng(0)
+    rows, oracle = [], []
+    for domain, level in (("a", 0.0), ("b", 100.0)):
+        tokens = random.permutation(40) + (0 if domain == "a" else 1000)
+        value = random.normal(size=40) + 0.05 * tokens - level
+        oracle.append(stats.spearmanr(value, tokens).statistic)
+        rows += [
+            {"window": "late", "target": "t", "domain": domain, "step": i % 8, "tokens": int(n), "value": float(v)}
+            for i, (n, v) in enumerate(zip(tokens, value, strict=True))
+        ]
+    (row,) = length_bias(pl.DataFrame(rows), seed=0, resamples=200).to_dicts()
+    assert row["spearman"] == pytest.approx(np.mean(oracle), rel=1e-9)
+    assert row["low"] < row["spearman"] < row["high"]
+    assert row["samples"] == 80
+    equal = pl.DataFrame(rows).with_columns(tokens=pl.lit(32))
+    assert length_bias(equal, seed=0, resamples=20)["spearman"].to_list() == [None]
