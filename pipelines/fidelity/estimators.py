@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from curate.trajectory.run import Run
     from pipelines.fidelity.config import BenchConfig
 
+_log = logging.getLogger(__name__)
 _OWN = {"linear": "adjoint", "exact": "adjoint-own-step", "embedding": "adjoint-own-embedding"}
 _TRACIN_EVERY = 10  # steps between checkpoints at which the targets' gradients are taken
 
@@ -190,6 +192,8 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         )  # fmt: skip
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)
+        agreement = _agreement(bench, arrays["exact"])
+        _log.info("%s read at %d: anchors of one domain rank samples %.2f like each other", window, horizon, agreement)
         solved = _kept(
             bench,
             f"solved-{kind}-{window}-{horizon}",
@@ -197,6 +201,16 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         )
         for chosen, size in (("r8", 8), ("r32", 32), ("r32-heldout", 32), ("r32-foreign", 32)):
             yield _estimates(bench, f"adjoint-{chosen}", window, horizon, solved[chosen], units, 4.0 * size)
+
+
+def _agreement(bench: Bench, values: npt.NDArray[np.float32]) -> float:
+    """Mean Spearman of the values for two anchors of one target's domain: what a target of that size can agree to."""
+    from scipy.stats import spearmanr
+
+    ranks = spearmanr(values[:, len(bench.targets) :]).statistic
+    domains = np.asarray(bench.pool_domains)
+    same = (domains[:, None] == domains) & np.isin(domains, bench.config.targets)[:, None]
+    return float(ranks[same & ~np.eye(len(domains), dtype=bool)].mean())
 
 
 def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int) -> dict[str, Any]:
