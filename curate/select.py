@@ -119,10 +119,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
-    from curate.fidelity.branches import check_scores
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
-    from curate.trajectory.replay import Replay
 
     begin = perf_counter()
     target = _target(config, run)
@@ -142,11 +140,7 @@ def select(config: SelectConfig, run: Run) -> Path:
         config = config.model_copy(update={"mixture": endless})
     facts: dict[str, Any] = {"residuals": _residuals(embeddings)}
     if config.branch_test:
-        own = tables["domains"].filter(window=config.mixture.window, target=target.name)
-        facts["branch_test"] = check_scores(
-            Replay(run, config.device, config.tolerance), target, trained, config.branches, domains=own,
-            temperature=config.mixture.temperature, seed=config.seed, batch_size=config.target_batch_size,
-        )  # fmt: skip
+        facts["branch_test"] = _branch_test(config, run, target, trained, tables["domains"])
         allowed = config.mixture.model_copy(update={"temperature": facts["branch_test"]["temperature"]})
         config = config.model_copy(update={"mixture": allowed})
     ledger = uses(stages(run, config.earlier))
@@ -246,6 +240,20 @@ def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dic
         opened = embed_others(config, run, target)
         frames += [embedded_values(part, other) for part, other in zip(opened, others, strict=True)]
     return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
+
+
+def _branch_test(
+    config: SelectConfig, run: Run, target: Target, trained: dict[str, int], domains: pl.DataFrame
+) -> Json:
+    """What the branch test found, with the temperature that it allows."""
+    from curate.fidelity.branches import check_scores
+    from curate.trajectory.replay import Replay
+
+    return check_scores(
+        Replay(run, config.device, config.tolerance), target, trained, config.branches,
+        domains=domains.filter(window=config.mixture.window, target=target.name),
+        temperature=config.mixture.temperature, seed=config.seed, batch_size=config.target_batch_size,
+    )  # fmt: skip
 
 
 def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFrame]) -> None:

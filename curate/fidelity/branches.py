@@ -108,10 +108,11 @@ def realised_changes(
     if missing:
         optimizers = replay.horizon_optimizers(run.spec.steps)
         state, record = replay.checkpoint(optimizers), _record(run)
+        repeats = sorted({repeat for repeat, _ in missing})
+        drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat in repeats}
         for repeat, name in progress(missing, total=len(missing), what="branches", unit="branch"):
-            drawn = _draw(run, prior, config, record.size, seed + repeat)
             replay.rewind(state, optimizers)
-            for ids in drawn[name].reshape(config.steps, record.size).tolist():
+            for ids in drawn[repeat][name].reshape(config.steps, record.size).tolist():
                 samples = replay.reader.samples(ids)
                 predicted = np.array([sample.predicted_tokens for sample in samples], np.float32)
                 batch = collate(samples, predicted / max(float(predicted.sum()), 1.0)).to(replay.device)

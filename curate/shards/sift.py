@@ -62,7 +62,8 @@ def sift(
         The pool, and the hits of the screen: `domain`, `index`, `sample_id`, `file`, `id`, `shared` (n-grams),
         `of_sample`, `of_document`, `removed`.
     """
-    found = scan(pool, streams, held, clusters=filtered and config.clusters > 0)
+    wanted = filtered or not held.grams.is_empty()  # else there is nothing to compare samples with
+    found = scan(pool if wanted else pool.clear(), streams, held, clusters=filtered and config.clusters > 0)
     hits = leaks(found, held, config.screen.overlap).filter("hit")
     removing = filtered and config.screen.mode == "remove"
     if filtered:

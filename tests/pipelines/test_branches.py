@@ -1,12 +1,8 @@
 """The branch bench: its arithmetic on rows made by hand, its noise, and all of it on a tiny model and real text."""
 
-import argparse
 import ast
-import dataclasses
 import inspect
-import json
 import textwrap
-import typing
 from html import unescape
 
 import numpy as np
@@ -21,8 +17,8 @@ from pipelines.branches.config import BranchesConfig, small
 from pipelines.branches.oracle import draw_mixture, slopes, tempered
 from pipelines.branches.pools import noise_documents
 from pipelines.branches.rows import at_equal_kl, best_within_guard, interval, token_speedup
+from tests.pipelines.bench_data import write_bench_data
 
-MODULES = (argparse, ast, dataclasses, typing, inspect, textwrap)
 KEYS = {
     "case", "model", "method", "seed", "temperature", "kl_to_prior", "schedule", "is_default", "target_loss",
     "general_loss", "tokens", "token_speedup", "selection_cost_units", "stage_cost_units",
@@ -126,17 +122,7 @@ def test_the_oracles_regression_finds_slopes_and_ignores_what_all_domains_share(
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("branches")
-    (folder / "corpus").mkdir()
-    for module in MODULES:
-        text = inspect.getsource(module)
-        pieces = [text[at : at + 300] for at in range(0, min(len(text), 15_000), 300)]
-        rows = [json.dumps({"id": f"{module.__name__}-{i}", "text": piece}) for i, piece in enumerate(pieces)]
-        (folder / "corpus" / f"{module.__name__}.jsonl").write_text("\n".join(rows) + "\n")
-    model = {
-        "model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-    }  # fmt: skip
-    (folder / "model.json").write_text(json.dumps(model))
+    write_bench_data(folder)
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
         cases=("foreign", "noisy"), methods=("curate", "oracle", "proportional"), temperatures=(0.5,),

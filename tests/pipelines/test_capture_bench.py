@@ -5,7 +5,8 @@ import json
 import pytest
 
 from curate.errors import UserError
-from pipelines.capture_bench import CASES, CaptureBenchConfig, bench, print_table
+from pipelines.capture_bench.__main__ import bench, print_table
+from pipelines.capture_bench.config import CASES, CaptureBenchConfig
 
 
 @pytest.fixture(scope="module")

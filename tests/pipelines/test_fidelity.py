@@ -1,13 +1,7 @@
 """The fidelity bench, every part of it, on a tiny model and real source text."""
 
-import argparse
-import ast
-import dataclasses
-import inspect
 import json
 import subprocess
-import textwrap
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +13,9 @@ from curate.fidelity.draw import DrawConfig
 from pipelines.fidelity import every
 from pipelines.fidelity.__main__ import bench, show, table
 from pipelines.fidelity.config import BenchConfig
+from tests.pipelines.bench_data import write_bench_data
 
 ROOT = Path(__file__).parents[2]
-MODULES = (argparse, ast, dataclasses, typing, inspect, textwrap)
 ESTIMATORS = {
     "grad-dot", "tracin", "less", "dvemb", "dvemb-adam", "adamw-fisher", "adjoint", "adjoint-own-step",
     "adjoint-own-embedding", "adjoint-r8", "adjoint-r32", "adjoint-r32-heldout", "adjoint-r32-foreign",
@@ -31,17 +25,7 @@ ESTIMATORS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fidelity")
-    for module in MODULES:
-        text = inspect.getsource(module)
-        pieces = [text[at : at + 300] for at in range(0, min(len(text), 15_000), 300)]
-        rows = [json.dumps({"id": f"{module.__name__}-{i}", "text": piece}) for i, piece in enumerate(pieces)]
-        (folder / "corpus").mkdir(exist_ok=True)
-        (folder / "corpus" / f"{module.__name__}.jsonl").write_text("\n".join(rows) + "\n")
-    model = {
-        "model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-    }  # fmt: skip
-    (folder / "model.json").write_text(json.dumps(model))
+    write_bench_data(folder)
     return BenchConfig(
         folder=folder / "out", corpus=folder / "corpus", foreign=("inspect",), targets=("ast", "inspect"), seeds=(0,),
         model=folder / "model.json", vocab_size=300, steps=30, window_steps=5, batch_size=4, seq_len=16,

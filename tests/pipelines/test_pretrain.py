@@ -34,6 +34,21 @@ def config(tmp_path):
     )  # fmt: skip
 
 
+def train_until(crash, config, monkeypatch):
+    """Train until step `crash` asks for its lr, and stop there as Ctrl-C does."""
+    original = pretrain.learning_rate
+
+    def crashing(optimizer, step, steps):
+        if step == crash:
+            raise KeyboardInterrupt
+        return original(optimizer, step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "learning_rate", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
 def test_the_recorder_changes_no_loss_and_the_record_replays(config, tmp_path):
     recorded = train(config)
     assert train(config.model_copy(update={"recorder": None, "out": tmp_path / "plain"})) == recorded
@@ -53,17 +68,7 @@ def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, 
     whole = train(config)
     assert len(list(Replay(Run(config.out), tolerance=1e-5).steps(0, 12))) == 12
     other = config.model_copy(update={"out": tmp_path / "crashed"})
-    original = pretrain.learning_rate
-
-    def crashing(optimizer, step, steps):
-        if step == crash:
-            raise KeyboardInterrupt
-        return original(optimizer, step, steps)
-
-    monkeypatch.setattr(pretrain, "learning_rate", crashing)
-    with pytest.raises(KeyboardInterrupt):
-        train(other)
-    monkeypatch.undo()
+    train_until(crash, other, monkeypatch)
     resumed = train(other)
     assert resumed == whole[-len(resumed) :]
     assert Run(other.out).steps.equals(Run(config.out).steps)
@@ -95,18 +100,9 @@ def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, 
     assert dict(ledger.select("domain", "consumed_tokens").iter_rows()) == {
         name: 12 * sum(owner[each] == name for each in ids) for name in ("json", "dataclasses")
     }
-    other, original = config.model_copy(update={"out": tmp_path / "crashed"}), pretrain.learning_rate
+    other = config.model_copy(update={"out": tmp_path / "crashed"})
     for crash in (3, 7, 11):
-
-        def crashing(optimizer, step, steps, crash=crash):
-            if step == crash:
-                raise KeyboardInterrupt
-            return original(optimizer, step, steps)
-
-        monkeypatch.setattr(pretrain, "learning_rate", crashing)
-        with pytest.raises(KeyboardInterrupt):
-            train(other)
-    monkeypatch.undo()
+        train_until(crash, other, monkeypatch)
     resumed = train(other)
     assert resumed == whole[-len(resumed) :]
     assert Run(other.out).steps.equals(run.steps)

@@ -13,6 +13,7 @@ from curate.formats.ngrams import N, ngram_hashes
 from curate.shards.choose import ShardsConfig, choose
 from curate.shards.plan import make_pool
 from curate.shards.scan import held_out, leaks, near_duplicates, scan
+from curate.shards.sift import sift
 
 LENGTH = 64
 SAMPLES = 60
@@ -128,6 +129,18 @@ def test_leaks_are_named_and_left_out(data):
     assert hits["hit"].to_list() == [True, False]  # 14 tokens in common are two n-grams of 52
     pool, _ = outcome(data, screen={"overlap": 0.01})
     assert reasons(pool, "leak") == [20, 21]
+
+
+def test_where_nothing_is_compared_no_sample_is_read(data):
+    """Reweighted streams without held-out text: no stream is opened, and the report is empty with its columns."""
+    _, catalogues, _ = data
+    pool = make_pool(catalogues, values_of(catalogues, lambda index: index), NONE)
+    kept, report = sift(pool, {}, held_out([]), ShardsConfig(), filtered=False, seed=0)
+    assert kept.equals(pool)
+    assert report.is_empty()
+    assert report.columns[:3] == ["domain", "index", "sample_id"]
+    with pytest.raises(KeyError):
+        sift(pool, {}, held_out([]), ShardsConfig(), filtered=True, seed=0)
 
 
 def test_lowest_values_go_exactly_without_temperature_and_mostly_with_it(data):

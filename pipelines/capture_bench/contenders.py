@@ -1,15 +1,8 @@
-"""`python -m pipelines.capture_bench`: what recording and capturing cost in a training step, and the recursion.
-
-A GPT-2 on real text (source files of Python's library, bytes as tokens). Every contender has its own model and
-takes its step in turn, in an order that changes from round to round, in one process; seconds are CPU time of all its
-threads, the waiting for the writer's included. Ratios are medians over rounds with a bootstrap bound. Multiplications
-are counted by torch's dispatcher, bytes by its allocator, each in one more step.
-"""
+"""The contenders of one size, each with its own model, taking steps in turn; what a step cost, counted and timed."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,20 +11,18 @@ from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from curate.artifacts import write_json
-from curate.config import Config, parse_command, run_command
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.gradients.capture import GradientCapture
-from curate.progress import progress, start_logging
+from curate.progress import progress
 from curate.rng import generator
 from curate.task import Batch, ModelSpec, Task, TaskSpec, collate
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
+from pipelines.capture_bench.config import CASES, CLIP_NORM, MODELS, REPLAYED_STEPS, WARM_UP, CaptureBenchConfig
 from pipelines.corpus.sources import STANDARD_LIBRARY, python_sources
 
 if TYPE_CHECKING:
@@ -39,38 +30,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
-
-MODELS = {"tiny": (32, 2, 2), "3M": (256, 4, 4), "25M": (512, 8, 8)}
-"""Name -> width of the residual stream, blocks, heads; 12 width^2 parameters a block."""
-CASES = ("forward-backward", "plain-step", "recorder", "capture", "capture-adam", "capture-frozen", "replay-capture")
-CLIP_NORM = 1.0
-REPLAYED_STEPS = 8  # the replay begins again after so many
-WARM_UP = 2
-
-
-class CaptureBenchConfig(Config):
-    """What to measure."""
-
-    folder: Path = Path("runs/capture-bench")
-    """Where data and runs of the bench are written; emptied first."""
-    models: tuple[str, ...] = ("3M", "25M")
-    """Sizes: 3M, 25M, or tiny."""
-    pairs: dict[str, int] = {"3M": 200, "25M": 30, "tiny": 3}
-    """Rounds of each size; in a round every case takes one step."""
-    context: int = Field(default=256, ge=8)
-    """Tokens of a sequence."""
-    batch_size: int = Field(default=8, ge=1)
-    """Sequences of a step."""
-    width: int = Field(default=16, ge=1)
-    """Projected size of each side of a layer."""
-    recursion_rows: int = Field(default=4096, ge=1)
-    """Rows that the recursion walks back over."""
-    threads: int = Field(default=1, ge=1)
-    """Threads of torch."""
-    small: bool = False
-    """3M only, 10 rounds."""
-    out: Path | None = None
-    """JSON file of the rows; none: only print."""
 
 
 @dataclass
@@ -349,120 +308,3 @@ def _peak_bytes(contender: Contender, sample_ids: list[int], batch: Batch) -> in
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(resident + np.cumsum([0, *changes]).max())
-
-
-def recursion_rows(config: CaptureBenchConfig, blocks: int, operator: str) -> dict[str, Any]:
-    """Speed of the recursion of `dvemb` from disk to disk, against a square float32 matrix product of 2048.
-
-    A block of n rows of D dimensions takes n D^2 (G M^T) + n^2 D / 2 (the later steps' half of K) + n^2 D / 2 (the
-    triangular solve) + n D^2 (the operator) multiplications; the speed counts only these.
-    """
-    from curate.embeddings.dvemb import recursion, step_blocks
-    from curate.embeddings.dvemb_estimator import DvembConfig
-
-    size, rows = config.width**2 * blocks, config.recursion_rows
-    folder = config.folder / "recursion"
-    folder.mkdir(parents=True, exist_ok=True)
-    gradients, out = (
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (rows, size)) for name in ("rows", "out")
-    )
-    random = generator(0, "capture bench recursion")
-    for start in range(0, rows, 512):
-        gradients[start : start + 512] = random.normal(0, 0.01, gradients[start : start + 512].shape)
-    steps = np.arange(rows) // config.batch_size
-    per_block = DvembConfig().rows_per_block
-    dimensions = config.width**2 if operator == "block" else size
-    columns = [slice(start, start + dimensions) for start in range(0, size, dimensions)]
-    begin = process_time()
-    recursion(
-        gradients, np.full((rows, len(columns)), 1e-4), steps, out, blocks=columns, rows_per_block=per_block,
-        device="cpu",
-    )  # fmt: skip
-    out.flush()
-    seconds = process_time() - begin
-    counts = [part.stop - part.start for part in step_blocks(steps, per_block)]
-    products = sum(2 * n * dimensions**2 + n**2 * dimensions for n in counts) * len(columns)
-    return {
-        "case": f"recursion-{operator}", "width": size, "rows_per_second": rows / seconds, "bytes_per_sample": 4 * size,
-        "share_of_matrix_product": products / seconds / _matrix_product_speed(),
-    }  # fmt: skip
-
-
-def _matrix_product_speed() -> float:
-    """Multiplications per second of CPU time, best of a few products of 2048 x 2048 in float32."""
-    import torch
-
-    left = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
-    best = float("inf")
-    for _ in range(6):
-        begin = process_time()
-        left @ left
-        best = min(best, process_time() - begin)
-    return 2048**3 / best
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """All rows on the terminal."""
-    sys.stdout.write(
-        f"{'model':6}{'case':18}{'width':>6}{'pairs':>7}{'s':>9}{'/ step':>8}{'/ f+b':>8}{'upper':>8}"
-        f"{'added':>8}{'x floor':>9}{'peak MB':>9}\n"
-    )
-    for row in rows:
-        floor = "" if row["added_over_floor"] is None else f"{row['added_over_floor']:.2f}"
-        sys.stdout.write(
-            f"{row['model']:6}{row['case']:18}{row['width'] or '':>6}{row['pairs']:7}{row['seconds']:9.4f}"
-            f"{row['ratio_to_plain_step']:8.3f}{row['ratio_to_forward_backward']:8.3f}{row['ratio_upper_95']:8.3f}"
-            f"{row['added_multiplications_share']:8.3f}{floor:>9}{row['peak_bytes'] / 1e6:9.1f}\n"
-        )
-
-
-def bench(config: CaptureBenchConfig) -> dict[str, Any]:
-    """Measure everything.
-
-    Returns:
-        `rows` (one per model and case) and `recursion`.
-
-    Raises:
-        UserError: a model is not one of `MODELS`.
-    """
-    import shutil
-
-    import torch
-
-    models = ("3M",) if config.small else config.models
-    unknown = sorted({*models} - set(MODELS))
-    if unknown:
-        raise UserError(f"models {unknown[0]!r} is not one of {', '.join(MODELS)}")
-    torch.set_num_threads(config.threads)
-    shutil.rmtree(config.folder, ignore_errors=True)
-    stream = write_data(config, samples=40 * config.batch_size)
-    rows = [row for model in models for row in Bench(config, model, stream).measure()]
-    print_table(rows)
-    recursions = [
-        {"model": model, **recursion_rows(config, 4 * MODELS[model][1], operator)}
-        for model in models
-        for operator in ("block", "full")
-    ]
-    for row in recursions:
-        sys.stdout.write(
-            f"{row['model']:6}{row['case']:18}{row['width']:6}  {row['rows_per_second']:,.0f} rows per second, "
-            f"{row['bytes_per_sample']:,} bytes per sample, {100 * row['share_of_matrix_product']:.0f} % of a matrix "
-            "product's speed\n"
-        )
-    return {"rows": rows, "recursion": recursions}
-
-
-def main() -> None:
-    """Entry point."""
-    config = parse_command(
-        CaptureBenchConfig, "python -m pipelines.capture_bench", "What recording and capturing cost in a training step."
-    )
-    start_logging()
-    found = bench(config)
-    if config.out is not None:
-        write_json(config.out, found)
-        _log.info("wrote %s", config.out)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,1 @@
+"""Recording, capture and recursion: what they cost (see `__main__`)."""
