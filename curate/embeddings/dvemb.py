@@ -10,9 +10,10 @@ Many steps at once (rows latest first, G their gradients, M0 the operator after 
 triangular solve:
 
     (I + diag(s) K) E = diag(s) (G - G M0^T),    s = lr c,    K[z, z'] = <g_z, g_z'> where z' is of a strictly later
-    step, else 0 M0 <- M0 + E^T G
+    step, else 0
+    M0 <- M0 + E^T G
 
-N rows, D dimensions. Memory of a block: n D numbers for G and E, n^2 for K and D^2 for M.
+N rows, D dimensions. Memory: n D numbers for G and E of a block, n^2 for K, and D^2 for the M of every layer.
 
 Influence checkpoints [DVEmb, section 4]: a window cut into segments, each walked back by itself from M = 0, gives
 embeddings with respect to the end of its own segment. `I - M` is the product of the steps' operators, so with M_later
@@ -80,19 +81,17 @@ def recursion(
         The operator before the range, of each block, in memory of the CPU.
     """
 
-    def solve(rows: slice, columns: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(stored: Sequence[Tensor], rows: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
         return recursion_block(
-            on_device(gradients[rows, columns], device),
-            on_device(scales[rows, index], device).float(),
-            on_device(steps[rows], device),
-            operator,
+            stored[0], on_device(scales[rows, index], device).float(), on_device(steps[rows], device), operator
         )
 
-    return walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
+    return walk_back(solve, [gradients], steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
 
 
 def walk_back(
-    solve: Callable[[slice, slice, int, Tensor], tuple[Tensor, Tensor]],
+    solve: Callable[[Sequence[Tensor], slice, int, Tensor], tuple[Tensor, Tensor]],
+    stored: Sequence[npt.NDArray[np.float32]],
     steps: npt.NDArray[np.int64],
     out: npt.NDArray[np.float32],
     *,
@@ -100,11 +99,12 @@ def walk_back(
     rows_per_block: int,
     device: str,
 ) -> list[Tensor]:
-    """Apply a recursion from the last block of steps to the first, for each operator by itself.
+    """Apply a recursion from the last block of steps to the first; every file is read once, from its end.
 
     Args:
-        solve: (rows, latest step first; columns; index of the operator; (D, D) operator after the rows) -> their (n, D)
-            embeddings and the operator before them.
+        solve: (what is stored of some rows, latest step first, in the columns of one operator; the rows; index of the
+            operator; (D, D) operator after the rows) -> their (n, D) embeddings and the operator before them.
+        stored: memory-mapped (N, sum of D) each.
         steps: see `recursion`.
         out: see `recursion`.
         blocks: see `recursion`.
@@ -116,18 +116,18 @@ def walk_back(
     """
     import torch
 
-    operators = []
-    for index, columns in enumerate(blocks):
-        size = columns.stop - columns.start
-        operator = torch.zeros(size, size, device=device)
-        for rows in step_blocks(steps, rows_per_block):
-            latest_first = slice(rows.stop - 1, rows.start - 1 if rows.start else None, -1)
-            embeddings, operator = solve(latest_first, columns, index, operator)
-            kept = slice(rows.start, min(rows.stop, len(out)))
-            if kept.start < kept.stop:
-                out[kept, columns] = embeddings.flip(0)[: kept.stop - kept.start].cpu().numpy()
-        operators.append(operator.cpu())
-    return operators
+    operators = [torch.zeros(part.stop - part.start, part.stop - part.start, device=device) for part in blocks]
+    for rows in step_blocks(steps, rows_per_block):
+        latest_first = slice(rows.stop - 1, rows.start - 1 if rows.start else None, -1)
+        read = [on_device(array[latest_first], device) for array in stored]
+        embeddings = torch.empty_like(read[0])
+        for index, columns in enumerate(blocks):
+            parts = [array[:, columns].contiguous() for array in read]
+            embeddings[:, columns], operators[index] = solve(parts, latest_first, index, operators[index])
+        kept = slice(rows.start, min(rows.stop, len(out)))
+        if kept.start < kept.stop:
+            out[kept] = embeddings.flip(0)[: kept.stop - kept.start].cpu().numpy()
+    return [operator.cpu() for operator in operators]
 
 
 def chain(segments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

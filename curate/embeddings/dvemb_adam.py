@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING
 from curate.embeddings.dvemb import on_device, walk_back
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
@@ -104,17 +106,19 @@ def recursion(
         The operator before the range, of each block, in memory of the CPU.
     """
 
-    def solve(rows: slice, columns: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(stored: Sequence[Tensor], rows: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
+        plain, scaled = stored
         return recursion_block(
-            on_device(gradients[rows, columns], device),
-            on_device(preconditioned[rows, columns], device),
+            plain,
+            scaled,
             on_device(scales[rows, index], device).float(),
             on_device(decays[rows, index], device).float(),
             on_device(steps[rows], device),
             operator,
         )
 
-    return walk_back(solve, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
+    stored = [gradients, preconditioned]
+    return walk_back(solve, stored, steps, out, blocks=blocks, rows_per_block=rows_per_block, device=device)
 
 
 def denominator(second_moment: Tensor, updates: int, settings: GroupSettings) -> Tensor:
@@ -125,7 +129,7 @@ def denominator(second_moment: Tensor, updates: int, settings: GroupSettings) ->
         updates: how many they were, at least 1.
         settings: of the parameter's group, at the last of them.
     """
-    return (second_moment / (1 - settings.beta2**updates)).sqrt() + settings.eps
+    return (second_moment / (1 - settings.beta2**updates)).sqrt_().add_(settings.eps)
 
 
 def separable_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,5 +145,7 @@ def separable_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
         (O,) and (I,).
     """
     squares = matrix.square()
-    middle = squares.mean().sqrt()  # shared between the sides, which keeps both in range
-    return (squares.mean(1) / middle).rsqrt(), (squares.mean(0) / middle).rsqrt()
+    outputs, inputs = squares.shape
+    rows, columns = squares @ squares.new_ones(inputs), squares.new_ones(outputs) @ squares  # much faster than sum(0)
+    middle = (rows.mean() / inputs).sqrt()  # shared between the sides, which keeps both in range
+    return (rows / inputs / middle).rsqrt(), (columns / outputs / middle).rsqrt()

@@ -48,7 +48,7 @@ class DvembConfig(Config):
     """One operator per layer (as published), or one for all layers."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Name patterns of Linear and Conv1D modules that are not captured."""
-    rows_per_block: int = 1024
+    rows_per_block: int = 256
     """Rows solved at once by the blocked recursion."""
     seed: int = 0
     """Seed of the projections."""
