@@ -25,13 +25,14 @@ from curate.mixture.weights import optimum
 if TYPE_CHECKING:
     import polars as pl
 
+Kind = Literal["throughout", "early-late", "late"]
 _WHOLE = 1e-6  # samples; what rounding may take from a sum that is a whole number
 
 
 class StageSchedule(Config):
     """Where in the next stage the curated weights hold; elsewhere what was trained on does, within the same bounds."""
 
-    kind: Literal["throughout", "early-late", "late"] = "throughout"
+    kind: Kind = "throughout"
     """throughout: one mixture. early-late: the curated weights in the stage's early and late part. late: in its late
     part only."""
     early_share: float = Field(default=0.1, gt=0, lt=1)

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import SIGN, write_json
 from curate.config import parse_command, run_command
 from curate.progress import start_logging
-from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARD, SCORED, BenchMethod, BranchesConfig, small
-from pipelines.branches.rows import BASE, at_equal_kl, best_within_guard, token_speedup
+from pipelines.branches.config import (
+    GUARD,
+    SCORED,
+    TARGETLESS,
+    BenchMethod,
+    BranchesConfig,
+    default_temperature,
+    small,
+)
+from pipelines.branches.rows import BASE, against_throughout, at_equal_kl, best_within_guard, token_speedup
 
 if TYPE_CHECKING:
+    from curate.mixture.schedule import Kind
     from pipelines.branches.branch import Arena
     from pipelines.branches.rows import Row
 
@@ -30,8 +39,8 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
 
     Returns:
         `rows` as the losses were reported; `tuning`, the same rows with the losses that temperatures are chosen by;
-        `equal_kl` and `best`, see `pipelines.branches.rows`; `branch_test`, how domain scores agree with what a little
-        more of one domain does.
+        `equal_kl`, `best` and `schedules`, see `pipelines.branches.rows`; `branch_test`, how domain scores agree with
+        what a little more of one domain does.
 
     Raises:
         UserError: bad corpus or settings.
@@ -53,47 +62,58 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
             tested += domain_agreement(arena, [method for method in SCORED if method in config.methods])
     return {
         "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows), "best": best_within_guard(rows, tuning, GUARD),
-        "branch_test": tested,
+        "schedules": against_throughout(rows), "branch_test": tested,
     }  # fmt: skip
 
 
 def _branches(arena: Arena) -> list[tuple[Row, Row]]:
     """Rows of a case and seed, proportional first."""
-    from pipelines.branches.branch import continued
+    from pipelines.branches.branch import case_losses, continued
 
     config = arena.config
     along = [losses["target_report"] for losses in continued(arena)]
     found = []
     methods: list[BenchMethod] = sorted(config.methods, key=lambda method: method != BASE)
-    for method in methods:
-        clean = method == "oracle" and arena.case.pool == "noisy"
-        for temperature in [DEFAULT_TEMPERATURE] if clean else config.sweep(method):
-            branch = _one(arena, method, temperature)
-            shared = {
-                "case": arena.case.name, "model": config.model.stem, "method": method, "seed": arena.seed,
-                "temperature": temperature, "kl_to_prior": branch["kl_to_prior"], "schedule": "throughout",
-                "is_default": temperature == DEFAULT_TEMPERATURE,
-            }  # fmt: skip
-            row = {
-                **shared, "target_loss": branch["target_report"], "general_loss": branch["general_report"],
-                "tokens": branch["tokens"], "token_speedup": token_speedup(branch["target_report"], along),
-                "selection_cost_units": branch["selection_cost_units"], "stage_cost_units": float(config.branch_steps),
-            }  # fmt: skip
-            tuned = {**shared, "target_loss": branch["target_tune"], "general_loss": branch["general_tune"]}
-            found.append((row, tuned))
+    for method, temperature, schedule in (one for each in methods for one in _settings(arena, each)):
+        branch = _one(arena, method, temperature, schedule)
+        losses = case_losses(arena, branch)
+        shared = {
+            "case": arena.case.name, "model": config.model.stem, "method": method, "seed": arena.seed,
+            "temperature": temperature, "kl_to_prior": branch["kl_to_prior"], "schedule": schedule,
+            "is_default": (temperature, schedule) == (default_temperature(method), "throughout"),
+        }  # fmt: skip
+        row = {
+            **shared, "target_loss": losses["target_report"], "general_loss": losses["general_report"],
+            "tokens": branch["tokens"], "token_speedup": token_speedup(losses["target_report"], along),
+            "selection_cost_units": branch["selection_cost_units"], "stage_cost_units": float(config.branch_steps),
+        }  # fmt: skip
+        tuned = {**shared, "target_loss": losses["target_tune"], "general_loss": losses["general_tune"]}
+        found.append((row, tuned))
     return found
 
 
-def _one(arena: Arena, method: BenchMethod, temperature: float) -> dict[str, Any]:
+def _settings(arena: Arena, method: BenchMethod) -> Iterator[tuple[BenchMethod, float, Kind]]:
+    """Method, temperature and schedule of each of its branches."""
+    default = default_temperature(method)
+    clean = method == "oracle" and arena.case.pool == "noisy"
+    for temperature in [default] if clean else arena.config.sweep(method):
+        yield method, temperature, "throughout"
+    for schedule in arena.config.schedules if method == "curate" else ():
+        yield method, default, schedule
+
+
+def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Kind) -> dict[str, Any]:
     from pipelines.branches.branch import clean_branch, run_branch
     from pipelines.branches.oracle import oracle_weights
 
-    name = f"{method}-{temperature:g}"
+    if method in TARGETLESS:
+        return run_branch(arena, arena.shared / method, method, temperature)
+    folder = arena.folder / f"{method}-{temperature:g}{'' if schedule == 'throughout' else f'-{schedule}'}"
     if method != "oracle":
-        return run_branch(arena, name, method, temperature)
+        return run_branch(arena, folder, method, temperature, schedule=schedule)
     if arena.case.pool == "noisy":
         return clean_branch(arena)
-    return run_branch(arena, name, "given", 1.0, weights=oracle_weights(arena, temperature))
+    return run_branch(arena, folder, "given", 1.0, weights=oracle_weights(arena, temperature))
 
 
 def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.write) -> None:
@@ -111,6 +131,13 @@ def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.wri
         write(
             f"{row['case']:10}{row['method']:14}{'':6}{row['kl_to_prior']:7.3f}{row['target']['mean']:+10.4f}"
             f"{_width(row['target']):>8}{row['general']['mean']:+9.4f}{row['seeds']:6}\n"
+        )
+
+    write("a schedule's share of the gain that the same mixture has throughout\n")
+    for row in result["schedules"]:
+        write(
+            f"{row['case']:10}{row['method']:14}{row['schedule']:14}gain {row['gain']['mean']:+.4f} +- "
+            f"{_width(row['gain'])}, throughout {row['throughout']['mean']:+.4f} +- {_width(row['throughout'])}\n"
         )
 
     write("Spearman of domain scores with what a little more of one domain did to the target, by seed\n")

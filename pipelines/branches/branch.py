@@ -1,6 +1,7 @@
 """One branch: select with a method, train from stage 1's state, read the held-out losses. Each is kept when it is done.
 
-A branch is a folder with `mixture.yaml` and `losses.json`; its data and its state are deleted once the losses are read.
+A branch is a folder with `losses.json`, which has those on every target and on general text; its data and its state are
+deleted once they are read. Branches that no target has a say in are shared by the cases of a pool.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from curate.artifacts import fingerprint, read_json, write_json
 from curate.fidelity.branches import agreement, realised_changes
 from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
+from curate.mixture.schedule import Kind, StageSchedule
 from curate.scores.methods import VALUED, Method
 from curate.select import SelectConfig, select
+from curate.shards.choose import ScreenConfig, ShardsConfig
 from curate.shards.write import write_reweight
 from curate.target import load_target, target_loss
 from curate.tracking import TrackingConfig
@@ -24,7 +27,7 @@ from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
-from pipelines.branches.config import DEFAULT_TEMPERATURE
+from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
@@ -32,11 +35,10 @@ from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipelines.branches.config import BranchesConfig, Case
+    from pipelines.branches.config import BenchMethod, BranchesConfig, Case
 
 FINAL = "checkpoint.safetensors"
-PROPORTIONAL = f"proportional-{DEFAULT_TEMPERATURE:g}"
-Losses = dict[str, float]  # target_<split> and general_<split>, nats per token
+Losses = dict[str, float]  # <target>_<split> and general_<split>, nats per token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Arena:
         data: folder of `make_pools`.
         run: stage 1.
         folder: of the branches.
+        shared: of those that are the same for every case of the pool.
     """
 
     config: BranchesConfig
@@ -58,6 +61,12 @@ class Arena:
     data: Path
     run: Run
     folder: Path
+    shared: Path
+
+    @property
+    def proportional(self) -> Path:
+        """Folder of the branch that all differences are taken from."""
+        return self.shared / "proportional"
 
     @property
     def budget_tokens(self) -> int:
@@ -77,40 +86,45 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
             recorder=RecorderConfig(windows={"early": (0, window), "late": (steps - window, steps)}),
         )
     )  # fmt: skip
-    chosen = config.model_dump(
-        mode="json",
-        include={"mode", "window", "branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"},
-    )
     run = Run(folder / "run")
-    own = folder / f"{case.name}-{fingerprint([chosen, run.fingerprint])[:8]}"
-    return Arena(config=config, case=case, seed=seed, data=data, run=run, folder=own)
+    names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
+    common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
+    own = fingerprint([*common, config.window, case.mode])[:8]
+    return Arena(
+        config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
+        shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
+    )  # fmt: skip
 
 
 def run_branch(
     arena: Arena,
-    name: str,
-    method: Method,
+    folder: Path,
+    method: BenchMethod,
     temperature: float,
     *,
     weights: Mapping[str, float] | None = None,
+    schedule: Kind = "throughout",
     keep_state: bool = False,
 ) -> dict[str, Any]:
     """A branch on the data of a method.
 
     Args:
         arena: the case and seed.
-        name: folder of the branch.
-        method: of `curate.select`.
+        folder: of the branch.
+        method: of `curate.select`, or unguarded; the oracle's is given.
         temperature: of the mixture.
         weights: for method given.
+        schedule: where in the branch the mixture holds.
         keep_state: leave `stage/` there.
 
     Returns:
         Losses, `kl_to_prior`, `tokens`, `selection_cost_units`, and `weights` and `scores` of the domains.
     """
-    folder = arena.folder / name
     if not (folder / "losses.json").exists():
-        made = select(_selection(arena, folder / "selection", method, temperature, weights, arena.seed), arena.run)
+        config = _selection(
+            arena, folder / "selection", method, temperature, weights=weights, schedule=schedule, seed=arena.seed
+        )
+        made = select(config, arena.run)
         mixture = read_mixture(made / "mixture.yaml")
         losses = train_and_read(arena, folder / "stage", data_of(made))
         facts = {"kl_to_prior": mixture.kl_to_prior, "tokens": mixture.tokens}
@@ -125,33 +139,54 @@ def run_branch(
     return read_json(folder / "losses.json")
 
 
+def case_losses(arena: Arena, losses: Mapping[str, Any]) -> dict[str, float]:
+    """`target_<split>` of the case, the mean over its targets, which have as many documents each; `general_<split>`."""
+    found = {f"general_{split}": losses[f"general_{split}"] for split in SPLITS[1:]}
+    targets = arena.case.targets
+    return found | {
+        f"target_{split}": sum(losses[f"{at}_{split}"] for at in targets) / len(targets) for split in SPLITS
+    }
+
+
 def _selection(
-    arena: Arena, out: Path, method: Method, temperature: float, weights: Mapping[str, float] | None, seed: int
+    arena: Arena,
+    out: Path,
+    method: BenchMethod,
+    temperature: float = DEFAULT_TEMPERATURE,
+    *,
+    weights: Mapping[str, float] | None = None,
+    schedule: Kind = "throughout",
+    seed: int,
 ) -> SelectConfig:
     config = arena.config
     return SelectConfig(
-        target=target_file(arena.data, arena.case, "select"), min_target_tokens=1, window=config.window, out=out,
-        method=method, weights=dict(weights or {}), mode=config.mode, budget_tokens=arena.budget_tokens, seed=seed,
+        target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, window=config.window, out=out,
+        guard=general_file(arena.data, "select") if method in GUARDED else None,
+        method=cast("Method", "curate" if method == "unguarded" else method), weights=dict(weights or {}),
+        mode=arena.case.mode, budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         mixture=MixtureConfig(temperature=temperature, window=config.window), tracking=TrackingConfig(mode="none"),
-        device=config.device,
+        schedule=StageSchedule(kind=schedule), shards=ShardsConfig(screen=ScreenConfig(mode="none")),
     )  # fmt: skip
 
 
 def data_of(selection: Path) -> Path:
-    """What `curate.select` wrote for a trainer."""
-    mds = selection / "data" / "mds"
-    return mds if mds.exists() else selection / "data" / "streams.yaml"
+    """What `curate.select` wrote for a trainer: a schedule, else MDS folders, else a mixture of streams."""
+    data = selection / "data"
+    forms = [data / "mds" / "schedule.yaml", data / "schedule.yaml", data / "mds", data / "streams.yaml"]
+    return next(form for form in forms if form.exists())
 
 
-def _cost_units(arena: Arena, method: Method) -> float:
+def _cost_units(arena: Arena, method: BenchMethod) -> float:
     """Forward+backward passes that the method's values cost, shared by its temperatures; 0 where it values nothing."""
-    if method not in VALUED:
+    if method not in (*VALUED, "unguarded"):
         return 0.0
-    estimator = "adjoint" if method in ("curate", "shuffled") else method
+    estimator = "adjoint" if method in ("curate", "unguarded", "shuffled") else method
     wanted = f"{arena.config.window}-window_end-{estimator}-*/timings.json"
-    target = load_target(target_file(arena.data, arena.case, "select"), arena.run.spec, 1).fingerprint
+    files = target_file(arena.data, arena.case.target, "select"), general_file(arena.data, "select")
+    target, general = (f"target-{load_target(file, arena.run.spec, 1).fingerprint}.npz" for file in files)
     for path in sorted((arena.run.folder / "embeddings").glob(wanted)):
-        if (path.parent / f"target-{target}.npz").exists():
+        guarded = (path.parent / general).exists()
+        if (path.parent / target).exists() and guarded == (method in GUARDED):
             return float(read_json(path)["cost_units"])
     raise FileNotFoundError(wanted)
 
@@ -179,39 +214,39 @@ def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = Non
 
 
 def read_losses(arena: Arena, state: Path) -> Losses:
-    """Losses of a state on the target's splits (mean over documents) and on general text (mean over domains)."""
+    """Losses of a state on the splits of every target (mean over documents) and of general text (mean over domains)."""
     spec = arena.run.spec
     task = load_task(spec, state, arena.config.device)
     found = {}
     for split in SPLITS:
-        target = load_target(target_file(arena.data, arena.case, split), spec, 1)
-        found[f"target_{split}"] = target_loss(task, target, BATCH_SIZE)
+        for name in arena.config.target_names:
+            target = load_target(target_file(arena.data, name, split), spec, 1)
+            found[f"{name}_{split}"] = target_loss(task, target, BATCH_SIZE)
     for split in SPLITS[1:]:
         general = domain_losses(task, spec, general_file(arena.data, split))
         found[f"general_{split}"] = sum(general.values()) / len(general)
     return found
 
 
-def continued(arena: Arena) -> list[Losses]:
-    """Losses of proportional after 0, 1, ... times the tokens of a branch, at constant lr; the first is its branch."""
-    path, folder = arena.folder / "continued.json", arena.folder / "continued"
-    first = arena.folder / PROPORTIONAL
+def continued(arena: Arena) -> list[dict[str, float]]:
+    """`case_losses` of proportional after 0, 1, ... times the tokens of a branch, at constant lr; 1 is its branch."""
+    path, folder = arena.shared / "continued.json", arena.shared / "continued"
+    first = arena.proportional
     if not path.exists():
         if not (first / "stage" / FINAL).exists():
             shutil.rmtree(first, ignore_errors=True)
-        branch = run_branch(arena, PROPORTIONAL, "proportional", DEFAULT_TEMPERATURE, keep_state=True)
+        branch = run_branch(arena, first, "proportional", DEFAULT_TEMPERATURE, keep_state=True)
         losses, state = [read_losses(arena, arena.run.folder / FINAL), branch], first / "stage" / FINAL
         for part in range(1, arena.config.continued):
             seed = arena.seed + 1000 * part  # other samples and another order each time
-            selection = _selection(arena, folder / f"data-{part}", "proportional", DEFAULT_TEMPERATURE, None, seed)
+            selection = _selection(arena, folder / f"data-{part}", "proportional", seed=seed)
             stage = folder / f"stage-{part}"
             losses.append(train_and_read(arena, stage, data_of(select(selection, arena.run)), state, warm=False))
             state = stage / FINAL
         write_json(path, {"losses": losses})
     for done in (folder, first / "stage"):
         shutil.rmtree(done, ignore_errors=True)
-    found: list[Losses] = read_json(path)["losses"]
-    return found
+    return [case_losses(arena, losses) for losses in read_json(path)["losses"]]
 
 
 def clean_branch(arena: Arena) -> dict[str, Any]:
@@ -220,7 +255,7 @@ def clean_branch(arena: Arena) -> dict[str, Any]:
     if not (folder / "losses.json").exists():
         clean = Run(arena.run.folder, {name: arena.data / "clean" / name for name in arena.run.spec.streams})
         sizes = {name: len(stream) for name, stream in clean.streams.items()}
-        prior = read_json(arena.folder / PROPORTIONAL / "losses.json")["weights"]
+        prior = read_json(arena.proportional / "losses.json")["weights"]
         wanted = apportion(prior, arena.config.branch_steps * arena.config.batch_size, dict.fromkeys(sizes, 10**9))
         write_reweight(folder / "streams.yaml", clean.spec.streams, wanted)
         losses = train_and_read(arena, folder / "stage", folder / "streams.yaml")
@@ -233,14 +268,15 @@ def clean_branch(arena: Arena) -> dict[str, Any]:
 def domain_agreement(arena: Arena, methods: Sequence[Method]) -> list[dict[str, Any]]:
     """Spearman of each method's domain scores with what a little more of one domain did to the target."""
     config, run = arena.config, arena.run
-    target = load_target(target_file(arena.data, arena.case, "select"), run.spec, 1)
+    target = load_target(target_file(arena.data, arena.case.target, "select"), run.spec, 1)
     prior = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}
     changes = realised_changes(
         Replay(run, config.device), target, prior, config.branch_test, seed=arena.seed, batch_size=BATCH_SIZE
     )
     rows = []
     for method in methods:
-        scores = run_branch(arena, f"{method}-{DEFAULT_TEMPERATURE:g}", method, DEFAULT_TEMPERATURE)["scores"]
+        at = default_temperature(method)
+        scores = run_branch(arena, arena.folder / f"{method}-{at:g}", method, at)["scores"]
         found = asdict(agreement(scores, changes, arena.seed))
         rows.append({"case": arena.case.name, "method": method, "seed": arena.seed, **found})
     return rows

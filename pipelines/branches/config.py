@@ -11,14 +11,16 @@ from pydantic import Field, model_validator
 from curate.config import Config
 from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
+from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["oracle"]
+BenchMethod = Method | Literal["unguarded", "oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-FIXED = ("proportional", "random")  # methods that temperature does not change
+GUARDED: tuple[BenchMethod, ...] = ("curate",)  # methods that value general text too, and may not lose it
+TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
 
 
@@ -30,11 +32,23 @@ class Case:
         name: of the case.
         pool: `plain`: every domain but the foreign one; `noisy`: domains of natural text with noise inside each.
         targets: domains whose held-out documents are the target, as many of each.
+        mode: how branches get their data: domains weighted, or also samples chosen.
     """
 
     name: CaseName
     pool: Literal["plain", "noisy"]
     targets: tuple[str, ...]
+    mode: Literal["reweight", "filter"]
+
+    @property
+    def target(self) -> str:
+        """Name of the target."""
+        return "-and-".join(self.targets)
+
+
+def default_temperature(method: BenchMethod) -> float:
+    """The temperature at which a method's row is its default: 1 for scores that are logarithms of weights."""
+    return 1.0 if method in ("dsir", "oracle") else DEFAULT_TEMPERATURE
 
 
 class BranchesConfig(Config):
@@ -50,11 +64,17 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley", "shuffled", "oracle",
+        "curate", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley", "shuffled",
+        "oracle",
     )  # fmt: skip
-    """Methods of `curate.select`, and oracle: a regression over a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.25)
-    """Temperatures of the mixture; one is always run, it is the default."""
+    """Methods of `curate.select`. curate has general text as its guard target, unguarded is the same without it.
+    oracle: a regression over a swarm of branches, or the pool without its noise."""
+    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    """Temperatures of methods that value samples; the default is always run."""
+    importance_temperatures: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    """Temperatures of dsir's weights, and of the oracle's scores, which are in units of their own."""
+    schedules: tuple[Kind, ...] = ("early-late",)
+    """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of initial weights, data order and draws."""
     model: Path = Path("configs/bench/fidelity.json")
@@ -79,29 +99,27 @@ class BranchesConfig(Config):
     """Held-out documents of each target and split: for selecting, for choosing a temperature, for reporting."""
     excerpt_characters: int = 400
     """Length of the excerpt taken of each."""
-    mode: Literal["reweight", "filter"] = "filter"
-    """How branches get their data."""
     window: Literal["early", "late"] = "late"
     """Window whose samples are valued."""
     window_steps: int = Field(default=30, ge=1)
     """Steps of each window."""
-    steps: int = Field(default=300, ge=2)
+    steps: int = Field(default=400, ge=2)
     """Optimizer steps of stage 1 (AdamW, warm-up of a tenth, cosine)."""
     branch_steps: int = Field(default=150, ge=1)
     """Optimizer steps of a branch, at constant lr after the same warm-up."""
     continued: int = Field(default=4, ge=1)
     """Proportional goes on to this many times the tokens of a branch, for the token speed-up."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of stage 1."""
-    branch_lr: float = 5e-4
+    branch_lr: float = 1e-3
     """Learning rate of a branch."""
     batch_size: int = 8
     """Sequences per step."""
-    seq_len: int = 32
+    seq_len: int = 128
     """Tokens of a sequence."""
     swarm: int = Field(default=16, ge=4)
     """Branches that the oracle's regression is fitted to."""
-    branch_test: BranchTestConfig = BranchTestConfig(steps=30, repeats=4)
+    branch_test: BranchTestConfig = BranchTestConfig(steps=30, repeats=2)
     """Short branches with a little more of one domain each, which the methods' domain scores are held against."""
     device: str = "cpu"
     """Device of training and values."""
@@ -121,17 +139,24 @@ class BranchesConfig(Config):
     def case(self, name: CaseName) -> Case:
         """The composition of a case."""
         return {
-            "inside": Case(name="inside", pool="plain", targets=(self.inside,)),
-            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,)),
-            "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,)),
-            "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign)),
+            "inside": Case(name="inside", pool="plain", targets=(self.inside,), mode="reweight"),
+            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,), mode="reweight"),
+            "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,), mode="filter"),
+            "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign), mode="reweight"),
         }[name]
 
-    def sweep(self, method: str) -> list[float]:
+    @property
+    def target_names(self) -> list[str]:
+        """Every target that a case may have; one document set each."""
+        return [self.inside, self.foreign]
+
+    def sweep(self, method: BenchMethod) -> list[float]:
         """Temperatures that a method is run at, the default among them."""
-        if method in FIXED:
-            return [DEFAULT_TEMPERATURE]
-        return sorted({*self.temperatures, DEFAULT_TEMPERATURE}, reverse=True)
+        default = default_temperature(method)
+        if method in TARGETLESS:
+            return [default]
+        own = self.importance_temperatures if method in ("dsir", "oracle") else self.temperatures
+        return sorted({*own, default}, reverse=True)
 
 
 def small(config: BranchesConfig) -> BranchesConfig:
@@ -139,7 +164,8 @@ def small(config: BranchesConfig) -> BranchesConfig:
     return config.model_copy(
         update={
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
-            "temperatures": (0.5,), "steps": 60, "branch_steps": 30, "window_steps": 10, "continued": 2,
+            "temperatures": (0.1,), "importance_temperatures": (1.0,), "steps": 60, "branch_steps": 30,
+            "window_steps": 10, "continued": 2,
             "target_documents": 12, "domain_megabytes": 0.1, "swarm": 6,
             "branch_test": BranchTestConfig(steps=5, repeats=1),
         }

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from curate.artifacts import read_json, write_json
 from curate.rng import generator
 from curate.trajectory.samples import trained_tokens
-from pipelines.branches.branch import run_branch
+from pipelines.branches.branch import case_losses, run_branch
 
 if TYPE_CHECKING:
     from pipelines.branches.branch import Arena
@@ -29,21 +28,16 @@ def oracle_weights(arena: Arena, temperature: float) -> dict[str, float]:
 
     Scores are slopes with the sign that a loss falls, in units of their deviation between domains.
     """
-    path = arena.folder / "swarm.json"
     prior = {domain: float(tokens) for domain, tokens in trained_tokens(arena.run).items()}
     domains = sorted(prior)
     shares = np.array([prior[domain] for domain in domains]) / sum(prior.values())
-    if not path.exists():
-        tried, losses = [], []
-        for member in range(arena.config.swarm):
-            drawn = draw_mixture(shares, arena.seed, member)
-            given = dict(zip(domains, drawn.tolist(), strict=True))
-            found = run_branch(arena, f"swarm-{member}", "given", 1.0, weights=given)
-            tried.append([found["weights"][domain] for domain in domains])
-            losses.append(found["target_select"])
-        write_json(path, {"weights": tried, "losses": losses})
-    swarm = read_json(path)
-    scores = slopes(np.array(swarm["weights"]), np.array(swarm["losses"]))
+    tried, losses = [], []
+    for member in range(arena.config.swarm):
+        given = dict(zip(domains, draw_mixture(shares, arena.seed, member).tolist(), strict=True))
+        found = run_branch(arena, arena.shared / f"swarm-{member}", "given", 1.0, weights=given)
+        tried.append([found["weights"][domain] for domain in domains])
+        losses.append(case_losses(arena, found)["target_select"])
+    scores = slopes(np.array(tried), np.array(losses))
     return tempered(dict(zip(domains, shares.tolist(), strict=True)), scores, temperature)
 
 

@@ -1,8 +1,8 @@
 """Data of the branch bench: held-out splits, and the pools that stage 1 trains on and branches draw from.
 
 Every target domain gives three splits without a common document: `select` (what selection sees), `tune` (what a
-temperature is chosen by) and `report` (what is reported). General text has the latter two. The noisy pool has noise
-inside each domain: a weight for a whole domain cannot avoid it.
+temperature is chosen by) and `report` (what is reported). So does general text, the guard of methods that have one. The
+noisy pool has noise inside each domain: a weight for a whole domain cannot avoid it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import corpus_files, excerpt, first_megabytes, write_rows
 
 if TYPE_CHECKING:
-    from pipelines.branches.config import BranchesConfig, Case
+    from pipelines.branches.config import BranchesConfig
 
 SPLITS = ("select", "tune", "report")
 NOISE = "noise"  # first part of the ids of documents that are noise
@@ -54,9 +54,9 @@ def make_pools(config: BranchesConfig) -> Path:
     return folder
 
 
-def target_file(data: Path, case: Case, split: str) -> Path:
-    """Documents of a case's target in one split."""
-    return data / "split" / split / "targets" / f"{'-and-'.join(case.targets)}.jsonl"
+def target_file(data: Path, target: str, split: str) -> Path:
+    """Documents of a target in one split."""
+    return data / "split" / split / "targets" / f"{target}.jsonl"
 
 
 def general_file(data: Path, split: str) -> Path:

@@ -49,6 +49,7 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
         One row per case and method that reaches that KL in every seed.
     """
     found = []
+    rows = [row for row in rows if row["schedule"] == "throughout"]
     for case in _names(rows, "case"):
         mine = [row for row in rows if row["case"] == case]
         for method in _names(mine, "method"):
@@ -62,6 +63,31 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
                     {"case": case, "method": method, "seeds": len(known), "kl_to_prior": float(np.mean(kls)),
                      "target": interval(targets), "general": interval(generals)}
                 )  # fmt: skip
+    return found
+
+
+def against_throughout(rows: Sequence[Row]) -> list[Row]:
+    """What each schedule gains on the target, beside the same mixture throughout; one row per case and schedule.
+
+    Gains are proportional's loss minus that of the branch, paired by seed: positive = better.
+    """
+    found = []
+    keys = dict.fromkeys((row["case"], row["method"], row["schedule"], row["temperature"]) for row in rows)
+    for case, method, schedule, temperature in keys:
+        if schedule == "throughout":
+            continue
+        losses = {
+            (row["schedule"] if row["method"] == method else BASE, row["seed"]): row["target_loss"]
+            for row in rows
+            if row["case"] == case
+            and (row["method"] == BASE or (row["method"], row["temperature"]) == (method, temperature))
+        }
+        seeds = [seed for name, seed in losses if name == schedule]
+        gain, whole = ([losses[BASE, seed] - losses[name, seed] for seed in seeds] for name in (schedule, "throughout"))
+        found.append(
+            {"case": case, "method": method, "schedule": schedule, "temperature": temperature,
+             "gain": interval(gain), "throughout": interval(whole)}
+        )  # fmt: skip
     return found
 
 
@@ -98,7 +124,7 @@ def best_within_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) 
     """
     found = []
     for case in _names(rows, "case"):
-        places = [place for place, row in enumerate(rows) if row["case"] == case]
+        places = [place for place, row in enumerate(rows) if row["case"] == case and row["schedule"] == "throughout"]
         base = {rows[place]["seed"]: place for place in places if rows[place]["method"] == BASE}
         for method in _names([rows[place] for place in places], "method"):
             own = [place for place in places if rows[place]["method"] == method]

@@ -13,10 +13,10 @@ from curate.fidelity.branches import BranchTestConfig
 from curate.formats.documents import Document, read_documents
 from curate.report.branches import best_sentence, branches_page
 from pipelines.branches.__main__ import bench, show
-from pipelines.branches.config import BranchesConfig, small
+from pipelines.branches.config import DEFAULT_TEMPERATURE, BranchesConfig, small
 from pipelines.branches.oracle import draw_mixture, slopes, tempered
 from pipelines.branches.pools import noise_documents
-from pipelines.branches.rows import at_equal_kl, best_within_guard, interval, token_speedup
+from pipelines.branches.rows import against_throughout, at_equal_kl, best_within_guard, interval, token_speedup
 from tests.pipelines.bench_data import write_bench_data
 
 KEYS = {
@@ -45,7 +45,7 @@ def test_intervals_are_students():
 def row(method, seed, temperature, kl, target, general):
     return {
         "case": "inside", "method": method, "seed": seed, "temperature": temperature, "kl_to_prior": kl,
-        "is_default": temperature == 1.0, "target_loss": target, "general_loss": general,
+        "schedule": "throughout", "is_default": temperature == 1.0, "target_loss": target, "general_loss": general,
     }  # fmt: skip
 
 
@@ -84,6 +84,16 @@ def test_the_best_temperature_is_chosen_on_another_split_within_the_guard():
     assert found["curate"]["temperature"] == 0.5
     assert found["curate"]["target"]["mean"] == pytest.approx(-0.55)
     assert found["curate"]["general_share"]["mean"] == pytest.approx(0.05)
+
+
+def test_a_schedules_gain_stands_beside_that_of_the_same_mixture_throughout():
+    scheduled = [
+        {**row("curate", seed, 1.0, 0.1, target, 4.0), "schedule": "late"} for seed, target in ((0, 4.9), (1, 5.8))
+    ]
+    (found,) = against_throughout([*ROWS, *scheduled])
+    assert (found["case"], found["method"], found["schedule"]) == ("inside", "curate", "late")
+    assert found["gain"]["mean"] == pytest.approx((0.1 + 0.2) / 2)
+    assert found["throughout"]["mean"] == pytest.approx((0.2 + 0.3) / 2)
 
 
 def test_noise_is_of_four_kinds_in_equal_parts_and_of_new_texts():
@@ -126,7 +136,8 @@ def config(tmp_path_factory):
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
         cases=("foreign", "noisy"), methods=("curate", "oracle", "proportional"), temperatures=(0.5,),
-        seeds=(0,), model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
+        importance_temperatures=(2.0,), seeds=(0,),
+        model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
         batch_size=4, seq_len=16, branch_test=BranchTestConfig(steps=2, repeats=1),
         target_documents=6, excerpt_characters=80, domain_megabytes=0.008, lr=3e-3, swarm=4,
     )  # fmt: skip
@@ -138,10 +149,14 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
     assert all(set(one) == KEYS for one in rows)
     found = {(one["case"], one["method"], one["temperature"]) for one in rows}
     assert found == {
-        ("foreign", "proportional", 1.0), ("noisy", "proportional", 1.0), ("noisy", "oracle", 1.0),
-        *((case, "curate", at) for case in ("foreign", "noisy") for at in (1.0, 0.5)),
-        ("foreign", "oracle", 1.0), ("foreign", "oracle", 0.5),
+        ("foreign", "proportional", DEFAULT_TEMPERATURE), ("noisy", "proportional", DEFAULT_TEMPERATURE),
+        ("noisy", "oracle", 1.0),
+        *((case, "curate", at) for case in ("foreign", "noisy") for at in (DEFAULT_TEMPERATURE, 0.5)),
+        ("foreign", "oracle", 1.0), ("foreign", "oracle", 2.0),
     }  # fmt: skip
+    assert [(one["case"], one["schedule"]) for one in result["schedules"]] == [
+        ("foreign", "early-late"), ("noisy", "early-late")
+    ]  # fmt: skip
     assert {one["tokens"] for one in rows} == {4 * 4 * 16}
     for one in rows:
         if one["method"] == "proportional":
@@ -176,7 +191,7 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
 def test_a_lost_proportional_state_is_made_again(config):
     config = config.model_copy(update={"cases": ("foreign",), "methods": ("proportional",)})
     first = bench(config)
-    (continued,) = config.folder.glob("plain/seed-0/foreign-*/continued.json")
+    (continued,) = config.folder.glob("plain/seed-0/shared-*/continued.json")
     continued.unlink()
     assert bench(config) == first
 
