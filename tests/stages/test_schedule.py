@@ -89,7 +89,7 @@ def start(plan, *options, stderr=subprocess.PIPE):
 def final_bytes(folder):
     """What must not depend on interruptions: scores, mixtures, data, embeddings, states."""
     patterns = "*/selection/scores.parquet", "*/selection/mixture.yaml", "*/run/checkpoint.safetensors"
-    patterns += ("*/run/steps.parquet", "*/selection/data/mds/**/*.*")
+    patterns += ("*/run/final.pt", "*/run/steps.parquet", "*/selection/data/mds/**/*.*")
     found = {str(path.relative_to(folder)): file_fingerprint(path) for each in patterns for path in folder.glob(each)}
     for path in folder.glob("*/selection/data/schedule.yaml"):
         entries = yaml.safe_load(path.read_text())
@@ -174,6 +174,36 @@ def test_killed_in_every_phase_it_ends_with_the_same_bytes(whole, inputs, tmp_pa
     _, said = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 0, said
     assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
+
+
+def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its_own_checkpoint(inputs, tmp_path):
+    command = (
+        f"{sys.executable} -m tests.stages.foreign_trainer --out {{out}} --data {{data}} --base {inputs / 'data'} "
+        f"--model {{model}} --steps {{steps}} --lr {{lr}} --seq_len {SEQ_LEN} --pause 0.2"
+    )
+    later = command + " --load {checkpoint} --previous {previous}"
+    stage = {"steps": 8, "settings": {"model": str(inputs / "model.json")}, "lr_schedule": {"lr": 3e-3}}
+    changes = {
+        "train_first": command, "train": later, "checkpoint": "final.pt",
+        "stages": [{"name": name, **stage} for name in ("one", "two")],
+    }  # fmt: skip
+    whole = start(write_plan(tmp_path / "whole", inputs, **changes))
+    _, errors = whole.communicate(timeout=PATIENCE)
+    assert whole.returncode == 0, errors
+    path = write_plan(tmp_path / "killed", inputs, **changes)
+    for name in ("one", "two"):
+        run = tmp_path / "killed" / "plan" / name / "run"
+        runner, deadline = start(path, stderr=subprocess.DEVNULL), time.monotonic() + PATIENCE
+        while not (run / "resume.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(runner.pid, signal.SIGKILL)
+        assert runner.wait() == -signal.SIGKILL
+        assert (run / "resume.pt").exists()
+        assert not (run / "final.pt").exists()
+    runner = start(path)
+    _, errors = runner.communicate(timeout=PATIENCE)
+    assert runner.returncode == 0, errors
+    assert final_bytes(tmp_path / "killed" / "plan") == final_bytes(tmp_path / "whole" / "plan")
 
 
 def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch):
