@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from curate.artifacts import (
     SIGN,
@@ -77,6 +77,8 @@ class SelectConfig(EmbedConfig):
     (gradient dot products), shuffled (values dealt anew: a null control), given (the weights of `weights`)."""
     weights: dict[str, float] = {}
     """Weight of every domain, for method given."""
+    importance_temperature: float = Field(default=1.0, gt=0)
+    """Of method dsir: samples are drawn in proportion to importance ** (1 / importance_temperature)."""
     mode: Mode = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
     folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
@@ -222,7 +224,7 @@ def _scored(
         return every, roll_ups(every, target.name, trained, fresh_shares(run), config.seed), None
     domains, keys = scores_without_values(
         config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
-        temperature=config.mixture.temperature, seed=config.seed,
+        temperature=config.mixture.temperature, importance_temperature=config.importance_temperature, seed=config.seed,
     )  # fmt: skip
     return no_scores(), {"domains": domains}, keys
 

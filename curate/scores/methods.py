@@ -7,9 +7,8 @@ in where the scores come from:
 - `random`, `dsir`: keys of samples, see `scores.importance`; a domain's weight is its share of the draw.
 - `proportional`, `uniform`, `given`: the weights themselves.
 
-A method that has weights w has the scores `log(w / prior)`: at temperature 1 the mixture is w wherever no constraint
-binds, at higher ones it lies closer to the prior, as for every other method. `dsir` takes the temperature T into its
-draw, in proportion to `w_z^(1/T)`, and its scores are `T log(share / prior)`: samples and domains are tempered alike.
+A method that has weights w has the scores `T log(w / prior)`, T the mixture's temperature: the mixture is w wherever no
+constraint binds. `dsir` draws its samples in proportion to their importance to the power `1 / importance_temperature`.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ def scores_without_values(
     window: str,
     budget: int,
     temperature: float,
+    importance_temperature: float,
     seed: int,
 ) -> tuple[pl.DataFrame, pl.DataFrame | None]:
     """Domain scores of a method that values no samples; for `random` and `dsir`, the keys of the samples too.
@@ -70,6 +70,7 @@ def scores_without_values(
         window: the mixture's window.
         budget: tokens of the next stage.
         temperature: of the mixture.
+        importance_temperature: of `dsir`'s draw.
         seed: of the draw.
 
     Raises:
@@ -79,16 +80,17 @@ def scores_without_values(
     if method in ("random", "dsir"):
         streams = {domain: run.streams[domain] for domain in prior}
         found = log_importance(streams, target.sequences()) if method == "dsir" else {}
-        importance = {domain: log_weights / temperature for domain, log_weights in found.items()}
+        importance = {domain: log_weights / importance_temperature for domain, log_weights in found.items()}
         keys = gumbel_keys(run.catalogue.filter(pl.col("domain").is_in(list(prior))), importance or None, seed)
-        shares = weight_scores(drawn_shares(keys, budget), prior, window, target.name)
-        return shares.with_columns(pl.col("score", "shrunk") * temperature), keys
+        return weight_scores(drawn_shares(keys, budget), prior, window, target.name, temperature), keys
     if method != "given":
         weights = prior if method == "proportional" else dict.fromkeys(prior, 1.0)
-    return weight_scores(weights, prior, window, target.name), None
+    return weight_scores(weights, prior, window, target.name, temperature), None
 
 
-def weight_scores(weights: Mapping[str, float], prior: Mapping[str, float], window: str, target: str) -> pl.DataFrame:
+def weight_scores(
+    weights: Mapping[str, float], prior: Mapping[str, float], window: str, target: str, temperature: float
+) -> pl.DataFrame:
     """Domain scores of a method that has weights: one row per domain, columns as of `scores.domain.domain_scores`.
 
     Args:
@@ -96,6 +98,7 @@ def weight_scores(weights: Mapping[str, float], prior: Mapping[str, float], wind
         prior: share of each domain in what was trained on; positive, need not sum to 1.
         window: the mixture's window.
         target: name of the target.
+        temperature: of the mixture.
 
     Raises:
         UserError: the weights are of other domains, or one is not a positive number.
@@ -109,7 +112,7 @@ def weight_scores(weights: Mapping[str, float], prior: Mapping[str, float], wind
     rows = []
     for domain in sorted(prior):
         share = prior[domain] / whole
-        score = math.log(weights[domain] / all_weights / share)
+        score = temperature * math.log(weights[domain] / all_weights / share)
         rows.append({"domain": domain, "prior": share, "score": score, "shrunk": score})
     unknown = ("value_per_token", "se", "low", "high", "score_se", "score_low", "score_high")
     return pl.DataFrame(rows).select(

@@ -89,7 +89,7 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    own = fingerprint([*common, config.window, case.mode])[:8]
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
@@ -158,14 +158,19 @@ def _selection(
     schedule: Kind = "throughout",
     seed: int,
 ) -> SelectConfig:
-    config = arena.config
+    config, guarded = arena.config, method in GUARDED
+    mixture = MixtureConfig(window=config.window, guard_drop=config.guard_drop if guarded else 0.0)
+    if method == "dsir":
+        given: dict[str, Any] = {"importance_temperature": temperature}
+    else:
+        mixture, given = mixture.model_copy(update={"temperature": temperature}), {}
     return SelectConfig(
         target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, window=config.window, out=out,
-        guard=general_file(arena.data, "select") if method in GUARDED else None,
+        guard=general_file(arena.data, "select") if guarded else None,
         method=cast("Method", "curate" if method == "unguarded" else method), weights=dict(weights or {}),
         mode=arena.case.mode, budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
-        mixture=MixtureConfig(temperature=temperature, window=config.window), tracking=TrackingConfig(mode="none"),
-        schedule=StageSchedule(kind=schedule), shards=ShardsConfig(screen=ScreenConfig(mode="none")),
+        mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
+        shards=ShardsConfig(screen=ScreenConfig(mode="none")), **given,
     )  # fmt: skip
 
 

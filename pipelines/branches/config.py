@@ -47,7 +47,7 @@ class Case:
 
 
 def default_temperature(method: BenchMethod) -> float:
-    """The temperature at which a method's row is its default: 1 for scores that are logarithms of weights."""
+    """The temperature of a method's default row: 1 where scores are in a unit of their own."""
     return 1.0 if method in ("dsir", "oracle") else DEFAULT_TEMPERATURE
 
 
@@ -69,10 +69,12 @@ class BranchesConfig(Config):
     )  # fmt: skip
     """Methods of `curate.select`. curate has general text as its guard target, unguarded is the same without it.
     oracle: a regression over a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     """Temperatures of methods that value samples; the default is always run."""
     importance_temperatures: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     """Temperatures of dsir's weights, and of the oracle's scores, which are in units of their own."""
+    guard_drop: float = Field(default=0.05, ge=0)
+    """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
     schedules: tuple[Kind, ...] = ("early-late",)
     """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

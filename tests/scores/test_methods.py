@@ -14,11 +14,11 @@ from curate.scores.methods import estimator_of, shuffled, weight_scores
 PRIOR = {"a": 20.0, "b": 30.0, "c": 50.0}
 
 
-@given(st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=3))
-def test_at_temperature_one_the_solver_gives_the_weights_back(weights):
-    table = weight_scores(dict(zip("abc", weights, strict=True)), PRIOR, "late", "t")
+@given(st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=3), st.sampled_from([0.1, 1.0, 3.0]))
+def test_the_solver_gives_the_weights_back_at_the_temperature_they_were_made_for(weights, temperature):
+    table = weight_scores(dict(zip("abc", weights, strict=True)), PRIOR, "late", "t", temperature)
     prior = table["prior"].to_numpy()
-    found = solve(prior, table["shrunk"].to_numpy(), 1.0, np.zeros(3), np.ones(3))
+    found = solve(prior, table["shrunk"].to_numpy(), temperature, np.zeros(3), np.ones(3))
     np.testing.assert_allclose(found, np.array(weights) / sum(weights), rtol=1e-9, atol=1e-300)
     flat = solve(prior, table["shrunk"].to_numpy(), 1e9, np.zeros(3), np.ones(3))
     np.testing.assert_allclose(flat, prior, rtol=1e-6)
@@ -26,16 +26,16 @@ def test_at_temperature_one_the_solver_gives_the_weights_back(weights):
 
 def test_the_table_has_the_columns_of_scores_by_values(values):
     prior = dict.fromkeys("abc", 1.0)
-    table = weight_scores(prior, prior, "late", "t")
+    table = weight_scores(prior, prior, "late", "t", 1.0)
     assert table.schema == domain_scores(values, prior, seed=0).schema
     assert table["shrunk"].to_list() == [0.0, 0.0, 0.0]
 
 
 def test_weights_of_other_domains_and_weights_of_zero_are_refused():
     with pytest.raises(UserError, match=r"weights are needed for \['a', 'b', 'c'\], got \['a'\]"):
-        weight_scores({"a": 1.0}, PRIOR, "late", "t")
+        weight_scores({"a": 1.0}, PRIOR, "late", "t", 1.0)
     with pytest.raises(UserError, match=r"a weight must be a positive number, got \{'b': 0.0\}"):
-        weight_scores({"a": 1.0, "b": 0.0, "c": 1.0}, PRIOR, "late", "t")
+        weight_scores({"a": 1.0, "b": 0.0, "c": 1.0}, PRIOR, "late", "t", 1.0)
 
 
 def test_shuffling_keeps_values_per_token_and_moves_them_between_domains(make):
