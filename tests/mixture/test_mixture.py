@@ -257,7 +257,7 @@ def test_the_sweep_goes_from_concentrated_to_the_prior():
     assert [point.expected_score for point in mixture.sweep] == sorted(
         (point.expected_score for point in mixture.sweep), reverse=True
     )
-    same = next(point for point in mixture.sweep if point.temperature == 1.0)
+    same = next(point for point in mixture.sweep if point.temperature == mixture.temperature)
     assert same.weights == {name: part.weight for name, part in mixture.domains.items()}
 
 
