@@ -82,6 +82,17 @@ class AdjointConfig(Config):
     """Time between saves of the progress that an interrupted window continues from."""
 
 
+OWN_STEP_UNITS = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}
+"""What a sample's own step costs, beside the slopes that come with the curvature; measured, in passes of its batch."""
+
+
+def curvature_units(config: AdjointConfig, anchors: int) -> float:
+    """What the Hessian products of one step cost; measured factors."""
+    per_anchor = {"exact": 2.0, "gauss-newton": 1.3, "difference": 1.1, "fisher": 0.1}[config.hessian]
+    once = {"exact": 1.0, "gauss-newton": 1.0, "difference": 0.3, "fisher": 1.6}[config.hessian]
+    return config.hessian_share * (per_anchor * anchors + once)
+
+
 class AdjointEstimator:
     """Exact first-order values for anchors: D = R.
 
@@ -141,10 +152,8 @@ class AdjointEstimator:
         anchors = self.anchors(job)
         batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
         plan = self._plan(job, job.horizon)
-        per_anchor = {"exact": 2.0, "gauss-newton": 1.3, "difference": 1.1, "fisher": 0.1}[self.config.hessian]
-        once = {"exact": 1.0, "gauss-newton": 1.0, "difference": 0.3, "fisher": 1.6}[self.config.hessian]
-        curvature = self.config.hessian_share * (per_anchor * len(anchors) + once)
-        own = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}[self.config.own_step]
+        curvature = curvature_units(self.config, len(anchors))
+        own = OWN_STEP_UNITS[self.config.own_step]
         window, bridge = job.stop - job.start, job.horizon - job.stop
         bridged = bridge / self.config.bridge_every
         sequences = sum(len(each) for each in anchors.batches)

@@ -138,7 +138,7 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
         try:
             facts = estimator.embed(job, vectors)
         finally:
-            _add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
+            add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
         vectors.flush()
         seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
     shutil.rmtree(folder / "scratch", ignore_errors=True)
@@ -180,7 +180,7 @@ def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     return created
 
 
-def _add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
+def add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
     """Add the time of one attempt; an attempt without a replay is counted in the unit that an earlier one measured."""
     path = folder / "timings.json"
     before: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "unit_seconds": None}

@@ -128,9 +128,7 @@ def realised_changes(
 
 def _record(run: Run) -> StepRecord:
     """The step of median lr (of the first group)."""
-    lr = pl.col("groups").list.first().struct.field("lr")
-    rates = run.steps.unique("step", keep="first", maintain_order=True).select("step", lr=lr).sort("lr", "step")
-    step = int(rates["step"][len(rates) // 2])
+    step = run.usual_step
     return next(records(run, step, step + 1))
 
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import polars as pl
 from pydantic import Field, ValidationError
@@ -185,6 +186,43 @@ class Run:
     def snapshot(self, step: int) -> Path:
         """File of the snapshot at `step`."""
         return snapshot_path(self.folder, step)
+
+    def over(self, streams: Mapping[str, Path]) -> Run:
+        """The same training with other data in the place of its streams, as far as these are read."""
+        return self._changed(spec=self.spec.model_copy(update={"streams": dict(streams)}))
+
+    def continued(self, steps: int) -> Run:
+        """The run as if it went on: its last batches once more, with the optimizers' settings of the step of median lr.
+
+        The added steps have neither loss nor gradient norm.
+
+        Args:
+            steps: how many; at most as many as the run has.
+        """
+        last = self.steps.filter(pl.col("step") >= self.spec.steps - steps)
+        usual = self.steps.filter(pl.col("step") == self.usual_step).head(1).select("groups")
+        unknown = pl.lit(None, pl.Float64)
+        added = last.drop("groups").with_columns(
+            pl.col("step") + steps, loss=unknown, grad_norm=unknown, clip_factor=unknown
+        )
+        longer = self.spec.model_copy(update={"steps": self.spec.steps + steps})
+        steps_of_both = pl.concat([self.steps, added.join(usual, how="cross").select(STEPS.names())])
+        return self._changed(spec=longer, steps=steps_of_both)
+
+    @property
+    def usual_step(self) -> int:
+        """The step of median lr (of the first group): what is to stand for the steps of another stage."""
+        lr = pl.col("groups").list.first().struct.field("lr")
+        rates = self.steps.unique("step", keep="first", maintain_order=True).select("step", lr=lr).sort("lr", "step")
+        return int(rates["step"][len(rates) // 2])
+
+    def _changed(self, **parts: Any) -> Run:
+        """A copy with other parts, known as this run all the same; nothing that was read of the streams is kept."""
+        other = copy.copy(self)
+        other.__dict__ = {
+            "folder": self.folder, "spec": self.spec, "steps": self.steps, "fingerprint": self.fingerprint, **parts
+        }  # fmt: skip
+        return other
 
     @cached_property
     def streams(self) -> dict[str, MdsStream]:

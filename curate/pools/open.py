@@ -1,0 +1,126 @@
+"""A pool on disk, held against a run: MDS streams of the run's own kind, and which of their samples are new."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from curate.artifacts import file_fingerprint, fingerprint
+from curate.errors import UserError
+from curate.formats.mds import domain_folders, load_streams
+from curate.trajectory.run import DOMAIN, Run
+
+_log = logging.getLogger(__name__)
+
+Overlap = Literal["remove", "keep", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A pool.
+
+    Attributes:
+        stock: the run as if it had the pool's streams; what reads streams and catalogue of a run reads the pool.
+        samples: each distinct sample that may be used and predicts a token, once, by domain and content id: `domain`,
+            `index`, `shard`, `sample_id`, `length`, `tokens` (predicted).
+        tokens: stored tokens of each domain that may be used; a domain without any has no entry.
+    """
+
+    stock: Run
+    samples: pl.DataFrame
+    tokens: Mapping[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pool's data."""
+        return pool_fingerprint(self.stock.spec.streams)
+
+
+def pool_fingerprint(streams: Mapping[str, Path]) -> str:
+    """Identity of the data in some streams, by their indexes."""
+    return fingerprint({domain: file_fingerprint(folder / "index.json") for domain, folder in streams.items()})
+
+
+def pool_streams(folder: Path) -> dict[str, Path]:
+    """Domain -> MDS folder of a pool: a folder of domains as of `pipelines.prepare`, or a streams.yaml.
+
+    Raises:
+        UserError: there are none, or a domain has no usable name.
+    """
+    if not folder.exists():
+        raise UserError(f"the pool {folder} does not exist; make one with python -m pipelines.prepare")
+    streams = domain_folders(load_streams(folder))
+    wrong = [domain for domain in streams if not re.match(DOMAIN, domain)]
+    if wrong:
+        raise UserError(
+            f"the pool's domain {wrong[0]!r} has no usable name (letters, digits, '_', '-', '.'): rename it"
+        )
+    return streams
+
+
+def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> Pool:
+    """Open a pool and hold it against what was trained on.
+
+    Args:
+        folder: see `pool_streams`.
+        run: supplies columns, tokenizer and sequence length.
+        used: `sample_id` and `uses` of all stages, see `trajectory.ledger.consumed`.
+        overlap: what to do about samples that were trained on.
+
+    Raises:
+        UserError: the pool was not made like the run's data, all of it was trained on, or some of it was and that is
+            refused.
+    """
+    streams = pool_streams(folder)
+    _check_tokenizer(folder if folder.is_dir() else folder.parent, run)
+    stock = run.over(streams)
+    places = stock.places
+    longest = int(places["length"].max())  # type: ignore[arg-type]
+    if longest > run.spec.seq_len:
+        raise UserError(
+            f"the pool {folder} has sequences of {longest} tokens, the run trains on {run.spec.seq_len}: write it "
+            f"again with --seq_len {run.spec.seq_len}"
+        )
+    old = places.join(used, on="sample_id", how="semi")
+    if not old.is_empty():
+        _say_overlap(old, places, overlap)
+    if overlap == "remove":
+        places = places.join(used, on="sample_id", how="anti")
+    if places.is_empty():
+        raise UserError(
+            f"every sample of the pool {folder} was trained on already: give another pool, or set probe.overlap keep"
+        )
+    tokens = dict(places.group_by("domain").agg(pl.col("length").sum()).sort("domain").iter_rows())
+    gone = sorted(set(streams) - set(tokens))
+    if gone:
+        _log.warning("nothing of %s is left: the next stage does without", ", ".join(gone))
+    columns = ("domain", "index", "shard", "sample_id", "length", "tokens")
+    samples = places.filter(pl.col("tokens") > 0).sort("domain", "sample_id").select(columns)
+    return Pool(stock=stock, samples=samples, tokens=tokens)
+
+
+def _say_overlap(old: pl.DataFrame, places: pl.DataFrame, overlap: Overlap) -> None:
+    counts = old.group_by("domain").len().sort("domain").iter_rows()
+    named = ", ".join(f"{domain} {count:,}" for domain, count in counts)
+    told = f"{len(old):,} of the pool's {len(places):,} samples were trained on already ({named})"
+    if overlap == "refuse":
+        raise UserError(f"{told}; set probe.overlap remove to leave them out, or keep")
+    what = "they are left out (probe.overlap keep would keep them)" if overlap == "remove" else "they are kept"
+    _log.warning("%s; %s", told, what)
+
+
+def _check_tokenizer(folder: Path, run: Run) -> None:
+    own, theirs = run.spec.tokenizer, folder / "tokenizer.json"
+    if own is None or not own.exists() or not theirs.exists():
+        return
+    if file_fingerprint(own) != file_fingerprint(theirs):
+        raise UserError(
+            f"{theirs} is not the tokenizer that the run was trained with ({own}): its token ids mean something else; "
+            f"write the pool again with --tokenizer {own}"
+        )

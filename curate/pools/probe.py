@@ -1,0 +1,149 @@
+"""Probes: what one more use of a sample would do to the target's loss, from the state that training is in now.
+
+The run is continued for n steps on its last batches (`Run.continued`), and the target's gradient pushed backward
+through them to the cotangent `lambda` of the state after the first (`embeddings.adjoint`). A sample z that was never
+trained on is added to that first step, at the current state s, with the weight c_z that it would have in a batch:
+
+    value(z) = l_q(theta_n without z) - l_q(theta_n with z)
+             = - <lambda, f(s, ghat + c_z g_z(theta)) - f(s, ghat)>          own step exact
+             ~ - c_z <g_z(theta), u>,   u = vjp of f with respect to ghat    own step linear
+
+the sign and the unit of every value here. Several steps, because a single step of Adam realises only 1 - beta1 of a
+gradient and momentum carries the rest. f is the optimizers' own update (clipping, weight decay) at the settings of the
+step of median lr: lr may have fallen to 0 at a stage's end, and the next stage will not train so.
+
+R losses (halves of targets), N samples, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from curate.artifacts import read_arrays, write_arrays
+from curate.embeddings.adjoint import StepOptions, adjoint_step
+from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
+from curate.embeddings.products import check_curvature
+from curate.embeddings.states import plan_states, states_backward
+from curate.optimizers.state import TrainingState
+from curate.progress import progress
+from curate.target import loss_gradients
+from curate.task import collate
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.embeddings.adjoint_estimator import AdjointConfig
+    from curate.formats.mds import Sample
+    from curate.task import Batch
+    from curate.trajectory.replay import Replay, State
+
+    Floats = npt.NDArray[np.float64]
+
+_SAVED = 32  # batches of probes between saves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """The current state, and what it leads to.
+
+    Attributes:
+        state: what the next step reads.
+        cotangent: of the state after it, (R, P) each.
+    """
+
+    state: State
+    cotangent: TrainingState
+
+
+def look_ahead(
+    replay: Replay, start: int, losses: Sequence[Batch], config: AdjointConfig, *, batch_size: int, scratch: Path
+) -> Outlook:
+    """Walk from the end of a continued run back to the current state.
+
+    Args:
+        replay: of `Run.continued`.
+        start: the first step that it is continued by, which reads the current state.
+        losses: R losses, read at the end.
+        config: curvature, memory and disk.
+        batch_size: samples per pass over the losses.
+        scratch: folder for what an interrupted call continues from.
+
+    Raises:
+        UserError: memory or disk limits are too small, or the model cannot be differentiated twice.
+    """
+    run, path = replay.run, scratch / "cotangent.safetensors"
+    saved = load_cotangent(path, replay.device)
+    if saved is not None:
+        return Outlook(state=next(replay.states(start, start + 1)), cotangent=saved[1])
+    plan = plan_states(replay.layout.size, start, run.spec.steps, config.memory_bytes, config.disk_bytes)
+    replay.horizon_model(run.spec.steps)
+    if config.hessian != "difference":
+        check_curvature(replay.task, replay.layout, losses[0].to(replay.device), config.hessian)
+    cotangent = TrainingState.zeros(loss_gradients(replay.task, replay.layout, losses, batch_size))
+    options = StepOptions(
+        hessian=config.hessian, hessian_share=config.hessian_share, rows=False, at_once=config.at_once
+    )
+    states = states_backward(replay, plan, scratch / "states")
+    for state in progress(states, total=run.spec.steps - start, what="look ahead"):
+        if state.record.step > start:
+            _, cotangent = adjoint_step(replay.task, replay.layout, state, run.spec.clip_norm, cotangent, options)
+    save_cotangent(path, start + 1, cotangent)
+    return Outlook(state=state, cotangent=cotangent)
+
+
+def probe_values(
+    replay: Replay,
+    outlook: Outlook,
+    batches: Sequence[Sequence[Sample]],
+    config: AdjointConfig,
+    *,
+    step_tokens: float,
+    scratch: Path,
+) -> Floats:
+    """Values of samples for each loss of an outlook.
+
+    Args:
+        replay: of the run.
+        outlook: see `look_ahead`.
+        batches: N samples, as they go through the model together; how they are cut changes rounding and memory only.
+        config: how the step that a sample is used in is taken.
+        step_tokens: predicted tokens of a training step: `c_z` is a sample's share of them.
+        scratch: folder for what an interrupted call continues from.
+
+    Returns:
+        float64 (N, R), nats per token of the losses; positive = training on the sample lowers the loss.
+
+    Raises:
+        UserError: a number is not finite (names the sample).
+    """
+    options = StepOptions(own_step=config.own_step, hessian=config.hessian, curvature=0.0)
+    blocks = [batches[start : start + _SAVED] for start in range(0, len(batches), _SAVED)]
+    found = []
+    for number, block in enumerate(progress(blocks, total=len(blocks), what="probes", unit="block")):
+        path = scratch / f"probes-{number:06d}.npz"
+        if not path.exists():
+            values = [_added(replay, outlook, samples, options, step_tokens) for samples in block]
+            write_arrays(path, {"values": np.concatenate(values)})
+        found.append(read_arrays(path)["values"])
+    return np.concatenate(found)
+
+
+def _added(
+    replay: Replay, outlook: Outlook, samples: Sequence[Sample], options: StepOptions, step_tokens: float
+) -> Floats:
+    """Values (B, R) of samples that are added to the step: taken away with a negative weight, and turned round."""
+    state, weights = outlook.state, [-sample.predicted_tokens / step_tokens for sample in samples]
+    record = replace(state.record, micro_batches=[([sample.sample_id for sample in samples], weights)])
+    batch = collate(samples, np.asarray(weights, np.float32)).to(replay.device)
+    rows, _ = adjoint_step(
+        replay.task, replay.layout, replace(state, record=record, batches=[batch]), replay.run.spec.clip_norm,
+        outlook.cotangent, options,
+    )  # fmt: skip
+    assert rows is not None
+    values: Floats = -rows.double().cpu().numpy()
+    return values

@@ -1,0 +1,339 @@
+"""Values of a pool that was never trained on: a part of it is probed, the rest predicted, where that is good enough.
+
+Two artifacts in the run, each continued where it was interrupted: `pools/hidden-*` (hidden states of every sample,
+whatever the target) and `pools/<target>-*` (probes, values, how good the predictor is). Both know samples by
+their content, so a pool that is re-sharded needs neither again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal
+from curate.config import Config
+from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS, curvature_units
+from curate.embeddings.store import add_time
+from curate.errors import UserError
+from curate.pools.draw import draw_probes
+from curate.pools.features import mean_hidden_states, output_layer
+from curate.pools.open import Overlap, Pool
+from curate.pools.probe import look_ahead, probe_values
+from curate.pools.spread import VALUES, FeatureReader, block_file, blocks_of, spread
+from curate.progress import progress
+from curate.target import check_vocabulary
+from curate.trajectory.replay import Replay, records
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.artifacts import Json
+    from curate.embeddings.adjoint_estimator import AdjointConfig
+    from curate.formats.mds import Sample
+    from curate.target import Target
+    from curate.trajectory.run import Run
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+_log = logging.getLogger(__name__)
+WINDOW = "pool"
+"""Where a window's name stands in tables of values."""
+_HIDDEN_UNITS = 0.25  # of a forward+backward pass: a forward pass without the output layer
+_SLOPE_UNITS = 2.4  # of probes' slopes where their own step is not exact
+
+
+class ProbeConfig(Config):
+    """How a pool that was never trained on is valued."""
+
+    share: float = Field(default=0.05, gt=0, le=1)
+    """Share of each domain's samples that is probed; the rest is predicted."""
+    min_per_domain: int = Field(default=100, ge=1)
+    """At least so many of each domain: the error of a rank correlation over n samples is about 1 / sqrt(n)."""
+    steps: int = Field(default=10, ge=1)
+    """Steps that the run is continued by; with beta1 .9, AdamW realises 1 - .9^10 = .65 of a gradient in ten."""
+    hidden_states: bool = True
+    """Whether the predictor reads the model's hidden states (a forward pass over the pool) beside n-grams."""
+    min_rank_correlation: float = Field(default=0.2, ge=-1, le=1)
+    """Where predictions for held-out probes of a domain rank them less well than this, or not certainly better than
+    chance (95 % interval), the domain's mean stands for every sample that was not probed. What choosing by predictions
+    gains is about this share of what choosing by values would gain."""
+    overlap: Overlap = "remove"
+    """Samples of the pool that a stage trained on (by content): remove leaves them out (--mode filter), keep keeps
+    them, refuse is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolValues:
+    """What a pool is worth to some targets. Positive = training on the sample lowers the target's loss.
+
+    Attributes:
+        folder: the artifact.
+        probed: the values frame (`scores.schema`, with documents) of the probed samples for every target; `step` is the
+            group of a probe, see `draw_probes`.
+        every: one row per target and sample of `Pool.samples`: `target`, `domain`, `index`, `sample_id`, `length`,
+            `tokens` (predicted), `value`, `value_a`, `value_b` (per predicted token) and `source`: probe, predicted or
+            domain mean.
+        domains: one row per target and domain: `samples`, `probed`, `spearman` (held out; null where it is not defined)
+            with `low` and `high`, `used`: predictor, domain mean, or probes where all samples are probed.
+        seconds: time that it took.
+        cost_units: the same in forward+backward passes of a training batch.
+    """
+
+    folder: Path
+    probed: pl.DataFrame
+    every: pl.DataFrame
+    domains: pl.DataFrame
+    seconds: float
+    cost_units: float
+
+
+def value_pool(
+    run: Run,
+    pool: Pool,
+    targets: Sequence[Target],
+    config: ProbeConfig,
+    *,
+    adjoint: AdjointConfig,
+    seed: int = 0,
+    device: str = "cpu",
+    batch_size: int = 16,
+    tolerance: float = 1e-3,
+) -> PoolValues:
+    """Value a pool, or open its values; the cost is stated before.
+
+    Args:
+        run: a finished run, whose last state is the current one.
+        pool: see `open_pool`.
+        targets: what samples are valued for, in one pass.
+        config: probes and predictor.
+        adjoint: how the steps ahead, and the step that a sample is added to, are differentiated.
+        seed: of draws, folds and intervals.
+        device: of the model.
+        batch_size: sequences per pass over a target.
+        tolerance: of the replay, where the run has no snapshot at its end.
+
+    Raises:
+        UserError: bad target, pool or settings.
+    """
+    if config.steps > run.spec.steps:
+        raise UserError(f"the run has {run.spec.steps} steps; set probe.steps to that at most")
+    work = _Work(run, pool, targets, config, adjoint, seed)
+    settings = work.settings
+    folder = run.folder / "pools" / f"{targets[0].name}-{fingerprint(settings)[:8]}"
+    if not is_complete(folder, settings):
+        replay = Replay(run.continued(config.steps), device, tolerance)
+        for target in targets:
+            check_vocabulary(target, replay.task)
+        work.say_cost(replay)
+        begin = perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            work.make(replay, folder, batch_size)
+        finally:
+            add_time(folder, perf_counter() - begin, replay.unit_seconds)
+        seal(folder, "pool values", settings, targets=[target.name for target in targets])
+        _log.info(
+            "valuing the pool took %.0f forward+backward passes", read_json(folder / "timings.json")["cost_units"]
+        )
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    found = work.open(folder)
+    _say_domains(found.domains, config)
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One pool, run, targets and settings: what there is to do, and how it is done."""
+
+    run: Run
+    pool: Pool
+    targets: Sequence[Target]
+    config: ProbeConfig
+    adjoint: AdjointConfig
+    seed: int
+
+    @property
+    def settings(self) -> Json:
+        return {
+            "run": self.run.fingerprint,
+            "samples": self._samples_fingerprint,
+            "targets": [target.fingerprint for target in self.targets],
+            "probe": self.config.model_dump(exclude={"overlap"}),
+            "adjoint": self.adjoint.model_dump(include={"own_step", "hessian", "hessian_share"}),
+            "seed": self.seed,
+        }
+
+    @property
+    def _samples_fingerprint(self) -> str:
+        """By domain and content, in that order."""
+        digest = hashlib.blake2b(digest_size=8)
+        for (domain,), own in self.pool.samples.group_by("domain", maintain_order=True):
+            digest.update(str(domain).encode())
+            digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def probes(self) -> pl.DataFrame:
+        config = self.config
+        return draw_probes(self.pool.samples, config.share, config.min_per_domain, self._batch, self.seed)
+
+    @property
+    def _batch(self) -> int:
+        """Samples of a training step."""
+        usual = self.run.usual_step
+        return max(next(records(self.run, usual, usual + 1)).size, 1)
+
+    @property
+    def _together(self) -> int:
+        """Samples that the training took through the model together."""
+        usual = next(records(self.run, self.run.usual_step, self.run.usual_step + 1))
+        return max(len(ids) for ids, _ in usual.micro_batches)
+
+    @property
+    def _step_tokens(self) -> float:
+        """Predicted tokens of a training step."""
+        return float(self.run.steps["tokens"].list.sum().sum()) / self.run.spec.steps
+
+    def say_cost(self, replay: Replay) -> None:
+        """Say what will be done, before it is."""
+        run, config, batch = self.run, self.config, self._batch
+        probes, samples = len(self.probes), len(self.pool.samples)
+        lead = run.spec.steps - run.snapshot_before(run.spec.steps)
+        sequences = sum(len(half) for target in self.targets for half in target.halves)
+        ahead = lead + 2 * config.steps + (config.steps - 1) * curvature_units(self.adjoint, 2 * len(self.targets))
+        own = OWN_STEP_UNITS[self.adjoint.own_step]
+        own += 0.0 if self.adjoint.own_step == "exact" else _SLOPE_UNITS
+        hidden = _HIDDEN_UNITS * samples / batch if self._reads_hidden(replay) else 0.0
+        units = ahead + sequences / batch + own * probes / batch + hidden
+        _log.info(
+            "valuing the pool will cost about %.0f forward+backward passes: %.0f to look %d steps ahead, %.0f to probe "
+            "%s of %s samples, %.0f to read hidden states; training once on the pool is %.0f",
+            units, ahead + sequences / batch, config.steps, own * probes / batch, f"{probes:,}", f"{samples:,}", hidden,
+            samples / batch,
+        )  # fmt: skip
+
+    def _reads_hidden(self, replay: Replay) -> bool:
+        return self.config.hidden_states and output_layer(replay.model) is not None
+
+    def make(self, replay: Replay, folder: Path, batch_size: int) -> None:
+        """Probe, read hidden states, fit and predict."""
+        scratch = folder / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        probes = self.probes
+        losses = [half for target in self.targets for half in target.halves]
+        self._check_tokens(probes, replay)
+        outlook = look_ahead(replay, self.run.spec.steps, losses, self.adjoint, batch_size=batch_size, scratch=scratch)
+        halves = probe_values(
+            replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=self._step_tokens, scratch=scratch
+        )
+        values = self._per_token(halves, probes)
+        reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay))
+        found, domains = spread(
+            self.pool.samples, probes, values, reader, least=self.config.min_rank_correlation, seed=self.seed
+        )
+        for name, table in (("values", found), ("domains", domains)):
+            with replacing(folder / f"{name}.parquet") as part:
+                table.write_parquet(part)
+
+    def _check_tokens(self, probes: pl.DataFrame, replay: Replay) -> None:
+        vocabulary = getattr(getattr(replay.model, "config", None), "vocab_size", None)
+        largest = max(int(sample.tokens.max()) for samples in self._read(probes) for sample in samples)
+        if vocabulary is not None and largest >= vocabulary:
+            raise UserError(
+                f"the pool has token id {largest}, the model's vocabulary is {vocabulary}: write the pool with the "
+                "run's tokenizer"
+            )
+
+    def _read(self, samples: pl.DataFrame) -> Iterator[list[Sample]]:
+        """The samples in their order, as many as go through the model together."""
+        streams, size = self.pool.stock.streams, self._together
+        for part in samples.iter_slices(size):
+            yield [streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
+
+    def _per_token(self, halves: Floats, probes: pl.DataFrame) -> Floats:
+        """(n, 3 T) value, value_a and value_b for each target, from the values for all halves (n, 2 T)."""
+        columns = []
+        for place, target in enumerate(self.targets):
+            a, b = halves[:, 2 * place], halves[:, 2 * place + 1]
+            columns += [target.half_weights[0] * a + target.half_weights[1] * b, a, b]
+        found: Floats = np.stack(columns, axis=1) / probes["tokens"].to_numpy()[:, None]
+        return found
+
+    def _hidden(self, replay: Replay) -> Path | None:
+        """Mean hidden states of every sample, where they are read; kept for other targets."""
+        if not self._reads_hidden(replay):
+            return None
+        settings = {"run": self.run.fingerprint, "samples": self._samples_fingerprint}
+        folder = self.run.folder / "pools" / f"hidden-{fingerprint(settings)[:8]}"
+        if not is_complete(folder, settings):
+            replay.horizon_model(self.run.spec.steps)
+            blocks = blocks_of(self.pool.samples)
+            for number, block in enumerate(progress(blocks, total=len(blocks), what="hidden states", unit="block")):
+                if not block_file(folder, number).exists():
+                    made = [mean_hidden_states(replay.task, samples) for samples in self._read(block)]
+                    with replacing(block_file(folder, number)) as part, part.open("wb") as file:
+                        np.save(file, np.concatenate(made))
+            seal(folder, "hidden states", settings, samples=len(self.pool.samples))
+        return folder
+
+    def open(self, folder: Path) -> PoolValues:
+        """The artifact with places and names."""
+        names = pl.DataFrame({"of": range(len(self.targets)), "target": [target.name for target in self.targets]})
+        places = self.pool.samples
+        stored = pl.read_parquet(folder / "values.parquet").join(names, on="of", maintain_order="left")
+        every = stored.join(places, on=["domain", "sample_id"], maintain_order="left")
+        domains = pl.read_parquet(folder / "domains.parquet").join(names, on="of", maintain_order="left")
+        timings = read_json(folder / "timings.json")
+        return PoolValues(
+            folder=folder,
+            probed=self._frame(every),
+            every=every.select(
+                "target", "domain", "index", "sample_id", "length", "tokens", *VALUES, "source"
+            ),
+            domains=domains.select("target", pl.exclude("of", "target")),
+            seconds=timings["seconds"],
+            cost_units=timings["cost_units"],
+        )  # fmt: skip
+
+    def _frame(self, every: pl.DataFrame) -> pl.DataFrame:
+        """The probed samples as a values frame; see `scores.schema`."""
+        probed = every.filter(pl.col("source") == "probe")
+        first = probed.filter(of=0)
+        documents = [sample.document_tokens() for samples in self._read(first) for sample in samples]
+        rows = first.select(
+            "domain", "sample_id", row=pl.int_range(pl.len()).cast(pl.Int64),
+            documents=pl.Series(documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+        )  # fmt: skip
+        horizon = f"{self.config.steps}_steps_on"
+        joined = probed.join(rows, on=["domain", "sample_id"], maintain_order="left")
+        return joined.select(
+            "row", "step", "sample_id", (pl.col("tokens") / self._step_tokens).cast(pl.Float32).alias("weight"),
+            "tokens", "length", pl.lit(WINDOW).alias("window"), pl.lit(horizon).alias("horizon"),
+            "domain", "index", "shard", "documents", "target", *(pl.col(name) * pl.col("tokens") for name in VALUES),
+        )  # fmt: skip
+
+
+def _say_domains(domains: pl.DataFrame, config: ProbeConfig) -> None:
+    for row in domains.iter_rows(named=True):
+        known = row["spearman"] is not None
+        said = f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if known else "not defined"
+        how = {
+            "predictor": "the rest is predicted",
+            "probes": "all samples are probed",
+            "domain mean": "too low (probe.min_rank_correlation "
+            f"{config.min_rank_correlation:g}): the domain's mean stands for the rest",
+        }[row["used"]]
+        _log.info(
+            "%s, %s: %s of %s samples probed, held-out rank correlation %s; %s",
+            row["target"], row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", said, how,
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Ridge regression from probes to the rest of their domains, against obvious oracles."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from curate.pools.predictor import _PENALTIES, _ridge, fit, held_out_scores, normal_scores
+
+
+def problem(samples=120, features=8, noise=0.1, seed=0):
+    random = np.random.default_rng(seed)
+    blocks = [random.standard_normal((samples, features)), 50 * random.standard_normal((samples, 3))]
+    hidden = blocks[0] @ random.standard_normal(features) + noise * random.standard_normal(samples)
+    domains = np.array(["a", "b", "b"])[np.arange(samples) % 3]
+    values = np.exp(3 * hidden) * 1e-6 + (domains == "b")  # heavy tails, other levels: only the order is linear
+    return blocks, np.stack([values, -values], axis=1), domains
+
+
+def test_the_order_inside_domains_is_found_whatever_the_tails():
+    blocks, values, domains = problem()
+    found = held_out_scores(blocks, values, domains, 0)
+    for name in ("a", "b"):
+        own = domains == name
+        assert spearmanr(found[own, 0], values[own, 0]).statistic > 0.9
+        np.testing.assert_allclose(found[own, 0], -found[own, 1], atol=1e-8)
+
+
+def test_nothing_is_found_where_nothing_is():
+    blocks, values, domains = problem(samples=300)
+    shuffled = np.random.default_rng(1).permutation(values)
+    found = held_out_scores(blocks, shuffled, domains, 0)
+    for name in ("a", "b"):
+        own = domains == name
+        assert abs(spearmanr(found[own, 0], shuffled[own, 0]).statistic) < 3 / own.sum() ** 0.5
+
+
+def test_predictions_are_values_of_the_domain_in_predicted_order():
+    blocks, values, domains = problem()
+    made = fit(blocks, values, domains)
+    features = np.concatenate(blocks, axis=1)
+    for name in ("a", "b"):
+        own = domains == name
+        predicted = made.predict(features[own], name)
+        assert predicted.min() >= values[own].min()
+        assert (predicted.max(axis=0) <= values[own].max(axis=0)).all()
+        assert spearmanr(predicted[:, 0], made.scores(features[own], name)[:, 0]).statistic == pytest.approx(1)
+        assert spearmanr(predicted[:, 0], values[own, 0]).statistic > 0.9
+
+
+@given(st.integers(0, 50))
+def test_the_order_of_probes_and_the_scale_of_values_and_blocks_are_irrelevant(seed):
+    blocks, values, domains = problem(samples=60, seed=seed)
+    order = np.random.default_rng(seed).permutation(len(values))
+    one = fit(blocks, values, domains)
+    other = fit([7 * block[order] for block in blocks], 3 * values[order], domains[order])
+    features = np.concatenate(blocks, axis=1)
+    np.testing.assert_allclose(3 * one.predict(features, "a"), other.predict(7 * features, "a"), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "features"), [(12, 30), (40, 5)])
+def test_the_penalty_is_that_of_least_leave_one_out_error(samples, features):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((samples, features))
+    t = x[:, :2] @ random.standard_normal((2, 1)) + random.standard_normal((samples, 1))
+
+    def solved(rows, wanted, penalty):
+        return np.linalg.solve(rows.T @ rows + penalty * np.eye(features), rows.T @ wanted)
+
+    penalties = (x**2).sum() / samples * _PENALTIES
+    errors = []
+    for penalty in penalties:
+        kept = [np.arange(samples) != out for out in range(samples)]
+        left = [t[~one] - x[~one] @ solved(x[one], t[one], penalty) for one in kept]
+        errors.append(np.mean(np.square(left)))
+    expected = solved(x, t, penalties[int(np.argmin(errors))])
+    np.testing.assert_allclose(_ridge(x, t), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_constant_feature_and_ties_do_no_harm():
+    blocks, values, domains = problem(samples=30)
+    flat = [np.zeros((30, 2)), np.ones((30, 1))]
+    assert np.isfinite(fit([*blocks, *flat], values, domains).weights).all()
+    np.testing.assert_allclose(normal_scores(np.zeros((5, 1))), 0, atol=1e-12)
+
+
+def test_a_domain_of_one_probe_has_no_held_out_prediction():
+    blocks, values, domains = problem(samples=30)
+    domains = domains.astype("U4")
+    domains[0] = "lone"
+    found = held_out_scores(blocks, values, domains, 0)
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1:]).all()

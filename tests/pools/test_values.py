@@ -1,0 +1,171 @@
+"""Pools on a tiny run: what is new, what is probed, what is predicted, and what is refused."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from curate.embeddings.adjoint_estimator import AdjointConfig
+from curate.errors import UserError
+from curate.formats.mds import COLUMNS, MdsStream, write_stream
+from curate.pools.open import open_pool
+from curate.pools.values import ProbeConfig, value_pool
+from curate.scores.schema import Scores
+from curate.target import load_target
+from curate.trajectory.ledger import consumed, stages, uses
+from curate.trajectory.run import Run
+from tests.tiny import SEQ_LEN, STEPS, record_tiny_run, write_tiny_target
+
+NONE = pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64})
+CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    record_tiny_run(folder)
+    write_tiny_target(folder / "target.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return Run(folder / "run")
+
+
+def opened(folder, run, overlap="remove"):
+    return open_pool(folder, run, consumed(uses(stages(run))), overlap)
+
+
+def valued(run, pool, folder, config=CONFIG, **settings):
+    target = load_target(folder / "target.jsonl", run.spec, 100)
+    return value_pool(run, pool, [target], config, adjoint=AdjointConfig(own_step="linear"), **settings)
+
+
+@pytest.fixture(scope="module")
+def found(folder, run):
+    return valued(run, opened(folder / "data", run), folder)
+
+
+def test_what_was_trained_on_is_left_out_kept_or_refused(folder, run, caplog):
+    used = set(run.steps["sample_ids"].explode())
+    with caplog.at_level(logging.WARNING):
+        pool = opened(folder / "data", run)
+    assert not set(pool.samples["sample_id"]) & used
+    kept = opened(folder / "data", run, "keep")
+    assert len(kept.samples) == len(pool.samples) + len(used)
+    assert f"{len(used)} of the pool's {len(kept.samples)} samples were trained on already" in caplog.text
+    assert pool.tokens == {name: SEQ_LEN * len(pool.samples.filter(domain=name)) for name in ("dataclasses", "json")}
+    with pytest.raises(UserError, match=r"trained on already \(dataclasses 36, json 36\); set probe.overlap remove"):
+        opened(folder / "data", run, "refuse")
+
+
+def test_every_sample_has_a_value_and_says_where_it_is_from(run, folder, found):
+    pool = opened(folder / "data", run)
+    assert_frame_equal(
+        found.every.select("domain", "index", "sample_id"), pool.samples.select("domain", "index", "sample_id")
+    )
+    used = dict(found.domains.select("domain", "used").iter_rows())
+    for (domain, source), own in found.every.group_by("domain", "source"):
+        assert source == "probe" or source == {"predictor": "predicted"}.get(used[domain], used[domain])
+        assert len(own) == 22
+    assert found.domains["probed"].to_list() == [22, 22]
+    assert np.isfinite(found.every["value"].to_numpy()).all()
+    Scores.validate(found.probed.select(Scores.column_names()))
+    probes = found.every.filter(source="probe").join(found.probed, on="sample_id", suffix="_frame")
+    np.testing.assert_allclose(probes["value"] * probes["tokens"], probes["value_frame"], rtol=1e-12)
+    assert found.cost_units > 0
+
+
+def test_where_the_predictor_is_too_weak_the_mean_stands(run, folder, found):
+    pool = opened(folder / "data", run)
+    weak = valued(run, pool, folder, CONFIG.model_copy(update={"min_rank_correlation": 1.0}))
+    assert set(weak.domains["used"]) == {"domain mean"}
+    rest = weak.every.filter(source="domain mean")
+    assert len(rest) == len(pool.samples) - 44
+    for name in ("json", "dataclasses"):
+        probed = weak.probed.filter(domain=name)
+        mean = probed["value"].sum() / probed["tokens"].sum()
+        np.testing.assert_allclose(rest.filter(domain=name)["value"], mean, rtol=1e-9)
+    assert_frame_equal(weak.probed, found.probed)
+
+
+def test_a_pool_of_few_samples_is_probed_whole(run, folder):
+    whole = valued(run, opened(folder / "data", run), folder, CONFIG.model_copy(update={"min_per_domain": 1000}))
+    assert set(whole.domains["used"]) == {"probes"}
+    assert set(whole.every["source"]) == {"probe"}
+
+
+def reshard(source: Path, out: Path, size: int) -> Path:
+    """The same samples in another order and in other shards."""
+    for path in sorted(source.iterdir()):
+        if (path / "index.json").exists():
+            stream = MdsStream(path)
+            order = np.random.default_rng(0).permutation(len(stream)).tolist()
+            write_stream(out / path.name, COLUMNS, [stream.row(i) for i in order], shard_bytes=size)
+    return out
+
+
+def test_resharding_changes_no_value(run, folder, found, tmp_path):
+    """Not even a second computation is needed: values are known by content."""
+    pool = opened(reshard(folder / "data", tmp_path / "pool", 2500), run)
+    again = valued(run, pool, folder)
+    assert again.folder == found.folder
+    for made in (found.folder, *found.folder.parent.glob("hidden-*")):
+        shutil.rmtree(made)
+    again = valued(run, pool, folder)
+    columns = ["domain", "sample_id", "value", "value_a", "value_b", "source"]
+    assert_frame_equal(again.every.select(columns), found.every.select(columns))
+    assert again.every["index"].to_list() != found.every["index"].to_list()
+    assert_frame_equal(again.domains, found.domains)
+
+
+def test_the_cost_is_said_before_and_after(run, folder, caplog):
+    with caplog.at_level(logging.INFO):
+        valued(run, opened(folder / "data", run), folder, CONFIG.model_copy(update={"steps": 2}))
+    messages = [record.message for record in caplog.records]
+    before = next(i for i, line in enumerate(messages) if line.startswith("valuing the pool will cost about"))
+    after = next(i for i, line in enumerate(messages) if line.startswith("valuing the pool took"))
+    assert before < after
+    assert any("22 of 44 samples probed, held-out rank correlation" in line for line in messages)
+
+
+def test_other_data_is_refused(run, folder, tmp_path):
+    with pytest.raises(UserError, match=r"the pool .* does not exist"):
+        opened(tmp_path / "nowhere", run)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no MDS streams"):
+        opened(tmp_path / "empty", run)
+    used = consumed(uses(stages(run)))
+    everything = pl.DataFrame({"sample_id": run.places["sample_id"], "uses": 1})
+    with pytest.raises(UserError, match=r"every sample of the pool .* probe.overlap keep"):
+        open_pool(folder / "data", run, everything, "remove")
+    row = dict(run.streams["json"].row(0))
+    long = {**row, "tokens": np.tile(row["tokens"], 2), "loss_mask": np.tile(row["loss_mask"], 2)}
+    write_stream(tmp_path / "long" / "json", COLUMNS, [long])
+    with pytest.raises(UserError, match=f"sequences of {2 * SEQ_LEN} tokens, the run trains on {SEQ_LEN}"):
+        open_pool(tmp_path / "long", run, used, "remove")
+    with pytest.raises(UserError, match=f"the run has {STEPS} steps; set probe.steps"):
+        valued(run, opened(folder / "data", run), folder, CONFIG.model_copy(update={"steps": STEPS + 1}))
+
+
+def test_a_pool_of_another_tokenizer_is_refused(run, folder, tmp_path):
+    reshard(folder / "data", tmp_path / "pool", 4000)
+    (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "pool" / "tokenizer.json").write_text('{"other": 1}')
+    named = Run(folder / "run")
+    named.spec = run.spec.model_copy(update={"tokenizer": tmp_path / "own.json"})
+    with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer .* --tokenizer"):
+        opened(tmp_path / "pool", named)
+
+
+def test_a_domain_that_was_trained_on_whole_is_left_out(run, folder, caplog):
+    used = run.places.filter(domain="json").select("sample_id", uses=pl.lit(1, pl.Int64))
+    with caplog.at_level(logging.WARNING):
+        pool = open_pool(folder / "data", run, used, "remove")
+    assert set(pool.tokens) == {"dataclasses"}
+    assert "nothing of json is left" in caplog.text
