@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from curate.artifacts import (
-    SIGN,
     check_startable,
     file_fingerprint,
     fingerprint,
@@ -30,6 +29,8 @@ from curate.errors import UserError
 from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
+from curate.pools.open import leaves_out_old, open_pool, pool_fingerprint, pool_streams
+from curate.pools.values import POOL, ProbeConfig, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED, Method, estimator_of
 from curate.shards.choose import ShardsConfig
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.mixture.decide import Aims
     from curate.mixture.record import Mixture
-    from curate.report.data import ReportData
+    from curate.pools.open import Pool
+    from curate.pools.values import PoolValues
     from curate.shards.plan import Plan
     from curate.target import Target
 
@@ -54,7 +56,7 @@ _log = logging.getLogger(__name__)
 # What does not change what is selected.
 _ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking", "earlier"), True),
-    **dict.fromkeys(("more_targets", "guard"), True),
+    **dict.fromkeys(("more_targets", "guard", "pool", "probe"), True),
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
     "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},
     "dvemb": {"rows_per_block"},
@@ -85,6 +87,11 @@ class SelectConfig(EmbedConfig):
     With phases (`schedule.kind`) each form has a `schedule.yaml` instead of `streams.yaml` or beside the folders."""
     earlier: tuple[Path, ...] | None = None
     """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
+    pool: Path | None = None
+    """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
+    streams.yaml): a part of it is probed from the run's last state, the rest predicted."""
+    probe: ProbeConfig = ProbeConfig()
+    """How the pool is valued."""
     branch_test: bool = False
     """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
     scores do not predict what they do to the target."""
@@ -107,6 +114,8 @@ class SelectConfig(EmbedConfig):
         method = given.get("method", "curate")
         if bool(given.get("weights")) != (method == "given"):
             raise ValueError("weights are for method given, which needs them; set both or neither")
+        if given.get("pool") is not None and (given.get("branch_test") or method in set(VALUED) - {"curate"}):
+            raise ValueError("a pool is valued by its probes: leave out branch_test, and methods that value a window")
         return {**given, "estimator": estimator_of(method, given.get("estimator", "adjoint"))}
 
 
@@ -121,8 +130,11 @@ def select(config: SelectConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
+    from curate.embeddings.store import horizon_name
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
+    from curate.report.selection import selection_report
+    from curate.report.track import publish
 
     begin = perf_counter()
     target = _target(config, run)
@@ -132,11 +144,14 @@ def select(config: SelectConfig, run: Run) -> Path:
         _log.info("this selection is complete already")
         return out
     check_startable(out, settings)
-    valued = config.method in VALUED
-    embeddings = embed(config, run, target) if valued else {}
+    valued, ledger = config.method in VALUED, uses(stages(run, config.earlier))
+    pool = None if config.pool is None else open_pool(config.pool, run, consumed(ledger), config.probe.overlap)
+    stock, trained = (run, trained_tokens(run)) if pool is None else (pool.stock, dict(pool.tokens))
+    config = config if pool is None else _of_pool(config, pool)
+    embeddings = embed(config, run, target) if valued and pool is None else {}
+    worth = _worth(config, run, pool, target) if valued and pool is not None else None
     embedded = perf_counter()
-    trained = trained_tokens(run)
-    every, tables, keys = _scored(config, run, target, embeddings, trained)
+    every, tables, keys = _scored(config, stock, target, worth or embeddings, trained)
     if not valued:  # weights are no gains that repetition could take from
         endless = config.mixture.model_copy(update={"decay_epochs": math.inf})
         config = config.model_copy(update={"mixture": endless})
@@ -145,25 +160,30 @@ def select(config: SelectConfig, run: Run) -> Path:
         facts["branch_test"] = _branch_test(config, run, target, trained, tables["domains"])
         allowed = config.mixture.model_copy(update={"temperature": facts["branch_test"]["temperature"]})
         config = config.model_copy(update={"mixture": allowed})
-    ledger = uses(stages(run, config.earlier))
-    tables["ledger"] = domain_ledger(run, ledger)
-    aims = _aims(config, target)
-    mixture, plan, tables["leaks"] = _mix(run, every, tables["domains"], trained, consumed(ledger), config, aims, keys)
+    tables["ledger"] = domain_ledger(stock, ledger)
+    aims, values = _aims(config, target), every if worth is None else worth.chosen_by()
+    mixture, plan, tables["leaks"] = _mix(
+        stock, values, tables["domains"], trained, consumed(ledger), config, aims, keys
+    )
     start(out, settings)
     _write_tables(out, every, tables)
     shard_bytes, scheduled = config.shards.shard_bytes, config.schedule.kind != "throughout"
     data = deliver(
-        out / "data", run, mixture, plan, mode=config.mode, scheduled=scheduled, seed=config.seed,
+        out / "data", stock, mixture, plan, mode=config.mode, scheduled=scheduled, seed=config.seed,
         shard_bytes=shard_bytes,
     )  # fmt: skip
     write_mixture(out / "mixture.yaml", mixture)
     if valued:
-        costs = cost_table(run, embeddings, out, perf_counter() - embedded)
-        report = _report_data(
-            config, run, target, embeddings=embeddings, values=every.filter(target=target.name), tables=tables,
-            mixture=mixture, costs=costs, data=data,
+        made = embeddings if worth is None else {POOL: worth}
+        costs = cost_table(run, made, out, perf_counter() - embedded)
+        horizons = dict.fromkeys(embeddings, horizon_name(config.horizon))
+        report = selection_report(
+            stock, target, mixture, tables, values=every.filter(target=target.name), costs=costs, data=data,
+            found=_examples(config, embeddings, worth, target), residuals=facts["residuals"],
+            estimator="probes" if worth else config.estimator,
+            horizons=horizons or {POOL: f"{config.probe.steps}_steps_on"}, settings=config.model_dump(mode="json"),
         )  # fmt: skip
-        _publish(out, config, report)
+        publish(out, report, config.tracking)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
     seal(out, "selection", settings, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
@@ -195,7 +215,9 @@ def _settings(config: SelectConfig, run: Run, target: Target) -> Json:
     earlier = ledger_identity(stages(run, config.earlier)[:-1])
     weights: list[float | str] = [*config.more_targets.values(), *([] if config.guard is None else ["guard"])]
     others = [other.fingerprint for other in other_targets(config, run, target)]
-    more = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
+    more: dict[str, Any] = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
+    if config.pool is not None:
+        more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
 
 
@@ -211,8 +233,24 @@ def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:
     return {window: part.residual for window, part in embeddings.items() if part.residual is not None}
 
 
+def _of_pool(config: SelectConfig, pool: Pool) -> SelectConfig:
+    """The settings that a pool implies."""
+    once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
+    mixture = config.mixture.model_copy(update={"window": POOL})
+    shards = config.shards.model_copy(update={"consume_once": once})
+    return config.model_copy(update={"mixture": mixture, "shards": shards})
+
+
+def _worth(config: SelectConfig, run: Run, pool: Pool, target: Target) -> PoolValues:
+    """The values of a pool for every target."""
+    return value_pool(
+        run, pool, [target, *other_targets(config, run, target)], config.probe, adjoint=config.adjoint,
+        seed=config.seed, device=config.device, batch_size=config.target_batch_size, tolerance=config.tolerance,
+    )  # fmt: skip
+
+
 def _scored(
-    config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding], trained: dict[str, int]
+    config: SelectConfig, run: Run, target: Target, found: dict[str, Embedding] | PoolValues, trained: dict[str, int]
 ) -> tuple[pl.DataFrame, dict[str, pl.DataFrame], pl.DataFrame | None]:
     """Values of every target, their roll-ups, and the keys by which a method draws samples, where it does."""
     from curate.scores.methods import scores_without_values
@@ -220,11 +258,15 @@ def _scored(
     from curate.scores.schema import no_scores
 
     if config.method in VALUED:
-        every = _every_value(config, run, target, embeddings)
-        return every, roll_ups(every, target.name, trained, fresh_shares(run), config.seed), None
+        every = _every_value(config, run, target, found) if isinstance(found, dict) else found.probed
+        tables = roll_ups(every, target.name, trained, fresh_shares(run), config.seed)
+        if not isinstance(found, dict):
+            tables |= {"pool": found.domains, "pool_values": found.every}
+        return every, tables, None
     domains, keys = scores_without_values(
-        config.method, run, target, config.weights, window=config.mixture.window, budget=_budget(config, trained),
-        temperature=config.mixture.temperature, importance_temperature=config.importance_temperature, seed=config.seed,
+        config.method, run, target, config.weights, trained=trained, window=config.mixture.window,
+        budget=_budget(config, trained), temperature=config.mixture.temperature,
+        importance_temperature=config.importance_temperature, seed=config.seed,
     )  # fmt: skip
     return no_scores(), {"domains": domains}, keys
 
@@ -288,7 +330,7 @@ def _mix(
     from curate.shards.plan import make_plan, make_pool, supply_of
     from curate.shards.sift import check_reweighted, read_held_out, sift
 
-    if config.mixture.window not in config.window_names:
+    if config.pool is None and config.mixture.window not in config.window_names:
         raise UserError(
             f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
             "set window or mixture.window"
@@ -316,70 +358,25 @@ def _budget(config: SelectConfig, trained: dict[str, int]) -> int:
     return sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
 
 
-def _report_data(
-    config: SelectConfig, run: Run, target: Target, *, embeddings: dict[str, Embedding], values: pl.DataFrame,
-    tables: dict[str, pl.DataFrame], mixture: Mixture, costs: pl.DataFrame, data: dict[str, Path],
-) -> ReportData:  # fmt: skip
-    from curate.embeddings.store import horizon_name
-    from curate.report.collect import (
-        example_table,
-        mixture_table,
-        sweep_table,
-        target_table,
-        training_curve,
-        value_curve,
-    )
-    from curate.report.data import ReportData
-    from curate.shards.write import loader_line
-
-    training = training_curve(run)
-    found = _search(config, embeddings, target)
-    return ReportData(
-        run=run.folder.name, target=target.name, target_documents=target.documents, target_tokens=target.tokens,
-        estimator=config.estimator, horizons=dict.fromkeys(embeddings, horizon_name(config.horizon)),
-        mixture_window=config.mixture.window, sign=SIGN, budget_tokens=mixture.budget_tokens,
-        loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
-        settings=config.model_dump(mode="json"), reliability=tables["reliability"],
-        curve=value_curve(values, training), training=training, domains=tables["domains"].filter(target=target.name),
-        mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
-        shards=tables["between_shards"], costs=costs, residuals=_residuals(embeddings),
-        length_bias=dict(tables["length_bias"].drop_nulls().select("window", "spearman").iter_rows()),
-        phases=[phase.model_dump(mode="json") for phase in mixture.phases],
-        sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
-        shared={name: one.model_dump() for name, one in mixture.shared.items()},
-    )  # fmt: skip
-
-
-def _search(config: SelectConfig, embeddings: dict[str, Embedding], target: Target) -> dict[tuple[str, str], list[int]]:
-    """The rows of each window with the largest and the smallest inner product with the target, by the FAISS index."""
+def _examples(
+    config: SelectConfig, embeddings: dict[str, Embedding], worth: PoolValues | None, target: Target
+) -> dict[tuple[str, str], list[int]]:
+    """The rows of each window of largest and of smallest value, by the FAISS index where there is one."""
     import numpy as np
 
-    from curate.index.open import open_index
+    from curate.index.open import extremes
     from curate.report.collect import EXAMPLES
 
+    if worth is not None:
+        order = worth.probed.filter(target=target.name)["value"].arg_sort(descending=True).to_list()
+        return {(POOL, "most"): order[:EXAMPLES], (POOL, "least"): order[::-1][:EXAMPLES]}
     found = {}
     for window, embedding in embeddings.items():
         assert embedding.targets is not None
-        query = (np.asarray(target.half_weights, np.float32) @ embedding.targets)[None].astype(np.float32)
-        index = open_index(index_folder(embedding, config.index))
-        for kind, sign in (("most", 1), ("least", -1)):
-            _, rows = index.search(sign * query, EXAMPLES)
-            found[window, kind] = rows[0][rows[0] >= 0].tolist()
+        query = np.asarray(target.half_weights, np.float32) @ embedding.targets
+        for kind, rows in extremes(index_folder(embedding, config.index), query, EXAMPLES).items():
+            found[window, kind] = rows
     return found
-
-
-def _publish(out: Path, config: SelectConfig, report: ReportData) -> None:
-    """Write the report and log it."""
-    from curate.report.data import save_data
-    from curate.report.page import write_report
-    from curate.report.track import log_report
-    from curate.tracking import open_tracker
-
-    save_data(out, report)
-    write_report(out / "report.html", report)
-    tracker = open_tracker(config.tracking, out, f"select {report.target}", "select")
-    log_report(tracker, report, out / "report.html", out / "mixture.yaml")
-    tracker.finish()
 
 
 def main() -> None:

@@ -51,6 +51,19 @@ class Index:
         return np.where(rows < 0, np.float32(-np.inf), products), rows
 
 
+def extremes(folder: Path, query: Floats, k: int) -> dict[str, list[int]]:
+    """The rows with the largest ("most") and the smallest ("least") inner products with a query (D,), farthest first.
+
+    Raises:
+        UserError: see `open_index`.
+    """
+    index, found = open_index(folder), {}
+    for kind, sign in (("most", 1), ("least", -1)):
+        _, rows = index.search((sign * query)[None].astype(np.float32), k)
+        found[kind] = rows[0][rows[0] >= 0].tolist()
+    return found
+
+
 def open_index(folder: Path) -> Index:
     """Open an index that `build` wrote: memory-mapped, or copied to the GPU where there is one.
 

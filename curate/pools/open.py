@@ -30,11 +30,13 @@ class Pool:
         samples: each distinct sample that may be used and predicts a token, once, by domain and content id: `domain`,
             `index`, `shard`, `sample_id`, `length`, `tokens` (predicted).
         tokens: stored tokens of each domain that may be used; a domain without any has no entry.
+        old: samples that were trained on.
     """
 
     stock: Run
     samples: pl.DataFrame
     tokens: Mapping[str, int]
+    old: int
 
     @property
     def fingerprint(self) -> str:
@@ -102,7 +104,21 @@ def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> P
         _log.warning("nothing of %s is left: the next stage does without", ", ".join(gone))
     columns = ("domain", "index", "shard", "sample_id", "length", "tokens")
     samples = places.filter(pl.col("tokens") > 0).sort("domain", "sample_id").select(columns)
-    return Pool(stock=stock, samples=samples, tokens=tokens)
+    return Pool(stock=stock, samples=samples, tokens=tokens, old=len(old))
+
+
+def leaves_out_old(pool: Pool, overlap: Overlap, *, filtered: bool) -> bool:
+    """Whether samples that were trained on have to be left out of what is written.
+
+    Raises:
+        UserError: they have to, and cannot be.
+    """
+    if overlap == "remove" and pool.old and not filtered:
+        raise UserError(
+            f"{pool.old} samples of the pool were trained on already, and reweighted streams hold every sample: set "
+            "--mode filter to leave them out, or probe.overlap keep"
+        )
+    return overlap == "remove" and pool.old > 0
 
 
 def _say_overlap(old: pl.DataFrame, places: pl.DataFrame, overlap: Overlap) -> None:

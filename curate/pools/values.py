@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
-WINDOW = "pool"
+POOL = "pool"
 """Where a window's name stands in tables of values."""
 _HIDDEN_UNITS = 0.25  # of a forward+backward pass: a forward pass without the output layer
 _SLOPE_UNITS = 2.4  # of probes' slopes where their own step is not exact
@@ -61,6 +61,9 @@ class ProbeConfig(Config):
     """At least so many of each domain: the error of a rank correlation over n samples is about 1 / sqrt(n)."""
     steps: int = Field(default=10, ge=1)
     """Steps that the run is continued by; with beta1 .9, AdamW realises 1 - .9^10 = .65 of a gradient in ten."""
+    lr_share: float = Field(default=0.1, gt=0)
+    """Their lr, as a share of the run's median. Values are extrapolated to the median lr; at a larger share they are
+    more about the path that the model takes with just these batches than about the state that it is in."""
     hidden_states: bool = True
     """Whether the predictor reads the model's hidden states (a forward pass over the pool) beside n-grams."""
     min_rank_correlation: float = Field(default=0.2, ge=-1, le=1)
@@ -95,6 +98,15 @@ class PoolValues:
     domains: pl.DataFrame
     seconds: float
     cost_units: float
+
+    def chosen_by(self) -> pl.DataFrame:
+        """The values frame that samples are chosen by: those that have a value of their own for every target.
+
+        A sample that the mean of its domain stands for has none, as one outside of the window that is valued.
+        """
+        own = (pl.col("source") != "domain mean").all().over("domain", "sample_id")
+        whole = (pl.col(name) * pl.col("tokens") for name in VALUES)
+        return self.every.filter(own).with_columns(*whole, window=pl.lit(POOL))
 
 
 def value_pool(
@@ -131,7 +143,7 @@ def value_pool(
     settings = work.settings
     folder = run.folder / "pools" / f"{targets[0].name}-{fingerprint(settings)[:8]}"
     if not is_complete(folder, settings):
-        replay = Replay(run.continued(config.steps), device, tolerance)
+        replay = Replay(run.continued(config.steps, config.lr_share), device, tolerance)
         for target in targets:
             check_vocabulary(target, replay.task)
         work.say_cost(replay)
@@ -261,12 +273,12 @@ class _Work:
             yield [streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
 
     def _per_token(self, halves: Floats, probes: pl.DataFrame) -> Floats:
-        """(n, 3 T) value, value_a and value_b for each target, from the values for all halves (n, 2 T)."""
+        """(n, 3 T) value, value_a and value_b for each target, at the median lr, from the halves' values (n, 2 T)."""
         columns = []
         for place, target in enumerate(self.targets):
             a, b = halves[:, 2 * place], halves[:, 2 * place + 1]
             columns += [target.half_weights[0] * a + target.half_weights[1] * b, a, b]
-        found: Floats = np.stack(columns, axis=1) / probes["tokens"].to_numpy()[:, None]
+        found: Floats = np.stack(columns, axis=1) / probes["tokens"].to_numpy()[:, None] / self.config.lr_share
         return found
 
     def _hidden(self, replay: Replay) -> Path | None:
@@ -318,7 +330,7 @@ class _Work:
         joined = probed.join(rows, on=["domain", "sample_id"], maintain_order="left")
         return joined.select(
             "row", "step", "sample_id", (pl.col("tokens") / self._step_tokens).cast(pl.Float32).alias("weight"),
-            "tokens", "length", pl.lit(WINDOW).alias("window"), pl.lit(horizon).alias("horizon"),
+            "tokens", "length", pl.lit(POOL).alias("window"), pl.lit(horizon).alias("horizon"),
             "domain", "index", "shard", "documents", "target", *(pl.col(name) * pl.col("tokens") for name in VALUES),
         )  # fmt: skip
 

@@ -9,12 +9,14 @@ import polars as pl
 
 from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
+from curate.pools.values import POOL
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
+    from curate.pools.values import PoolValues
     from curate.trajectory.run import Run
 
 EXAMPLES = 12  # most and least valuable samples of each window
@@ -93,14 +95,27 @@ def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str]
     return pl.DataFrame(rows)
 
 
-def cost_table(run: Run, embeddings: dict[str, Embedding], out: Path, seconds: float) -> pl.DataFrame:
-    """What each phase cost, the stage's training for comparison."""
+def cost_table(run: Run, made: Mapping[str, Embedding | PoolValues], out: Path, seconds: float) -> pl.DataFrame:
+    """What each phase cost, the stage's training for comparison.
+
+    Args:
+        run: of the stage.
+        made: what was valued, windows or the pool.
+        out: folder of the selection.
+        seconds: that selecting took.
+    """
     rows: list[dict[str, object]] = [{"phase": "training", "units": float(run.spec.steps), "note": "one per step"}]
-    for window, part in embeddings.items():
+    for window, part in made.items():
         note = f"{100 * part.cost_units / run.spec.steps:.1f} % of the stage"
         size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
         rows.append(
-            {"phase": f"embed {window}", "units": part.cost_units, "seconds": part.seconds, "bytes": size, "note": note}
+            {
+                "phase": f"{'probe' if window == POOL else 'embed'} {window}",
+                "units": part.cost_units,
+                "seconds": part.seconds,
+                "bytes": size,
+                "note": note,
+            }
         )
     written = folder_bytes(out)
     rows.append({"phase": "select", "units": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})

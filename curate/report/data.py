@@ -98,6 +98,9 @@ class ReportData:
     solved into anchors."""
     length_bias: Mapping[str, float] = field(default_factory=dict)
     """Window -> rank correlation of value and length inside domains (`curate.scores.reliability.length_bias`)."""
+    pool: Sequence[Mapping[str, Any]] = ()
+    """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
+    empty where samples that were trained on were valued."""
     shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Constraints on several domains together -> `least`, `reached` and `price`."""
 

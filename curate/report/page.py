@@ -88,6 +88,7 @@ def _content(data: ReportData) -> dict[str, Any]:
         "score_table": tables.domain_table(data.domains, order, windows, per_token),
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour),
         "mixture_table": tables.mixture_table(data.mixture, order),
+        "pool_table": tables.pool_table(data.pool) if data.pool else None,
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "sweep_table": tables.sweep_table(data.sweep, order),
         "target_table": tables.target_table(data.targets, order) if data.targets["target"].n_unique() > 1 else None,
@@ -168,6 +169,12 @@ def warnings(data: ReportData) -> list[str]:
         for window, bias in data.length_bias.items()
         if abs(bias) > _LENGTH_BIAS
     ]
+    weak_domains = sorted({row["domain"] for row in data.pool if row["used"] == "domain mean"})
+    if weak_domains:
+        found.append(
+            f"Held-out probes of {listed(weak_domains)} are not predicted well enough: the mean of the domain stands "
+            "for its other samples, and only probed ones are chosen by value."
+        )
     unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
     if unseen:
         found.append(

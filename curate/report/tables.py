@@ -120,6 +120,26 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
     )
 
 
+def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
+    """How much of each domain of a pool was probed, and what predictions of the rest are worth."""
+    names = {"predictor": "predicted", "domain mean": "the domain's mean", "probes": "nothing left"}
+    return Table(
+        headers=["domain", "target", "samples", "probed", "held-out rank correlation", "low", "high", "the rest"],
+        numeric=[False, False, *[True] * 5, False],
+        rows=[
+            [
+                row["domain"],
+                row["target"],
+                count(row["samples"]),
+                count(row["probed"]),
+                *(signed(row[name]) for name in ("spearman", "low", "high")),
+                names[row["used"]],
+            ]
+            for row in pool
+        ],
+    )
+
+
 def phase_table(phases: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Table:
     """The phases of the next stage: where each starts, its length, and the share of each domain's samples."""
     return Table(

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import polars as pl
 
-from curate.report.data import ReportData
-from curate.tracking import Tracker
+from curate.report.data import ReportData, save_data
+from curate.report.page import write_report
+from curate.tracking import Tracker, TrackingConfig, open_tracker
+
+
+def publish(selection: Path, data: ReportData, config: TrackingConfig) -> None:
+    """Write the report of a selection into its folder, and log it."""
+    save_data(selection, data)
+    write_report(selection / "report.html", data)
+    tracker = open_tracker(config, selection, f"select {data.target}", "select")
+    log_report(tracker, data, selection / "report.html", selection / "mixture.yaml")
+    tracker.finish()
 
 
 def log_report(tracker: Tracker, data: ReportData, html_path: Path, mixture_path: Path) -> None:

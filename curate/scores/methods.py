@@ -22,7 +22,6 @@ import polars as pl
 from curate.errors import UserError
 from curate.rng import generator
 from curate.scores.importance import drawn_shares, gumbel_keys, log_importance
-from curate.trajectory.samples import trained_tokens
 
 if TYPE_CHECKING:
     from curate.target import Target
@@ -54,6 +53,7 @@ def scores_without_values(
     target: Target,
     weights: Mapping[str, float],
     *,
+    trained: Mapping[str, int],
     window: str,
     budget: int,
     temperature: float,
@@ -64,9 +64,10 @@ def scores_without_values(
 
     Args:
         method: one that is not in `VALUED`.
-        run: supplies what was trained on, and the pool: its streams.
+        run: supplies the pool: its streams.
         target: what `dsir` resembles.
         weights: of method given.
+        trained: tokens of each domain that the weights are compared with.
         window: the mixture's window.
         budget: tokens of the next stage.
         temperature: of the mixture.
@@ -76,7 +77,7 @@ def scores_without_values(
     Raises:
         UserError: `weights` are of other domains.
     """
-    prior = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}
+    prior = {domain: float(tokens) for domain, tokens in trained.items()}
     if method in ("random", "dsir"):
         streams = {domain: run.streams[domain] for domain in prior}
         found = log_importance(streams, target.sequences()) if method == "dsir" else {}

@@ -191,16 +191,19 @@ class Run:
         """The same training with other data in the place of its streams, as far as these are read."""
         return self._changed(spec=self.spec.model_copy(update={"streams": dict(streams)}))
 
-    def continued(self, steps: int) -> Run:
+    def continued(self, steps: int, lr_share: float = 1.0) -> Run:
         """The run as if it went on: its last batches once more, with the optimizers' settings of the step of median lr.
 
         The added steps have neither loss nor gradient norm.
 
         Args:
             steps: how many; at most as many as the run has.
+            lr_share: factor of that step's lr.
         """
         last = self.steps.filter(pl.col("step") >= self.spec.steps - steps)
-        usual = self.steps.filter(pl.col("step") == self.usual_step).head(1).select("groups")
+        lr = (pl.element().struct.field("lr") * lr_share).alias("lr")
+        settings = pl.col("groups").list.eval(pl.element().struct.with_fields(lr))
+        usual = self.steps.filter(pl.col("step") == self.usual_step).head(1).select(settings)
         unknown = pl.lit(None, pl.Float64)
         added = last.drop("groups").with_columns(
             pl.col("step") + steps, loss=unknown, grad_norm=unknown, clip_factor=unknown

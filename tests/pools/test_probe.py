@@ -16,7 +16,7 @@ from curate.trajectory.replay import Replay, optimizer_state, records
 from curate.trajectory.run import Run
 from tests.tiny import STEPS, Training, write_tiny_streams, write_tiny_target
 
-AHEAD = 4
+AHEAD, LR_SHARE = 4, 0.5
 
 
 class Double(Replay):
@@ -55,7 +55,7 @@ def step_tokens(run):
 
 def losses_after(run, losses, sample, factor):
     """Training goes on for the same steps, with the sample in the first of them at so many times its weight."""
-    continued = run.continued(AHEAD)
+    continued = run.continued(AHEAD, LR_SHARE)
     replay = Double(continued)
     optimizers = replay.restore(STEPS)
     for record in records(continued, STEPS, STEPS + AHEAD):
@@ -71,7 +71,7 @@ def losses_after(run, losses, sample, factor):
 
 
 def values_of(run, losses, samples, folder, **settings):
-    replay, config = Double(run.continued(AHEAD)), AdjointConfig(**settings)
+    replay, config = Double(run.continued(AHEAD, LR_SHARE)), AdjointConfig(**settings)
     outlook = look_ahead(replay, STEPS, losses, config, batch_size=16, scratch=folder)
     return probe_values(replay, outlook, samples, config, step_tokens=step_tokens(run), scratch=folder)
 
