@@ -147,7 +147,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     valued, ledger = config.method in VALUED, uses(stages(run, config.earlier))
     pool = None if config.pool is None else open_pool(config.pool, run, consumed(ledger), config.probe.overlap)
     stock, trained = (run, trained_tokens(run)) if pool is None else (pool.stock, dict(pool.tokens))
-    config = config if pool is None else _of_pool(config, pool)
+    config = config if pool is None else _of_pool(config, run, pool)
     embeddings = embed(config, run, target) if valued and pool is None else {}
     worth = _worth(config, run, pool, target) if valued and pool is not None else None
     embedded = perf_counter()
@@ -233,12 +233,13 @@ def _residuals(embeddings: dict[str, Embedding]) -> dict[str, float]:
     return {window: part.residual for window, part in embeddings.items() if part.residual is not None}
 
 
-def _of_pool(config: SelectConfig, pool: Pool) -> SelectConfig:
+def _of_pool(config: SelectConfig, run: Run, pool: Pool) -> SelectConfig:
     """The settings that a pool implies."""
     once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
     mixture = config.mixture.model_copy(update={"window": POOL})
     shards = config.shards.model_copy(update={"consume_once": once})
-    return config.model_copy(update={"mixture": mixture, "shards": shards})
+    budget = _budget(config, trained_tokens(run))
+    return config.model_copy(update={"mixture": mixture, "shards": shards, "budget_tokens": budget})
 
 
 def _worth(config: SelectConfig, run: Run, pool: Pool, target: Target) -> PoolValues:

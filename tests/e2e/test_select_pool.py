@@ -99,8 +99,11 @@ def test_what_was_trained_on_needs_filtered_data(folder):
     assert not used & {row["sample_id"] for row in iterate(out / "data" / "mds")}
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
     assert set(dropped.filter(reason="consumed")["sample_id"]) == used
-    kept = run_select(folder, pool=folder / "data", mode="reweight", probe=ProbeConfig(**PROBE, overlap="keep"))
+    keep = ProbeConfig(**PROBE, overlap="keep")
+    kept = run_select(folder, pool=folder / "data", mode="reweight", probe=keep, budget_tokens=None)
     assert kept != out
+    assert read_mixture(kept / "mixture.yaml").tokens == 72 * SEQ_LEN  # as many as the last stage
+    assert pl.read_parquet(kept / "ledger.parquet")["consumed_tokens"].sum() == 72 * SEQ_LEN
 
 
 def test_several_targets_and_methods_without_values_serve_a_pool(folder):

@@ -18,9 +18,8 @@ from curate.scores.schema import Scores
 from curate.target import load_target
 from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, STEPS, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN, STEPS, TinyLM, record_tiny_run, write_tiny_target
 
-NONE = pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64})
 CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0)
 
 
@@ -122,6 +121,47 @@ def test_resharding_changes_no_value(run, folder, found, tmp_path):
     assert_frame_equal(again.every.select(columns), found.every.select(columns))
     assert again.every["index"].to_list() != found.every["index"].to_list()
     assert_frame_equal(again.domains, found.domains)
+
+
+def test_hidden_states_are_read_once_for_every_target_and_block_by_block(run, folder, monkeypatch):
+    monkeypatch.setattr(TinyLM, "get_output_embeddings", lambda model: model.lm_head, raising=False)
+    pool = opened(folder / "data", run)
+    whole = valued(run, pool, folder, seed=1)
+    (hidden,) = (run.folder / "pools").glob("hidden-*")
+    assert [path.name for path in sorted(hidden.glob("*.npy"))] == ["000000.npy"]
+    assert np.load(hidden / "000000.npy").shape == (88, 8)
+    monkeypatch.setattr("curate.pools.values.mean_hidden_states", None)
+    valued(run, pool, folder, seed=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(TinyLM, "get_output_embeddings", lambda model: model.lm_head, raising=False)
+    shutil.rmtree(hidden)
+    shutil.rmtree(whole.folder)
+    monkeypatch.setattr("curate.pools.spread._BLOCK", 13)
+    parts = valued(run, pool, folder, seed=1)
+    assert len(list(hidden.glob("*.npy"))) == 7
+    same = ["domain", "sample_id", "source", "value"]
+    assert_frame_equal(parts.every.select(same), whole.every.select(same), rel_tol=1e-4)
+    plain = valued(run, pool, folder, CONFIG.model_copy(update={"hidden_states": False}), seed=1)
+    assert plain.domains["spearman"].to_list() != whole.domains["spearman"].to_list()
+
+
+def test_an_interrupted_valuation_goes_on(run, folder, monkeypatch):
+    pool = opened(folder / "data", run)
+    wanted = valued(run, pool, folder, seed=3)
+    shutil.rmtree(wanted.folder)
+
+    def interrupted(*_args, **_settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("curate.pools.values.spread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            valued(run, pool, folder, seed=3)
+    for done in ("loss_gradients", "_added"):  # neither the look ahead nor a probe is needed again
+        monkeypatch.setattr(f"curate.pools.probe.{done}", None)
+    found = valued(run, pool, folder, seed=3)
+    assert_frame_equal(found.every, wanted.every)
+    assert not (found.folder / "scratch").exists()
 
 
 def test_the_cost_is_said_before_and_after(run, folder, caplog):
