@@ -1,8 +1,8 @@
 """From probed samples to the rest of their domains: ridge regression on cheap features, and what it is worth.
 
 What is predicted is a sample's place in the order of its domain: values per token have tails that would take over a fit
-to the values themselves (on text with noise the held-out rank correlation of such a fit was .42 where this one has
-.65). So with rank r among a domain's n probed samples, r = 1 the lowest,
+to the values themselves (on four domains of text with noise, 100 probes each, the held-out rank correlation of such a
+fit was .43 in the mean where this one has .60). So with rank r among a domain's n probed samples, r = 1 the lowest,
 
     t = Phi^-1((r - 1/2) / n)         t ~ (x - mean of x in the domain) w,     w by ridge regression over all domains
 
