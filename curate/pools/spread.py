@@ -47,12 +47,12 @@ class FeatureReader:
     def __init__(
         self, samples: pl.DataFrame, read: Callable[[pl.DataFrame], Iterable[list[Sample]]], hidden: Path | None
     ) -> None:
-        self._samples, self._read, self._hidden = samples, read, hidden
+        self._blocks, self._read, self._hidden = blocks_of(samples), read, hidden
         self._deviations: Floats | None = None
 
     def of_probes(self, probes: pl.DataFrame) -> list[Floats]:
         """Features (n, F_b) of samples of the pool, in their order; hidden states are measured in their deviations."""
-        chosen = [block.join(probes, on=["domain", "sample_id"], how="semi") for block in blocks_of(self._samples)]
+        chosen = [block.join(probes, on=["domain", "sample_id"], how="semi") for block in self._blocks]
         parts = [self._features(number, own) for number, own in enumerate(chosen) if len(own)]
         found = [np.concatenate(part) for part in zip(*parts, strict=True)]
         if self._hidden is not None:
@@ -62,8 +62,8 @@ class FeatureReader:
 
     def of_all(self) -> Iterator[tuple[pl.DataFrame, Floats]]:
         """Parts of the pool with their features (N, F), in the units of the probes."""
-        blocks = blocks_of(self._samples)
-        for number, block in enumerate(progress(blocks, total=len(blocks), what="predict", unit="block")):
+        blocks = progress(self._blocks, total=len(self._blocks), what="predict", unit="block")
+        for number, block in enumerate(blocks):
             features = self._features(number, block)
             if self._deviations is not None:
                 features[0] = features[0] / self._deviations
@@ -73,100 +73,100 @@ class FeatureReader:
         """Of some samples of a part, in its order."""
         found: list[Floats] = []
         if self._hidden is not None:
-            block = blocks_of(self._samples)[number].with_row_index("at")
+            block = self._blocks[number].with_row_index("at")
             at = block.join(rows, on=["domain", "sample_id"], how="semi", maintain_order="left")["at"].to_numpy()
             found.append(np.load(block_file(self._hidden, number), mmap_mode="r")[at])
         return [*found, np.concatenate([ngram_features(samples) for samples in self._read(rows)])]
 
 
 def spread(
-    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, reader: FeatureReader, *, least: float, seed: int
+    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, reader: FeatureReader, seed: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Values of every sample, and how good they are.
+    """Values of every sample, and how good predictions are; see `settled` for what is made of them.
 
     Args:
         samples: of the pool, by domain and content id.
         probes: some of them in that order, with `step`.
         values: (n, 3 T) of the probes, per token: value, value_a, value_b for each target.
         reader: of features.
-        least: held-out rank correlation from which a domain's predictions are used.
         seed: of folds and intervals.
 
     Returns:
         `of` (place of the target), `domain`, `sample_id`, `step` (of probes, else null), `value`, `value_a`, `value_b`
-        (per token) and `source` of every target and sample.
-        `of`, `domain`, `samples`, `probed`, `spearman`, `low`, `high` and `used` of every target and domain.
+        (per token; predicted, but of probes) and `source` (probe or predicted) of every target and sample.
+        `of`, `domain`, `samples`, `probed`, `spearman`, `low`, `high`, and the mean of each value over the probes'
+        tokens (`mean_value` and so on), of every target and domain.
     """
     features, domains = reader.of_probes(probes), probes["domain"].to_numpy().astype(str)
-    judged = _judge(samples, probes, values, held_out_scores(features, values, domains, seed), least, seed)
-    predictor = fit(features, values, domains)
-    means = _means(probes, values)
+    judged = _judge(samples, probes, values, held_out_scores(features, values, domains, seed), seed)
+    predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES))
     parts = []
     for block, own in reader.of_all():
-        names = block["domain"].to_numpy().astype(str)
-        predicted, mean = np.empty((len(block), values.shape[1])), np.empty((len(block), values.shape[1]))
-        for name in np.unique(names):
-            predicted[names == name] = predictor.predict(own[names == name], str(name))
-            mean[names == name] = means[str(name)]
-        for place in range(values.shape[1] // len(VALUES)):
-            used = dict(judged.filter(of=place).select("domain", "used").iter_rows())
-            trusted = np.array([used[name] == "predictor" for name in names])
-            chosen = np.where(trusted[:, None], predicted, mean)[:, len(VALUES) * place :]
-            parts.append(_rows(place, block, chosen).with_columns(
-                source=pl.Series(np.where(trusted, "predicted", "domain mean"))
-            ))  # fmt: skip
-    every = pl.concat(parts)
-    known = pl.concat(
-        _rows(place, probes, values[:, len(VALUES) * place :]).with_columns(probes["step"])
-        for place in range(values.shape[1] // len(VALUES))
-    )
-    both = every.join(known, on=["of", "domain", "sample_id"], how="left", suffix="_probed", maintain_order="left")
+        names, predicted = block["domain"].to_numpy().astype(str), np.empty((len(block), values.shape[1]))
+        for name in map(str, np.unique(names)):
+            predicted[names == name] = predictor.predict(own[names == name], name)
+        parts += [_rows(place, block, predicted) for place in targets]
+    known = pl.concat(_rows(place, probes, values).with_columns(probes["step"]) for place in targets)
+    keys = ["of", "domain", "sample_id"]
+    both = pl.concat(parts).join(known, on=keys, how="left", suffix="_probed", maintain_order="left")
     probed = pl.col("step").is_not_null()
-    spread_values = both.with_columns(
+    every = both.select(
+        *keys,
+        "step",
         *(pl.when(probed).then(f"{name}_probed").otherwise(name).alias(name) for name in VALUES),
-        source=pl.when(probed).then(pl.lit("probe")).otherwise("source"),
+        source=pl.when(probed).then(pl.lit("probe")).otherwise(pl.lit("predicted")),
     )
-    ordered = spread_values.select("of", "domain", "sample_id", "step", *VALUES, "source")
-    return ordered.sort("of", "domain", "sample_id"), judged
+    return every.sort(keys), judged
+
+
+def settled(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Use predictions where they are good enough, the domain's mean elsewhere.
+
+    Args:
+        every: see `spread`.
+        domains: see `spread`.
+        least: held-out rank correlation from which a domain's predictions are used, if it is certainly positive.
+
+    Returns:
+        `every` with the means of domains, and the source "domain mean", where predictions are not used.
+        `domains` with `used` instead of the means.
+    """
+    good = ((pl.col("spearman") >= least) & (pl.col("low") > 0)).fill_null(value=False)
+    weak = pl.when(good).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
+    used = pl.when(pl.col("probed") == pl.col("samples")).then(pl.lit("probes")).otherwise(weak)
+    judged = domains.with_columns(used=used)
+    means = [f"mean_{name}" for name in VALUES]
+    joined = every.join(judged.select("of", "domain", "used", *means), on=["of", "domain"], maintain_order="left")
+    falls = (pl.col("source") == "predicted") & (pl.col("used") == "domain mean")
+    values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES]
+    source = pl.when(falls).then("used").otherwise("source")
+    return joined.with_columns(*values, source=source).drop("used", *means), judged.drop(means)
 
 
 def _rows(place: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:
-    """The samples with the first three columns of some values."""
-    columns = {name: pl.Series(values[:, at], dtype=pl.Float64) for at, name in enumerate(VALUES)}
-    return samples.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**columns)
+    """The samples with their values (N, 3 T) for one target."""
+    own = {name: pl.Series(values[:, len(VALUES) * place + at]) for at, name in enumerate(VALUES)}
+    return samples.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**own)
 
 
-def _means(probes: pl.DataFrame, values: Floats) -> dict[str, Floats]:
-    """Domain -> (3 T,) mean value per token of its probes."""
-    tokens, domains = probes["tokens"].to_numpy(), probes["domain"].to_numpy().astype(str)
-    return {
-        str(name): np.average(values[domains == name], axis=0, weights=tokens[domains == name])
-        for name in np.unique(domains)
-    }
-
-
-def _judge(
-    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, held_out: Floats, least: float, seed: int
-) -> pl.DataFrame:
-    """How well held-out predictions rank the probes of each domain, and what is made of it; see `spread`."""
+def _judge(samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, held_out: Floats, seed: int) -> pl.DataFrame:
+    """How well held-out predictions rank the probes of each domain, and their means; see `spread`."""
     sizes = dict(samples.group_by("domain").len().iter_rows())
-    domains = probes["domain"].to_numpy().astype(str)
+    domains, tokens = probes["domain"].to_numpy().astype(str), probes["tokens"].to_numpy()
     rows: list[dict[str, Any]] = []
     for place in range(values.shape[1] // len(VALUES)):
-        truth, found = values[:, len(VALUES) * place], held_out[:, len(VALUES) * place]
+        first = len(VALUES) * place
         for name in map(str, np.unique(domains)):
-            own = (domains == name) & np.isfinite(found)
-            r = spearman(found[own], truth[own])
-            low, high = (None, None)
-            if r is not None:
-                low, high = spearman_interval(found[own], truth[own], np.arange(own.sum()), seed)
-            probed = int((domains == name).sum())
-            good = r is not None and low is not None and r >= least and low > 0
-            used = "probes" if probed == sizes[name] else "predictor" if good else "domain mean"
+            own = domains == name
+            known = own & np.isfinite(held_out[:, first])
+            truth, found = values[known, first], held_out[known, first]
+            r = spearman(found, truth)
+            low, high = (None, None) if r is None else spearman_interval(found, truth, np.arange(len(found)), seed)
+            means = np.average(values[own, first : first + len(VALUES)], axis=0, weights=tokens[own])
             rows.append(
-                {"of": place, "domain": name, "samples": sizes[name], "probed": probed, "spearman": r, "low": low,
-                 "high": high, "used": used}
+                {"of": place, "domain": name, "samples": sizes[name], "probed": int(own.sum()), "spearman": r,
+                 "low": low, "high": high, **{f"mean_{one}": float(means[at]) for at, one in enumerate(VALUES)}}
             )  # fmt: skip
-    schema = {"of": pl.Int64, "domain": pl.String, "samples": pl.Int64, "probed": pl.Int64}
-    schema |= dict.fromkeys(("spearman", "low", "high"), pl.Float64) | {"used": pl.String}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    floats = ("spearman", "low", "high", *(f"mean_{name}" for name in VALUES))
+    counts = {"of": pl.Int64, "domain": pl.String, "samples": pl.Int64, "probed": pl.Int64}
+    return pl.DataFrame(rows, schema={**counts, **dict.fromkeys(floats, pl.Float64)}, orient="row")

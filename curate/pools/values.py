@@ -29,7 +29,7 @@ from curate.pools.draw import draw_probes
 from curate.pools.features import mean_hidden_states, output_layer
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import look_ahead, probe_values
-from curate.pools.spread import VALUES, FeatureReader, block_file, blocks_of, spread
+from curate.pools.spread import VALUES, FeatureReader, block_file, blocks_of, settled, spread
 from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
@@ -180,7 +180,7 @@ class _Work:
             "run": self.run.fingerprint,
             "samples": self._samples_fingerprint,
             "targets": [target.fingerprint for target in self.targets],
-            "probe": self.config.model_dump(exclude={"overlap"}),
+            "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation"}),
             "adjoint": self.adjoint.model_dump(include={"own_step", "hessian", "hessian_share"}),
             "seed": self.seed,
         }
@@ -250,9 +250,7 @@ class _Work:
         )
         values = self._per_token(halves, probes)
         reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay))
-        found, domains = spread(
-            self.pool.samples, probes, values, reader, least=self.config.min_rank_correlation, seed=self.seed
-        )
+        found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
         for name, table in (("values", found), ("domains", domains)):
             with replacing(folder / f"{name}.parquet") as part:
                 table.write_parquet(part)
@@ -302,9 +300,14 @@ class _Work:
         """The artifact with places and names."""
         names = pl.DataFrame({"of": range(len(self.targets)), "target": [target.name for target in self.targets]})
         places = self.pool.samples
-        stored = pl.read_parquet(folder / "values.parquet").join(names, on="of", maintain_order="left")
-        every = stored.join(places, on=["domain", "sample_id"], maintain_order="left")
-        domains = pl.read_parquet(folder / "domains.parquet").join(names, on="of", maintain_order="left")
+        values, domains = settled(
+            pl.read_parquet(folder / "values.parquet"), pl.read_parquet(folder / "domains.parquet"),
+            self.config.min_rank_correlation,
+        )  # fmt: skip
+        every = values.join(names, on="of", maintain_order="left").join(
+            places, on=["domain", "sample_id"], maintain_order="left"
+        )
+        domains = domains.join(names, on="of", maintain_order="left")
         timings = read_json(folder / "timings.json")
         return PoolValues(
             folder=folder,

@@ -91,6 +91,7 @@ def test_where_the_predictor_is_too_weak_the_mean_stands(run, folder, found):
         mean = probed["value"].sum() / probed["tokens"].sum()
         np.testing.assert_allclose(rest.filter(domain=name)["value"], mean, rtol=1e-9)
     assert_frame_equal(weak.probed, found.probed)
+    assert weak.folder == found.folder  # nothing is probed again
 
 
 def test_a_pool_of_few_samples_is_probed_whole(run, folder):
