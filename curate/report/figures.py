@@ -157,13 +157,14 @@ def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
     return [mark, shrunk]
 
 
-def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapping[str, str]) -> str:
-    """Shares of the finished stage (grey) and of the next (coloured); a bound that holds a share is named beside it.
+def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapping[str, str], before: str) -> str:
+    """Shares before (grey) and in the next stage (coloured); a bound that holds a share is named beside it.
 
     Args:
         mixture: columns `domain`, `prior`, `weight` and `binding`.
         order: rows of the figure.
         colours: domain -> colour.
+        before: what the grey shares are of.
     """
     from plotly import graph_objects as go
 
@@ -176,7 +177,7 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
         orientation="h",
         marker={"color": QUIET},
         opacity=0.55,
-        hovertemplate="%{y}, finished stage: %{x:.2%}<extra></extra>",
+        hovertemplate=f"%{{y}}, {before}: %{{x:.2%}}<extra></extra>",
     )
     notes = [percent(row["weight"]) + (f"  {bound_name(row['binding'])}" if row["binding"] else "") for row in shown]
     new = go.Bar(

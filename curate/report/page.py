@@ -66,6 +66,7 @@ def _content(data: ReportData) -> dict[str, Any]:
     sample_scale = scale_of(data.examples["value"])
     seen = [window for window in windows if window in set(data.curve["window"])]
     drawn = [domain for domain in order if domain in set(curve["domain"])]
+    before = "pool" if data.pool else "finished stage"
     shared: dict[str, Any] = {"windows": seen, "domains": drawn, "colours": colour}
     return {
         "windows": windows,
@@ -86,8 +87,8 @@ def _content(data: ReportData) -> dict[str, Any]:
         "training_table": tables.training_table(training),
         "score_figure": figures.score_figure(data.domains, windows=windows, order=order, colours=colour),
         "score_table": tables.domain_table(data.domains, order, windows, per_token),
-        "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour),
-        "mixture_table": tables.mixture_table(data.mixture, order),
+        "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour, before=before),
+        "mixture_table": tables.mixture_table(data.mixture, order, before),
         "pool_table": tables.pool_table(data.pool) if data.pool else None,
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "sweep_table": tables.sweep_table(data.sweep, order),

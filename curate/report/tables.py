@@ -65,14 +65,14 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[
     )
 
 
-def mixture_table(mixture: pl.DataFrame, order: Sequence[str]) -> Table:
-    """Old and new shares and what is delivered."""
+def mixture_table(mixture: pl.DataFrame, order: Sequence[str], before: str) -> Table:
+    """Old and new shares and what is delivered; `before` names what the old ones are of."""
     named = mixture.with_columns(pl.col("binding").map_elements(bound_name, return_dtype=pl.String))
     return table(
         _sorted(named, order, ()),
         {
             "domain": ("domain", None),
-            "prior": ("finished stage", percent),
+            "prior": (before, percent),
             "weight": ("next stage", percent),
             "tokens": ("tokens", count),
             "samples": ("samples", count),

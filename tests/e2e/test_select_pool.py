@@ -71,6 +71,7 @@ def test_the_next_stage_draws_from_the_pool(folder):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "held-out rank correlation" in page
     assert "probe pool" in page
+    assert "finished stage:" not in page
     assert out == run_select(folder, mode="both")
 
 

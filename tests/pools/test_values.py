@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -202,6 +203,15 @@ def test_a_pool_of_another_tokenizer_is_refused(run, folder, tmp_path):
     named.spec = run.spec.model_copy(update={"tokenizer": tmp_path / "own.json"})
     with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer .* --tokenizer"):
         opened(tmp_path / "pool", named)
+
+
+def test_token_ids_that_the_model_does_not_have_are_refused(run, folder, tmp_path, monkeypatch):
+    row = dict(run.streams["json"].row(0))
+    tokens = np.full(SEQ_LEN, 127, np.int32)
+    write_stream(tmp_path / "pool" / "json", COLUMNS, [{**row, "tokens": tokens}])
+    monkeypatch.setattr(TinyLM, "config", SimpleNamespace(vocab_size=127), raising=False)
+    with pytest.raises(UserError, match="the pool has token id 127, the model's vocabulary is 127"):
+        valued(run, opened(tmp_path / "pool", run), folder)
 
 
 def test_a_domain_that_was_trained_on_whole_is_left_out(run, folder, caplog):
