@@ -17,6 +17,7 @@ from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.mixture.schedule import Kind, StageSchedule
+from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method
 from curate.select import SelectConfig, select
 from curate.shards.choose import ScreenConfig, ShardsConfig
@@ -27,7 +28,7 @@ from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
-from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, default_temperature
+from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, OURS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
@@ -89,7 +90,7 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop])[:8]
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop, config.drop_fraction])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
@@ -158,7 +159,7 @@ def _selection(
     schedule: Kind = "throughout",
     seed: int,
 ) -> SelectConfig:
-    config, guarded = arena.config, method in GUARDED
+    config, guarded, pooled = arena.config, method in GUARDED, method == "probes"
     mixture = MixtureConfig(window=config.window, guard_drop=config.guard_drop if guarded else 0.0)
     if method == "dsir":
         given: dict[str, Any] = {"importance_temperature": temperature}
@@ -167,10 +168,11 @@ def _selection(
     return SelectConfig(
         target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, window=config.window, out=out,
         guard=general_file(arena.data, "select") if guarded else None,
-        method=cast("Method", "curate" if method == "unguarded" else method), weights=dict(weights or {}),
+        pool=arena.data / arena.case.pool if pooled else None, probe=ProbeConfig(overlap="keep"),
+        method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),
         mode=arena.case.mode, budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
-        shards=ShardsConfig(screen=ScreenConfig(mode="none")), **given,
+        shards=ShardsConfig(screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction), **given,
     )  # fmt: skip
 
 
@@ -183,9 +185,12 @@ def data_of(selection: Path) -> Path:
 
 def _cost_units(arena: Arena, method: BenchMethod) -> float:
     """Forward+backward passes that the method's values cost, shared by its temperatures; 0 where it values nothing."""
-    if method not in (*VALUED, "unguarded"):
+    if method not in (*VALUED, *OURS):
         return 0.0
-    estimator = "adjoint" if method in ("curate", "unguarded", "shuffled") else method
+    if method == "probes":
+        (path,) = (arena.run.folder / "pools").glob(f"{arena.case.target}-*/timings.json")
+        return float(read_json(path)["cost_units"])
+    estimator = "adjoint" if method in (*OURS, "shuffled") else method
     wanted = f"{arena.config.window}-window_end-{estimator}-*/timings.json"
     files = target_file(arena.data, arena.case.target, "select"), general_file(arena.data, "select")
     target, general = (f"target-{load_target(file, arena.run.spec, 1).fingerprint}.npz" for file in files)

@@ -15,11 +15,12 @@ from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["unguarded", "oracle"]
+BenchMethod = Method | Literal["unguarded", "probes", "oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-GUARDED: tuple[BenchMethod, ...] = ("curate",)  # methods that value general text too, and may not lose it
+OURS: tuple[BenchMethod, ...] = ("curate", "unguarded", "probes")
+GUARDED: tuple[BenchMethod, ...] = ("curate", "probes")  # methods that value general text too, and may not lose it
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
 
@@ -64,10 +65,11 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley", "shuffled",
-        "oracle",
+        "curate", "probes", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley",
+        "shuffled", "oracle",
     )  # fmt: skip
-    """Methods of `curate.select`. curate has general text as its guard target, unguarded is the same without it.
+    """Methods of `curate.select`. curate has general text as its guard target, probes also values the whole pool from
+    the last state (`curate.select --pool`), unguarded is curate without the guard.
     oracle: a regression over a swarm of branches, or the pool without its noise."""
     temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     """Temperatures of methods that value samples; the default is always run."""
@@ -75,6 +77,8 @@ class BranchesConfig(Config):
     """Temperatures of dsir's weights, and of the oracle's scores, which are in units of their own."""
     guard_drop: float = Field(default=0.05, ge=0)
     """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
+    drop_fraction: float = Field(default=0.4, ge=0, lt=1)
+    """Share of the valued samples of each domain that are left out, where samples are chosen."""
     schedules: tuple[Kind, ...] = ("early-late",)
     """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -135,7 +135,7 @@ def config(tmp_path_factory):
     write_bench_data(folder)
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
-        cases=("foreign", "noisy"), methods=("curate", "oracle", "proportional"), temperatures=(0.5,),
+        cases=("foreign", "noisy"), methods=("curate", "oracle", "probes", "proportional"), temperatures=(0.5,),
         importance_temperatures=(2.0,), seeds=(0,),
         model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
         batch_size=4, seq_len=16, branch_test=BranchTestConfig(steps=2, repeats=1),
@@ -151,7 +151,8 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
     assert found == {
         ("foreign", "proportional", DEFAULT_TEMPERATURE), ("noisy", "proportional", DEFAULT_TEMPERATURE),
         ("noisy", "oracle", 1.0),
-        *((case, "curate", at) for case in ("foreign", "noisy") for at in (DEFAULT_TEMPERATURE, 0.5)),
+        *((case, ours, at) for case in ("foreign", "noisy") for at in (DEFAULT_TEMPERATURE, 0.5)
+          for ours in ("curate", "probes")),
         ("foreign", "oracle", 1.0), ("foreign", "oracle", 2.0),
     }  # fmt: skip
     assert [(one["case"], one["schedule"]) for one in result["schedules"]] == [
@@ -162,7 +163,7 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
         if one["method"] == "proportional":
             assert one["kl_to_prior"] < 0.02  # whole samples only
             assert one["token_speedup"] == 1.0
-        assert (one["selection_cost_units"] > 0) == (one["method"] == "curate")
+        assert (one["selection_cost_units"] > 0) == (one["method"] in ("curate", "probes"))
     assert len({round(one["target_loss"], 9) for one in rows}) > len(rows) / 2
     clean = config.folder / "data" / "split" / "train"
     for path in sorted((clean / "noisy").glob("*.jsonl")):
