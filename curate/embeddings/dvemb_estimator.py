@@ -48,14 +48,19 @@ class DvembConfig(Config):
     """One operator per layer (as published), or one for all layers."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Name patterns of Linear and Conv1D modules that are not captured."""
-    rows_per_block: int = 256
-    """Rows solved at once by the blocked recursion."""
+    rows_per_block: int | None = Field(default=None, ge=1)
+    """Rows solved at once by the blocked recursion; none: 256 with an operator per layer, 1024 with one for all."""
     seed: int = 0
     """Seed of the projections."""
     segment_steps: int | None = Field(default=None, ge=1)
     """Steps between influence checkpoints, where an interrupted recursion continues; none: one pass. The embeddings are
     those of one pass within float32 rounding: a row differs by less than 1e-5 of its own step `lr_k c_z D_k g_z` where
     no later step amplifies it."""
+
+    @property
+    def block_rows(self) -> int:
+        """`rows_per_block`, or its default for the operator."""
+        return self.rows_per_block or (256 if self.operator == "block" else 1024)
 
 
 class DvembEstimator:
@@ -98,7 +103,7 @@ class DvembEstimator:
             settings,
             out,
             blocks=list(capture.blocks.values()) if self.config.operator == "block" else [slice(0, capture.size)],
-            rows_per_block=self.config.rows_per_block,
+            rows_per_block=self.config.block_rows,
             device=str(job.replay.device),
         )
         return {"layers": capture.layers, "gradient_bytes": sum(array.nbytes for array in stored.values())}

@@ -18,7 +18,7 @@ from curate.errors import UserError
 from curate.progress import start_logging
 from pipelines.capture_bench.config import MODELS, CaptureBenchConfig
 from pipelines.capture_bench.contenders import Bench, write_data
-from pipelines.capture_bench.recursion import recursion_rows
+from pipelines.capture_bench.recursion import OPERATORS, recursion_rows
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def bench(config: CaptureBenchConfig) -> dict[str, Any]:
     recursions = [
         {"model": model, **recursion_rows(config, 4 * MODELS[model][1], operator)}
         for model in models
-        for operator in ("block", "full")
+        for operator in OPERATORS
     ]
     for row in recursions:
         sys.stdout.write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import process_time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from curate.rng import generator
 if TYPE_CHECKING:
     from pipelines.capture_bench.config import CaptureBenchConfig
 
+Operator = Literal["block", "full"]
+OPERATORS: tuple[Operator, ...] = ("block", "full")
 
-def recursion_rows(config: CaptureBenchConfig, blocks: int, operator: str) -> dict[str, Any]:
+
+def recursion_rows(config: CaptureBenchConfig, blocks: int, operator: Operator) -> dict[str, Any]:
     """Speed of the recursion of `dvemb` from disk to disk, against a square float32 matrix product of 2048.
 
     A block of n rows of D dimensions takes n D^2 (G M^T) + n^2 D / 2 (the later steps' half of K) + n^2 D / 2 (the
@@ -32,7 +35,7 @@ def recursion_rows(config: CaptureBenchConfig, blocks: int, operator: str) -> di
     for start in range(0, rows, 512):
         gradients[start : start + 512] = random.normal(0, 0.01, gradients[start : start + 512].shape)
     steps = np.arange(rows) // config.batch_size
-    per_block = DvembConfig().rows_per_block
+    per_block = DvembConfig(operator=operator).block_rows
     dimensions = config.width**2 if operator == "block" else size
     columns = [slice(start, start + dimensions) for start in range(0, size, dimensions)]
     begin = process_time()
