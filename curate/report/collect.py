@@ -74,6 +74,15 @@ def target_table(domains: pl.DataFrame, mixture: Mixture) -> pl.DataFrame:
     return rows.select("target", "weight", "domain", "score", "score_low", "score_high", "shrunk")
 
 
+def leak_table(leaks: pl.DataFrame) -> pl.DataFrame:
+    """What the screen found, by domain and held-out file, most samples first; see `ReportData.leaks`."""
+    found = leaks.group_by("domain", "file").agg(
+        samples=pl.col("sample_id").n_unique(), documents=pl.col("id").n_unique(), of_sample=pl.col("of_sample").max(),
+        removed=pl.col("removed").all(),
+    )  # fmt: skip
+    return found.sort("samples", "domain", "file", descending=[True, False, False])
+
+
 def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str], Sequence[int]]) -> pl.DataFrame:
     """Samples to read.
 

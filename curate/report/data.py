@@ -101,6 +101,9 @@ class ReportData:
     pool: Sequence[Mapping[str, Any]] = ()
     """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
     empty where samples that were trained on were valued."""
+    leaks: Sequence[Mapping[str, Any]] = ()
+    """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
+    `of_sample` (largest share of a sample's n-grams), `removed`."""
     shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Constraints on several domains together -> `least`, `reached` and `price`."""
 

@@ -96,6 +96,7 @@ def _content(data: ReportData) -> dict[str, Any]:
         "examples": examples(data, sample_scale.factor),
         "examples_unit": sample_scale.unit,
         "shown_examples": _SHOWN_EXAMPLES,
+        "leak_table": tables.leak_table(data.leaks) if data.leaks else None,
         "shard_table": tables.shard_table(data.shards, order, windows),
         "reliability_table": tables.reliability_table(data.reliability, windows),
         "cost_table": tables.cost_table(data.costs),
@@ -175,6 +176,12 @@ def warnings(data: ReportData) -> list[str]:
         found.append(
             f"Held-out probes of {listed(weak_domains)} are not predicted well enough: the mean of the domain stands "
             "for its other samples, and only probed ones are chosen by value."
+        )
+    left = sum(row["samples"] for row in data.leaks if not row["removed"])
+    if left:
+        found.append(
+            f"{count(left)} samples of the next stage's data share text with held-out documents and are still in it: "
+            "select with --mode filter to leave them out, or expect losses on those documents that are too good."
         )
     unseen = sorted(set(data.domains.filter(pl.col("samples") == 0)["domain"]))
     if unseen:

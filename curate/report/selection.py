@@ -9,7 +9,15 @@ import polars as pl
 
 from curate.artifacts import SIGN
 from curate.pools.values import POOL
-from curate.report.collect import example_table, mixture_table, sweep_table, target_table, training_curve, value_curve
+from curate.report.collect import (
+    example_table,
+    leak_table,
+    mixture_table,
+    sweep_table,
+    target_table,
+    training_curve,
+    value_curve,
+)
 from curate.report.data import ReportData
 from curate.shards.write import loader_line
 
@@ -42,7 +50,7 @@ def selection_report(
         run: the streams that the next stage draws from, and the training.
         target: of the selection.
         mixture: as delivered.
-        tables: of `scores.rollup.roll_ups`, `ledger`, and for a pool `pool`.
+        tables: of `scores.rollup.roll_ups`, `ledger`, `leaks`, and for a pool `pool`.
         values: the values frames of the target.
         found: (window, "most" or "least") -> rows of that window to read, best match first.
         costs: see `report.collect.cost_table`.
@@ -67,5 +75,5 @@ def selection_report(
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
         sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
         shared={name: one.model_dump() for name, one in mixture.shared.items()},
-        pool=tables["pool"].to_dicts() if "pool" in tables else (),
+        pool=tables["pool"].to_dicts() if "pool" in tables else (), leaks=leak_table(tables["leaks"]).to_dicts(),
     )  # fmt: skip

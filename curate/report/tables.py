@@ -140,6 +140,25 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:
+    """Which samples share text with documents that must not be trained on."""
+    return Table(
+        headers=["domain", "held-out file", "samples", "documents", "largest share of a sample", "in the next stage"],
+        numeric=[False, False, True, True, True, False],
+        rows=[
+            [
+                row["domain"],
+                row["file"],
+                count(row["samples"]),
+                count(row["documents"]),
+                percent(row["of_sample"]),
+                "left out" if row["removed"] else "still there",
+            ]
+            for row in leaks
+        ],
+    )
+
+
 def phase_table(phases: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Table:
     """The phases of the next stage: where each starts, its length, and the share of each domain's samples."""
     return Table(

@@ -13,6 +13,7 @@ import pytest
 from plotly import graph_objects as go
 
 from curate.report import tables
+from curate.report.collect import leak_table
 from curate.report.data import ReportData, load_data, save_data
 from curate.report.page import domain_order, facts, group_steps, headline, render, warnings, write_report
 from curate.report.style import percent
@@ -151,6 +152,32 @@ def test_values_that_go_with_length_are_said():
     (said,) = [one for one in warnings(data) if "length" in one]
     assert said.startswith("Inside domains, a sample's value in the late window goes with its length (rank correlation")
     assert "0.62" in said
+
+
+def test_text_that_is_held_out_is_shown_and_said_where_it_is_still_there(data: ReportData, tmp_path):
+    hits = pl.DataFrame(
+        {
+            "domain": ["web", "web", "web", "code"],
+            "sample_id": [1, 1, 2, 3],
+            "file": ["bench.jsonl"] * 4,
+            "id": ["a", "b", "a", "c"],
+            "of_sample": [0.3, 0.9, 0.2, 1.0],
+            "removed": [True] * 4,
+        }
+    )
+    found = leak_table(hits).to_dicts()
+    assert [(row["domain"], row["samples"], row["documents"], row["of_sample"]) for row in found] == [
+        ("web", 2, 2, 0.9), ("code", 1, 1, 1.0)
+    ]  # fmt: skip
+    clean = dataclasses.replace(data, leaks=found)
+    assert warnings(clean) == warnings(data)
+    assert "Text that is held out" in render(clean)
+    assert "Text that is held out" not in render(data)
+    assert tables.leak_table(found).rows[0] == ["web", "bench.jsonl", "2", "2", percent(0.9), "left out"]
+    left = dataclasses.replace(data, leaks=leak_table(hits.with_columns(removed=False)).to_dicts())
+    assert any(said.startswith("3 samples of the next stage's data share text") for said in warnings(left))
+    save_data(tmp_path, left)
+    assert render(load_data(tmp_path)) == render(left)
 
 
 def test_weak_targets_and_unseen_domains_are_said(data: ReportData) -> None:
