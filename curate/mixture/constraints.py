@@ -23,7 +23,7 @@ _ROUNDING = 1e-9
 class MixtureConfig(Config):
     """How scores become the next stage's domain weights."""
 
-    temperature: float = Field(default=0.25, gt=0)
+    temperature: float = Field(default=0.5, gt=0)
     """How far the weights may leave the prior: they are prior * exp(score / temperature) between the bounds below; the
     unit is one standard deviation of a sample's value, which domains seldom differ by. High = close to the prior, low =
     concentrated."""
