@@ -132,20 +132,32 @@ def denominator(second_moment: Tensor, updates: int, settings: GroupSettings) ->
     return (second_moment / (1 - settings.beta2**updates)).sqrt_().add_(settings.eps)
 
 
-def separable_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale of each row and of each column with `1 / matrix ~ outer(rows, columns)`, exact where the rank is one.
+def separable_inverse(second_moment: Tensor, updates: int, settings: GroupSettings) -> tuple[Tensor, Tensor]:
+    """A scale of each row and of each column with `D ~ outer(rows, columns)`, exact where `1 / D` has rank one.
 
-    The squares are averaged, as Adafactor does with a second moment (arXiv 1804.04235, algorithm 1): with r and c the
-    row and column means of `w = matrix^2`, `w_oi ~ r_o c_i / mean(w)`.
+    The squares of `1 / D` are averaged, as Adafactor does with a second moment (arXiv 1804.04235, algorithm 1): with r
+    and c the row and column means of `w = (sqrt(v_hat) + eps)^2`, `w_oi ~ r_o c_i / mean(w)`. Sums of w are those of v
+    and of its root, `w = v_hat + 2 eps sqrt(v_hat) + eps^2`: one pass that writes, and products with a vector of ones.
 
     Args:
-        matrix: (O, I), positive: a `denominator`.
+        second_moment: (O, I) `v` after some updates.
+        updates: how many they were, at least 1.
+        settings: of the parameter's group, at the last of them.
 
     Returns:
         (O,) and (I,).
     """
-    squares = matrix.square()
-    outputs, inputs = squares.shape
-    rows, columns = squares @ squares.new_ones(inputs), squares.new_ones(outputs) @ squares  # much faster than sum(0)
-    middle = (rows.mean() / inputs).sqrt()  # shared between the sides, which keeps both in range
-    return (rows / inputs / middle).rsqrt(), (columns / outputs / middle).rsqrt()
+    import torch
+
+    moment = second_moment.to(torch.promote_types(second_moment.dtype, torch.float32))
+    root, corrected, eps = moment.sqrt(), 1 - settings.beta2**updates, settings.eps
+
+    def means(matrix: Tensor, its_root: Tensor) -> Tensor:
+        """Mean of w over the second dimension."""
+        count = matrix.shape[1]
+        ones = matrix.new_ones(count)
+        return torch.addmv(matrix @ ones, its_root, ones, alpha=2 * eps * corrected**0.5) / (corrected * count) + eps**2
+
+    rows, columns = means(moment, root), means(moment.T, root.T)
+    middle = rows.mean().sqrt()  # shared between the sides, which keeps both in range
+    return (rows / middle).rsqrt(), (columns / middle).rsqrt()

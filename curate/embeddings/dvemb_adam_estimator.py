@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.embeddings.dvemb_adam import denominator, recursion, separable_inverse
+from curate.embeddings.dvemb_adam import recursion, separable_inverse
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator, layer_settings, row_scales, row_steps
 from curate.errors import UserError
 from curate.trajectory.replay import optimizer_state, records
@@ -169,4 +169,4 @@ def layer_scale(
         moment = torch.zeros_like(capture.weight(layer))
     if clipped is not None:
         moment, updates = torch.lerp(clipped.square(), moment, settings.beta2), updates + 1
-    return separable_inverse(capture.oriented(layer, denominator(moment, max(updates, 1), settings)))
+    return separable_inverse(capture.oriented(layer, moment), max(updates, 1), settings)
