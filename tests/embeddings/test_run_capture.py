@@ -205,6 +205,7 @@ def test_a_folder_that_cannot_be_written_ends_the_capture_not_the_training(strea
 
     def begin_step(self, step):
         if step == 2:
+            self.flush()  # else the writer may be renaming a file in it
             (folder,) = (tmp_path / "run" / "captures").glob("*/rank-00000")
             shutil.rmtree(folder)
             folder.write_text("in the way")
