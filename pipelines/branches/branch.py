@@ -240,7 +240,7 @@ def read_losses(arena: Arena, state: Path) -> Losses:
 
 def continued(arena: Arena) -> list[dict[str, float]]:
     """`case_losses` of proportional after 0, 1, ... times the tokens of a branch, at constant lr; 1 is its branch."""
-    path, folder = arena.shared / "continued.json", arena.shared / "continued"
+    path, folder = arena.shared / f"continued-{arena.config.continued}.json", arena.shared / "continued"
     first = arena.proportional
     if not path.exists():
         if not (first / "stage" / FINAL).exists():

@@ -192,7 +192,7 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
 def test_a_lost_proportional_state_is_made_again(config):
     config = config.model_copy(update={"cases": ("foreign",), "methods": ("proportional",)})
     first = bench(config)
-    (continued,) = config.folder.glob("plain/seed-0/shared-*/continued.json")
+    (continued,) = config.folder.glob("plain/seed-0/shared-*/continued-2.json")
     continued.unlink()
     assert bench(config) == first
 

@@ -1,0 +1,98 @@
+"""`python -m pipelines.fidelity.moments`: how far values move where optimizer state had to be estimated.
+
+The state before a window is stripped of its optimizer state, which is estimated as `curate.reconstruct` does, and the
+window is valued from both.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from curate.config import Config, parse_command, run_command
+from curate.embed import EmbedConfig, embed
+from curate.errors import UserError
+from curate.fidelity.measure import spearman
+from curate.progress import start_logging
+from curate.reconstruct.moments import estimate_moments
+from curate.scores.values import embedded_values
+from curate.target import load_target
+from curate.trajectory.replay import Replay
+from curate.trajectory.run import Run
+
+_MADE = ("embeddings", "pools", "branch-tests", "selections", "reports")
+
+
+class MomentsConfig(Config):
+    """What to compare."""
+
+    run: Path
+    """A finished run."""
+    target: Path
+    """Target documents (JSONL)."""
+    out: Path = Path("runs/moments")
+    """Where the copy of the run with estimated state is made; emptied first."""
+    window: Literal["early", "late"] = "late"
+    """Window that is valued."""
+    steps: int = Field(default=100, ge=1)
+    """Gradients of as many steps before the window are used."""
+    min_target_tokens: int = 1
+    """Least predicted tokens of the target."""
+    tolerance: float = Field(default=0.5, gt=0)
+    """Of replayed losses, relative; they differ because the state does."""
+
+
+def agreement(config: MomentsConfig) -> dict[str, float]:
+    """Spearman of the values from estimated and from real state.
+
+    Returns:
+        `pooled`, and `within_step`, the mean over steps.
+
+    Raises:
+        UserError: the window starts with the run, or at no snapshot.
+    """
+    from safetensors.torch import load_file, save_file
+
+    run = Run(config.run)
+    start, _ = run.window(config.window)
+    if start == 0 or start not in run.snapshots:
+        raise UserError(f"window {config.window} starts at step {start}: nothing to estimate, or no snapshot there")
+    shutil.rmtree(config.out, ignore_errors=True)
+    shutil.copytree(config.run, config.out, ignore=shutil.ignore_patterns(*_MADE))
+    copy = Run(config.out)
+    state = copy.snapshot(start)
+    save_file({name: part for name, part in load_file(state).items() if not name.startswith("optimizer.")}, state)
+    estimate_moments(Replay(copy, tolerance=config.tolerance), start, state, config.steps)
+    target = load_target(config.target, run.spec, config.min_target_tokens)
+    frames = []
+    for each in (run, copy):
+        given = EmbedConfig(
+            target=config.target, window=config.window, min_target_tokens=config.min_target_tokens,
+            tolerance=config.tolerance,
+        )  # fmt: skip
+        frames.append(embedded_values(embed(given, each, target), target).sort("step", "sample_id"))
+    real, estimated = frames
+    joined = real.select("step", "value").with_columns(estimated=estimated["value"])
+    within = [spearman(part["value"].to_numpy(), part["estimated"].to_numpy()) for _, part in joined.group_by("step")]
+    pooled = spearman(joined["value"].to_numpy(), joined["estimated"].to_numpy())
+    known = [one for one in within if one is not None]
+    return {"pooled": np.nan if pooled is None else pooled, "within_step": float(np.mean(known))}
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(
+        MomentsConfig, "python -m pipelines.fidelity.moments", "How far values move with estimated optimizer state."
+    )
+    start_logging()
+    found = agreement(config)
+    sys.stdout.write(f"Spearman pooled {found['pooled']:.3f}, within a step {found['within_step']:.3f}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
