@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams
+from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams, release
 from curate.formats.phases import load_schedule
 from curate.optimizers.schedule import LrSchedule
 from curate.progress import progress, start_logging
@@ -109,18 +110,24 @@ def train(config: PretrainConfig) -> list[float]:
     Raises:
         UserError: the data or settings do not fit, or the folder holds a stage made with other settings.
     """
-    import torch
-
     settings = config.model_dump(mode="json", exclude={"out", "capture"})  # a capture changes no number
     if finished(config.out, settings):
         _log.info("%s is complete already", config.out)
         return []
+    with ExitStack() as stack:
+        return _train(config, settings, stack)
+
+
+def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -> list[float]:
+    import torch
+
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
     optimizers = _optimizers(model, config.optimizer)
     streams = load_streams(config.data)
     seq_len = _check_streams(streams, model, config)
     loader = _loader(config)
+    stack.callback(release, loader.dataset)
     first_step = resume(config.out, model, optimizers, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizers)

@@ -1,6 +1,7 @@
 """Schedules served by a real StreamingDataset: exact in every phase, resumed anywhere, refused where silent."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from streaming.base.partition import get_partitions
 
 from curate.errors import UserError
 from curate.formats.dataset import ScheduledDataset, open_dataset, phase_order, stream_order
-from curate.formats.mds import load_streams
+from curate.formats.mds import iterate, load_streams, release
 from curate.formats.phases import load_schedule
 from curate.mixture.record import Phase
 from curate.shards.write import write_schedule
@@ -175,3 +176,22 @@ def test_relative_folders_count_from_the_file(folders, tmp_path):  # noqa: F811
     write_schedule(tmp_path / "schedule.yaml", {"a": "a"}, laid)
     assert load_streams(tmp_path / "schedule.yaml") == [{"local": str(tmp_path / "a"), "choose": 50}]
     assert len(read(loader(tmp_path / "schedule.yaml"))) == 50
+
+
+def test_a_dataset_that_is_released_leaves_no_names_in_shared_memory(path, folders):  # noqa: F811
+    def named(prefix):
+        return [found for found in Path("/dev/shm").iterdir() if found.name.startswith(prefix)]
+
+    folder = Path(next(iter(folders.values())))
+    rows = [row["sample_id"] for row in iterate(folder)]
+    assert [row["sample_id"] for row in iterate(folder)] == rows
+    dataset = open_dataset(path, batch_size=4, seed=0)
+    taken = list(dataset)
+    prefix = f"{dataset._shm_prefix_int:06}_"
+    assert named(prefix)
+    release(dataset)
+    release(dataset)
+    assert not named(prefix)
+    again = open_dataset(path, batch_size=4, seed=0)
+    assert [row["sample_id"] for row in again] == [row["sample_id"] for row in taken]
+    release(again)
