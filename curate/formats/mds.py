@@ -314,10 +314,13 @@ def release(dataset: "StreamingDataset") -> None:
     from streaming.base import constant
     from streaming.base.shared import _get_path
 
+    prefix = vars(dataset).pop("_shm_prefix_int", -1)
+    if prefix < 0:
+        return  # given back already; the names may be another dataset's by now
     kinds = ("BARRIER", "CACHE_USAGE", "LOCALS", "NEXT_EPOCH", "RESUME", "SHARD_ACCESS_TIMES", "SHARD_STATES")
     for kind in kinds:
         with suppress(FileNotFoundError):
-            block = SharedMemory(_get_path(dataset._shm_prefix_int, getattr(constant, kind)))  # noqa: SLF001
+            block = SharedMemory(_get_path(prefix, getattr(constant, kind)))
             block.close()
             block.unlink()
 
