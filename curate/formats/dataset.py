@@ -13,7 +13,7 @@ from streaming.base.shuffle import get_shuffle
 
 from curate.artifacts import fingerprint
 from curate.errors import UserError
-from curate.formats.mds import load_streams
+from curate.formats.mds import construct, load_streams
 from curate.formats.phases import load_schedule, stream_key
 from curate.rng import derive_seed, generator
 
@@ -39,10 +39,12 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
     """
     schedule = load_schedule(data)
     if schedule is not None:
-        return ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options)
-    return StreamingDataset(
-        streams=[Stream(**stream) for stream in load_streams(data)], batch_size=batch_size, shuffle=True,
-        shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
+        return construct(lambda: ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options))
+    return construct(
+        lambda: StreamingDataset(
+            streams=[Stream(**stream) for stream in load_streams(data)], batch_size=batch_size, shuffle=True,
+            shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
+        )
     )  # fmt: skip
 
 

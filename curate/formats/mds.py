@@ -7,13 +7,14 @@ threads, so it can run beside a training job on the same folder. Training itself
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ from curate.progress import progress
 
 if TYPE_CHECKING:
     from streaming import StreamingDataset
+
+Dataset = TypeVar("Dataset", bound="StreamingDataset")
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {
@@ -298,18 +301,32 @@ def iterate(folder: Path) -> Iterator[dict[str, Any]]:
     """Every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
     from streaming import StreamingDataset
 
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    dataset = construct(lambda: StreamingDataset(local=str(folder), shuffle=False, batch_size=1))
     try:
         yield from dataset
     finally:
         release(dataset)
 
 
-def release(dataset: "StreamingDataset") -> None:
-    """Give back the names in shared memory of a dataset that is not used any more.
+def construct(make: "Callable[[], Dataset]") -> "Dataset":
+    """A `StreamingDataset` (and its `Stream`s), made anew when another process took its name in shared memory first.
 
-    Streaming does so when the process ends. Until then each new dataset attaches to all that are there, and keeps the
-    file descriptors: a process that opens 140 of them runs out of 20,000.
+    Streaming looks for a free name and takes it later; two trainings that start together on one machine can collide.
+    Not so where ranks wait for each other in between: there the error is raised.
+    """
+    while True:
+        try:
+            return make()
+        except FileExistsError as error:
+            if not str(error.filename).endswith("_locals") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
+
+
+def release(dataset: "StreamingDataset") -> None:
+    """Give back the names in shared memory, and the lock files, of a dataset that no rank uses any more.
+
+    Streaming gives back the names when the process ends, and the files never. Until then each new dataset attaches to
+    all that are there, and keeps the file descriptors: a process that opens 140 of them runs out of 20,000.
     """
     from streaming.base import constant
     from streaming.base.shared import _get_path
@@ -323,6 +340,8 @@ def release(dataset: "StreamingDataset") -> None:
             block = SharedMemory(_get_path(prefix, getattr(constant, kind)))
             block.close()
             block.unlink()
+    for kind in ("BARRIER_FILELOCK", "CACHE_FILELOCK"):
+        (Path(gettempdir()) / _get_path(prefix, getattr(constant, kind))).unlink(missing_ok=True)
 
 
 def load_streams(data: Path) -> list[dict[str, Any]]:

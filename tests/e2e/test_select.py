@@ -17,7 +17,7 @@ import yaml
 from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
 from curate.formats.dataset import open_dataset
-from curate.formats.mds import iterate
+from curate.formats.mds import construct, iterate
 from curate.mixture.record import read_mixture
 from curate.select import SelectConfig, select
 from curate.tracking import TrackingConfig
@@ -94,10 +94,13 @@ def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both)
 def test_streams_yaml_loads_in_one_line_with_the_mixture_exactly(both):
     from streaming import Stream, StreamingDataset
 
-    streams = [Stream(**stream) for stream in yaml.safe_load((both / "data" / "streams.yaml").read_text())]
-    dataset = StreamingDataset(
-        streams=streams, batch_size=6, shuffle=True, num_canonical_nodes=1, predownload=8, shuffle_block_size=1000
-    )
+    order = {"shuffle": True, "num_canonical_nodes": 1, "shuffle_block_size": 1000}
+
+    def make():
+        streams = [Stream(**stream) for stream in yaml.safe_load((both / "data" / "streams.yaml").read_text())]
+        return StreamingDataset(streams=streams, batch_size=6, predownload=8, **order)
+
+    dataset = construct(make)
     found = Counter(row["domain"] for row in dataset)
     mixture = read_mixture(both / "mixture.yaml")
     assert found == {name: part.samples for name, part in mixture.domains.items()}

@@ -1,7 +1,9 @@
 """Schedules served by a real StreamingDataset: exact in every phase, resumed anywhere, refused where silent."""
 
+import errno
 from collections import Counter
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from streaming.base.partition import get_partitions
 
 from curate.errors import UserError
 from curate.formats.dataset import ScheduledDataset, open_dataset, phase_order, stream_order
-from curate.formats.mds import iterate, load_streams, release
+from curate.formats.mds import construct, iterate, load_streams, release
 from curate.formats.phases import load_schedule
 from curate.mixture.record import Phase
 from curate.shards.write import write_schedule
@@ -178,9 +180,9 @@ def test_relative_folders_count_from_the_file(folders, tmp_path):  # noqa: F811
     assert len(read(loader(tmp_path / "schedule.yaml"))) == 50
 
 
-def test_a_dataset_that_is_released_leaves_no_names_in_shared_memory(path, folders):  # noqa: F811
+def test_a_dataset_that_is_released_leaves_no_names_behind(path, folders):  # noqa: F811
     def named(prefix):
-        return [found for found in Path("/dev/shm").iterdir() if found.name.startswith(prefix)]
+        return [found for folder in ("/dev/shm", gettempdir()) for found in Path(folder).glob(f"{prefix}*")]
 
     folder = Path(next(iter(folders.values())))
     rows = [row["sample_id"] for row in iterate(folder)]
@@ -195,3 +197,34 @@ def test_a_dataset_that_is_released_leaves_no_names_in_shared_memory(path, folde
     again = open_dataset(path, batch_size=4, seed=0)
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in taken]
     release(again)
+
+
+def test_two_that_start_together_do_not_take_one_name(path, folders, monkeypatch):  # noqa: F811
+    """The other process takes the name between the look for a free one and its use."""
+    from streaming.base.shared import prefix
+
+    first = open_dataset(path, batch_size=4, seed=0)
+    look, looked = prefix._check_and_find_retrying, []
+
+    def late(*args, **options):
+        looked.append(1)
+        return first._shm_prefix_int if len(looked) <= len(prefix.SHM_TO_CLEAN) else look(*args, **options)
+
+    monkeypatch.setattr(prefix, "_check_and_find_retrying", late)
+    second = open_dataset(path, batch_size=4, seed=0)
+    assert second._shm_prefix_int != first._shm_prefix_int
+    assert [row["sample_id"] for row in second] == [row["sample_id"] for row in first]
+    release(first)
+    release(second)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [("2", "/000000_locals"), ("1", "data/index.json")])
+def test_where_a_second_try_cannot_help_the_error_is_raised(monkeypatch, ranks, name):
+    """Other ranks would meet at another barrier; other files do not go away."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+
+    def taken():
+        raise FileExistsError(errno.EEXIST, "File exists", name)
+
+    with pytest.raises(FileExistsError):
+        construct(taken)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream
+from curate.formats.mds import MdsStream, construct
 from curate.formats.order import LoaderConfig, Resumed, SampleOrder
 from tests.tiny import write_tiny_streams
 
@@ -20,7 +20,12 @@ def loaded(streams, dataset, batch_size, drop_last, state=None):
     """Sample ids of batches as a training gets them, for ever, and a way to ask for the loader's state."""
     from streaming import Stream, StreamingDataLoader, StreamingDataset
 
-    made = StreamingDataset(streams=[Stream(**s) for s in streams], batch_size=batch_size, predownload=64, **dataset)
+    def make():
+        return StreamingDataset(
+            streams=[Stream(**s) for s in streams], batch_size=batch_size, predownload=64, **dataset
+        )
+
+    made = construct(make)
     loader = StreamingDataLoader(
         made,
         batch_size=batch_size,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from curate.formats.mds import Columns, as_sample
+from curate.formats.mds import Columns, as_sample, construct
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from tests.tiny import CLIP_NORM, SEQ_LEN, TASK, factory
 
@@ -122,8 +122,11 @@ class Loop:
     def _loader(self) -> Any:
         from streaming import Stream, StreamingDataLoader, StreamingDataset
 
-        streams = [Stream(**stream) for stream in self.streams.values()]
-        dataset = StreamingDataset(streams=streams, batch_size=self.batch_size, predownload=64, **self.dataset)
+        def make() -> StreamingDataset:
+            streams = [Stream(**stream) for stream in self.streams.values()]
+            return StreamingDataset(streams=streams, batch_size=self.batch_size, predownload=64, **self.dataset)
+
+        dataset = construct(make)
         return StreamingDataLoader(
             dataset, batch_size=self.batch_size, collate_fn=_keep, drop_last=self.drop_last, num_workers=self.workers
         )

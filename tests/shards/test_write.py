@@ -13,7 +13,7 @@ import yaml
 from streaming import Stream, StreamingDataset
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream
+from curate.formats.mds import MdsStream, construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.decide import Aims, decide
 from curate.shards.check import check_filter, check_reweight
@@ -56,9 +56,14 @@ def written(tmp_path_factory, streams, plan):
 SIZES = {"a": 40, "b": 25, "c": 10}
 
 
-def read(**arguments):
-    dataset = StreamingDataset(batch_size=4, shuffle=True, shuffle_seed=5, num_canonical_nodes=1, **arguments)
-    return list(dataset)
+def read(streams=None, **arguments):
+    def make():
+        made = [Stream(**stream) for stream in streams] if streams else None
+        return StreamingDataset(
+            streams=made, batch_size=4, shuffle=True, shuffle_seed=5, num_canonical_nodes=1, **arguments
+        )
+
+    return list(construct(make))
 
 
 def counts(rows):
@@ -163,7 +168,7 @@ def test_choose_is_exact_in_a_streaming_dataset(tmp_path, folders, samples):
     """Whole rounds and a part more, checked at world size 1."""
     path = tmp_path / STREAMS
     write_reweight(path, folders, samples)
-    rows = read(streams=[Stream(**stream) for stream in yaml.safe_load(path.read_text())])
+    rows = read(streams=yaml.safe_load(path.read_text()))
     assert counts(rows) == {name: count for name, count in samples.items() if count}
     uses = Counter((row["domain"], row["sample_id"]) for row in rows)
     for (domain, _), count in uses.items():
