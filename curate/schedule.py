@@ -26,7 +26,8 @@ from curate.embed import cost_units, embed, is_embedded, read_target
 from curate.errors import UserError
 from curate.mixture.record import read_mixture
 from curate.progress import start_logging
-from curate.select import SelectConfig, is_selected, select
+from curate.select import is_selected, select
+from curate.selection import SelectConfig
 from curate.stages.check import (
     check_data,
     check_inputs,

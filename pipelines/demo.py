@@ -22,7 +22,8 @@ from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.mixture.apportion import apportion
 from curate.progress import progress, start_logging
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.shards.write import write_reweight
 from curate.trajectory.run import Run
 from pipelines.corpus.build import CorpusConfig, build

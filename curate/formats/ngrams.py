@@ -4,6 +4,8 @@ Near-identical documents (templates, licences, generated rules) repeat almost al
 removal does not see them.
 """
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,7 @@ Hashes = npt.NDArray[np.uint64]
 
 _FACTORS = generator(0, "n-grams").integers(0, 1 << 63, size=N, dtype=np.uint64) * 2 + 1
 _BUCKETS = 1 << 12
+DIMENSION = 128  # of `text_features`
 
 
 def ngram_hashes(tokens: npt.NDArray[np.int32]) -> Hashes:
@@ -38,6 +41,18 @@ def hashed_features(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     keys = np.concatenate([ids * _FACTORS[0], ids[:-1] * _FACTORS[1] + ids[1:] * _FACTORS[2]]) >> np.uint64(52)
     counts = np.sqrt(np.bincount(keys.astype(np.int64), minlength=_BUCKETS)).astype(np.float32)
     return np.asarray(counts / max(float(np.linalg.norm(counts)), 1e-9), np.float32)
+
+
+@cache
+def _projection() -> npt.NDArray[np.float32]:
+    """A fixed one, which keeps inner products (Johnson and Lindenstrauss)."""
+    normal = generator(0, "features").standard_normal((_BUCKETS, DIMENSION))
+    return np.asarray(normal / np.sqrt(DIMENSION), np.float32)
+
+
+def text_features(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """`hashed_features` in few dimensions, for clusters of similar text: float32 [128]."""
+    return hashed_features(tokens) @ _projection()
 
 
 class NgramMemory:

@@ -4,6 +4,7 @@ Shape legend: S steps of the window, D domains, R resamples.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,7 @@ def domain_scores(
     *,
     seed: int,
     fresh: Mapping[str, float] | None = None,
+    parents: Mapping[str, str] | None = None,
     resamples: int = 1000,
 ) -> pl.DataFrame:
     """Score every domain of the prior for every window and target of `values`; windows are never averaged.
@@ -44,6 +46,12 @@ def domain_scores(
     cut at 0 (the positive-part James-Stein rule). The deviation between domains never scales a score: noise would get
     the size of signal.
 
+    Where the domains are parts of larger ones (`parents`), a part is shrunk towards its parent, which has more samples:
+
+        shrunk_d = shrunk_p + (score_d - score_p) * max(0, 1 - se_d^2 / tau^2)      p the parent of d
+
+    with error and tau those of the difference. A part without samples has its parent's score.
+
     Intervals are 95 % percentiles of a bootstrap over the window's steps; `sd` is held fixed in it.
 
     Args:
@@ -52,6 +60,7 @@ def domain_scores(
         prior: share of each domain in what was trained on; need not sum to 1.
         fresh: share of new text in each domain (`curate.formats.ngrams`); None: 1 for all.
         seed: of the bootstrap; the same resamples serve every target of a window, so that their scores can be compared.
+        parents: the larger domain of each one; None: there are none.
         resamples: R.
 
     Returns:
@@ -67,8 +76,10 @@ def domain_scores(
     """
     shares = _shares(prior, values)
     new = np.array([1.0 if fresh is None else fresh[domain] for domain in shares])
+    names = sorted(set((parents or {}).values()))
+    kin = np.array([[parents[domain] == name for name in names] for domain in shares], float) if parents else None
     parts = [
-        _score(group, shares, new, generator(seed, "bootstrap", str(window)), resamples).select(
+        _score(group, shares, new, kin, generator(seed, "bootstrap", str(window)), resamples).select(
             pl.lit(window).alias("window"), pl.lit(target).alias("target"), pl.all()
         )
         for (window, target), group in values.group_by("window", "target")
@@ -89,36 +100,46 @@ def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float
 
 
 def _score(
-    group: pl.DataFrame, prior: dict[str, float], fresh: Floats, random: np.random.Generator, resamples: int
+    group: pl.DataFrame,
+    prior: dict[str, float],
+    fresh: Floats,
+    kin: Floats | None,
+    random: np.random.Generator,
+    resamples: int,
 ) -> pl.DataFrame:
-    """Scores of one window and target."""
-    value, tokens = (step_sums(group, list(prior), column) for column in ("value", "tokens"))
+    """Scores of one window and target; `kin` [D, P] is 1 where a domain is part of a parent."""
+    sums = (step_sums(group, list(prior), "value"), step_sums(group, list(prior), "tokens"))
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
-    mean = ratio(value.sum(axis=0), tokens.sum(axis=0))
-    weights = step_weights(len(value), resamples, random)
-    drawn = ratio(weights @ value, weights @ tokens)
-    drawn[:, (tokens > 0).sum(axis=0) < MIN_STEPS] = np.nan
-    score = _discounted(_centred(mean[None], shares, scale), fresh)[0]
-    se, low, high = spread(drawn)
-    score_se, score_low, score_high = spread(_discounted(_centred(drawn, shares, scale), fresh))
-    unmeasured, width = ~np.isfinite(score_low), 1.96 * np.sqrt(between(score) or np.nan)
-    score_low[unmeasured] = (np.nan_to_num(score) - width)[unmeasured]
-    score_high[unmeasured] = (np.nan_to_num(score) + width)[unmeasured]
+    weights = step_weights(len(sums[0]), resamples, random)
+    own = _level(*sums, weights, shares, scale, fresh)
+    believed, shrunk = np.zeros(len(shares)), shrink(own.score, spread(own.drawn)[0])
+    if kin is not None:
+        whole = shares @ kin
+        above = _level(sums[0] @ kin, sums[1] @ kin, weights, whole, scale, (fresh * shares) @ kin / whole)
+        believed = np.nan_to_num(above.score) @ kin.T
+        apart, apart_se = own.score - believed, spread(own.drawn - above.drawn @ kin.T)[0]
+        shrunk = shrink(above.score, spread(above.drawn)[0]) @ kin.T + shrink(apart, apart_se)
+    se, low, high = spread(own.drawn_mean)
+    score_se, score_low, score_high = spread(own.drawn)
+    score = np.where(np.isfinite(own.score), own.score, believed)
+    unmeasured, width = ~np.isfinite(score_low), 1.96 * np.sqrt(between(own.score) or np.nan)
+    score_low[unmeasured] = (score - width)[unmeasured]
+    score_high[unmeasured] = (score + width)[unmeasured]
     scored = pl.DataFrame(
         {
             "domain": list(prior),
             "prior": shares,
             "fresh": fresh,
-            "tokens": tokens.sum(axis=0).astype(np.int64),
-            "value_per_token": mean,
+            "tokens": sums[1].sum(axis=0).astype(np.int64),
+            "value_per_token": own.mean,
             "se": se,
             "low": low,
             "high": high,
-            "score": np.nan_to_num(score),
+            "score": score,
             "score_se": score_se,
             "score_low": score_low,
             "score_high": score_high,
-            "shrunk": shrink(score, score_se),
+            "shrunk": shrunk,
         }
     )
     samples = group.group_by("domain").agg(pl.col("sample_id").n_unique().cast(pl.Int64).alias("samples"))
@@ -133,6 +154,24 @@ def _score(
             pl.exclude("domain", "prior", "fresh", "samples"),
         )
     )
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What is known of domains, or of their parents: means [D] and scores [D], and as drawn by the bootstrap [R, D]."""
+
+    mean: Floats
+    drawn_mean: Floats
+    score: Floats
+    drawn: Floats
+
+
+def _level(value: Floats, tokens: Floats, weights: Floats, shares: Floats, scale: float, fresh: Floats) -> _Level:
+    """From sums [S, D] per step and the steps drawn [R, S]."""
+    mean, drawn = ratio(value.sum(axis=0), tokens.sum(axis=0)), ratio(weights @ value, weights @ tokens)
+    drawn[:, (tokens > 0).sum(axis=0) < MIN_STEPS] = np.nan
+    score, drawn_score = (_discounted(_centred(means, shares, scale), fresh) for means in (mean[None], drawn))
+    return _Level(mean, drawn, score[0], drawn_score)
 
 
 def _discounted(score: Floats, fresh: Floats) -> Floats:

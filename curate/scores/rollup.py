@@ -11,7 +11,12 @@ from curate.scores.shards import between_shards, shard_scores
 
 
 def roll_ups(
-    every: pl.DataFrame, target: str, trained: Mapping[str, int], fresh: Mapping[str, float], seed: int
+    every: pl.DataFrame,
+    target: str,
+    trained: Mapping[str, int],
+    fresh: Mapping[str, float],
+    seed: int,
+    parents: Mapping[str, str] | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Tables by name: domains for every target, the others for one.
 
@@ -21,11 +26,12 @@ def roll_ups(
         trained: tokens that the run trained on, by domain.
         fresh: share of new text, by domain.
         seed: of bootstrap intervals.
+        parents: the larger domain of each one, where they are parts.
     """
     values = every.filter(target=target)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     return {
-        "domains": domain_scores(every, prior, seed=seed, fresh=fresh),
+        "domains": domain_scores(every, prior, seed=seed, fresh=fresh, parents=parents),
         "shards": shard_scores(values),
         "documents": document_values(values),
         "between_shards": between_shards(values),

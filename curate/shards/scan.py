@@ -8,12 +8,10 @@ import numpy.typing as npt
 import polars as pl
 
 from curate.formats.mds import MdsStream
-from curate.formats.ngrams import Hashes, hashed_features, ngram_hashes, sampled
+from curate.formats.ngrams import DIMENSION, Hashes, ngram_hashes, sampled, text_features
 from curate.progress import progress
-from curate.rng import generator
 
 MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
-_DIMENSION = 64  # of the features that clusters are made from
 _GRAMS = pl.Schema({"place": pl.Int64, "hash": pl.UInt64})
 
 
@@ -38,7 +36,7 @@ class Scan:
         ngrams: int64 [N], distinct n-grams of each sample.
         grams: `place`, `hash`: the n-grams that near-duplicates are found by.
         shared: `place`, `hash`: the n-grams that a held-out document has too.
-        features: float32 [N, 64], or None where no clusters are wanted.
+        features: float32 [N, 128], or None where no clusters are wanted.
     """
 
     ngrams: npt.NDArray[np.int64]
@@ -74,12 +72,10 @@ def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut, *,
     """
     reference = np.unique(held.grams["hash"].to_numpy())
     total = int(pool["length"].sum())
-    # A fixed projection of the hashed counts keeps their inner products (Johnson and Lindenstrauss).
-    projection = generator(0, "features").standard_normal((1 << 12, _DIMENSION)).astype(np.float32) / 8
     own: list[Hashes] = []
     common: list[Hashes] = []
     counts = np.zeros(len(pool), np.int64)
-    features = np.zeros((len(pool) if clusters else 0, _DIMENSION), np.float32)
+    features = np.zeros((len(pool) if clusters else 0, DIMENSION), np.float32)
     rows = pool.select("domain", "index").iter_rows()
     for place, (domain, index) in enumerate(progress(rows, total=len(pool), what="compare texts", unit="sample")):
         tokens = streams[domain][index].tokens
@@ -89,7 +85,7 @@ def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut, *,
         at = np.searchsorted(reference, hashes).clip(max=max(len(reference) - 1, 0))
         common.append(hashes[reference[at] == hashes] if len(reference) else hashes[:0])
         if clusters:
-            features[place] = hashed_features(tokens) @ projection
+            features[place] = text_features(tokens)
     return Scan(ngrams=counts, grams=_long(own), shared=_long(common), features=features if clusters else None)
 
 

@@ -191,6 +191,16 @@ class Run:
         """The same training with other data in the place of its streams, as far as these are read."""
         return self._changed(spec=self.spec.model_copy(update={"streams": dict(streams)}))
 
+    def divided(self, streams: Mapping[str, MdsStream], catalogue: pl.DataFrame) -> Run:
+        """The same training on the same streams under other names, each with a part of a stream's samples.
+
+        Args:
+            streams: name -> stream that its samples lie in.
+            catalogue: as `Run.catalogue`, with these names as `domain`.
+        """
+        spec = self.spec.model_copy(update={"streams": {name: stream.folder for name, stream in streams.items()}})
+        return self._changed(spec=spec, streams=dict(streams), catalogue=catalogue)
+
     def continued(self, steps: int, lr_share: float = 1.0) -> Run:
         """The run as if it went on: its last batches once more, with the optimizers' settings of the step of median lr.
 

@@ -19,7 +19,8 @@ from curate.mixture.record import read_mixture
 from curate.mixture.schedule import Kind, StageSchedule
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.shards.choose import ScreenConfig, ShardsConfig
 from curate.shards.write import write_reweight
 from curate.target import load_target, target_loss

@@ -16,7 +16,8 @@ from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.scores.importance import gumbel_keys
 from curate.scores.methods import VALUED, Method
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target

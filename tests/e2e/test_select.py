@@ -19,7 +19,8 @@ from curate.errors import UserError
 from curate.formats.dataset import open_dataset
 from curate.formats.mds import construct, iterate
 from curate.mixture.record import read_mixture
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target

@@ -15,7 +15,8 @@ from curate.formats.dataset import open_dataset
 from curate.formats.mds import COLUMNS, MdsStream, iterate, write_stream
 from curate.mixture.record import read_mixture
 from curate.pools.values import ProbeConfig
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target

@@ -17,7 +17,8 @@ from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, judge
 from curate.reconstruct.checkpoints import CheckpointKeys, read_checkpoint, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
-from curate.select import SelectConfig, select
+from curate.select import select
+from curate.selection import SelectConfig
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.run import Run
 from tests.reconstruct.training import Loop, in_processes

@@ -139,3 +139,47 @@ def test_benefits_of_repeated_text_count_once_and_harm_every_time(make):
     found = domain_scores(values, PRIOR, seed=0, fresh={"a": 0.1, "b": 1.0, "c": 0.1}, resamples=20)
     assert found["score"].to_list() == pytest.approx([0.1 * plain["score"][0], *plain["score"][1:]])
     assert found["value_per_token"].to_list() == plain["value_per_token"].to_list()
+
+
+def parts_of(values, pieces=4, seed=1):
+    """Every domain in parts by chance, which differ by nothing but noise."""
+    part = np.random.default_rng(seed).integers(pieces, size=len(values)).astype(str)
+    named = values.with_columns(domain=pl.col("domain") + "." + pl.Series(part))
+    parents = dict(named.select("domain", pl.col("domain").str.slice(0, 1).alias("parent")).unique().iter_rows())
+    return named, parents, {name: PRIOR[parent] / pieces for name, parent in parents.items()}
+
+
+def test_parts_that_are_the_whole_domain_are_scored_like_it(values):
+    plain = domain_scores(values, PRIOR, seed=0, resamples=50)
+    assert_frame_equal(domain_scores(values, PRIOR, seed=0, resamples=50, parents={d: d for d in PRIOR}), plain)
+
+
+def test_parts_by_chance_have_their_parents_score(make):
+    values = make(5, steps=60)
+    named, parents, prior = parts_of(values)
+    whole = dict(domain_scores(values, PRIOR, seed=0).select("domain", "shrunk").iter_rows())
+    frame = domain_scores(named, prior, seed=0, parents=parents)
+    error = [row["shrunk"] - whole[parents[row["domain"]]] for row in frame.iter_rows(named=True)]
+    raw = [row["score"] - whole[parents[row["domain"]]] for row in frame.iter_rows(named=True)]
+    assert np.abs(error).max() < 0.1
+    assert np.square(error).sum() < np.square(raw).sum() / 3
+
+
+def test_parts_that_differ_keep_their_difference(make):
+    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
+    better = named.with_columns(value=pl.col("value") + 2 * pl.col("tokens") * (pl.col("domain") == "a.0"))
+    frame = domain_scores(better, prior, seed=0, parents=parents)
+    shrunk = dict(frame.select("domain", "shrunk").iter_rows())
+    assert shrunk["a.0"] > 1
+    assert shrunk["a.0"] > 3 * max(abs(value) for name, value in shrunk.items() if name != "a.0")
+
+
+def test_a_part_without_samples_has_its_parents_score(make):
+    values = make(5, steps=60)
+    named, parents, prior = parts_of(values)
+    frame = domain_scores(named, {**prior, "a.9": 0.1}, seed=0, parents={**parents, "a.9": "a"})
+    row = frame.row(by_predicate=pl.col("domain") == "a.9", named=True)
+    others = frame.filter(pl.col("domain").str.starts_with("a.") & (pl.col("samples") > 0))
+    assert row["samples"] == 0
+    assert row["shrunk"] == pytest.approx(others["shrunk"].mean(), abs=0.1)
+    assert row["score_low"] < row["score"] < row["score_high"]

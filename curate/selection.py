@@ -1,0 +1,121 @@
+"""What a selection is: its settings, and what of them decides what is selected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, model_validator
+
+from curate.artifacts import file_fingerprint
+from curate.config import TokenCount
+from curate.embed import EmbedConfig, other_targets
+from curate.fidelity.branches import BranchTestConfig
+from curate.mixture.constraints import MixtureConfig
+from curate.mixture.schedule import StageSchedule
+from curate.pools.open import pool_fingerprint, pool_streams
+from curate.pools.values import ProbeConfig
+from curate.scores.methods import VALUED, Method, estimator_of
+from curate.shards.choose import ShardsConfig
+from curate.shards.deliver import Mode
+from curate.shards.grain import GrainConfig
+from curate.tracking import TrackingConfig
+from curate.trajectory.ledger import ledger_identity, stages
+
+if TYPE_CHECKING:
+    from curate.artifacts import Json
+    from curate.target import Target
+    from curate.trajectory.run import Run
+
+# What does not change what is selected.
+_ELSEWHERE: dict[str, Any] = {
+    **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking", "earlier"), True),
+    **dict.fromkeys(("more_targets", "guard", "pool", "probe"), True),
+    **dict.fromkeys(("tolerance", "target_batch_size"), True),
+    "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},
+    "dvemb": {"rows_per_block"},
+    "dvemb_adam": {"rows_per_block"},
+}
+
+
+class SelectConfig(EmbedConfig):
+    """A selection: everything but the target has a default."""
+
+    target: Path
+    """Target documents (JSONL): what the next stage should get better at."""
+    budget_tokens: TokenCount | None = None
+    """Tokens of the next stage, e.g. 50M; none: as many as the last stage."""
+    out: Path | None = None
+    """Folder to write to; none: a folder inside the run."""
+    method: Method = "curate"
+    """Where scores come from. curate: values by the estimator. Baselines: proportional (what was trained on), uniform
+    (over domains), random (samples), dsir (importance resampling over hashed n-grams), grad-dot, less and shapley
+    (gradient dot products), shuffled (values dealt anew: a null control), given (the weights of `weights`)."""
+    weights: dict[str, float] = {}
+    """Weight of every domain, for method given."""
+    importance_temperature: float = Field(default=1.0, gt=0)
+    """Of method dsir: samples are drawn in proportion to importance ** (1 / importance_temperature)."""
+    mode: Mode = "reweight"
+    """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
+    folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
+    With phases (`schedule.kind`) each form has a `schedule.yaml` instead of `streams.yaml` or beside the folders."""
+    earlier: tuple[Path, ...] | None = None
+    """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
+    pool: Path | None = None
+    """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
+    streams.yaml): a part of it is probed from the run's last state, the rest predicted."""
+    probe: ProbeConfig = ProbeConfig()
+    """How the pool is valued."""
+    branch_test: bool = False
+    """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
+    scores do not predict what they do to the target."""
+    branches: BranchTestConfig = BranchTestConfig()
+    """Length and number of those branches."""
+    seed: int = 0
+    """Seed of bootstrap intervals and sample draws."""
+    grain: GrainConfig = GrainConfig()
+    """What gets a weight: domains, or parts of them."""
+    mixture: MixtureConfig = MixtureConfig()
+    """From scores to weights."""
+    schedule: StageSchedule = StageSchedule()
+    """Where in the next stage these weights hold."""
+    shards: ShardsConfig = ShardsConfig()
+    """How data is written."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Weights & Biases."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _estimator_of_method(cls, given: dict[str, Any]) -> dict[str, Any]:
+        method = given.get("method", "curate")
+        if bool(given.get("weights")) != (method == "given"):
+            raise ValueError("weights are for method given, which needs them; set both or neither")
+        if given.get("pool") is not None and (given.get("branch_test") or method in set(VALUED) - {"curate"}):
+            raise ValueError("a pool is valued by its probes: leave out branch_test, and methods that value a window")
+        return {**given, "estimator": estimator_of(method, given.get("estimator", "adjoint"))}
+
+    @model_validator(mode="after")
+    def _grain_is_written(self) -> Self:
+        other = self.pool is not None or self.branch_test or self.method not in VALUED
+        if self.grain.by != "domains" and (self.mode != "filter" or other):
+            raise ValueError(
+                f"grain.by {self.grain.by} needs mode filter, which writes the parts anew, a method that values "
+                "samples, and neither pool nor branch_test, which are about domains"
+            )
+        return self
+
+
+def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
+    """What a selection is known by: with the same settings it would have the same bytes."""
+    chosen = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    files = config.adjoint.anchor_files
+    chosen["adjoint"]["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+    screened = config.shards.screen.files
+    chosen["shards"]["screen"]["files"] = [file_fingerprint(Path(path)) for path in screened if Path(path).is_file()]
+    earlier = ledger_identity(stages(run, config.earlier)[:-1])
+    weights: list[float | str] = [*config.more_targets.values(), *([] if config.guard is None else ["guard"])]
+    others = [other.fingerprint for other in other_targets(config, run, target)]
+    more: dict[str, Any] = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
+    if config.pool is not None:
+        more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
+    return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
