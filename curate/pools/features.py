@@ -1,10 +1,10 @@
-"""Cheap features of samples: the model's own mean hidden state, and hashed n-grams.
+"""Cheap features of samples: the model's own mean hidden state, hashed n-grams, and how like the target a text is.
 
 The hidden state is what the model's output layer reads, averaged over a sample's tokens: a forward pass without the
 output layer, about a quarter of a forward+backward pass. The module that `get_output_embeddings()` gives is taken for
 that layer, as of every Hugging Face causal LM; a model without one has n-grams only.
 
-H hidden width.
+H hidden width, T targets, V buckets of `formats.bags`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.formats.bags import buckets_of
 from curate.formats.ngrams import hashed_features
 from curate.task import collate
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from curate.task import Task
 
     Floats32 = npt.NDArray[np.float32]
+    Floats64 = npt.NDArray[np.float64]
+
+_MU = 2000.0
 
 
 class _ReachedError(Exception):
@@ -74,3 +78,31 @@ def mean_hidden_states(task: Task, samples: Sequence[Sample]) -> Floats32:
 def ngram_features(samples: Sequence[Sample]) -> Floats32:
     """Hashed counts of tokens and token pairs, float32 (B, 4096); see `formats.ngrams.hashed_features`."""
     return np.stack([hashed_features(sample.tokens) for sample in samples])
+
+
+def log_ratios(targets: Sequence[Floats64], pool: Floats64) -> Floats64:
+    """How much more likely each n-gram is in each target than in the pool: `log p_j - log q_j`, float64 (T, V).
+
+    With n-grams j that occur c_j times among the n of a target and d_j times in the pool,
+
+        q_j = (d_j + 1) / sum_j (d_j + 1)        p_j = (c_j + mu q_j) / (n + mu)        mu 2000
+
+    the Dirichlet smoothing of Zhai and Lafferty (SIGIR 2001): what a small target does not have is as likely as in the
+    pool, or a little less.
+
+    Args:
+        targets: (V,) counts of each target, see `formats.bags.bag`.
+        pool: (V,) counts of the pool.
+    """
+    q = (pool + 1) / (pool + 1).sum()
+    return np.stack([np.log((own + _MU * q) / (own.sum() + _MU)) - np.log(q) for own in targets])
+
+
+def likeness(samples: Sequence[Sample], ratios: Floats64) -> Floats32:
+    """Mean of `log_ratios` over the n-grams of each sample, float32 (B, T); 0 where a sample predicts nothing."""
+    found = np.zeros((len(samples), len(ratios)), np.float32)
+    for row, sample in enumerate(samples):
+        own = buckets_of(sample.tokens, sample.loss_mask)
+        if len(own):
+            found[row] = ratios[:, own].mean(axis=1)
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from curate.fidelity.measure import spearman, spearman_interval
-from curate.pools.features import ngram_features
+from curate.pools.features import likeness, ngram_features
 from curate.pools.predictor import fit, held_out_scores
 from curate.progress import progress
 
@@ -42,12 +42,17 @@ class FeatureReader:
         samples: of the pool.
         read: gives the samples of a table in its order, some at a time.
         hidden: folder of the hidden states of `blocks_of(samples)`; None: n-grams only.
+        ratios: (T, V) of the targets, see `features.log_ratios`.
     """
 
     def __init__(
-        self, samples: pl.DataFrame, read: Callable[[pl.DataFrame], Iterable[list[Sample]]], hidden: Path | None
+        self,
+        samples: pl.DataFrame,
+        read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
+        hidden: Path | None,
+        ratios: npt.NDArray[np.float64],
     ) -> None:
-        self._blocks, self._read, self._hidden = blocks_of(samples), read, hidden
+        self._blocks, self._read, self._hidden, self._ratios = blocks_of(samples), read, hidden, ratios
         self._deviations: Floats | None = None
 
     def of_probes(self, probes: pl.DataFrame) -> list[Floats]:
@@ -76,7 +81,8 @@ class FeatureReader:
             block = self._blocks[number].with_row_index("at")
             at = block.join(rows, on=["domain", "sample_id"], how="semi", maintain_order="left")["at"].to_numpy()
             found.append(np.load(block_file(self._hidden, number), mmap_mode="r")[at])
-        return [*found, np.concatenate([ngram_features(samples) for samples in self._read(rows)])]
+        texts = [(ngram_features(samples), likeness(samples, self._ratios)) for samples in self._read(rows)]
+        return [*found, *(np.concatenate(part) for part in zip(*texts, strict=True))]
 
 
 def spread(

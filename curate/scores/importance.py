@@ -7,63 +7,31 @@ Target and pool are bags of hashed unigrams and bigrams with multinomial distrib
 and a stage of k samples is drawn without replacement by the k largest of `log w_z + Gumbel noise` (section 3.3). With
 log w = 0 this is a draw of samples at random.
 
-The n-grams are those of the run's own tokens, counted where their last token is predicted, so that padding, prompts and
-the overlap of a document's pieces do not count.
-
-F features of a sequence of T tokens, V buckets.
+V buckets, see `formats.bags`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from curate.formats.bags import Floats, Sequence, bag, buckets_of
 from curate.progress import progress
 from curate.rng import generator
 
 if TYPE_CHECKING:
     from curate.formats.mds import MdsStream
 
-Floats = npt.NDArray[np.float64]
-Sequence = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.bool_]]  # tokens and loss mask, (T,) each
-
-BUCKETS = 10_000  # section 3.2
 _SMOOTHING = 1e-8  # added to probabilities, as in the authors' program
 
 
-def features(tokens: npt.NDArray[np.integer[Any]], loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Buckets of the unigrams and bigrams whose last token is predicted.
-
-    Args:
-        tokens: (T,) token ids.
-        loss_mask: (T,), True where a token is predicted; the first token never is.
-
-    Returns:
-        (F,) int64 from 0 to V - 1, F twice the predicted tokens.
-    """
-    factors = generator(0, "hashed n-grams").integers(0, 1 << 63, size=2, dtype=np.uint64) * 2 + 1
-    shifted = tokens.astype(np.uint64) + 1
-    last, before = shifted[1:][loss_mask[1:]], shifted[:-1][loss_mask[1:]]
-    hashes = np.concatenate([last * factors[0], last * factors[0] + before * factors[1]])  # modulo 2^64
-    buckets: npt.NDArray[np.int64] = ((hashes >> np.uint64(33)) % np.uint64(BUCKETS)).astype(np.int64)
-    return buckets
-
-
-def distribution(sequences: Iterable[Sequence]) -> Floats:
-    """Share of each bucket in the n-grams of some sequences, float64 (V,)."""
-    counts = np.zeros(BUCKETS)
-    for tokens, loss_mask in sequences:
-        np.add.at(counts, features(tokens, loss_mask), 1)
-    return np.asarray(counts / max(counts.sum(), 1.0))
-
-
 def log_ratio(target: Floats, pool: Floats) -> Floats:
-    """`log p_j - log q_j` of every bucket, smoothed; float64 (V,)."""
-    return np.asarray(np.log(target + _SMOOTHING) - np.log(pool + _SMOOTHING))
+    """`log p_j - log q_j` of every bucket from how often it occurs, smoothed; float64 (V,)."""
+    p, q = target / max(target.sum(), 1.0), pool / max(pool.sum(), 1.0)
+    return np.asarray(np.log(p + _SMOOTHING) - np.log(q + _SMOOTHING))
 
 
 def log_importance(streams: Mapping[str, MdsStream], target: Iterable[Sequence]) -> dict[str, Floats]:
@@ -75,10 +43,10 @@ def log_importance(streams: Mapping[str, MdsStream], target: Iterable[Sequence])
         streams: the pool.
         target: sequences of the target.
     """
-    pool = distribution(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
-    ratio = log_ratio(distribution(target), pool)
+    pool = bag(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
+    ratio = log_ratio(bag(target), pool)
     return {
-        domain: np.array([ratio[features(*sequence)].sum() for sequence in _sequences(stream, "importance")])
+        domain: np.array([ratio[buckets_of(*sequence)].sum() for sequence in _sequences(stream, "importance")])
         for domain, stream in streams.items()
     }
 

@@ -1,11 +1,13 @@
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
+from curate.formats.bags import bag, buckets_of
 from curate.formats.mds import Sample
-from curate.pools.features import mean_hidden_states, ngram_features, output_layer
+from curate.pools.features import likeness, log_ratios, mean_hidden_states, ngram_features, output_layer
 from curate.task import ModelSpec, Task, TaskSpec, collate
 
 LLAMA = {
@@ -13,6 +15,8 @@ LLAMA = {
     "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }  # fmt: skip
+
+ALL = np.ones(64, bool)
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +59,22 @@ def test_ngrams_do_not_depend_on_the_company(samples):
     assert found.shape == (3, 4096)
     np.testing.assert_array_equal(ngram_features(samples[1:2])[0], found[1])
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+
+
+def test_likeness_is_the_smoothed_log_ratio_of_a_plain_loop(samples):
+    pool, other = bag((sample.tokens, sample.loss_mask) for sample in samples), bag([(samples[2].tokens, ALL[:16])])
+    found = likeness(samples, log_ratios([pool, other], pool))
+    for row, sample in zip(found, samples, strict=True):
+        for place, target in enumerate((pool, other)):
+            terms = []
+            for bucket in buckets_of(sample.tokens, sample.loss_mask).tolist():
+                q = (pool[bucket] + 1) / sum(count + 1 for count in pool)
+                p = (target[bucket] + 2000 * q) / (sum(target) + 2000)
+                terms.append(math.log(p) - math.log(q))
+            assert row[place] == pytest.approx(math.fsum(terms) / len(terms), abs=1e-6)
+    assert found[2, 1] == found[:, 1].max() > 0
+
+
+def test_a_sample_that_predicts_nothing_is_like_nothing(samples):
+    silent = Sample(tokens=samples[0].tokens, loss_mask=np.zeros(10, bool), documents=[])
+    assert likeness([silent], log_ratios([bag([])], bag([]))).tolist() == [[0.0]]

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from curate.formats.bags import BUCKETS, bag, buckets_of
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.scores.importance import (
-    BUCKETS,
-    distribution,
-    drawn_shares,
-    features,
-    gumbel_keys,
-    keep_best,
-    log_importance,
-    log_ratio,
-)
+from curate.scores.importance import drawn_shares, gumbel_keys, keep_best, log_importance, log_ratio
 
 ALL = np.ones(64, bool)
 
@@ -49,7 +41,7 @@ def pool_of(lengths, domains):
 @given(st.lists(st.integers(0, 50_000), min_size=2, max_size=40), st.randoms())
 def test_features_are_the_uni_and_bigrams_of_predicted_tokens(tokens, random):
     mask = np.array([random.random() < 0.7 for _ in tokens])
-    found = features(np.asarray(tokens, np.int32), mask)
+    found = buckets_of(np.asarray(tokens, np.int32), mask)
     wanted = [token for token, on in zip(tokens[1:], mask[1:], strict=True) if on]
     pairs = [pair for pair, on in zip(pairwise(tokens), mask[1:], strict=True) if on]
     assert len(found) == 2 * len(wanted)
@@ -62,9 +54,9 @@ def test_features_are_the_uni_and_bigrams_of_predicted_tokens(tokens, random):
 
 
 def test_bigrams_have_an_order_and_few_collisions():
-    forward, back = (features(np.array(pair, np.int32), ALL[:2])[1] for pair in ((3, 4), (4, 3)))
+    forward, back = (buckets_of(np.array(pair, np.int32), ALL[:2])[1] for pair in ((3, 4), (4, 3)))
     assert forward != back
-    unigrams = features(np.arange(501, dtype=np.int32), ALL.repeat(8)[:501])[:500]
+    unigrams = buckets_of(np.arange(501, dtype=np.int32), ALL.repeat(8)[:501])[:500]
     assert len(set(unigrams)) > 450  # of 500 in 10,000 buckets about 12 are expected to collide
 
 
@@ -76,7 +68,7 @@ def test_log_importance_is_the_sum_of_log_ratios_counted_by_hand(tmp_path):
     def counts(sequences):
         found = Counter()
         for row in sequences:
-            found.update(features(np.asarray(row, np.int32), ALL[: len(row)]).tolist())
+            found.update(buckets_of(np.asarray(row, np.int32), ALL[: len(row)]).tolist())
         return found
 
     p, q = counts([[1, 2, 3, 2]]), counts([*rows["a"], *rows["b"]])
@@ -85,15 +77,15 @@ def test_log_importance_is_the_sum_of_log_ratios_counted_by_hand(tmp_path):
         for index, row in enumerate(own):
             wanted = sum(
                 np.log(p[j] / p.total() + 1e-8) - np.log(q[j] / q.total() + 1e-8)
-                for j in features(np.asarray(row, np.int32), ALL[: len(row)]).tolist()
+                for j in buckets_of(np.asarray(row, np.int32), ALL[: len(row)]).tolist()
             )
             assert found[name][index] == pytest.approx(wanted, rel=1e-9)
     assert found["a"][0] > found["b"][1] > found["b"][0]
 
 
 def test_a_pool_like_the_target_has_no_importance():
-    same = distribution([(np.arange(30), ALL[:30])])
-    assert same.sum() == pytest.approx(1)
+    same = bag([(np.arange(30), ALL[:30])])
+    assert same.sum() == 2 * 29
     np.testing.assert_allclose(log_ratio(same, same), 0)
 
 
