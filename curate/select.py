@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
     from curate.report.track import publish
+    from curate.scores.values import combined_values
 
     begin = perf_counter()
     target = _target(config, run)
@@ -96,9 +97,13 @@ def select(config: SelectConfig, run: Run) -> Path:
     if config.branch_test:
         facts["branch_test"] = _branch_test(config, run, target, stock.trained, tables["domains"])
         config = _with_mixture(config, temperature=facts["branch_test"]["temperature"])
+        stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
     values = every if isinstance(found, dict) else found.chosen_by()
-    mixture, plan, tables["leaks"] = _mix(stock, config, values, tables["domains"], consumed(ledger), target, keys)
+    values = combined_values(values.filter(window=config.mixture.window), _aims(config, target).targets)
+    if valued and stock.pool is None and config.mode != "reweight" and config.shards.unvalued == "predict":
+        values, tables["predicted"] = _predicted(stock, run, values, target)
+    mixture, plan, tables["leaks"] = _mix(stock, values, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
     _write_tables(out, every, tables)
     data = deliver(
@@ -146,7 +151,20 @@ def _residuals(found: dict[str, Embedding] | PoolValues) -> dict[str, float]:
 
 
 def _stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> _Stock:
-    """Open what the next stage draws from."""
+    """Open what the next stage draws from.
+
+    Raises:
+        UserError: settings that do not go together, or a bad pool.
+    """
+    from curate.shards.sift import check_reweighted
+
+    if config.pool is None and config.mixture.window not in config.window_names:
+        raise UserError(
+            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
+            "set window or mixture.window"
+        )
+    if config.mode != "filter":
+        check_reweighted(config.shards)
     trained = trained_tokens(run)
     config = config.model_copy(update={"budget_tokens": _budget(config, trained)})
     if config.method not in VALUED:  # weights are no gains that repetition could take from
@@ -230,6 +248,21 @@ def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dic
     return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
 
 
+def _predicted(stock: _Stock, run: Run, values: pl.DataFrame, target: Target) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The values with predicted ones of samples outside the window, and how good these are."""
+    from curate.shards.predict import predict_rest
+
+    config = stock.config
+    targets = [target, *other_targets(config, run, target)][: 1 + len(config.more_targets)]
+    found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
+    for row in judged.iter_rows(named=True):
+        _log.info(
+            "%s: %s of %s samples valued, held-out rank correlation %.2f; the rest: %s",
+            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", row["spearman"] or 0.0, row["used"],
+        )  # fmt: skip
+    return found, judged
+
+
 def _branch_test(
     config: SelectConfig, run: Run, target: Target, trained: Mapping[str, int], domains: pl.DataFrame
 ) -> Json:
@@ -255,7 +288,6 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
 def _mix(
     stock: _Stock,
-    config: SelectConfig,
     values: pl.DataFrame,
     domains: pl.DataFrame,
     used: pl.DataFrame,
@@ -269,28 +301,21 @@ def _mix(
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
     from curate.scores.importance import keep_best
-    from curate.scores.values import combined_values
     from curate.shards.plan import make_plan, make_pool, supply_of
-    from curate.shards.sift import check_reweighted, read_held_out, sift
+    from curate.shards.sift import read_held_out, sift
 
-    if config.pool is None and config.mixture.window not in config.window_names:
-        raise UserError(
-            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
-            "set window or mixture.window"
-        )
-    if config.mode != "filter":
-        check_reweighted(config.shards)
-    run, trained, aims = stock.run, stock.trained, _aims(config, target)
+    config, run, trained = stock.config, stock.run, stock.trained
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
-    wanted = combined_values(values.filter(window=config.mixture.window), aims.targets)
     known = {domain: catalogues[domain] for domain in trained}
-    pool = make_pool(known, wanted, used, consume_once=config.shards.consume_once)
+    pool = make_pool(known, values, used, consume_once=config.shards.consume_once)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
     pool, leaks = sift(pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed)
     budget = _budget(config, trained)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    mixture = decide_stage(domains, prior, supply_of(pool), budget, config.mixture, config.schedule, aims)
+    mixture = decide_stage(
+        domains, prior, supply_of(pool), budget, config.mixture, config.schedule, _aims(config, target)
+    )
     samples = {domain: part.samples for domain, part in mixture.domains.items()}
     if keys is not None and config.mode != "reweight":
         pool = keep_best(pool, keys, samples)

@@ -54,7 +54,9 @@ class SelectConfig(EmbedConfig):
     weights: dict[str, float] = {}
     """Weight of every domain, for method given."""
     importance_temperature: float = Field(default=1.0, gt=0)
-    """Of method dsir: samples are drawn in proportion to importance ** (1 / importance_temperature)."""
+    """Of method dsir: samples are drawn in proportion to importance ** (1 / importance_temperature). The logarithm is a
+    sum over a sample's n-grams: only temperatures of its deviation's order, a hundred for hundreds of tokens, loosen
+    the published draw."""
     mode: Mode = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
     folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.

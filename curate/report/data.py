@@ -101,6 +101,8 @@ class ReportData:
     pool: Sequence[Mapping[str, Any]] = ()
     """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
     empty where samples that were trained on were valued."""
+    predicted: Sequence[Mapping[str, Any]] = ()
+    """The same of samples outside the window that the data is chosen by, without targets; empty where none are."""
     leaks: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""

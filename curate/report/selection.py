@@ -50,7 +50,8 @@ def selection_report(
         run: the streams that the next stage draws from, and the training.
         target: of the selection.
         mixture: as delivered.
-        tables: of `scores.rollup.roll_ups`, `ledger`, `leaks`, and for a pool `pool`.
+        tables: of `scores.rollup.roll_ups`, `ledger`, `leaks`, for a pool `pool`, and `predicted` where
+            samples outside the window are.
         values: the values frames of the target.
         found: (window, "most" or "least") -> rows of that window to read, best match first.
         costs: see `report.collect.cost_table`.
@@ -75,5 +76,7 @@ def selection_report(
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
         sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
         shared={name: one.model_dump() for name, one in mixture.shared.items()},
-        pool=tables["pool"].to_dicts() if "pool" in tables else (), leaks=leak_table(tables["leaks"]).to_dicts(),
+        pool=tables["pool"].to_dicts() if "pool" in tables else (),
+        predicted=tables["predicted"].to_dicts() if "predicted" in tables else (),
+        leaks=leak_table(tables["leaks"]).to_dicts(),
     )  # fmt: skip

@@ -122,14 +122,19 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
 
 def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
     """How much of each domain of a pool was probed, and what predictions of the rest are worth."""
+    named = "target" in pool[0]
     names = {"predictor": "predicted", "domain mean": "the domain's mean", "probes": "nothing left"}
+    values = "probed" if named else "in the window"
     return Table(
-        headers=["domain", "target", "samples", "probed", "held-out rank correlation", "low", "high", "the rest"],
-        numeric=[False, False, *[True] * 5, False],
+        headers=[
+            "domain", *(["target"] if named else []), "samples", values, "held-out rank correlation", "low", "high",
+            "the rest",
+        ],
+        numeric=[False, *([False] if named else []), *[True] * 5, False],
         rows=[
             [
                 row["domain"],
-                row["target"],
+                *([row["target"]] if named else []),
                 count(row["samples"]),
                 count(row["probed"]),
                 *(signed(row[name]) for name in ("spearman", "low", "high")),
@@ -137,7 +142,7 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
             ]
             for row in pool
         ],
-    )
+    )  # fmt: skip
 
 
 def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:

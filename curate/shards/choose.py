@@ -38,11 +38,13 @@ class ShardsConfig(Config):
     drop_fraction: float | None = Field(default=0.2, ge=0, lt=1)
     """Share of each domain's valued samples to leave out, those of low value; none: as many as both halves of the
     target find worse than their domain's mean by more than a standard deviation."""
-    sample_temperature: float = Field(default=0.5, ge=0)
+    sample_temperature: float = Field(default=0.1, ge=0)
     """Randomness of that choice (Gumbel top-k), in standard deviations of a sample's value within its domain; 0:
     exactly the lowest values are left out."""
-    unvalued: Literal["keep", "drop"] = "keep"
-    """Samples outside the valued window: keep all of them, which stand for the domain's mean, or drop them."""
+    unvalued: Literal["predict", "keep", "drop"] = "predict"
+    """Samples outside the valued window. predict: by their text, in domains where held-out samples are ranked well
+    enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean. drop: leave them
+    out."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""

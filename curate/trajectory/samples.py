@@ -87,6 +87,16 @@ def trained_tokens(run: Run) -> dict[str, int]:
     return dict(tokens.sort("domain").iter_rows())
 
 
+def usable_samples(run: Run) -> pl.DataFrame:
+    """Each distinct sample of a run's streams that predicts a token, by domain and content id.
+
+    Returns:
+        domain, index, shard, sample_id, length, tokens (predicted).
+    """
+    usable = run.places.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
+    return usable.select("domain", "index", "shard", "sample_id", "length", "tokens")
+
+
 def stored_bytes_per_token(run: Run) -> float:
     """Bytes of the run's streams on disk, per stored token."""
     return sum(folder_bytes(stream.folder) for stream in run.streams.values()) / int(run.catalogue["length"].sum())

@@ -73,11 +73,14 @@ class BranchesConfig(Config):
     oracle: a regression over a swarm of branches, or the pool without its noise."""
     temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     """Temperatures of methods that value samples; the default is always run."""
-    importance_temperatures: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
-    """Temperatures of dsir's weights, and of the oracle's scores, which are in units of their own."""
+    importance_temperatures: tuple[float, ...] = (256.0, 128.0, 64.0, 1.0)
+    """Temperatures of dsir's draw. Log importance is a sum over a sample's n-grams and differs by hundreds: below 32
+    nothing but the largest are drawn, as at 1, the published setting."""
+    oracle_temperatures: tuple[float, ...] = (2.0, 1.0, 0.5)
+    """Temperatures of the oracle's scores, in their deviations between domains."""
     guard_drop: float = Field(default=0.05, ge=0)
     """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
-    drop_fraction: float = Field(default=0.4, ge=0, lt=1)
+    drop_fraction: float = Field(default=0.6, ge=0, lt=1)
     """Share of the valued samples of each domain that are left out, where samples are chosen."""
     schedules: tuple[Kind, ...] = ("early-late",)
     """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
@@ -161,7 +164,7 @@ class BranchesConfig(Config):
         default = default_temperature(method)
         if method in TARGETLESS:
             return [default]
-        own = self.importance_temperatures if method in ("dsir", "oracle") else self.temperatures
+        own = {"dsir": self.importance_temperatures, "oracle": self.oracle_temperatures}.get(method, self.temperatures)
         return sorted({*own, default}, reverse=True)
 
 
@@ -170,7 +173,8 @@ def small(config: BranchesConfig) -> BranchesConfig:
     return config.model_copy(
         update={
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
-            "temperatures": (0.1,), "importance_temperatures": (1.0,), "steps": 60, "branch_steps": 30,
+            "temperatures": (0.1,), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
+            "steps": 60, "branch_steps": 30,
             "window_steps": 10, "continued": 2,
             "target_documents": 12, "domain_megabytes": 0.1, "swarm": 6,
             "branch_test": BranchTestConfig(steps=5, repeats=1),

@@ -136,7 +136,7 @@ def config(tmp_path_factory):
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
         cases=("foreign", "noisy"), methods=("curate", "oracle", "probes", "proportional"), temperatures=(0.5,),
-        importance_temperatures=(2.0,), seeds=(0,),
+        oracle_temperatures=(2.0,), importance_temperatures=(2.0,), seeds=(0,),
         model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
         batch_size=4, seq_len=16, branch_test=BranchTestConfig(steps=2, repeats=1),
         target_documents=6, excerpt_characters=80, domain_megabytes=0.008, lr=3e-3, swarm=4,
