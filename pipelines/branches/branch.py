@@ -91,7 +91,8 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop, config.drop_fraction])[:8]
+    dropped = config.drop_fraction if case.mode == "filter" else None
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
