@@ -92,7 +92,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     config = stock.config
     found = _found(stock, run, target) if valued else {}
     embedded = perf_counter()
-    every, tables, keys = _scored(stock, target, found)
+    every, tables, keys = _scored(stock, run, target, found)
     facts: dict[str, Any] = {"residuals": _residuals(found)}
     if config.branch_test:
         facts["branch_test"] = _branch_test(config, run, target, stock.trained, tables["domains"])
@@ -198,39 +198,33 @@ def _found(stock: _Stock, run: Run, target: Target) -> dict[str, Embedding] | Po
 
 
 def _scored(
-    stock: _Stock, target: Target, found: dict[str, Embedding] | PoolValues
+    stock: _Stock, run: Run, target: Target, found: dict[str, Embedding] | PoolValues
 ) -> tuple[pl.DataFrame, dict[str, pl.DataFrame], pl.DataFrame | None]:
     """Values of every target, their roll-ups, and the keys by which a method draws samples, where it does."""
     from curate.scores.methods import scores_without_values
     from curate.scores.rollup import roll_ups
     from curate.scores.schema import no_scores
+    from curate.scores.shards import between_shards
 
-    config, run, trained, grain = stock.config, stock.run, stock.trained, stock.grain
+    config, trained, grain = stock.config, stock.trained, stock.grain
     if config.method not in VALUED:
         domains, keys = scores_without_values(
-            config.method, run, target, config.weights, trained=trained, window=config.mixture.window,
+            config.method, stock.run, target, config.weights, trained=trained, window=config.mixture.window,
             budget=_budget(config, trained), temperature=config.mixture.temperature,
             importance_temperature=config.importance_temperature, seed=config.seed,
         )  # fmt: skip
         return no_scores(), {"domains": domains}, keys
     every = _every_value(config, run, target, found) if isinstance(found, dict) else found.probed
-    if grain is not None:
-        if config.grain.by == "shards":
-            _warn_of_shuffled(every.filter(target=target.name, window=config.mixture.window))
-        every = grain.of_parts(every)
+    own = every if grain is None else grain.of_parts(every)
     parents = None if grain is None else grain.parents
-    tables = roll_ups(every, target.name, trained, fresh_shares(run), config.seed, parents)
+    tables = roll_ups(own, target.name, trained, fresh_shares(stock.run), config.seed, parents)
+    if config.grain.by == "shards":  # whether they differ at all is asked of domains
+        tables["between_shards"] = between_shards(every.filter(target=target.name))
+        for domain, verdict in tables["between_shards"].select("domain", "verdict").unique().sort("domain").iter_rows():
+            _log.info("%s: %s", domain, verdict)
     if not isinstance(found, dict):
         tables |= {"pool": found.domains, "pool_values": found.every}
-    return every, tables, None
-
-
-def _warn_of_shuffled(values: pl.DataFrame) -> None:
-    """Say where weights of shards can do nothing."""
-    from curate.scores.shards import between_shards
-
-    for domain, verdict in between_shards(values).select("domain", "verdict").iter_rows():
-        _log.info("%s: %s", domain, verdict)
+    return own, tables, None
 
 
 def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding]) -> pl.DataFrame:
@@ -256,9 +250,10 @@ def _predicted(stock: _Stock, run: Run, values: pl.DataFrame, target: Target) ->
     targets = [target, *other_targets(config, run, target)][: 1 + len(config.more_targets)]
     found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
     for row in judged.iter_rows(named=True):
+        told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
         _log.info(
-            "%s: %s of %s samples valued, held-out rank correlation %.2f; the rest: %s",
-            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", row["spearman"] or 0.0, row["used"],
+            "%s: %s of %s samples valued, held-out rank correlation %s; the rest: %s",
+            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, row["used"],
         )  # fmt: skip
     return found, judged
 
@@ -298,6 +293,8 @@ def _mix(
 
     `keys` say which samples, where the method draws them.
     """
+    import polars as pl
+
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
     from curate.scores.importance import keep_best
@@ -310,17 +307,27 @@ def _mix(
     pool = make_pool(known, values, used, consume_once=config.shards.consume_once)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
-    pool, leaks = sift(pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed)
+    grain, mixing = stock.grain, config.mixture
+    pool, leaks = sift(
+        pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed,
+        parents=None if grain is None else grain.parents,
+    )  # fmt: skip
+    prior, supply = {domain: float(tokens) for domain, tokens in trained.items()}, supply_of(pool)
+    if grain is not None:
+        spent = grain.spent([part for part, own in supply.items() if own.samples])
+        if spent:
+            _log.info("nothing is left of %s; their shares go to other parts of their domain", ", ".join(spent))
+        prior = grain.without(spent, prior)
+        mixing = mixing.model_copy(update={"prior": grain.without(spent, mixing.prior)})
+        supply = {part: supply[part] for part in prior}
+        domains = domains.filter(pl.col("domain").is_in(list(prior)))
     budget = _budget(config, trained)
-    prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    mixture = decide_stage(
-        domains, prior, supply_of(pool), budget, config.mixture, config.schedule, _aims(config, target)
-    )
-    samples = {domain: part.samples for domain, part in mixture.domains.items()}
+    mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, _aims(config, target))
+    samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
     if keys is not None and config.mode != "reweight":
         pool = keep_best(pool, keys, samples)
     plan = make_plan(pool, samples, config.seed)
-    return with_tokens(mixture, {**dict.fromkeys(trained, 0), **plan.tokens()}), plan, leaks
+    return with_tokens(mixture, {**dict.fromkeys(mixture.domains, 0), **plan.tokens()}), plan, leaks
 
 
 def _budget(config: SelectConfig, trained: Mapping[str, int]) -> int:

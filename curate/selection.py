@@ -67,7 +67,7 @@ class SelectConfig(EmbedConfig):
     """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
     streams.yaml): a part of it is probed from the run's last state, the rest predicted."""
     probe: ProbeConfig = ProbeConfig()
-    """How the pool is valued."""
+    """How the pool is valued; `min_rank_correlation` also says where values outside the window are predicted."""
     branch_test: bool = False
     """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
     scores do not predict what they do to the target."""
@@ -120,4 +120,6 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     more: dict[str, Any] = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
     if config.pool is not None:
         more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
+    elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued == "predict":
+        more["min_rank_correlation"] = config.probe.min_rank_correlation
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}

@@ -19,6 +19,7 @@ from curate.rng import generator
 Floats = npt.NDArray[np.float64]
 Sequence = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.bool_]]  # tokens and loss mask, (T,) each
 
+_FACTORS = generator(0, "hashed n-grams").integers(0, 1 << 63, size=2, dtype=np.uint64) * 2 + 1
 BUCKETS = 10_000  # as DSIR has (arXiv 2302.03169, section 3.2)
 
 
@@ -32,10 +33,9 @@ def buckets_of(tokens: npt.NDArray[np.integer[Any]], loss_mask: npt.NDArray[np.b
     Returns:
         (F,) int64 from 0 to V - 1, F twice the predicted tokens.
     """
-    factors = generator(0, "hashed n-grams").integers(0, 1 << 63, size=2, dtype=np.uint64) * 2 + 1
     shifted = tokens.astype(np.uint64) + 1
     last, before = shifted[1:][loss_mask[1:]], shifted[:-1][loss_mask[1:]]
-    hashes = np.concatenate([last * factors[0], last * factors[0] + before * factors[1]])  # modulo 2^64
+    hashes = np.concatenate([last * _FACTORS[0], last * _FACTORS[0] + before * _FACTORS[1]])  # modulo 2^64
     buckets: npt.NDArray[np.int64] = ((hashes >> np.uint64(33)) % np.uint64(BUCKETS)).astype(np.int64)
     return buckets
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from tempfile import gettempdir
+from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -45,6 +46,7 @@ COLUMNS = {
 CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "fresh", "ngrams")
 
 
+_ATTEMPTS = 50  # at a name in shared memory
 _BYTES_PER_TOKEN = 4  # of a shard, at least; bounds the number of tokens from above
 
 
@@ -313,13 +315,21 @@ def construct(make: "Callable[[], Dataset]") -> "Dataset":
 
     Streaming looks for a free name and takes it later; two trainings that start together on one machine can collide.
     Not so where ranks wait for each other in between: there the error is raised.
+
+    Raises:
+        UserError: no name can be had, time after time.
     """
-    while True:
+    for attempt in range(_ATTEMPTS):
         try:
             return make()
         except FileExistsError as error:
             if not str(error.filename).endswith("_locals") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise
+            sleep(0.001 * attempt)
+    raise UserError(
+        "streaming finds no free name in shared memory, where a training that was killed left some: call "
+        "streaming.base.util.clean_stale_shared_memory() while no other training runs on this machine"
+    )
 
 
 def release(dataset: "StreamingDataset") -> None:

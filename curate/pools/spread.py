@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 VALUES = ("value", "value_a", "value_b")
+FEATURES = ("hidden states", "n-grams", "likeness")  # what predictions are made from, part of their identity
 _BLOCK = 4096  # samples whose features are held at once
 
 
@@ -65,10 +66,13 @@ class FeatureReader:
             found[0] = found[0] / self._deviations
         return found
 
-    def of_all(self) -> Iterator[tuple[pl.DataFrame, Floats]]:
-        """Parts of the pool with their features (N, F), in the units of the probes."""
+    def of_all(self, domains: Collection[str]) -> Iterator[tuple[pl.DataFrame, Floats]]:
+        """Parts of some domains of the pool with their features (N, F), in the units of the probes."""
         blocks = progress(self._blocks, total=len(self._blocks), what="predict", unit="block")
-        for number, block in enumerate(blocks):
+        for number, whole in enumerate(blocks):
+            block = whole.filter(pl.col("domain").is_in(list(domains)))
+            if block.is_empty():
+                continue
             features = self._features(number, block)
             if self._deviations is not None:
                 features[0] = features[0] / self._deviations
@@ -86,7 +90,12 @@ class FeatureReader:
 
 
 def spread(
-    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, reader: FeatureReader, seed: int
+    samples: pl.DataFrame,
+    probes: pl.DataFrame,
+    values: Floats,
+    reader: FeatureReader,
+    seed: int,
+    least: float | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Values of every sample, and how good predictions are; see `settled` for what is made of them.
 
@@ -96,6 +105,7 @@ def spread(
         values: (n, 3 T) of the probes, per token: value, value_a, value_b for each target.
         reader: of features.
         seed: of folds and intervals.
+        least: only domains are predicted that `settled` will use at this threshold; None: all.
 
     Returns:
         `of` (place of the target), `domain`, `sample_id`, `step` (of probes, else null), `value`, `value_a`, `value_b`
@@ -106,8 +116,9 @@ def spread(
     features, domains = reader.of_probes(probes), probes["domain"].to_numpy().astype(str)
     judged = _judge(samples, probes, values, held_out_scores(features, values, domains, seed), seed)
     predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES))
-    parts = []
-    for block, own in reader.of_all():
+    wanted = judged if least is None else judged.filter(_good(least))
+    parts = [_rows(place, probes.clear(), values[:0]) for place in targets]
+    for block, own in reader.of_all(wanted["domain"].unique().to_list()):
         names, predicted = block["domain"].to_numpy().astype(str), np.empty((len(block), values.shape[1]))
         for name in map(str, np.unique(names)):
             predicted[names == name] = predictor.predict(own[names == name], name)
@@ -137,8 +148,7 @@ def settled(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> tuple[p
         `every` with the means of domains, and the source "domain mean", where predictions are not used.
         `domains` with `used` instead of the means.
     """
-    good = ((pl.col("spearman") >= least) & (pl.col("low") > 0)).fill_null(value=False)
-    weak = pl.when(good).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
+    weak = pl.when(_good(least)).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
     used = pl.when(pl.col("probed") == pl.col("samples")).then(pl.lit("probes")).otherwise(weak)
     judged = domains.with_columns(used=used)
     means = [f"mean_{name}" for name in VALUES]
@@ -147,6 +157,10 @@ def settled(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> tuple[p
     values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES]
     source = pl.when(falls).then("used").otherwise("source")
     return joined.with_columns(*values, source=source).drop("used", *means), judged.drop(means)
+
+
+def _good(least: float) -> pl.Expr:
+    return ((pl.col("spearman") >= least) & (pl.col("low") > 0)).fill_null(value=False)
 
 
 def _rows(place: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:

@@ -123,7 +123,12 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
 def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
     """How much of each domain of a pool was probed, and what predictions of the rest are worth."""
     named = "target" in pool[0]
-    names = {"predictor": "predicted", "domain mean": "the domain's mean", "probes": "nothing left"}
+    names = {
+        "predictor": "predicted",
+        "domain mean": "the domain's mean",
+        "probes": "nothing left",
+        "too few": "too few to tell",
+    }
     values = "probed" if named else "in the window"
     return Table(
         headers=[

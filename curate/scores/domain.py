@@ -3,10 +3,10 @@
 Shape legend: S steps of the window, D domains, R resamples.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from curate.errors import UserError
@@ -50,7 +50,8 @@ def domain_scores(
 
         shrunk_d = shrunk_p + (score_d - score_p) * max(0, 1 - se_d^2 / tau^2)      p the parent of d
 
-    with error and tau those of the difference. A part without samples has its parent's score.
+    with the error of the difference, and tau^2 its mean square over the parts that have siblings. A part without
+    samples has its parent's score.
 
     Intervals are 95 % percentiles of a bootstrap over the window's steps; `sd` is held fixed in it.
 
@@ -76,10 +77,9 @@ def domain_scores(
     """
     shares = _shares(prior, values)
     new = np.array([1.0 if fresh is None else fresh[domain] for domain in shares])
-    names = sorted(set((parents or {}).values()))
-    kin = np.array([[parents[domain] == name for name in names] for domain in shares], float) if parents else None
+    above = None if parents is None else _places(parents, shares)
     parts = [
-        _score(group, shares, new, kin, generator(seed, "bootstrap", str(window)), resamples).select(
+        _score(group, shares, new, above, generator(seed, "bootstrap", str(window)), resamples).select(
             pl.lit(window).alias("window"), pl.lit(target).alias("target"), pl.all()
         )
         for (window, target), group in values.group_by("window", "target")
@@ -103,26 +103,32 @@ def _score(
     group: pl.DataFrame,
     prior: dict[str, float],
     fresh: Floats,
-    kin: Floats | None,
+    above: npt.NDArray[np.int64] | None,
     random: np.random.Generator,
     resamples: int,
 ) -> pl.DataFrame:
-    """Scores of one window and target; `kin` [D, P] is 1 where a domain is part of a parent."""
-    sums = (step_sums(group, list(prior), "value"), step_sums(group, list(prior), "tokens"))
+    """Scores of one window and target; `above` [D]: which parent each domain is part of."""
+    sums = step_sums(group, list(prior), "value"), step_sums(group, list(prior), "tokens")
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
     weights = step_weights(len(sums[0]), resamples, random)
-    own = _level(*sums, weights, shares, scale, fresh)
-    believed, shrunk = np.zeros(len(shares)), shrink(own.score, spread(own.drawn)[0])
-    if kin is not None:
-        whole = shares @ kin
-        above = _level(sums[0] @ kin, sums[1] @ kin, weights, whole, scale, (fresh * shares) @ kin / whole)
-        believed = np.nan_to_num(above.score) @ kin.T
-        apart, apart_se = own.score - believed, spread(own.drawn - above.drawn @ kin.T)[0]
-        shrunk = shrink(above.score, spread(above.drawn)[0]) @ kin.T + shrink(apart, apart_se)
-    se, low, high = spread(own.drawn_mean)
-    score_se, score_low, score_high = spread(own.drawn)
-    score = np.where(np.isfinite(own.score), own.score, believed)
-    unmeasured, width = ~np.isfinite(score_low), 1.96 * np.sqrt(between(own.score) or np.nan)
+    own = _means(*sums, weights)
+    if above is None:
+        score, drawn = _scores(own, _centres(own, shares), scale, fresh)
+        believed, shrunk = np.zeros(len(shares)), shrink(score, spread(drawn)[0], between(score))
+    else:
+        member = np.eye(above.max() + 1)[above]
+        whole, up = shares @ member, _means(sums[0] @ member, sums[1] @ member, weights)
+        centres = _centres(up, whole)  # of both levels: else their distance would be taken for the parts' own
+        score, drawn = _scores(own, centres, scale, fresh)
+        parent, drawn_parent = _scores(up, centres, scale, (fresh * shares) @ member / whole)
+        believed = np.nan_to_num(parent)[above]
+        shrunk = shrink(parent, spread(drawn_parent)[0], between(parent))[above]
+        shrunk += _apart(score - parent[above], spread(drawn - drawn_parent[:, above])[0], above)
+    se, low, high = spread(own[1])
+    score_se, score_low, score_high = spread(drawn)
+    width = 1.96 * np.sqrt(between(score) or np.nan)
+    score = np.where(np.isfinite(score), score, believed)
+    unmeasured = ~np.isfinite(score_low)
     score_low[unmeasured] = (score - width)[unmeasured]
     score_high[unmeasured] = (score + width)[unmeasured]
     scored = pl.DataFrame(
@@ -131,7 +137,7 @@ def _score(
             "prior": shares,
             "fresh": fresh,
             "tokens": sums[1].sum(axis=0).astype(np.int64),
-            "value_per_token": own.mean,
+            "value_per_token": own[0][0],
             "se": se,
             "low": low,
             "high": high,
@@ -156,37 +162,47 @@ def _score(
     )
 
 
-@dataclass(frozen=True)
-class _Level:
-    """What is known of domains, or of their parents: means [D] and scores [D], and as drawn by the bootstrap [R, D]."""
-
-    mean: Floats
-    drawn_mean: Floats
-    score: Floats
-    drawn: Floats
+def _places(parents: Mapping[str, str], domains: Iterable[str]) -> npt.NDArray[np.int64]:
+    """The place of each domain's parent in the order of their names."""
+    names = sorted(set(parents.values()))
+    return np.array([names.index(parents[domain]) for domain in domains], np.int64)
 
 
-def _level(value: Floats, tokens: Floats, weights: Floats, shares: Floats, scale: float, fresh: Floats) -> _Level:
-    """From sums [S, D] per step and the steps drawn [R, S]."""
-    mean, drawn = ratio(value.sum(axis=0), tokens.sum(axis=0)), ratio(weights @ value, weights @ tokens)
+def _means(value: Floats, tokens: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Values per token, observed [1, D] and drawn [R, D], from sums [S, D] per step and the steps drawn [R, S]."""
+    drawn = ratio(weights @ value, weights @ tokens)
     drawn[:, (tokens > 0).sum(axis=0) < MIN_STEPS] = np.nan
-    score, drawn_score = (_discounted(_centred(means, shares, scale), fresh) for means in (mean[None], drawn))
-    return _Level(mean, drawn, score[0], drawn_score)
+    return ratio(value.sum(axis=0), tokens.sum(axis=0))[None], drawn
+
+
+def _centres(means: tuple[Floats, Floats], prior: Floats) -> list[Floats]:
+    """The prior-weighted mean over the domains seen, observed [1, 1] and drawn [R, 1]."""
+    centres = []
+    for mean in means:
+        total = (np.isfinite(mean) * prior).sum(axis=1, keepdims=True)
+        centres.append(ratio((np.nan_to_num(mean) * prior).sum(axis=1, keepdims=True), total))
+    return centres
+
+
+def _scores(means: tuple[Floats, Floats], centres: list[Floats], scale: float, fresh: Floats) -> tuple[Floats, Floats]:
+    """Distances to the centre in units of `scale`, observed [D] and drawn [R, D]; NaN where a domain is not seen."""
+    found = []
+    for mean, centre in zip(means, centres, strict=True):
+        score = np.asarray((mean - centre) / scale) if scale else np.where(np.isfinite(mean), 0.0, np.nan)
+        found.append(_discounted(score, fresh))
+    return found[0][0], found[1]
+
+
+def _apart(apart: Floats, se: Floats, above: npt.NDArray[np.int64]) -> Floats:
+    """What is beyond chance in the distance of parts to their parents [D]; tau^2 is of parts that have siblings."""
+    seen = np.isfinite(apart)
+    told = seen & (np.bincount(above, weights=seen)[above] > 1)
+    return shrink(apart, se, float((apart[told] ** 2).mean()) if told.any() else 0.0)
 
 
 def _discounted(score: Floats, fresh: Floats) -> Floats:
     """Scores [R, D]: benefits count for new text only, harm in full."""
     return np.where(score > 0, score * fresh, score)
-
-
-def _centred(mean: Floats, prior: Floats, scale: float) -> Floats:
-    """Means per domain [R, D] -> scores [R, D]: distance to the prior-weighted mean, in units of `scale`."""
-    seen = np.isfinite(mean)
-    if scale == 0:
-        return np.where(seen, 0.0, np.nan)
-    total = (seen * prior).sum(axis=1, keepdims=True)
-    centre = ratio((np.nan_to_num(mean) * prior).sum(axis=1, keepdims=True), total)
-    return np.asarray((mean - centre) / scale)
 
 
 def pooled_deviation(group: pl.DataFrame) -> float:
@@ -210,17 +226,17 @@ def pooled_deviation(group: pl.DataFrame) -> float:
     return deviation if tokens and deviation > _EQUAL * largest else 0.0
 
 
-def shrink(score: Floats, se: Floats) -> Floats:
-    """`score * max(0, 1 - se^2 / tau^2)`, tau^2 the observed variance of the finite scores (see `domain_scores`).
+def shrink(score: Floats, se: Floats, variance: float) -> Floats:
+    """`score * max(0, 1 - se^2 / tau^2)` (see `domain_scores`).
 
     Args:
         score: float64 [D]; NaN for a domain not seen.
         se: float64 [D]; NaN where unknown.
+        variance: tau^2, the observed variance of the scores.
 
     Returns:
         float64 [D], finite: 0 where the score or its error is not known.
     """
-    variance = between(score)
     if variance == 0:
         return np.zeros_like(score)
     return np.asarray(np.nan_to_num(score) * np.nan_to_num(np.maximum(0.0, 1 - se**2 / variance)))

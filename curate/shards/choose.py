@@ -4,6 +4,7 @@ In this order, each among what the ones before it left: consumed (where asked), 
 asked), low_value, cluster_quota.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -60,7 +61,14 @@ class ShardsConfig(Config):
     """Size limit of a shard that is written."""
 
 
-def choose(pool: pl.DataFrame, found: Scan, hits: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame:
+def choose(
+    pool: pl.DataFrame,
+    found: Scan,
+    hits: pl.DataFrame,
+    config: ShardsConfig,
+    seed: int,
+    parents: Mapping[str, str] | None = None,
+) -> pl.DataFrame:
     """Give every sample that is not good enough its reason.
 
     Nothing depends on the order of shards: ties and draws go by the samples' content ids.
@@ -71,13 +79,14 @@ def choose(pool: pl.DataFrame, found: Scan, hits: pl.DataFrame, config: ShardsCo
         hits: leaks, `place`, `file` and `id`; see `scan.leaks`. Empty where they are only reported.
         config: what is left out.
         seed: of the draws and the clusters.
+        parents: the larger domain of each one, where they are parts: near-duplicates are looked for in it.
 
     Returns:
         The pool with `reason`, `detail` and `kept`.
     """
     ranked = _ranked(pool, config, seed)
     ranked = _mark(ranked, hits.unique("place", keep="first").select("place", detail=_source()), "leak")
-    doubles = near_duplicates(found, _comparable(ranked, found), config.duplicate_overlap)
+    doubles = near_duplicates(found, _comparable(ranked, found, parents or {}), config.duplicate_overlap)
     names = ranked.select(of="place", detail=pl.format("sample {}", "sample_id"))
     ranked = _mark(ranked, doubles.join(names, on="of").select("place", "detail"), "near_duplicate")
     ranked = _mark(ranked, _copies(ranked), "near_duplicate")
@@ -136,12 +145,13 @@ def _open(ranked: pl.DataFrame) -> pl.DataFrame:
     return ranked.filter(pl.col("reason").is_null())
 
 
-def _comparable(ranked: pl.DataFrame, found: Scan) -> pl.DataFrame:
+def _comparable(ranked: pl.DataFrame, found: Scan, parents: Mapping[str, str]) -> pl.DataFrame:
     """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
     enough = pl.Series(np.flatnonzero(found.ngrams >= _FEW))
     rest = _open(ranked).filter(pl.col("place").is_in(enough.implode()))
     ordered = rest.sort(["value", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
-    return ordered.with_row_index("rank").select("place", "domain", pl.col("rank").cast(pl.Int64))
+    whole = pl.col("domain").replace(parents)
+    return ordered.with_row_index("rank").select("place", whole, pl.col("rank").cast(pl.Int64))
 
 
 def _copies(ranked: pl.DataFrame) -> pl.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,25 @@ class Grain:
     stock: Run
     parents: Mapping[str, str]
     trained: Mapping[str, int]
+
+    def spent(self, left: Collection[str]) -> list[str]:
+        """Parts of which nothing is left where something is of their domain.
+
+        Args:
+            left: the parts of which something is.
+        """
+        domains = {self.parents[part] for part in left}
+        return sorted(part for part in set(self.parents) - set(left) if self.parents[part] in domains)
+
+    def without(self, spent: Collection[str], shares: Mapping[str, float]) -> dict[str, float]:
+        """Shares of the parts but for some, whose shares go to the other parts of their domain."""
+        found = {part: share for part, share in shares.items() if part not in spent}
+        for part in spent:
+            if part in shares:
+                own = [other for other in found if self.parents[other] == self.parents[part]]
+                whole = sum(shares[other] for other in own)
+                found |= {other: found[other] + shares[part] * shares[other] / whole for other in own}
+        return found
 
     def of_parts(self, values: pl.DataFrame) -> pl.DataFrame:
         """A values frame with the part's name as `domain`."""

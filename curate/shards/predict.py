@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
 
 from curate.formats.bags import bag
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from curate.trajectory.run import Run
 
 _LEAST = 20  # valued samples of a domain from which a rank correlation says something
-_MOST = 10_000  # valued samples that the fit is made from, by chance: 4,096 features of each are held at once
+_MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
 _BATCH = 64  # samples read at a time
 _JUDGED = ("domain", "samples", "probed", "spearman", "low", "high", "used")
 
@@ -45,19 +44,19 @@ def predict_rest(
 
     Returns:
         The values, and below them those that were predicted.
-        `domain`, `samples`, `probed` (valued), `spearman` (held out) with `low` and `high`, and `used`, as of
-        `curate.pools.PoolValues.domains`; without domains that have fewer than 20 valued samples.
+        `domain`, `samples`, `probed` (valued ones that the fit was made from), `spearman` (held out) with `low` and
+        `high`, and `used`: as of `curate.pools.PoolValues.domains`, or "too few" to say anything.
     """
     per_token = (pl.col(name).sum() / pl.col("tokens").sum() for name in VALUES)
     seen = values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(pl.col("step").min(), *per_token)
-    known = seen.filter(pl.len().over("domain") >= _LEAST)
-    samples = usable_samples(run).join(known.select("domain").unique(), on="domain", how="semi", maintain_order="left")
-    probes = samples.join(known, on=["domain", "sample_id"], maintain_order="left")
-    if probes.is_empty():
-        return values, pl.DataFrame(schema=dict.fromkeys(_JUDGED, pl.String))
-    if len(probes) > _MOST:
-        chosen = generator(seed, "fitted").choice(len(probes), _MOST, replace=False)
-        probes = probes[np.sort(chosen)]
+    samples = usable_samples(run)
+    valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
+    enough = valued.filter(pl.len().over("domain") >= _LEAST)
+    sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
+    few = _too_few(sizes, valued, enough)
+    if enough.is_empty():
+        return values, few
+    probes = _fitted(enough, seed)
 
     def read(rows: pl.DataFrame) -> Iterator[list[Sample]]:
         for part in rows.iter_slices(_BATCH):
@@ -65,7 +64,8 @@ def predict_rest(
 
     pool = bag((sample.tokens, sample.loss_mask) for batch in read(probes) for sample in batch)
     reader = FeatureReader(samples, read, None, log_ratios([bag(target.sequences()) for target in targets], pool))
-    every, judged = settled(*spread(samples, probes, probes.select(VALUES).to_numpy(), reader, seed), least)
+    found = spread(samples, probes, probes.select(VALUES).to_numpy(), reader, seed, least)
+    every, judged = settled(*found, least)
     rest = every.filter(source="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")
     places = rest.join(samples, on=["domain", "sample_id"], maintain_order="left")
     columns = ("window", "target", "domain", "index", "sample_id", "tokens", *VALUES)
@@ -73,4 +73,25 @@ def predict_rest(
         *(pl.col(name) * pl.col("tokens") for name in VALUES),
         *(pl.lit(values[name][0]).alias(name) for name in columns[:2]),
     )
-    return pl.concat([values.select(columns), predicted.select(columns)]), judged.select(_JUDGED)
+    table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
+    return pl.concat([values.select(columns), predicted.select(columns)]), table
+
+
+def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The samples that the fit is made from: of each domain its share of the most that there may be, not too few."""
+    share = min(1.0, _MOST / len(valued))
+    order = valued.with_columns(
+        draw=pl.Series(generator(seed, "fitted").random(len(valued))), row=pl.int_range(pl.len()),
+        wanted=pl.max_horizontal((pl.len().over("domain") * share).ceil(), pl.lit(_LEAST)),
+    )  # fmt: skip
+    chosen = order.filter(pl.col("draw").rank("ordinal").over("domain") <= pl.col("wanted"))
+    return chosen.sort("row").drop("draw", "row", "wanted")
+
+
+def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the domains that have not enough valued samples."""
+    counts = valued.group_by("domain").agg(probed=pl.len().cast(pl.Int64))
+    table = sizes.join(enough, on="domain", how="anti").join(counts, on="domain", how="left")
+    unknown = (pl.lit(None, pl.Float64).alias(name) for name in ("spearman", "low", "high"))
+    told = table.with_columns(pl.col("probed").fill_null(0), *unknown, used=pl.lit("too few"))
+    return told.select(_JUDGED).sort("domain")

@@ -47,6 +47,7 @@ def sift(
     *,
     filtered: bool,
     seed: int,
+    parents: Mapping[str, str] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Screen a pool and choose among its samples.
 
@@ -57,6 +58,7 @@ def sift(
         config: what is left out.
         filtered: whether samples can be left out; else they are only screened.
         seed: of the draws.
+        parents: the larger domain of each one, where they are parts.
 
     Returns:
         The pool, and the hits of the screen: `domain`, `index`, `sample_id`, `file`, `id`, `shared` (n-grams),
@@ -67,7 +69,7 @@ def sift(
     hits = leaks(found, held, config.screen.overlap).filter("hit")
     removing = filtered and config.screen.mode == "remove"
     if filtered:
-        pool = choose(pool, found, hits if removing else hits.clear(), config, seed)
+        pool = choose(pool, found, hits if removing else hits.clear(), config, seed, parents)
     places = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
     report = hits.join(places.select("place", "domain", "index", "sample_id"), on="place", maintain_order="left")
     _say(report, held, removing=removing)

@@ -14,6 +14,7 @@ from streaming import StreamingDataLoader
 from streaming.base.partition import get_partitions
 
 from curate.errors import UserError
+from curate.formats import mds
 from curate.formats.dataset import ScheduledDataset, open_dataset, phase_order, stream_order
 from curate.formats.mds import construct, iterate, load_streams, release
 from curate.formats.phases import load_schedule
@@ -228,3 +229,16 @@ def test_where_a_second_try_cannot_help_the_error_is_raised(monkeypatch, ranks, 
 
     with pytest.raises(FileExistsError):
         construct(taken)
+
+
+def test_a_name_that_is_never_free_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(mds, "_ATTEMPTS", 3)
+    tried = []
+
+    def taken():
+        tried.append(1)
+        raise FileExistsError(errno.EEXIST, "File exists", "/000000_locals")
+
+    with pytest.raises(UserError, match="clean_stale_shared_memory"):
+        construct(taken)
+    assert len(tried) == 3

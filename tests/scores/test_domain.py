@@ -118,7 +118,7 @@ def test_windows_and_targets_are_kept_apart(make):
 
 def test_shrink_formula():
     score, se = np.array([2.0, -2.0, 0.0, np.nan]), np.array([1.0, 3.0, np.nan, np.nan])
-    assert shrink(score, se).tolist() == [2.0 * (1 - 1 / 4), 0.0, 0.0, 0.0]
+    assert shrink(score, se, 4.0).tolist() == [2.0 * (1 - 1 / 4), 0.0, 0.0, 0.0]
 
 
 def test_pooled_deviation_ignores_the_distance_between_domains(values):
@@ -183,3 +183,40 @@ def test_a_part_without_samples_has_its_parents_score(make):
     assert row["samples"] == 0
     assert row["shrunk"] == pytest.approx(others["shrunk"].mean(), abs=0.1)
     assert row["score_low"] < row["score"] < row["score_high"]
+
+
+def test_a_parent_that_was_not_seen_takes_nothing_from_the_others_parts(make):
+    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
+    better = named.with_columns(value=pl.col("value") + 2 * pl.col("tokens") * (pl.col("domain") == "a.0"))
+    alone = domain_scores(better, prior, seed=0, parents=parents)
+    more = domain_scores(
+        better, {**prior, "z.0": 0.01, "z.1": 0.01}, seed=0, parents={**parents, "z.0": "z", "z.1": "z"}
+    )
+    one = dict(alone.select("domain", "shrunk").iter_rows())
+    other = dict(more.select("domain", "shrunk").iter_rows())
+    assert other["a.0"] == pytest.approx(one["a.0"], rel=0.02)
+    assert other["z.0"] == 0
+
+
+def test_parts_that_the_window_did_not_reach_change_nothing_for_those_of_other_domains(make):
+    """Unshuffled shards: of domain a one part is in the window, of b all; inside a domain nothing differs."""
+    values = make(7, steps=60, domains=("a", "b"), effect=(1.0, -1.0))
+    part = pl.Series(np.random.default_rng(0).integers(10, size=len(values)).astype(str))
+    named = values.with_columns(
+        domain=pl.when(pl.col("domain") == "a").then(pl.lit("a.0")).otherwise(pl.format("b.{}", part))
+    )
+    parents = {f"{domain}.{number}": domain for domain in "ab" for number in range(10)}
+    frame = domain_scores(named, dict.fromkeys(parents, 0.05), seed=0, parents=parents)
+    whole = dict(domain_scores(values, {"a": 0.5, "b": 0.5}, seed=0).select("domain", "shrunk").iter_rows())
+    for row in frame.iter_rows(named=True):
+        assert row["shrunk"] == pytest.approx(whole[parents[row["domain"]]], abs=0.15), row["domain"]
+
+
+def test_domains_of_one_part_do_not_weaken_what_is_known_of_parts(make):
+    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
+    better = named.with_columns(value=pl.col("value") + pl.col("tokens") * (pl.col("domain") == "a.0"))
+    single = better.filter(pl.col("domain") == "b.0").with_columns(domain=pl.lit("y.0"))
+    one = domain_scores(better, prior, seed=0, parents=parents).filter(domain="a.0")["shrunk"][0]
+    shares = {**prior, "y.0": 0.01}
+    other = domain_scores(pl.concat([better, single]), shares, seed=0, parents={**parents, "y.0": "y"})
+    assert other.filter(domain="a.0")["shrunk"][0] == pytest.approx(one, rel=0.1)

@@ -94,6 +94,19 @@ def test_of_near_duplicates_the_best_stays(data):
     assert reasons(pool, "near_duplicate", "b") == []
 
 
+def test_near_duplicates_in_two_parts_of_a_domain_count_once(data):
+    streams, catalogues, _ = data
+    pool = make_pool(catalogues, values_of(catalogues, lambda index: index), NONE)
+    found, config = scan(pool, streams, held_out([])), ShardsConfig(drop_fraction=0.0)
+    cut = pool.with_columns(domain=pl.format("{}.{}", "domain", (pl.col("index") > 10).cast(pl.Int8)))
+    none = leaks(found, held_out([]), 0.5)
+    parents = {f"{name}.{part}": name for name in "ab" for part in (0, 1)}
+    whole = choose(cut, found, none, config, 0, parents).filter(reason="near_duplicate")
+    assert sorted(whole["index"]) == [3, 10, 12]
+    alone = choose(cut, found, none, config, 0).filter(reason="near_duplicate")
+    assert sorted(alone["index"]) == [3, 12]
+
+
 def test_near_duplicates_against_all_pairs(data):
     """A slow oracle over sets of n-grams."""
     streams, catalogues, _ = data

@@ -9,9 +9,11 @@ from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
+from curate.pools.values import ProbeConfig
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.shards.grain import GrainConfig, divide, mixture_of_parts
+from curate.shards.choose import ShardsConfig
+from curate.shards.grain import Grain, GrainConfig, divide, mixture_of_parts
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
@@ -132,3 +134,45 @@ def test_general_data_and_the_prior_may_be_named_by_domain(folder):
 def test_a_floor_of_a_domain_that_is_divided_names_the_parts(folder):
     with pytest.raises(UserError, match=r"mixture.floors names json; the domains are dataclasses.0"):
         selected(folder, grain=GrainConfig(by="clusters", clusters=2), mixture=MixtureConfig(floors={"json": 0.2}))
+
+
+def test_what_is_made_for_parts_serves_whole_domains_too(folder, tmp_path):
+    """One artifact per target: that of the guard is made while the domains are divided."""
+    lines = (folder / "target.jsonl").read_text().splitlines()
+    (tmp_path / "guard.jsonl").write_text("\n".join(lines[::2]) + "\n")
+    given = {"method": "less", "guard": tmp_path / "guard.jsonl", "mixture": MixtureConfig(guard_drop=5.0)}
+    fine = selected(folder, grain=GrainConfig(by="clusters", clusters=2), **given)
+    plain = selected(folder, **given)
+    scores = [pl.read_parquet(out / "scores.parquet") for out in (fine, plain)]
+    assert set(scores[1]["domain"]) == {"json", "dataclasses"}
+    assert scores[0]["value"].to_list() == scores[1]["value"].to_list()
+    assert set(scores[0]["domain"]) == set(read_mixture(fine / "mixture.yaml").domains)
+
+
+def test_parts_that_are_used_up_leave_their_share_to_the_others(folder, caplog):
+    run = Run(folder / "run")
+    used = run.steps.select("sample_ids").explode("sample_ids").unique()["sample_ids"]
+    left = run.places.filter(~pl.col("sample_id").is_in(used.implode())).group_by("domain", "shard").len()
+    caplog.set_level("INFO")
+    shards = ShardsConfig(consume_once=True, drop_fraction=0.0, unvalued="keep")
+    out = selected(folder, grain=GrainConfig(by="shards"), shards=shards, budget_tokens=10 * SEQ_LEN)
+    domains = read_mixture(out / "mixture.yaml").domains
+    assert len(domains) == len(left)
+    gone = run.places.select("domain", "shard").n_unique() - len(left)
+    assert ("nothing is left of" in caplog.text) == (gone > 0)
+    assert sum(part.prior for part in domains.values()) == pytest.approx(1)
+
+
+def test_shares_of_parts_that_are_left_out_stay_in_the_domain():
+    grain = Grain(stock=None, parents={"a.0": "a", "a.1": "a", "a.2": "a", "b.0": "b"}, trained={})
+    assert grain.spent(["a.0", "a.1", "b.0"]) == ["a.2"]
+    assert grain.spent(["a.0"]) == ["a.1", "a.2"]  # nothing of b is left: that is said of the domain
+    shares = grain.without(["a.2"], {"a.0": 1.0, "a.1": 3.0, "a.2": 2.0, "b.0": 6.0})
+    assert shares == pytest.approx({"a.0": 1.5, "a.1": 4.5, "b.0": 6.0})
+
+
+def test_the_least_correlation_for_predictions_is_part_of_a_selection(folder, tmp_path):
+    out = tmp_path / "out"
+    selected(folder, out=out)
+    with pytest.raises(UserError, match="min_rank_correlation"):
+        selected(folder, out=out, probe=ProbeConfig(min_rank_correlation=0.9))

@@ -67,8 +67,8 @@ def target(folder, run):
 def test_what_the_text_says_is_predicted_and_what_was_valued_is_kept(run, target):
     values = values_of(run, {"two": 60, "few": 3})
     every, judged = predict_rest(run, values, [target], 0.2, seed=0)
-    row = judged.row(0, named=True)
-    assert judged["domain"].to_list() == ["two"]
+    row = judged.row(1, named=True)
+    assert judged.select("domain", "used").rows() == [("few", "too few"), ("two", "predictor")]
     assert (row["samples"], row["probed"], row["used"]) == (200, 60, "predictor")
     assert row["spearman"] > 0.6
     assert every.group_by("domain").len().sort("domain").rows() == [("few", 3), ("two", 200)]
@@ -84,14 +84,14 @@ def test_values_that_no_text_explains_are_not_predicted(run, target):
     values = values_of(run, {"two": 60})
     dealt = values.with_columns(pl.col("value", "value_a", "value_b").shuffle(seed=1))
     every, judged = predict_rest(run, dealt, [target], 0.2, seed=0)
-    assert judged["used"].to_list() == ["domain mean"]
+    assert judged["used"].to_list() == ["too few", "domain mean"]
     assert sorted(every["sample_id"]) == sorted(values["sample_id"])
 
 
 def test_too_few_values_are_left_as_they_are(run, target):
     values = values_of(run, {"few": 5})
     every, judged = predict_rest(run, values, [target], 0.2, seed=0)
-    assert judged.is_empty()
+    assert judged["used"].to_list() == ["too few", "too few"]
     assert every.equals(values)
 
 
@@ -99,9 +99,16 @@ def test_more_values_than_the_fit_takes_are_all_kept(run, target, monkeypatch):
     monkeypatch.setattr(predict, "_MOST", 40)
     values = values_of(run, {"two": 60})
     every, judged = predict_rest(run, values, [target], 0.2, seed=0)
-    assert judged["probed"].to_list() == [40]
+    assert judged["probed"].to_list() == [0, 40]
     assert every.n_unique("sample_id") == len(every) == 200
     assert every.head(60).equals(values.select(every.columns))
+
+
+def test_every_domain_keeps_enough_for_the_fit(run, target, monkeypatch):
+    monkeypatch.setattr(predict, "_MOST", 8)
+    values = values_of(run, {"two": 150, "few": 25})
+    _, judged = predict_rest(run, values, [target], 0.2, seed=0)
+    assert judged["probed"].to_list() == [20, 20]
 
 
 def test_the_order_of_values_does_not_matter(run, target):
@@ -121,6 +128,6 @@ def test_a_filtered_selection_says_how_well_it_predicts(folder):
     scores = pl.read_parquet(out / "scores.parquet").filter(window="late")
     counted = scores.group_by("domain").agg(pl.col("sample_id").n_unique())
     large = {domain for domain, count in counted.iter_rows() if count >= 20}
-    assert set(table["domain"]) == large
+    assert set(table.filter(pl.col("used") != "too few")["domain"]) == large
     assert read_mixture(out / "mixture.yaml").samples == 60
-    assert ("Samples outside the window" in (out / "report.html").read_text(encoding="utf-8")) == bool(large)
+    assert "Samples outside the window" in (out / "report.html").read_text(encoding="utf-8")
