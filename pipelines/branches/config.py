@@ -169,14 +169,14 @@ class BranchesConfig(Config):
 
 
 def small(config: BranchesConfig) -> BranchesConfig:
-    """The same bench in a few minutes: short stages, a case of each pool, one temperature beside the default."""
+    """The same bench in a few minutes: short stages, a case of each pool; only dsir is swept."""
     return config.model_copy(
         update={
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
-            "temperatures": (0.1,), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
+            "temperatures": (), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
             "steps": 60, "branch_steps": 30,
             "window_steps": 10, "continued": 2,
-            "target_documents": 12, "domain_megabytes": 0.1, "swarm": 6,
+            "target_documents": 12, "domain_megabytes": 0.1, "swarm": 4,
             "branch_test": BranchTestConfig(steps=5, repeats=1),
         }
     )  # fmt: skip
