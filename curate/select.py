@@ -318,7 +318,8 @@ def _mix(
         if spent:
             _log.info("nothing is left of %s; their shares go to other parts of their domain", ", ".join(spent))
         prior = grain.without(spent, prior)
-        mixing = mixing.model_copy(update={"prior": grain.without(spent, mixing.prior)})
+        general = tuple(part for part in mixing.replay_domains if part not in spent)
+        mixing = mixing.model_copy(update={"prior": grain.without(spent, mixing.prior), "replay_domains": general})
         supply = {part: supply[part] for part in prior}
         domains = domains.filter(pl.col("domain").is_in(list(prior)))
     budget = _budget(config, trained)

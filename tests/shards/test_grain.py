@@ -36,7 +36,7 @@ def selected(folder, **settings):
         "budget_tokens": 60 * SEQ_LEN, "tracking": TrackingConfig(mode="none"),
     }  # fmt: skip
     config = SelectConfig(**{**given, **settings})
-    return select(config, Run(config.run))
+    return select(config, Run(config.run, config.streams))
 
 
 def grain_of(run, by, **settings):
@@ -149,17 +149,27 @@ def test_what_is_made_for_parts_serves_whole_domains_too(folder, tmp_path):
     assert set(scores[0]["domain"]) == set(read_mixture(fine / "mixture.yaml").domains)
 
 
-def test_parts_that_are_used_up_leave_their_share_to_the_others(folder, caplog):
-    run = Run(folder / "run")
+def test_parts_that_are_used_up_leave_their_share_to_the_others(folder, tmp_path, caplog):
+    """In small shards, so that the training used all of some."""
+    moved = {}
+    for domain, stream in Run(folder / "run").streams.items():
+        moved[domain] = tmp_path / domain
+        write_stream(
+            moved[domain], stream.encodings, [stream.row(index) for index in range(len(stream))], shard_bytes=600
+        )
+    run = Run(folder / "run", moved)
     used = run.steps.select("sample_ids").explode("sample_ids").unique()["sample_ids"]
     left = run.places.filter(~pl.col("sample_id").is_in(used.implode())).group_by("domain", "shard").len()
     caplog.set_level("INFO")
     shards = ShardsConfig(consume_once=True, drop_fraction=0.0, unvalued="keep")
-    out = selected(folder, grain=GrainConfig(by="shards"), shards=shards, budget_tokens=10 * SEQ_LEN)
+    general = MixtureConfig(replay_domains=("json", "dataclasses"), replay_share=0.3)
+    given = {"grain": GrainConfig(by="shards"), "shards": shards, "mixture": general, "streams": moved}
+    out = selected(folder, budget_tokens=10 * SEQ_LEN, **given)
     domains = read_mixture(out / "mixture.yaml").domains
     assert len(domains) == len(left)
     gone = run.places.select("domain", "shard").n_unique() - len(left)
-    assert ("nothing is left of" in caplog.text) == (gone > 0)
+    assert gone > 0
+    assert "nothing is left of" in caplog.text
     assert sum(part.prior for part in domains.values()) == pytest.approx(1)
 
 
