@@ -9,12 +9,12 @@ H hidden width, T targets, V buckets of `formats.bags`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.formats.bags import buckets_of
+from curate.formats.bags import bag, buckets_of
 from curate.formats.ngrams import hashed_features
 from curate.task import collate
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from curate.formats.mds import Sample
+    from curate.target import Target
     from curate.task import Task
 
     Floats32 = npt.NDArray[np.float32]
@@ -96,6 +97,12 @@ def log_ratios(targets: Sequence[Floats64], pool: Floats64) -> Floats64:
     """
     q = (pool + 1) / (pool + 1).sum()
     return np.stack([np.log((own + _MU * q) / (own.sum() + _MU)) - np.log(q) for own in targets])
+
+
+def ratios_of(targets: Iterable[Target], batches: Iterable[Sequence[Sample]]) -> Floats64:
+    """`log_ratios` of some targets; the samples of `batches` stand for the pool."""
+    pool = bag((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
+    return log_ratios([bag(target.sequences()) for target in targets], pool)
 
 
 def likeness(samples: Sequence[Sample], ratios: Floats64) -> Floats32:

@@ -15,6 +15,7 @@ from curate.artifacts import file_fingerprint, fingerprint
 from curate.errors import UserError
 from curate.formats.mds import domain_folders, load_streams
 from curate.trajectory.run import DOMAIN, Run
+from curate.trajectory.samples import usable_samples
 
 _log = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> P
     gone = sorted(set(streams) - set(tokens))
     if gone:
         _log.warning("nothing of %s is left: the next stage does without", ", ".join(gone))
-    columns = ("domain", "index", "shard", "sample_id", "length", "tokens")
-    samples = places.filter(pl.col("tokens") > 0).sort("domain", "sample_id").select(columns)
-    return Pool(stock=stock, samples=samples, tokens=tokens, old=len(old))
+    return Pool(stock=stock, samples=usable_samples(places), tokens=tokens, old=len(old))
 
 
 def leaves_out_old(pool: Pool, overlap: Overlap, *, filtered: bool) -> bool:

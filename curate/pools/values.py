@@ -25,15 +25,15 @@ from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS, curvature_units
 from curate.embeddings.store import add_time
 from curate.errors import UserError
-from curate.formats.bags import bag
 from curate.pools.draw import draw_probes
-from curate.pools.features import log_ratios, mean_hidden_states, output_layer
+from curate.pools.features import mean_hidden_states, output_layer, ratios_of
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import look_ahead, probe_values
 from curate.pools.spread import FEATURES, VALUES, FeatureReader, block_file, blocks_of, settled, spread
 from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
+from curate.trajectory.samples import read_batches
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -251,7 +251,8 @@ class _Work:
             replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=self._step_tokens, scratch=scratch
         )
         values = self._per_token(halves, probes)
-        reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), self._ratios(probes))
+        ratios = ratios_of(self.targets, self._read(probes))
+        reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios)
         found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
         for name, table in (("values", found), ("domains", domains)):
             with replacing(folder / f"{name}.parquet") as part:
@@ -268,9 +269,7 @@ class _Work:
 
     def _read(self, samples: pl.DataFrame) -> Iterator[list[Sample]]:
         """The samples in their order, as many as go through the model together."""
-        streams, size = self.pool.stock.streams, self._together
-        for part in samples.iter_slices(size):
-            yield [streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
+        return read_batches(self.pool.stock, samples, self._together)
 
     def _per_token(self, halves: Floats, probes: pl.DataFrame) -> Floats:
         """(n, 3 T) value, value_a and value_b for each target, at the median lr, from the halves' values (n, 2 T)."""
@@ -280,11 +279,6 @@ class _Work:
             columns += [target.half_weights[0] * a + target.half_weights[1] * b, a, b]
         found: Floats = np.stack(columns, axis=1) / probes["tokens"].to_numpy()[:, None] / self.config.lr_share
         return found
-
-    def _ratios(self, probes: pl.DataFrame) -> npt.NDArray[np.float64]:
-        """What n-grams say for each target; the probes stand for the pool."""
-        pool = bag((sample.tokens, sample.loss_mask) for samples in self._read(probes) for sample in samples)
-        return log_ratios([bag(target.sequences()) for target in self.targets], pool)
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""

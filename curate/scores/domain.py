@@ -116,14 +116,7 @@ def _score(
         score, drawn = _scores(own, _centres(own, shares), scale, fresh)
         believed, shrunk = np.zeros(len(shares)), shrink(score, spread(drawn)[0], between(score))
     else:
-        member = np.eye(above.max() + 1)[above]
-        whole, up = shares @ member, _means(sums[0] @ member, sums[1] @ member, weights)
-        centres = _centres(up, whole)  # of both levels: else their distance would be taken for the parts' own
-        score, drawn = _scores(own, centres, scale, fresh)
-        parent, drawn_parent = _scores(up, centres, scale, (fresh * shares) @ member / whole)
-        believed = np.nan_to_num(parent)[above]
-        shrunk = shrink(parent, spread(drawn_parent)[0], between(parent))[above]
-        shrunk += _apart(score - parent[above], spread(drawn - drawn_parent[:, above])[0], above)
+        score, drawn, believed, shrunk = _nested(own, sums, above, weights, shares, scale, fresh)
     se, low, high = spread(own[1])
     score_se, score_low, score_high = spread(drawn)
     width = 1.96 * np.sqrt(between(score) or np.nan)
@@ -160,6 +153,26 @@ def _score(
             pl.exclude("domain", "prior", "fresh", "samples"),
         )
     )
+
+
+def _nested(
+    own: tuple[Floats, Floats],
+    sums: tuple[Floats, Floats],
+    above: npt.NDArray[np.int64],
+    weights: Floats,
+    shares: Floats,
+    scale: float,
+    fresh: Floats,
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of parts: scores [D], as drawn [R, D], what is believed of those not seen [D], and shrunk scores [D]."""
+    member = np.eye(above.max() + 1)[above]
+    whole, up = shares @ member, _means(sums[0] @ member, sums[1] @ member, weights)
+    centres = _centres(up, whole)  # of both levels: else their distance would be taken for the parts' own
+    score, drawn = _scores(own, centres, scale, fresh)
+    parent, drawn_parent = _scores(up, centres, scale, (fresh * shares) @ member / whole)
+    shrunk = shrink(parent, spread(drawn_parent)[0], between(parent))[above]
+    apart = _apart(score - parent[above], spread(drawn - drawn_parent[:, above])[0], above)
+    return score, drawn, np.nan_to_num(parent)[above], shrunk + apart
 
 
 def _places(parents: Mapping[str, str], domains: Iterable[str]) -> npt.NDArray[np.int64]:

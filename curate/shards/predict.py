@@ -6,19 +6,18 @@ under the conditions of `curate.pools`: only in domains where held-out samples a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.formats.bags import bag
-from curate.pools.features import log_ratios
+from curate.pools.features import ratios_of
 from curate.pools.spread import VALUES, FeatureReader, settled, spread
 from curate.rng import generator
-from curate.trajectory.samples import usable_samples
+from curate.trajectory.samples import read_batches, usable_samples
 
 if TYPE_CHECKING:
-    from curate.formats.mds import Sample
     from curate.target import Target
     from curate.trajectory.run import Run
 
@@ -49,7 +48,7 @@ def predict_rest(
     """
     per_token = (pl.col(name).sum() / pl.col("tokens").sum() for name in VALUES)
     seen = values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(pl.col("step").min(), *per_token)
-    samples = usable_samples(run)
+    samples = usable_samples(run.places)
     valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
     enough = valued.filter(pl.len().over("domain") >= _LEAST)
     sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
@@ -58,12 +57,8 @@ def predict_rest(
         return values, few
     probes = _fitted(enough, seed)
 
-    def read(rows: pl.DataFrame) -> Iterator[list[Sample]]:
-        for part in rows.iter_slices(_BATCH):
-            yield [run.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
-
-    pool = bag((sample.tokens, sample.loss_mask) for batch in read(probes) for sample in batch)
-    reader = FeatureReader(samples, read, None, log_ratios([bag(target.sequences()) for target in targets], pool))
+    read = partial(read_batches, run, size=_BATCH)
+    reader = FeatureReader(samples, read, None, ratios_of(targets, read(probes)))
     found = spread(samples, probes, probes.select(VALUES).to_numpy(), reader, seed, least)
     every, judged = settled(*found, least)
     rest = every.filter(source="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,14 +87,23 @@ def trained_tokens(run: Run) -> dict[str, int]:
     return dict(tokens.sort("domain").iter_rows())
 
 
-def usable_samples(run: Run) -> pl.DataFrame:
-    """Each distinct sample of a run's streams that predicts a token, by domain and content id.
+def usable_samples(places: pl.DataFrame) -> pl.DataFrame:
+    """The samples that predict a token, by domain and content id.
+
+    Args:
+        places: as `Run.places`.
 
     Returns:
         domain, index, shard, sample_id, length, tokens (predicted).
     """
-    usable = run.places.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
+    usable = places.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
     return usable.select("domain", "index", "shard", "sample_id", "length", "tokens")
+
+
+def read_batches(run: Run, samples: pl.DataFrame, size: int) -> Iterator[list[Sample]]:
+    """Read the samples of a table (`domain`, `index`) in its order, `size` at a time."""
+    for part in samples.iter_slices(size):
+        yield [run.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
 
 
 def stored_bytes_per_token(run: Run) -> float:
