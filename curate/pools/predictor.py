@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Names = npt.NDArray[np.str_]
 
 FOLDS = 5
+_ROUNDING = 1e-9
 _PENALTIES = np.logspace(-3, 2, 16)  # of the mean squared length of a sample's features
 
 
@@ -74,13 +75,13 @@ def fit(blocks: Sequence[Floats], values: Floats, domains: Names) -> Predictor:
     features = np.concatenate(blocks, axis=1).astype(np.float64)
     scale = np.concatenate([_scale(block) for block in blocks])
     centred, wanted = np.empty_like(features), np.empty(values.shape)
-    centres, known = {}, {}
+    centres, known, fitted = {}, {}, np.empty(len(domains))
     for name in map(str, np.unique(domains)):
         own = domains == name
         centres[name], known[name] = features[own].mean(axis=0), np.sort(values[own], axis=0)
         centred[own] = (features[own] - centres[name]) * scale
-        wanted[own] = normal_scores(values[own])
-    return Predictor(weights=_ridge(centred, wanted) * scale[:, None], centres=centres, values=known)
+        wanted[own], fitted[own] = normal_scores(values[own]), 1 / own.sum()
+    return Predictor(weights=_ridge(centred, wanted, fitted) * scale[:, None], centres=centres, values=known)
 
 
 def held_out_scores(blocks: Sequence[Floats], values: Floats, domains: Names, seed: int) -> Floats:
@@ -120,11 +121,17 @@ def _scale(block: Floats) -> Floats:
     return np.full(block.shape[1], variance**-0.5 if variance > 0 else 0.0)
 
 
-def _ridge(features: Floats, wanted: Floats) -> Floats:
+def _ridge(features: Floats, wanted: Floats, fitted: Floats) -> Floats:
     """(F, M) weights, each column with the penalty of least leave-one-out error.
 
-    With features X = U S V^T and penalty a, the fit is H t, H = U S^2 / (S^2 + a) U^T, and the error of a sample that
-    is left out (t - H t) / (1 - H_ii).
+    With centred features X = U S V^T and penalty a, the fit is H t, H = U S^2 / (S^2 + a) U^T, and the error of a
+    sample i of a domain of n_d that is left out (t - H t)_i / (1 - H_ii - 1 / n_d): the domain's mean is fitted too.
+    Without the last term the error falls to 0 with the penalty, whatever the features are.
+
+    Args:
+        features: (n, F), centred in each domain.
+        wanted: (n, M), likewise.
+        fitted: (n,) 1 / n_d.
     """
     squares, u = _squares(features)
     within = u.T @ wanted
@@ -132,7 +139,8 @@ def _ridge(features: Floats, wanted: Floats) -> Floats:
     errors, found = [], []
     for penalty in unit * _PENALTIES:
         kept = squares / (squares + penalty)
-        left_out = (wanted - u @ (kept[:, None] * within)) / (1 - (u**2) @ kept)[:, None]
+        free = np.maximum(1 - (u**2) @ kept - fitted, _ROUNDING)  # 0 for the only sample of a domain
+        left_out = (wanted - u @ (kept[:, None] * within)) / free[:, None]
         errors.append((left_out**2).mean(axis=0))
         found.append(within / (squares + penalty)[:, None])
     best = np.argmin(errors, axis=0)

@@ -62,20 +62,45 @@ def test_the_order_of_probes_and_the_scale_of_values_and_blocks_are_irrelevant(s
 @pytest.mark.parametrize(("samples", "features"), [(12, 30), (40, 5)])
 def test_the_penalty_is_that_of_least_leave_one_out_error(samples, features):
     random = np.random.default_rng(0)
-    x = random.standard_normal((samples, features))
-    t = x[:, :2] @ random.standard_normal((2, 1)) + random.standard_normal((samples, 1))
+    domains = np.arange(samples) % 3 % 2  # one of two thirds, one of a third
+    x = centred(random.standard_normal((samples, features)), domains)
+    t = centred(x[:, :2] @ random.standard_normal((2, 1)) + random.standard_normal((samples, 1)), domains)
 
     def solved(rows, wanted, penalty):
         return np.linalg.solve(rows.T @ rows + penalty * np.eye(features), rows.T @ wanted)
 
+    def error(out, penalty):
+        rest = np.arange(samples) != out
+        own = rest & (domains == domains[out])
+        weights = solved(centred(x[rest], domains[rest]), centred(t[rest], domains[rest]), penalty)
+        return t[out] - t[own].mean(axis=0) - (x[out] - x[own].mean(axis=0)) @ weights
+
     penalties = (x**2).sum() / samples * _PENALTIES
-    errors = []
-    for penalty in penalties:
-        kept = [np.arange(samples) != out for out in range(samples)]
-        left = [t[~one] - x[~one] @ solved(x[one], t[one], penalty) for one in kept]
-        errors.append(np.mean(np.square(left)))
+    errors = [np.mean([error(out, penalty) ** 2 for out in range(samples)]) for penalty in penalties]
     expected = solved(x, t, penalties[int(np.argmin(errors))])
-    np.testing.assert_allclose(_ridge(x, t), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(_ridge(x, t, 1 / np.bincount(domains)[domains]), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_many_features_that_say_nothing_are_held_down():
+    """A fit that goes through every sample has residuals of 0: they are no reason to trust it."""
+    random = np.random.default_rng(1)
+    domains = np.arange(60) % 3
+    x, t = (centred(random.standard_normal((60, width)), domains) for width in (500, 1))
+    weights = _ridge(x, t, 1 / np.bincount(domains)[domains])
+    assert np.std(x @ weights) < 0.1 * np.std(t)
+
+
+def test_the_only_sample_of_a_domain_is_no_trouble():
+    blocks, values, domains = problem(samples=20)
+    domains[0] = "c"
+    made = fit(blocks, values, domains)
+    assert np.isfinite(made.weights).all()
+    np.testing.assert_array_equal(made.predict(np.concatenate(blocks, axis=1)[:1], "c"), values[:1])
+
+
+def centred(rows, domains):
+    means = np.stack([rows[domains == name].mean(axis=0) for name in np.unique(domains)])
+    return rows - means[np.searchsorted(np.unique(domains), domains)]
 
 
 def test_a_constant_feature_and_ties_do_no_harm():
