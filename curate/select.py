@@ -22,7 +22,7 @@ from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
-from curate.selection import SelectConfig, settings_of
+from curate.selection import SelectConfig, aims_of, sample_weights, settings_of
 from curate.shards.deliver import deliver
 from curate.shards.grain import divide, mixture_of_parts
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from curate.artifacts import Json
     from curate.embeddings.store import Embedding
-    from curate.mixture.decide import Aims
     from curate.mixture.record import Mixture
     from curate.pools.open import Pool
     from curate.pools.values import PoolValues
@@ -100,7 +99,7 @@ def select(config: SelectConfig, run: Run) -> Path:
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
     values = every if isinstance(found, dict) else found.chosen_by()
-    values = combined_values(values.filter(window=config.mixture.window), _aims(config, target).targets)
+    values = combined_values(values.filter(window=config.mixture.window), sample_weights(config, target))
     if valued and stock.pool is None and config.mode != "reweight" and config.shards.unvalued == "predict":
         values, tables["predicted"] = _predicted(stock, run, values, target)
     mixture, plan, tables["leaks"] = _mix(stock, values, tables["domains"], consumed(ledger), target, keys)
@@ -137,13 +136,6 @@ def _target(config: SelectConfig, run: Run) -> Target:
     return target
 
 
-def _aims(config: SelectConfig, target: Target) -> Aims:
-    from curate.mixture.decide import Aims
-
-    weights = {target.name: 1.0} | {Path(path).stem: weight for path, weight in config.more_targets.items()}
-    return Aims(targets=weights, guard=None if config.guard is None else config.guard.stem)
-
-
 def _residuals(found: dict[str, Embedding] | PoolValues) -> dict[str, float]:
     """Window -> relative residual, where the target was solved into anchors."""
     parts = found.items() if isinstance(found, dict) else ()
@@ -167,8 +159,8 @@ def _stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> _Stock:
         check_reweighted(config.shards)
     trained = trained_tokens(run)
     config = config.model_copy(update={"budget_tokens": _budget(config, trained)})
-    if config.method not in VALUED:  # weights are no gains that repetition could take from
-        config = _with_mixture(config, decay_epochs=math.inf)
+    if config.method not in VALUED:  # weights are no gains: they hold as they are
+        config = _with_mixture(config, decay_epochs=math.inf, harm_share=1.0)
     if config.pool is not None:
         pool = open_pool(config.pool, run, used, config.probe.overlap)
         once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
@@ -247,7 +239,7 @@ def _predicted(stock: _Stock, run: Run, values: pl.DataFrame, target: Target) ->
     from curate.shards.predict import predict_rest
 
     config = stock.config
-    targets = [target, *other_targets(config, run, target)][: 1 + len(config.more_targets)]
+    targets = [target, *other_targets(config, run, target)][: len(sample_weights(config, target))]
     found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
@@ -323,7 +315,7 @@ def _mix(
         supply = {part: supply[part] for part in prior}
         domains = domains.filter(pl.col("domain").is_in(list(prior)))
     budget = _budget(config, trained)
-    mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, _aims(config, target))
+    mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
     samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
     if keys is not None and config.mode != "reweight":
         pool = keep_best(pool, keys, samples)

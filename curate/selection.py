@@ -24,6 +24,7 @@ from curate.trajectory.ledger import ledger_identity, stages
 
 if TYPE_CHECKING:
     from curate.artifacts import Json
+    from curate.mixture.decide import Aims
     from curate.target import Target
     from curate.trajectory.run import Run
 
@@ -123,3 +124,18 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued == "predict":
         more["min_rank_correlation"] = config.probe.min_rank_correlation
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
+
+
+def aims_of(config: SelectConfig, target: Target) -> Aims:
+    """What the mixture is for: targets by the names of their files."""
+    from curate.mixture.decide import Aims
+
+    weights = {target.name: 1.0} | {Path(path).stem: weight for path, weight in config.more_targets.items()}
+    return Aims(targets=weights, guard=None if config.guard is None else config.guard.stem)
+
+
+def sample_weights(config: SelectConfig, target: Target) -> dict[str, float]:
+    """Weight of each target's values in the choice among samples, the guard's last."""
+    aims, share = aims_of(config, target), config.shards.guard_weight
+    guard = {} if aims.guard is None or share == 0 else {aims.guard: share * sum(aims.targets.values())}
+    return dict(aims.targets) | guard

@@ -42,6 +42,9 @@ class ShardsConfig(Config):
     sample_temperature: float = Field(default=0.1, ge=0)
     """Randomness of that choice (Gumbel top-k), in standard deviations of a sample's value within its domain; 0:
     exactly the lowest values are left out."""
+    guard_weight: float = Field(default=1.0, ge=0)
+    """Weight of the guard's values in that choice, the targets' together being 1: where no sample of a domain does much
+    for the target, which are best for what the guard keeps."""
     unvalued: Literal["predict", "keep", "drop"] = "predict"
     """Samples outside the valued window. predict: by their text, in domains where held-out samples are ranked well
     enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean. drop: leave them

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -18,9 +19,11 @@ from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
 from curate.formats.dataset import open_dataset
 from curate.formats.mds import construct, iterate
+from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.select import select
 from curate.selection import SelectConfig
+from curate.shards.choose import ScreenConfig, ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target
@@ -250,6 +253,31 @@ def test_several_targets_and_a_guard_are_valued_in_one_pass(folder, tmp_path):
     assert "Every target" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="two targets are called 'target'"):
         run_select(folder, window="late", mode="reweight", guard=folder / "target.jsonl")
+
+
+@pytest.mark.parametrize("guard_weight", [0.0, 1.0])
+def test_the_guard_has_a_say_in_which_samples_are_left_out(folder, tmp_path, guard_weight):
+    write_tiny_target(tmp_path / "general.jsonl", documents=18)
+    out = run_select(
+        folder, window="late", mode="filter", guard=tmp_path / "general.jsonl", mixture=MixtureConfig(max_epochs=9),
+        shards=ShardsConfig(
+            guard_weight=guard_weight, drop_fraction=0.5, sample_temperature=0, unvalued="drop",
+            duplicate_overlap=1, screen=ScreenConfig(mode="none"),
+        ),
+    )  # fmt: skip
+    scores = pl.read_parquet(out / "scores.parquet").with_columns(x=pl.col("value") / pl.col("tokens"))
+    wanted: dict[int, float] = {}
+    for target, weight in (("target", 1.0), ("general", guard_weight)):
+        own = scores.filter(target=target).with_columns(mean=pl.col("x").mean().over("domain"))
+        scale = (((own["x"] - own["mean"]) ** 2).mean()) ** 0.5  # samples of one length
+        for sample, x in own.group_by("sample_id").agg(pl.col("x").mean()).iter_rows():
+            wanted[sample] = wanted.get(sample, 0.0) + weight * x / scale
+    dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet").filter(reason="low_value")
+    left = set(dropped["sample_id"])
+    assert left
+    for domain, samples in scores.group_by("domain").agg(pl.col("sample_id").unique()).iter_rows():
+        gone = [wanted[sample] for sample in samples if sample in left]
+        assert max(gone, default=-math.inf) <= min(wanted[sample] for sample in samples if sample not in left), domain
 
 
 def test_a_missing_target_and_an_unknown_key_are_named(folder):
