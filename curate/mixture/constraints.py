@@ -23,10 +23,14 @@ _ROUNDING = 1e-9
 class MixtureConfig(Config):
     """How scores become the next stage's domain weights."""
 
-    temperature: float = Field(default=0.5, gt=0)
+    temperature: float = Field(default=0.35, gt=0)
     """How far the weights may leave the prior: they are prior * exp(score / temperature) between the bounds below; the
     unit is one standard deviation of a sample's value, which domains seldom differ by. High = close to the prior, low =
     concentrated."""
+    harm_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of a negative score that counts. A gradient says that text much like the target hurts it (both claim the
+    same predictions) where over a stage it does not: of the domains of the branch bench all but the target's own
+    changed the target alike, and those of negative score were worth keeping for general text."""
     window: str = "late"
     """The window whose scores set the weights; windows are never averaged."""
     prior: dict[str, float] = {}
@@ -177,10 +181,10 @@ def shared_of(config: MixtureConfig, facts: Facts) -> list[Shared]:
 def problem_of(config: MixtureConfig, facts: Facts, scores: Mapping[str, float]) -> Problem:
     """The problem that the weights are solved from; see `conflicts.check` for what makes it feasible."""
     bounds, shared = bounds_of(config, facts), shared_of(config, facts)
-    supply = facts.supply
+    supply, measured = facts.supply, facts.array(scores)
     return Problem(
         prior=facts.array(facts.prior),
-        scores=facts.array(scores),
+        scores=np.where(measured > 0, measured, config.harm_share * measured),
         temperature=config.temperature,
         lo=facts.array({domain: bound.lo for domain, bound in bounds.items()}),
         hi=facts.array({domain: bound.hi for domain, bound in bounds.items()}),

@@ -71,9 +71,9 @@ class BranchesConfig(Config):
     """Methods of `curate.select`. curate has general text as its guard target, probes also values the whole pool from
     the last state (`curate.select --pool`), unguarded is curate without the guard.
     oracle: a regression over a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
+    temperatures: tuple[float, ...] = (1.0, 0.5, 0.35, 0.25)
     """Temperatures of methods that value samples; the default is always run."""
-    importance_temperatures: tuple[float, ...] = (256.0, 128.0, 64.0, 1.0)
+    importance_temperatures: tuple[float, ...] = (128.0, 64.0, 32.0, 1.0)
     """Temperatures of dsir's draw. Log importance is a sum over a sample's n-grams and differs by hundreds: below 32
     nothing but the largest are drawn, as at 1, the published setting."""
     oracle_temperatures: tuple[float, ...] = (2.0, 1.0, 0.5)

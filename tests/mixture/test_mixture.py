@@ -18,7 +18,7 @@ from curate.mixture.record import read_mixture, with_tokens, write_mixture
 from curate.mixture.weights import optimum
 
 PRIOR = {"a": 0.5, "b": 0.3, "c": 0.2}
-PLAIN = MixtureConfig(temperature=0.5, decay_epochs=math.inf)
+PLAIN = MixtureConfig(temperature=0.5, decay_epochs=math.inf, harm_share=1.0)
 ONE = Aims(targets={"t": 1.0})
 SUPPLY = {name: Supply(samples=1000, tokens=8000) for name in PRIOR}
 
@@ -203,6 +203,19 @@ def test_decide():
     assert c.weight < c.prior
     assert mixture.kl_to_prior > 0
     assert 1 < mixture.effective_domains < 3
+
+
+def test_domains_of_negative_score_keep_their_proportions():
+    config = PLAIN.model_copy(update={"harm_share": 0.0})
+    a, b, c = (chosen(config=config).domains[name].weight for name in "abc")
+    assert b / c == pytest.approx(0.3 / 0.2)
+    assert a / b == pytest.approx(0.5 / 0.3 * math.exp(0.5 / 0.5))
+    half = chosen(config=config.model_copy(update={"harm_share": 0.5})).domains
+    assert half["b"].weight / half["c"].weight == pytest.approx(0.3 / (0.2 * math.exp(-0.25 / 0.5)))
+
+
+def test_where_every_score_is_negative_the_prior_is_kept():
+    assert chosen(scores((-0.5, -0.2, -0.1))).kl_to_prior == pytest.approx(0, abs=1e-12)
 
 
 def test_equal_scores_keep_the_prior():
