@@ -63,11 +63,13 @@ class Agreement:
         spearman: over domains; None where fewer than three have a score, or a side does not vary.
         low: lower end of its 95 % interval (bootstrap over domains).
         high: upper end.
+        ceiling: what scores without any error would reach; see `ceiling`.
     """
 
     spearman: float | None
     low: float | None
     high: float | None
+    ceiling: float | None
 
 
 def cost_units(run: Run, target: Target, config: BranchTestConfig) -> float:
@@ -171,7 +173,30 @@ def agreement(scores: Mapping[str, float], changes: Mapping[str, Sequence[float]
     b = np.array([np.mean(changes[domain]) for domain in domains])
     found = spearman(a, b)
     low, high = (None, None) if found is None else spearman_interval(a, b, np.arange(len(a)), seed)
-    return Agreement(spearman=found, low=low, high=high)
+    return Agreement(spearman=found, low=low, high=high, ceiling=ceiling([changes[domain] for domain in domains]))
+
+
+def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
+    """The correlation that the true effects would have with the mean of R repeats, as far as the repeats tell.
+
+        sqrt(R r / (1 + (R - 1) r)),    r the mean rank correlation of two repeats, at least 0
+
+    The reliability of a mean (Spearman, Brown: British Journal of Psychology 3, 1910) and the attenuation that it
+    leaves (Spearman: American Journal of Psychology 15, 1904), of ranks as if they were measured.
+
+    Args:
+        changes: of each domain, R realised changes.
+
+    Returns:
+        0 to 1; None for fewer than three domains, a single repeat, or where a repeat does not vary.
+    """
+    draws = np.array(changes, np.float64).reshape(len(changes), -1).T
+    pairs = [spearman(draws[a], draws[b]) for a in range(len(draws)) for b in range(a)]
+    known = [pair for pair in pairs if pair is not None]
+    if not known or len(known) < len(pairs):
+        return None
+    r = max(0.0, float(np.mean(known)))
+    return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 
 def tempered(temperature: float, found: Agreement) -> float:
@@ -229,6 +254,12 @@ def check_scores(
     interval = "" if found.low is None or found.high is None else f" [95 % interval {found.low:.2f}, {found.high:.2f}]"
     said = "not defined" if found.spearman is None else f"{found.spearman:.2f}{interval}"
     _log.info("branch test: Spearman of domain scores and realised changes is %s", said)
+    if found.ceiling is not None and found.ceiling < TRUSTED:
+        _log.warning(
+            "draws of samples differ so much that no scores could reach more than about %.2f: set branches.repeats or "
+            "branches.steps higher for a test that tells",
+            found.ceiling,
+        )
     if allowed > temperature:
         _log.warning(
             "below %.1f scores do not predict the next stage well: it stays nearer to the prior, mixture.temperature "

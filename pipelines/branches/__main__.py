@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import SIGN, write_json
@@ -141,10 +141,18 @@ def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.wri
         )
 
     write("Spearman of domain scores with what a little more of one domain did to the target, by seed\n")
-    for case, method in dict.fromkeys((row["case"], row["method"]) for row in result["branch_test"]):
-        own = [row for row in result["branch_test"] if (row["case"], row["method"]) == (case, method)]
-        found = ["    -" if row["spearman"] is None else f"{row['spearman']:+.2f}" for row in own]
-        write(f"{case:10}{method:14}{'  '.join(found)}\n")
+    tested = result["branch_test"]
+    for case, method in dict.fromkeys((row["case"], row["method"]) for row in tested):
+        own = [row for row in tested if (row["case"], row["method"]) == (case, method)]
+        write(f"{case:10}{method:14}{_each(own, 'spearman')}\n")
+    for case in dict.fromkeys(row["case"] for row in tested):
+        own = list({row["seed"]: row for row in tested if row["case"] == case}.values())
+        write(f"{case:10}{'(no error)':14}{_each(own, 'ceiling')}\n")
+
+
+def _each(rows: Sequence[Row], name: str) -> str:
+    """A number of each row."""
+    return "  ".join("    -" if row[name] is None else f"{row[name]:+.2f}" for row in rows)
 
 
 def _width(found: dict[str, float | None]) -> str:

@@ -71,7 +71,7 @@ class BranchesConfig(Config):
     """Methods of `curate.select`. curate has general text as its guard target, probes also values the whole pool from
     the last state (`curate.select --pool`), unguarded is curate without the guard.
     oracle: a regression over a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.35, 0.25)
+    temperatures: tuple[float, ...] = (0.5, 0.35, 0.25, 0.15)
     """Temperatures of methods that value samples; the default is always run."""
     importance_temperatures: tuple[float, ...] = (128.0, 64.0, 32.0, 1.0)
     """Temperatures of dsir's draw. Log importance is a sum over a sample's n-grams and differs by hundreds: below 32
@@ -149,7 +149,7 @@ class BranchesConfig(Config):
         """The composition of a case."""
         return {
             "inside": Case(name="inside", pool="plain", targets=(self.inside,), mode="reweight"),
-            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,), mode="reweight"),
+            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,), mode="filter"),
             "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,), mode="filter"),
             "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign), mode="reweight"),
         }[name]

@@ -17,11 +17,13 @@ from curate.fidelity.branches import (
     _draw,
     _record,
     agreement,
+    ceiling,
     check_scores,
     cost_units,
     realised_changes,
     tempered,
 )
+from curate.fidelity.measure import spearman
 from curate.target import load_target, target_loss
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
@@ -123,7 +125,7 @@ def test_agreement_is_over_domains_with_a_score():
     found = agreement({"a": 3.0, "b": 2.0, "c": 1.0}, changes, 0)
     assert found.spearman == pytest.approx(1)
     assert agreement({"a": 1.0, "b": 2.0, "c": 3.0}, changes, 0).spearman == pytest.approx(-1)
-    assert agreement({"a": 1.0, "b": 2.0}, changes, 0) == Agreement(spearman=None, low=None, high=None)
+    assert agreement({"a": 1.0, "b": 2.0}, changes, 0) == Agreement(spearman=None, low=None, high=None, ceiling=None)
     many = {str(i): float(i) for i in range(8)}
     noisy = {name: [value + (4 if name == "2" else 0)] for name, value in many.items()}
     found = agreement(many, noisy, 0)
@@ -132,12 +134,12 @@ def test_agreement_is_over_domains_with_a_score():
 
 @given(st.floats(-1, 1), st.floats(0.1, 10))
 def test_a_weak_agreement_raises_the_temperature_and_a_strong_one_does_nothing(r, temperature):
-    found = tempered(temperature, Agreement(spearman=r, low=None, high=None))
+    found = tempered(temperature, Agreement(spearman=r, low=None, high=None, ceiling=None))
     if r >= TRUSTED:
         assert found == temperature
     else:
         assert temperature / TRUSTED <= found <= 20 * temperature * (1 + 1e-12)
-        assert found >= tempered(temperature, Agreement(spearman=min(r + 0.1, 1.0), low=None, high=None))
+        assert found >= tempered(temperature, Agreement(spearman=min(r + 0.1, 1.0), low=None, high=None, ceiling=None))
 
 
 def test_the_cost_and_the_verdict_are_said_and_equal_scores_are_refused(replay, target, caplog):
@@ -153,3 +155,19 @@ def test_the_cost_and_the_verdict_are_said_and_equal_scores_are_refused(replay, 
     assert "mixture.temperature 20 instead of 1" in caplog.text
     with pytest.raises(UserError, match="every domain has the same score"):
         check_scores(replay, target, PRIOR, CONFIG, domains=rows.with_columns(score=pl.lit(0.0)), **settings)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_the_ceiling_is_what_the_true_effects_reach(noise):
+    random = np.random.default_rng(0)
+    effects = random.standard_normal(2000)
+    changes = effects[:, None] + noise * random.standard_normal((2000, 4))
+    assert ceiling(changes.tolist()) == pytest.approx(spearman(effects, changes.mean(axis=1)), abs=0.02)
+
+
+def test_the_ceiling_of_draws_that_agree_wholly_not_at_all_or_are_alone():
+    assert ceiling([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]) == pytest.approx(1.0)
+    assert ceiling([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]) == 0.0
+    assert ceiling([[1.0], [2.0], [3.0]]) is None
+    assert ceiling([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]]) is None
+    assert ceiling([[1.0, 1.0], [2.0, 3.0]]) is None
