@@ -14,9 +14,21 @@ os.environ.update(
 )
 os.environ.pop("WANDB_API_KEY", None)
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "curate", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("curate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A recorded run (`run`, its streams in `data`) and a target (`target.jsonl`), made once for each module."""
+    from tests.tiny import record_tiny_run, write_tiny_target
+
+    folder = tmp_path_factory.mktemp("recorded")
+    record_tiny_run(folder)
+    write_tiny_target(folder / "target.jsonl")
+    return folder

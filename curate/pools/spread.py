@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 VALUES = ("value", "value_a", "value_b")
-FEATURES = ("hidden states", "n-grams", "likeness")  # what predictions are made from, part of their identity
+# What predictions are made from and how, part of their identity.
+PREDICTOR = ("hidden states", "n-grams", "likeness", "ridge: leave-one-out with domain means")
 _BLOCK = 4096  # samples whose features are held at once
 
 

@@ -29,7 +29,7 @@ from curate.pools.draw import draw_probes
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import look_ahead, probe_values
-from curate.pools.spread import FEATURES, VALUES, FeatureReader, block_file, blocks_of, settled, spread
+from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, settled, spread
 from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
@@ -182,7 +182,7 @@ class _Work:
             "samples": self._samples_fingerprint,
             "targets": [target.fingerprint for target in self.targets],
             "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation"}),
-            "features": FEATURES,
+            "predictor": PREDICTOR,
             "adjoint": self.adjoint.model_dump(include={"own_step", "hessian", "hessian_share"}),
             "seed": self.seed,
         }

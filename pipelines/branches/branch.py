@@ -190,8 +190,8 @@ def _cost_units(arena: Arena, method: BenchMethod) -> float:
     if method not in (*VALUED, *OURS):
         return 0.0
     if method == "probes":
-        (path,) = (arena.run.folder / "pools").glob(f"{arena.case.target}-*/timings.json")
-        return float(read_json(path)["cost_units"])
+        made = (arena.run.folder / "pools").glob(f"{arena.case.target}-????????/timings.json")  # by a fingerprint
+        return float(read_json(max(made, key=lambda path: path.stat().st_mtime))["cost_units"])
     estimator = "adjoint" if method in (*OURS, "shuffled") else method
     wanted = f"{arena.config.window}-window_end-{estimator}-*/timings.json"
     files = target_file(arena.data, arena.case.target, "select"), general_file(arena.data, "select")

@@ -20,17 +20,9 @@ from curate.select import select
 from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN
 
 METHODS = sorted(set(get_args(Method)) - {"given"})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("methods")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 def run_select(folder, **settings):

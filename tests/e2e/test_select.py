@@ -26,18 +26,10 @@ from curate.selection import SelectConfig
 from curate.shards.choose import ScreenConfig, ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN, Training, write_tiny_target
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["scores.parquet", "domains.parquet", "shards.parquet", "documents.parquet", "mixture.yaml", "report.html"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("selected")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 def config_of(folder, **settings):

@@ -14,14 +14,6 @@ from tests.tiny import build_optimizers, factory, record_tiny_run, write_tiny_ta
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("baselines")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def job(folder):
     from curate.trajectory.run import Run
 

@@ -15,7 +15,7 @@ from curate.optimizers.settings import GroupSettings
 from curate.target import load_target
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
-from tests.tiny import Training, record_tiny_run, write_tiny_target
+from tests.tiny import Training, record_tiny_run
 
 
 class Problem:
@@ -139,14 +139,6 @@ def test_separable_inverse_of_a_weight_never_touched_is_finite():
     settings = GroupSettings(optimizer="AdamW", lr=0.1, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8)
     found = torch.outer(*separable_inverse(torch.zeros(3, 4), 1, settings))
     torch.testing.assert_close(found, torch.full((3, 4), 1e8))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adam")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture

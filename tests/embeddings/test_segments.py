@@ -14,7 +14,7 @@ from curate.embeddings.store import embed_window, embedding_folder, plan_job
 from curate.target import load_target
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
-from tests.tiny import Training, record_tiny_run, write_tiny_target
+from tests.tiny import Training
 
 TOLERANCE = 1e-5  # what the docstring of `segment_steps` says
 problems = st.fixed_dictionaries(
@@ -109,14 +109,6 @@ def test_streamed_segments_are_one_pass_within_float32(problem, data, rows_per_b
 
 
 NAMES = ["dvemb", "dvemb-adam", "dvemb-adam-shortcut"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("segments")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture

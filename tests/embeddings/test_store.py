@@ -11,17 +11,9 @@ from curate.errors import UserError
 from curate.target import load_target, target_loss
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.run import Run
-from tests.tiny import Training, record_tiny_run, write_tiny_target
+from tests.tiny import Training
 
 NAMES = ["adjoint", "dvemb", "dvemb-adam", "dvemb-adam-shortcut"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("embedded")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture

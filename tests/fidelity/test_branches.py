@@ -28,18 +28,10 @@ from curate.target import load_target, target_loss
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from curate.trajectory.snapshots import load_state
-from tests.tiny import build_optimizers, factory, record_tiny_run, write_tiny_target
+from tests.tiny import build_optimizers, factory
 
 PRIOR = {"dataclasses": 3.0, "json": 1.0}
 CONFIG = BranchTestConfig(share=0.5, steps=3, repeats=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("branches")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture

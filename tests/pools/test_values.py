@@ -19,17 +19,9 @@ from curate.scores.schema import Scores
 from curate.target import load_target
 from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, STEPS, TinyLM, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN, STEPS, TinyLM
 
 CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pool")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,9 @@ from curate.shards.grain import Grain, GrainConfig, divide, mixture_of_parts
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
-from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN
 
 BY = pytest.mark.parametrize("by", ["clusters", "shards"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grain")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 def selected(folder, **settings):

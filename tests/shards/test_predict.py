@@ -14,17 +14,9 @@ from curate.shards.predict import predict_rest
 from curate.target import load_target
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN
 
 KINDS = (range(3, 23), range(40, 60))  # tokens of samples that help, and of samples that hurt
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("predicted")
-    record_tiny_run(folder)
-    write_tiny_target(folder / "target.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")
