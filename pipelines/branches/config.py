@@ -78,7 +78,7 @@ class BranchesConfig(Config):
     nothing but the largest are drawn, as at 1, the published setting."""
     oracle_temperatures: tuple[float, ...] = (2.0, 1.0, 0.5)
     """Temperatures of the oracle's scores, in their deviations between domains."""
-    guard_drop: float = Field(default=0.05, ge=0)
+    guard_drop: float = Field(default=0.1, ge=0)
     """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
     drop_fraction: float = Field(default=0.6, ge=0, lt=1)
     """Share of the valued samples of each domain that are left out, where samples are chosen."""
