@@ -25,8 +25,11 @@ _BEST: dict[str, tuple[str, Format | None]] = {
     "width": ("±", lambda value: decimal(value, 4)),
     "general": ("general loss", lambda value: percent(value, 2)),
     "seeds": ("seeds", count),
+    "apart": ("minus curate", lambda value: signed(value, 4)),
+    "apart_width": ("±", lambda value: decimal(value, 4)),
 }
-_EQUAL = {name: shown for name, shown in _BEST.items() if name != "temperature"} | {
+_ALONG = {name: shown for name, shown in _BEST.items() if name != "temperature"}
+_EQUAL = {name: shown for name, shown in _ALONG.items() if not name.startswith("apart")} | {
     "general": ("general loss", lambda value: signed(value, 4)),
 }
 
@@ -36,7 +39,7 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         path: the HTML file.
-        result: `rows` (one per case, method, seed and temperature), `best` and `equal_kl`.
+        result: `rows` (one per case, method, seed and temperature), `best`, `at_guard` and `equal_kl`.
     """
     rows = result["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -62,6 +65,13 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
                 folded=False,
             ),
             Section(
+                heading="At the guard",
+                note="The same at the best place of each method's curve, between its temperatures too, so that no grid "
+                "of temperatures decides.",
+                table=_table(result["at_guard"], _ALONG, "general_share"),
+                folded=False,
+            ),
+            Section(
                 heading="At equal KL from the prior",
                 note="At the KL that curate has at the default temperature, along each method's curve.",
                 table=_table(result["equal_kl"], _EQUAL, "general"),
@@ -75,7 +85,8 @@ def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, Format | None]]
     flat = [
         {
             **row, "target": row["target"]["mean"], "width": row["target"]["half_width"],
-            "general": row[general]["mean"],
+            "general": row[general]["mean"], "apart": row.get("minus_curate", {}).get("mean"),
+            "apart_width": row.get("minus_curate", {}).get("half_width"),
         }
         for row in rows
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from pipelines.branches.config import (
     default_temperature,
     small,
 )
-from pipelines.branches.rows import BASE, against_throughout, at_equal_kl, best_within_guard, token_speedup
+from pipelines.branches.rows import BASE, against_throughout, at_equal_kl, at_guard, best_within_guard, token_speedup
 
 if TYPE_CHECKING:
     from curate.mixture.schedule import Kind
@@ -39,8 +39,8 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
 
     Returns:
         `rows` as the losses were reported; `tuning`, the same rows with the losses that temperatures are chosen by;
-        `equal_kl`, `best` and `schedules`, see `pipelines.branches.rows`; `branch_test`, how domain scores agree with
-        what a little more of one domain does.
+        `equal_kl`, `best`, `at_guard` and `schedules`, see `pipelines.branches.rows`; `branch_test`, how domain scores
+        agree with what a little more of one domain does.
 
     Raises:
         UserError: bad corpus or settings.
@@ -62,7 +62,7 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
             tested += domain_agreement(arena, [method for method in SCORED if method in config.methods])
     return {
         "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows), "best": best_within_guard(rows, tuning, GUARD),
-        "schedules": against_throughout(rows), "branch_test": tested,
+        "at_guard": at_guard(rows, tuning, GUARD), "schedules": against_throughout(rows), "branch_test": tested,
     }  # fmt: skip
 
 
@@ -118,14 +118,20 @@ def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Kind) 
 
 def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.write) -> None:
     """Print both tables: differences from proportional in nats per token, with 95 % t intervals over seeds."""
-    write("target loss minus proportional's, at the best temperature within the guard on general loss\n")
-    write(f"{'case':10}{'method':14}{'T':>6}{'KL':>7}{'target':>10}{'+-':>8}{'general':>9}{'seeds':>6}\n")
-    for row in sorted(result["best"], key=lambda row: (row["case"], row["target"]["mean"])):
-        temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
+    for name, where in (("best", "temperature"), ("at_guard", "place of its curve")):
+        write(f"target loss minus proportional's, at each method's best {where} within the guard on general loss\n")
         write(
-            f"{row['case']:10}{row['method']:14}{temperature:>6}{row['kl_to_prior']:7.3f}{row['target']['mean']:+10.4f}"
-            f"{_width(row['target']):>8}{100 * row['general_share']['mean']:+8.2f}%{row['seeds']:6}\n"
+            f"{'case':10}{'method':14}{'T':>6}{'KL':>7}{'target':>10}{'+-':>8}{'general':>9}{'seeds':>6}"
+            f"{'minus curate':>16}{'+-':>8}\n"
         )
+        for row in sorted(result[name], key=lambda row: (row["case"], row["target"]["mean"])):
+            temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
+            apart = row.get("minus_curate")
+            write(
+                f"{row['case']:10}{row['method']:14}{temperature:>6}{row['kl_to_prior']:7.3f}"
+                f"{row['target']['mean']:+10.4f}{_width(row['target']):>8}{100 * row['general_share']['mean']:+8.2f}%"
+                f"{row['seeds']:6}" + (f"{apart['mean']:+16.4f}{_width(apart):>8}\n" if apart else "\n")
+            )
     write("the same at the KL that curate has by default\n")
     for row in sorted(result["equal_kl"], key=lambda row: (row["case"], row["target"]["mean"])):
         write(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
 BASE = "proportional"
 
@@ -120,38 +122,95 @@ def best_within_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) 
 
     Returns:
         One row per case and method: `temperature` (none where no temperature keeps the guard: proportional is used),
-        differences from proportional on the reporting split, and whether each seed's has the sign of the mean.
+        differences from proportional on the reporting split, whether each seed's has the sign of the mean, and
+        `minus_curate`: the target loss less that of curate's row, paired by seed.
+    """
+
+    def best(target: Floats, general: Floats) -> float:
+        kept = np.flatnonzero(general[1:] <= guard) + 1
+        return float(kept[np.argmin(target[kept])]) if len(kept) else 0.0
+
+    return _along_curves(rows, tuning, best)
+
+
+def at_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) -> list[Row]:
+    """Each method at the best place of its curve within the guard, so that no grid of temperatures decides.
+
+    A method's curve runs from proportional through its temperatures in the order of their KL, linear between them. The
+    place is chosen on the tuning split and read on the reporting split; arguments and rows as of `best_within_guard`,
+    without `temperature` where the place is between two.
+    """
+
+    def best(target: Floats, general: Floats) -> float:
+        places = [float(at) for at in np.flatnonzero(general <= guard)]
+        for at, (before, after) in enumerate(pairwise(general)):
+            if (before - guard) * (after - guard) < 0:
+                places.append(at + (guard - before) / (after - before))
+        return min(places, key=lambda at: np.interp(at, np.arange(len(target)), target))
+
+    return _along_curves(rows, tuning, best)
+
+
+def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[Floats, Floats], float]) -> list[Row]:
+    """A row per case and method at the place of its curve that is chosen.
+
+    Args:
+        rows: of the bench.
+        tuning: the same with the losses that the place is chosen by.
+        choose: gives the place from the tuning split's means over seeds at proportional and each temperature: target
+            loss less proportional's, and general loss as a share of proportional's.
     """
     found = []
     for case in _names(rows, "case"):
-        places = [place for place, row in enumerate(rows) if row["case"] == case and row["schedule"] == "throughout"]
-        base = {rows[place]["seed"]: place for place in places if rows[place]["method"] == BASE}
-        for method in _names([rows[place] for place in places], "method"):
-            own = [place for place in places if rows[place]["method"] == method]
-            temperature = _best(own, rows, tuning, base, guard)
-            chosen = [place for place in own if rows[place]["temperature"] == temperature]
-            pairs = [(rows[place], rows[base[rows[place]["seed"]]]) for place in chosen]
-            targets = [row["target_loss"] - at["target_loss"] for row, at in pairs] or [0.0]
-            generals = [row["general_loss"] / at["general_loss"] - 1 for row, at in pairs] or [0.0]
+        kept = [row["case"] == case and row["schedule"] == "throughout" for row in rows]
+        report, tune = ([row for row, own in zip(each, kept, strict=True) if own] for each in (rows, tuning))
+        lines = {}
+        for method in _names(report, "method"):
+            temperatures, told, shown = _curve(report, method), _points(tune, method), _points(report, method)
+            place = choose(told[0].mean(axis=1), told[1].mean(axis=1))
+            low, high = int(np.floor(place)), int(np.ceil(place))
+            target, general, kl = shown[:, low] + (place - low) * (shown[:, high] - shown[:, low])
+            lines[method] = target
             found.append(
-                {"case": case, "method": method, "temperature": temperature, "seeds": len(pairs),
-                 "kl_to_prior": float(np.mean([row["kl_to_prior"] for row, _ in pairs] or [0.0])),
-                 "target": interval(targets), "general_share": interval(generals),
-                 "same_sign": len({np.sign(one) for one in targets}) == 1}
+                {"case": case, "method": method, "temperature": temperatures[low] if low == high else None,
+                 "seeds": len(target), "kl_to_prior": float(kl.mean()), "target": interval(target.tolist()),
+                 "general_share": interval((general - 1).tolist()), "same_sign": len(set(np.sign(target))) == 1}
             )  # fmt: skip
+        for row in found:
+            if row["case"] == case and "curate" in lines:
+                row["minus_curate"] = interval((lines[row["method"]] - lines["curate"]).tolist())
     return found
 
 
-def _best(
-    places: Sequence[int], rows: Sequence[Row], tuning: Sequence[Row], base: dict[int, int], guard: float
-) -> float | None:
-    means = {}
-    for temperature in _names([rows[place] for place in places], "temperature"):
-        own = [place for place in places if rows[place]["temperature"] == temperature]
-        general = [tuning[place]["general_loss"] / tuning[base[rows[place]["seed"]]]["general_loss"] for place in own]
-        if np.mean(general) <= guard:
-            means[temperature] = float(np.mean([tuning[place]["target_loss"] for place in own]))
-    return min(means, key=lambda temperature: means[temperature]) if means else None
+def _curve(rows: Sequence[Row], method: str) -> list[float | None]:
+    """Temperatures of a method in the order of their KL, after proportional (none)."""
+    own = [row for row in rows if row["method"] == method]
+    kl = {
+        at: np.mean([row["kl_to_prior"] for row in own if row["temperature"] == at])
+        for at in _names(own, "temperature")
+    }
+    return [None, *sorted(kl, key=lambda at: kl[at])]
+
+
+def _points(rows: Sequence[Row], method: str) -> Floats:
+    """Of a curve's P places and S seeds: target loss less proportional's, share of its general loss, KL; (3, P, S)."""
+    base = {row["seed"]: row for row in rows if row["method"] == BASE}
+    own = {(row["temperature"], row["seed"]): row for row in rows if row["method"] == method}
+    seeds = _names(list(own.values()), "seed")
+    found = []
+    for at in _curve(rows, method):
+        place = [(base[seed] if at is None else own[at, seed], base[seed]) for seed in seeds]
+        found.append(
+            [
+                (
+                    row["target_loss"] - zero["target_loss"],
+                    row["general_loss"] / zero["general_loss"],
+                    row["kl_to_prior"],
+                )
+                for row, zero in place
+            ]
+        )
+    return np.array(found, np.float64).transpose(2, 0, 1)
 
 
 def _names(rows: Sequence[Row], key: str) -> list[Any]:

@@ -16,7 +16,14 @@ from pipelines.branches.__main__ import bench, show
 from pipelines.branches.config import DEFAULT_TEMPERATURE, BranchesConfig, small
 from pipelines.branches.oracle import draw_mixture, slopes, tempered
 from pipelines.branches.pools import noise_documents
-from pipelines.branches.rows import against_throughout, at_equal_kl, best_within_guard, interval, token_speedup
+from pipelines.branches.rows import (
+    against_throughout,
+    at_equal_kl,
+    at_guard,
+    best_within_guard,
+    interval,
+    token_speedup,
+)
 from tests.pipelines.bench_data import write_bench_data
 
 KEYS = {
@@ -84,6 +91,30 @@ def test_the_best_temperature_is_chosen_on_another_split_within_the_guard():
     assert found["curate"]["temperature"] == 0.5
     assert found["curate"]["target"]["mean"] == pytest.approx(-0.55)
     assert found["curate"]["general_share"]["mean"] == pytest.approx(0.05)
+
+
+def test_the_place_at_the_guard_is_between_temperatures():
+    found = {line["method"]: line for line in at_guard(ROWS, ROWS, 1.01)}
+    # general loss +.375 % at T 1 and +5 % at T .5: the guard of 1 % is .625 / 4.625 of the way
+    way = 0.625 / 4.625
+    curate, dsir, uniform = (found[name] for name in ("curate", "dsir", "uniform"))
+    assert curate["target"]["mean"] == pytest.approx(-0.25 + way * -0.3)
+    assert curate["general_share"]["mean"] == pytest.approx(0.01)
+    assert curate["kl_to_prior"] == pytest.approx(0.25 + way * 0.4)
+    assert curate["temperature"] is None
+    assert (dsir["temperature"], dsir["target"]["mean"]) == (1.0, pytest.approx(-0.075))  # within the guard: its end
+    assert uniform["target"]["mean"] == 0.0  # worse than proportional all along
+    first, second = (-0.1 - (-0.2 + way * -0.3), -0.05 - (-0.3 + way * -0.3))
+    assert dsir["minus_curate"]["mean"] == pytest.approx((first + second) / 2)
+    assert dsir["minus_curate"]["half_width"] == pytest.approx(interval([first, second])["half_width"])
+    assert curate["minus_curate"] == {"mean": 0.0, "half_width": 0.0}
+
+
+def test_the_place_at_the_guard_is_chosen_on_the_tuning_split():
+    tuning = [{**line, "general_loss": 4.0} for line in ROWS]
+    found = {line["method"]: line for line in at_guard(ROWS, tuning, 1.01)}
+    assert found["curate"]["temperature"] == 0.5
+    assert found["curate"]["target"]["mean"] == pytest.approx(-0.55)
 
 
 def test_a_schedules_gain_stands_beside_that_of_the_same_mixture_throughout():
