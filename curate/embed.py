@@ -63,7 +63,8 @@ class EmbedConfig(Config):
     more_targets: dict[str, Annotated[float, Field(gt=0)]] = {}
     """More targets (JSONL), valued in the same pass, each with the weight of its scores; that of `target` is 1."""
     guard: Path | None = None
-    """Documents (JSONL) of what must not be lost, valued in the same pass; see mixture.guard_drop."""
+    """Documents (JSONL) of what must not be lost, valued in the same pass; see mixture.guard_drop
+    and shards.guard_weight."""
     min_target_tokens: int = 1000
     """Fewest predicted tokens of a target."""
     target_batch_size: int = 16

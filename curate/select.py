@@ -98,8 +98,9 @@ def select(config: SelectConfig, run: Run) -> Path:
         config = _with_mixture(config, temperature=facts["branch_test"]["temperature"])
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    values = every if isinstance(found, dict) else found.chosen_by()
-    values = combined_values(values.filter(window=config.mixture.window), sample_weights(config, target))
+    weights = sample_weights(config, target)
+    values = every if isinstance(found, dict) else found.chosen_by(weights)
+    values = combined_values(values.filter(window=config.mixture.window), weights)
     if valued and stock.pool is None and config.mode != "reweight" and config.shards.unvalued == "predict":
         values, tables["predicted"] = _predicted(stock, run, values, target)
     mixture, plan, tables["leaks"] = _mix(stock, values, tables["domains"], consumed(ledger), target, keys)
@@ -239,7 +240,8 @@ def _predicted(stock: _Stock, run: Run, values: pl.DataFrame, target: Target) ->
     from curate.shards.predict import predict_rest
 
     config = stock.config
-    targets = [target, *other_targets(config, run, target)][: len(sample_weights(config, target))]
+    weights = sample_weights(config, target)
+    targets = [one for one in (target, *other_targets(config, run, target)) if one.name in weights]
     found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"

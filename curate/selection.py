@@ -14,6 +14,7 @@ from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
 from curate.pools.open import pool_fingerprint, pool_streams
+from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method, estimator_of
 from curate.shards.choose import ShardsConfig
@@ -121,8 +122,9 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     more: dict[str, Any] = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
     if config.pool is not None:
         more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
+        more["predictor"] = list(PREDICTOR)
     elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued == "predict":
-        more["min_rank_correlation"] = config.probe.min_rank_correlation
+        more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
 
 

@@ -234,7 +234,8 @@ def check_scores(
         batch_size: sequences per pass over the target.
 
     Returns:
-        `changes` (see `realised_changes`), `spearman`, `low`, `high` and the `temperature` to use.
+        `changes` (see `realised_changes`), `spearman`, `low`, `high`, `ceiling` and the `temperature` to
+        use.
 
     Raises:
         UserError: all scores are equal.
@@ -254,10 +255,10 @@ def check_scores(
     interval = "" if found.low is None or found.high is None else f" [95 % interval {found.low:.2f}, {found.high:.2f}]"
     said = "not defined" if found.spearman is None else f"{found.spearman:.2f}{interval}"
     _log.info("branch test: Spearman of domain scores and realised changes is %s", said)
-    if found.ceiling is not None and found.ceiling < TRUSTED:
+    if allowed > temperature and found.ceiling is not None and found.ceiling < TRUSTED:
         _log.warning(
-            "draws of samples differ so much that no scores could reach more than about %.2f: set branches.repeats or "
-            "branches.steps higher for a test that tells",
+            "by the differences between draws of samples, scores without error would reach about %.2f: set "
+            "branches.repeats or branches.steps higher for a test that tells",
             found.ceiling,
         )
     if allowed > temperature:

@@ -28,9 +28,10 @@ class MixtureConfig(Config):
     unit is one standard deviation of a sample's value, which domains seldom differ by. High = close to the prior, low =
     concentrated."""
     harm_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of a negative score that counts. A gradient says that text much like the target hurts it (both claim the
-    same predictions) where over a stage it does not: of the domains of the branch bench all but the target's own
-    changed the target alike, and those of negative score were worth keeping for general text."""
+    """Share of a negative score that counts. Scores are relative to the average: in the branch bench all domains but
+    the target's own changed the target alike, whatever their scores, and those of the lowest were worth keeping for
+    general text. At 0 what is below average, domain or part of one, keeps its proportions, junk too; set 1 where a
+    domain is known to do harm."""
     window: str = "late"
     """The window whose scores set the weights; windows are never averaged."""
     prior: dict[str, float] = {}

@@ -44,7 +44,8 @@ class DomainMixture(Config):
     high: float | None
     """Upper end."""
     shrunk: float
-    """The score shrunk by its standard error: what the weight was solved from."""
+    """The score shrunk by its standard error: what the weight was solved from, negative ones as far as
+    `mixture.harm_share` says."""
     valued: int
     """Distinct samples that the score was measured on; 0: nothing was measured, the score is the average's."""
     binding: Literal["floor", "ceiling", "max_epochs", "max_change"] | None
@@ -80,7 +81,7 @@ class SweepPoint(Config):
 
     temperature: float
     expected_score: float
-    """Expected score of a token, repetition discounted."""
+    """Expected score of a token, repetition discounted; negative scores as far as `mixture.harm_share` says."""
     kl_to_prior: float
     effective_domains: float
     guard_score: float | None
@@ -122,7 +123,8 @@ class Mixture(Config):
     kl_to_prior: float
     """KL(delivered weights || prior) in nats."""
     expected_score: float
-    """Expected score of a token under the solved weights, repetition discounted."""
+    """Expected score of a token under the solved weights, repetition discounted; negative scores as far as
+    `mixture.harm_share` says."""
     gap: float
     """Certificate of the solution: no weights reach an objective (expected score less temperature times divergence)
     that is higher by more than this."""

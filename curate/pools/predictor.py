@@ -80,7 +80,8 @@ def fit(blocks: Sequence[Floats], values: Floats, domains: Names) -> Predictor:
         own = domains == name
         centres[name], known[name] = features[own].mean(axis=0), np.sort(values[own], axis=0)
         centred[own] = (features[own] - centres[name]) * scale
-        wanted[own], fitted[own] = normal_scores(values[own]), 1 / own.sum()
+        scores = normal_scores(values[own])
+        wanted[own], fitted[own] = scores - scores.mean(axis=0), 1 / own.sum()  # ties have a mean
     return Predictor(weights=_ridge(centred, wanted, fitted) * scale[:, None], centres=centres, values=known)
 
 
@@ -126,7 +127,7 @@ def _ridge(features: Floats, wanted: Floats, fitted: Floats) -> Floats:
 
     With centred features X = U S V^T and penalty a, the fit is H t, H = U S^2 / (S^2 + a) U^T, and the error of a
     sample i of a domain of n_d that is left out (t - H t)_i / (1 - H_ii - 1 / n_d): the domain's mean is fitted too.
-    Without the last term the error falls to 0 with the penalty, whatever the features are.
+    Without the last term the error falls to 0 with the penalty where there are more features than samples.
 
     Args:
         features: (n, F), centred in each domain.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -100,14 +100,19 @@ class PoolValues:
     seconds: float
     cost_units: float
 
-    def chosen_by(self) -> pl.DataFrame:
-        """The values frame that samples are chosen by: those that have a value of their own for every target.
+    def chosen_by(self, targets: Collection[str]) -> pl.DataFrame:
+        """The values frame that samples are chosen by: those that have a value of their own for one of the targets.
 
-        A sample that the mean of its domain stands for has none, as one outside of the window that is valued.
+        A sample that the mean of its domain stands for has none, as one outside of the window that is valued. For a
+        target whose values are not predicted in a domain, the mean stands for all samples and ranks none of them.
         """
-        own = (pl.col("source") != "domain mean").all().over("domain", "sample_id")
+        own = (pl.col("source") != "domain mean").any().over("domain", "sample_id")
         whole = (pl.col(name) * pl.col("tokens") for name in VALUES)
-        return self.every.filter(own).with_columns(*whole, window=pl.lit(POOL))
+        return (
+            self.every.filter(pl.col("target").is_in(list(targets)))
+            .filter(own)
+            .with_columns(*whole, window=pl.lit(POOL))
+        )
 
 
 def value_pool(

@@ -214,7 +214,7 @@ def _apart(apart: Floats, se: Floats, above: npt.NDArray[np.int64]) -> Floats:
 
 
 def _discounted(score: Floats, fresh: Floats) -> Floats:
-    """Scores [R, D]: benefits count for new text only, harm in full."""
+    """Scores [R, D]: what is above average counts for new text only."""
     return np.where(score > 0, score * fresh, score)
 
 

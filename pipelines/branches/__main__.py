@@ -117,7 +117,7 @@ def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Kind) 
 
 
 def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.write) -> None:
-    """Print both tables: differences from proportional in nats per token, with 95 % t intervals over seeds."""
+    """Print the tables: differences from proportional in nats per token, with 95 % t intervals over seeds."""
     for name, where in (("best", "temperature"), ("at_guard", "place of its curve")):
         write(f"target loss minus proportional's, at each method's best {where} within the guard on general loss\n")
         write(

@@ -17,6 +17,7 @@ from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.mixture.schedule import Kind, StageSchedule
+from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method
 from curate.select import select
@@ -92,7 +93,13 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
     dropped = config.drop_fraction if case.mode == "filter" else None
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped])[:8]
+    rules = [
+        MixtureConfig().model_dump(),
+        ShardsConfig().model_dump(mode="json"),
+        ProbeConfig().model_dump(),
+        PREDICTOR,
+    ]
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",

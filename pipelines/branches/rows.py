@@ -136,8 +136,9 @@ def best_within_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) 
 def at_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) -> list[Row]:
     """Each method at the best place of its curve within the guard, so that no grid of temperatures decides.
 
-    A method's curve runs from proportional through its temperatures in the order of their KL, linear between them. The
-    place is chosen on the tuning split and read on the reporting split; arguments and rows as of `best_within_guard`,
+    A method's curve runs from proportional through its temperatures in the order of their KL, linear between them
+    (where samples are chosen, its first part is of no temperature: the highest ones choose samples too). The place is
+    chosen on the tuning split and read on the reporting split; arguments and rows as of `best_within_guard`,
     without `temperature` where the place is between two.
     """
 
@@ -170,7 +171,7 @@ def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[
             place = choose(told[0].mean(axis=1), told[1].mean(axis=1))
             low, high = int(np.floor(place)), int(np.ceil(place))
             target, general, kl = shown[:, low] + (place - low) * (shown[:, high] - shown[:, low])
-            lines[method] = target
+            lines[method] = dict(zip(_seeds(report, method), target, strict=True))
             found.append(
                 {"case": case, "method": method, "temperature": temperatures[low] if low == high else None,
                  "seeds": len(target), "kl_to_prior": float(kl.mean()), "target": interval(target.tolist()),
@@ -178,7 +179,9 @@ def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[
             )  # fmt: skip
         for row in found:
             if row["case"] == case and "curate" in lines:
-                row["minus_curate"] = interval((lines[row["method"]] - lines["curate"]).tolist())
+                own, curate = lines[row["method"]], lines["curate"]
+                pairs = [own[seed] - curate[seed] for seed in own if seed in curate]
+                row |= {"minus_curate": interval(pairs)} if pairs else {}
     return found
 
 
@@ -192,12 +195,18 @@ def _curve(rows: Sequence[Row], method: str) -> list[float | None]:
     return [None, *sorted(kl, key=lambda at: kl[at])]
 
 
+def _seeds(rows: Sequence[Row], method: str) -> list[int]:
+    """The seeds that a method was run with at every temperature."""
+    own = [row for row in rows if row["method"] == method]
+    runs = [{row["seed"] for row in own if row["temperature"] == at} for at in _names(own, "temperature")]
+    return sorted(set.intersection(*runs))
+
+
 def _points(rows: Sequence[Row], method: str) -> Floats:
     """Of a curve's P places and S seeds: target loss less proportional's, share of its general loss, KL; (3, P, S)."""
     base = {row["seed"]: row for row in rows if row["method"] == BASE}
     own = {(row["temperature"], row["seed"]): row for row in rows if row["method"] == method}
-    seeds = _names(list(own.values()), "seed")
-    found = []
+    seeds, found = _seeds(rows, method), []
     for at in _curve(rows, method):
         place = [(base[seed] if at is None else own[at, seed], base[seed]) for seed in seeds]
         found.append(

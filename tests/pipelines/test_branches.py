@@ -110,6 +110,17 @@ def test_the_place_at_the_guard_is_between_temperatures():
     assert curate["minus_curate"] == {"mean": 0.0, "half_width": 0.0}
 
 
+def test_methods_with_other_seeds_are_paired_on_those_that_they_share():
+    rows = [*ROWS, row("proportional", 2, 1.0, 0.0, 7.0, 4.0), row("dsir", 2, 1.0, 0.4, 6.5, 4.0)]
+    dsir = next(line for line in at_guard(rows, rows, 1.01) if line["method"] == "dsir")
+    assert (dsir["seeds"], dsir["target"]["mean"]) == (3, pytest.approx((-0.1 - 0.05 - 0.5) / 3))
+    both = {line["method"]: line for line in at_guard(ROWS, ROWS, 1.01)}
+    assert dsir["minus_curate"]["mean"] == pytest.approx(both["dsir"]["minus_curate"]["mean"])
+    lacking = [line for line in ROWS if (line["method"], line["seed"], line["temperature"]) != ("curate", 1, 0.5)]
+    curate = next(line for line in at_guard(lacking, lacking, 1.01) if line["method"] == "curate")
+    assert curate["seeds"] == 1
+
+
 def test_the_place_at_the_guard_is_chosen_on_the_tuning_split():
     tuning = [{**line, "general_loss": 4.0} for line in ROWS]
     found = {line["method"]: line for line in at_guard(ROWS, tuning, 1.01)}

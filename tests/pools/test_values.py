@@ -14,7 +14,7 @@ from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, write_stream
 from curate.pools.open import open_pool
-from curate.pools.values import ProbeConfig, value_pool
+from curate.pools.values import PoolValues, ProbeConfig, value_pool
 from curate.scores.schema import Scores
 from curate.target import load_target
 from curate.trajectory.ledger import consumed, stages, uses
@@ -212,3 +212,20 @@ def test_a_domain_that_was_trained_on_whole_is_left_out(run, folder, caplog):
         pool = open_pool(folder / "data", run, used, "remove")
     assert set(pool.tokens) == {"dataclasses"}
     assert "nothing of json is left" in caplog.text
+
+
+def test_samples_are_chosen_by_the_targets_that_rank_them(tmp_path):
+    source = {"a": ("predicted", "domain mean"), "b": ("domain mean", "domain mean"), "c": ("domain mean", "predicted")}
+    rows = [
+        {"target": target, "domain": domain, "index": 0, "sample_id": ord(domain), "length": 8, "tokens": 4,
+         "value": 0.5, "value_a": 0.5, "value_b": 0.5, "source": source[domain][place]}
+        for place, target in enumerate(("t", "guard")) for domain in "abc"
+    ]  # fmt: skip
+    every = pl.DataFrame(rows)
+    none = pl.DataFrame()
+    found = PoolValues(folder=tmp_path, probed=none, every=every, domains=none, seconds=0.0, cost_units=0.0)
+    both, alone = found.chosen_by(["t", "guard"]), found.chosen_by(["t"])
+    assert sorted(both["domain"].unique()) == ["a", "c"]
+    assert (both["target"].value_counts()["count"] == 2).all()  # the same rows for each target
+    assert alone["domain"].to_list() == ["a"]
+    assert both["value"].to_list() == [2.0] * 4
