@@ -190,7 +190,7 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     Returns:
         0 to 1; None for fewer than three domains, a single repeat, or where a repeat does not vary.
     """
-    draws = np.array(changes, np.float64).reshape(len(changes), -1).T
+    draws = np.array(changes, np.float64).T
     pairs = [spearman(draws[a], draws[b]) for a in range(len(draws)) for b in range(a)]
     known = [pair for pair in pairs if pair is not None]
     if not known or len(known) < len(pairs):
@@ -234,8 +234,8 @@ def check_scores(
         batch_size: sequences per pass over the target.
 
     Returns:
-        `changes` (see `realised_changes`), `spearman`, `low`, `high`, `ceiling` and the `temperature` to
-        use.
+        `changes` (see `realised_changes`), `spearman`, `low`, `high`, `ceiling` and the `temperature`
+        to use.
 
     Raises:
         UserError: all scores are equal.
@@ -255,16 +255,16 @@ def check_scores(
     interval = "" if found.low is None or found.high is None else f" [95 % interval {found.low:.2f}, {found.high:.2f}]"
     said = "not defined" if found.spearman is None else f"{found.spearman:.2f}{interval}"
     _log.info("branch test: Spearman of domain scores and realised changes is %s", said)
-    if allowed > temperature and found.ceiling is not None and found.ceiling < TRUSTED:
-        _log.warning(
-            "by the differences between draws of samples, scores without error would reach about %.2f: set "
-            "branches.repeats or branches.steps higher for a test that tells",
-            found.ceiling,
-        )
     if allowed > temperature:
         _log.warning(
             "below %.1f scores do not predict the next stage well: it stays nearer to the prior, mixture.temperature "
             "%.3g instead of %.3g (divided by the correlation, at least %g)",
             TRUSTED, allowed, temperature, _LEAST,
         )  # fmt: skip
+        if found.ceiling is not None and found.ceiling < TRUSTED:
+            _log.warning(
+                "by the differences between draws of samples, scores without error would reach about %.2f: set "
+                "branches.repeats or branches.steps higher for a test that tells",
+                found.ceiling,
+            )
     return {"changes": changes, **asdict(found), "temperature": allowed}

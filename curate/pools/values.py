@@ -108,11 +108,8 @@ class PoolValues:
         """
         own = (pl.col("source") != "domain mean").any().over("domain", "sample_id")
         whole = (pl.col(name) * pl.col("tokens") for name in VALUES)
-        return (
-            self.every.filter(pl.col("target").is_in(list(targets)))
-            .filter(own)
-            .with_columns(*whole, window=pl.lit(POOL))
-        )
+        asked = self.every.filter(pl.col("target").is_in(list(targets)))
+        return asked.filter(own).with_columns(*whole, window=pl.lit(POOL))
 
 
 def value_pool(

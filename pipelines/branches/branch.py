@@ -93,13 +93,8 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
     dropped = config.drop_fraction if case.mode == "filter" else None
-    rules = [
-        MixtureConfig().model_dump(),
-        ShardsConfig().model_dump(mode="json"),
-        ProbeConfig().model_dump(),
-        PREDICTOR,
-    ]
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules])[:8]
+    rules = [part.model_dump(mode="json") for part in (MixtureConfig(), ShardsConfig(), ProbeConfig())]
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules, PREDICTOR])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",

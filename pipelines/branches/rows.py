@@ -206,20 +206,15 @@ def _points(rows: Sequence[Row], method: str) -> Floats:
     """Of a curve's P places and S seeds: target loss less proportional's, share of its general loss, KL; (3, P, S)."""
     base = {row["seed"]: row for row in rows if row["method"] == BASE}
     own = {(row["temperature"], row["seed"]): row for row in rows if row["method"] == method}
-    seeds, found = _seeds(rows, method), []
-    for at in _curve(rows, method):
-        place = [(base[seed] if at is None else own[at, seed], base[seed]) for seed in seeds]
-        found.append(
-            [
-                (
-                    row["target_loss"] - zero["target_loss"],
-                    row["general_loss"] / zero["general_loss"],
-                    row["kl_to_prior"],
-                )
-                for row, zero in place
-            ]
-        )
-    return np.array(found, np.float64).transpose(2, 0, 1)
+    seeds = _seeds(rows, method)
+    places = [[base[seed] if at is None else own[at, seed] for seed in seeds] for at in _curve(rows, method)]
+    return np.array([[_apart(row, base[row["seed"]]) for row in place] for place in places]).transpose(2, 0, 1)
+
+
+def _apart(row: Row, zero: Row) -> tuple[float, float, float]:
+    """Target loss less proportional's, share of its general loss, KL."""
+    target, general = row["target_loss"] - zero["target_loss"], row["general_loss"] / zero["general_loss"]
+    return target, general, row["kl_to_prior"]
 
 
 def _names(rows: Sequence[Row], key: str) -> list[Any]:
