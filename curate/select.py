@@ -7,9 +7,8 @@ train on? In order: target, embeddings (made where they are missing), search, sc
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
-from curate.errors import UserError
-from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
 from curate.selection import SelectConfig, aims_of, sample_weights, settings_of
 from curate.shards.deliver import deliver
-from curate.shards.grain import divide, mixture_of_parts
+from curate.stock import Stock, budget_of, open_stock, with_mixture
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
 from curate.trajectory.run import Run, find_run
-from curate.trajectory.samples import fresh_shares, trained_tokens
+from curate.trajectory.samples import fresh_shares
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,31 +32,14 @@ if TYPE_CHECKING:
     from curate.artifacts import Json
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
-    from curate.pools.open import Pool
     from curate.pools.values import PoolValues
     from curate.report.data import ReportData
-    from curate.shards.grain import Grain
+    from curate.scores.likeness import Likeness
     from curate.shards.plan import Plan
     from curate.target import Target
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stock:
-    """What the next stage draws from: the run's own data, parts of its domains, or a pool.
-
-    Attributes:
-        config: the settings, with what the others imply.
-        run: the run as if it had these streams.
-        trained: stored tokens of each of its domains.
-    """
-
-    config: SelectConfig
-    run: Run
-    trained: Mapping[str, int]
-    pool: Pool | None = None
-    grain: Grain | None = None
+_UNEVEN = 0.05  # of the budget that samples of uneven length may miss it by in silence
 
 
 def select(config: SelectConfig, run: Run) -> Path:
@@ -76,7 +56,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
     from curate.report.track import publish
-    from curate.scores.values import combined_values
+    from curate.scores.likeness import with_likeness
 
     begin = perf_counter()
     target = _target(config, run)
@@ -87,23 +67,24 @@ def select(config: SelectConfig, run: Run) -> Path:
         return out
     check_startable(out, settings)
     valued, ledger = config.method in VALUED, uses(stages(run, config.earlier))
-    stock = _stock(config, run, consumed(ledger))
+    stock = open_stock(config, run, consumed(ledger))
     config = stock.config
-    found = _found(stock, run, target) if valued else {}
+    targets = [target, *other_targets(config, run, target)]
+    found = _found(stock, run, targets) if valued else {}
     embedded = perf_counter()
-    every, tables, keys = _scored(stock, run, target, found)
+    every, tables, keys = _scored(stock, run, targets, found)
+    like = _likeness(stock, targets)
+    mixing = config.mixture.likeness_share
+    tables["domains"] = with_likeness(tables["domains"], like if mixing > 0 else None, mixing)
     facts: dict[str, Any] = {"residuals": _residuals(found)}
     if config.branch_test:
         facts["branch_test"] = _branch_test(config, run, target, stock.trained, tables["domains"])
-        config = _with_mixture(config, temperature=facts["branch_test"]["temperature"])
+        config = with_mixture(config, temperature=facts["branch_test"]["temperature"])
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    weights = sample_weights(config, target)
-    values = every if isinstance(found, dict) else found.chosen_by(weights)
-    values = combined_values(values.filter(window=config.mixture.window), weights)
-    if valued and stock.pool is None and config.mode != "reweight" and config.shards.unvalued == "predict":
-        values, tables["predicted"] = _predicted(stock, run, values, target)
-    mixture, plan, tables["leaks"] = _mix(stock, values, tables["domains"], consumed(ledger), target, keys)
+    values, texts, more = _of_samples(stock, targets, every, found, like)
+    tables |= more
+    mixture, plan, tables["leaks"] = _mix(stock, values, texts, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
     _write_tables(out, every, tables)
     data = deliver(
@@ -143,55 +124,21 @@ def _residuals(found: dict[str, Embedding] | PoolValues) -> dict[str, float]:
     return {window: part.residual for window, part in parts if part.residual is not None}
 
 
-def _stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> _Stock:
-    """Open what the next stage draws from.
-
-    Raises:
-        UserError: settings that do not go together, or a bad pool.
-    """
-    from curate.shards.sift import check_reweighted
-
-    if config.pool is None and config.mixture.window not in config.window_names:
-        raise UserError(
-            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
-            "set window or mixture.window"
-        )
-    if config.mode != "filter":
-        check_reweighted(config.shards)
-    trained = trained_tokens(run)
-    config = config.model_copy(update={"budget_tokens": _budget(config, trained)})
-    if config.method not in VALUED:  # weights are no gains: they hold as they are
-        config = _with_mixture(config, decay_epochs=math.inf, harm_share=1.0)
-    if config.pool is not None:
-        pool = open_pool(config.pool, run, used, config.probe.overlap)
-        once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
-        shards = config.shards.model_copy(update={"consume_once": once})
-        config = _with_mixture(config.model_copy(update={"shards": shards}), window=POOL)
-        return _Stock(config=config, run=pool.stock, trained=pool.tokens, pool=pool)
-    if config.grain.by == "domains":
-        return _Stock(config=config, run=run, trained=trained)
-    grain = divide(run, trained, config.grain, config.seed)
-    config = config.model_copy(update={"mixture": mixture_of_parts(config.mixture, grain)})
-    return _Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
-
-
-def _with_mixture(config: SelectConfig, **settings: Any) -> SelectConfig:
-    return config.model_copy(update={"mixture": config.mixture.model_copy(update=settings)})
-
-
-def _found(stock: _Stock, run: Run, target: Target) -> dict[str, Embedding] | PoolValues:
+def _found(stock: Stock, run: Run, targets: Sequence[Target]) -> dict[str, Embedding] | PoolValues:
     """What was valued: the windows of the run, or the pool for every target."""
     config = stock.config
     if stock.pool is None:
-        return embed(config, run, target)
+        return embed(config, run, targets[0])
+    rest = "none" if config.mode == "reweight" else config.probe.rest
+    probe = config.probe.model_copy(update={"rest": rest})
     return value_pool(
-        run, stock.pool, [target, *other_targets(config, run, target)], config.probe, adjoint=config.adjoint,
+        run, stock.pool, targets, probe, adjoint=config.adjoint,
         seed=config.seed, device=config.device, batch_size=config.target_batch_size, tolerance=config.tolerance,
     )  # fmt: skip
 
 
 def _scored(
-    stock: _Stock, run: Run, target: Target, found: dict[str, Embedding] | PoolValues
+    stock: Stock, run: Run, targets: Sequence[Target], found: dict[str, Embedding] | PoolValues
 ) -> tuple[pl.DataFrame, dict[str, pl.DataFrame], pl.DataFrame | None]:
     """Values of every target, their roll-ups, and the keys by which a method draws samples, where it does."""
     from curate.scores.methods import scores_without_values
@@ -199,15 +146,15 @@ def _scored(
     from curate.scores.schema import no_scores
     from curate.scores.shards import between_shards
 
-    config, trained, grain = stock.config, stock.trained, stock.grain
+    config, trained, grain, target = stock.config, stock.trained, stock.grain, targets[0]
     if config.method not in VALUED:
         domains, keys = scores_without_values(
             config.method, stock.run, target, config.weights, trained=trained, window=config.mixture.window,
-            budget=_budget(config, trained), temperature=config.mixture.temperature,
+            budget=budget_of(config, trained), temperature=config.mixture.temperature,
             importance_temperature=config.importance_temperature, seed=config.seed,
         )  # fmt: skip
         return no_scores(), {"domains": domains}, keys
-    every = _every_value(config, run, target, found) if isinstance(found, dict) else found.probed
+    every = _every_value(config, run, targets, found) if isinstance(found, dict) else found.probed
     own = every if grain is None else grain.of_parts(every)
     parents = None if grain is None else grain.parents
     tables = roll_ups(own, target.name, trained, fresh_shares(stock.run), config.seed, parents)
@@ -220,28 +167,68 @@ def _scored(
     return own, tables, None
 
 
-def _every_value(config: SelectConfig, run: Run, target: Target, embeddings: dict[str, Embedding]) -> pl.DataFrame:
+def _every_value(
+    config: SelectConfig, run: Run, targets: Sequence[Target], embeddings: dict[str, Embedding]
+) -> pl.DataFrame:
     """The values of every target, one after the other, the guard last."""
     import polars as pl
 
     from curate.scores.methods import shuffled
     from curate.scores.values import embedded_values
 
+    target, *others = targets
     frames = [embedded_values(embeddings, target)]
-    others = other_targets(config, run, target)
     if others:
         opened = embed_others(config, run, target)
         frames += [embedded_values(part, other) for part, other in zip(opened, others, strict=True)]
     return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
 
 
-def _predicted(stock: _Stock, run: Run, values: pl.DataFrame, target: Target) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _likeness(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
+    """What n-grams say of the targets, where they have a share in anything."""
+    from curate.scores.likeness import find_likeness
+
+    config = stock.config
+    choosing = config.mode != "reweight" and config.shards.likeness_share > 0
+    if not choosing and config.mixture.likeness_share == 0:
+        return None
+    return find_likeness(stock.run, targets, stock.trained, config.seed)
+
+
+def _of_samples(
+    stock: Stock,
+    targets: Sequence[Target],
+    every: pl.DataFrame,
+    found: dict[str, Embedding] | PoolValues,
+    like: Likeness | None,
+) -> tuple[pl.DataFrame, pl.DataFrame | None, dict[str, pl.DataFrame]]:
+    """What samples are chosen by: their values for all targets together, with predicted ones, and their likeness.
+
+    Returns:
+        Values, likeness, and a table of how good predictions are, where any are made.
+    """
+    from curate.scores.likeness import sample_likeness
+    from curate.scores.values import combined_values
+
+    config, weights = stock.config, sample_weights(stock.config, targets[0])
+    values = every if isinstance(found, dict) else found.chosen_by(weights)
+    values = combined_values(values.filter(window=config.mixture.window), weights)
+    if config.mode == "reweight":
+        return values, None, {}
+    asked = like if config.shards.likeness_share > 0 else None
+    texts = None if asked is None else sample_likeness(stock.run, asked, weights)
+    if config.method not in VALUED or stock.pool is not None or config.shards.unvalued != "predict":
+        return values, texts, {}
+    aimed = [one for one in targets if one.name in weights]
+    values, judged = _predicted(stock, values, aimed)
+    return values, texts, {"predicted": judged}
+
+
+def _predicted(stock: Stock, values: pl.DataFrame, targets: Sequence[Target]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The values with predicted ones of samples outside the window, and how good these are."""
     from curate.shards.predict import predict_rest
 
     config = stock.config
-    weights = sample_weights(config, target)
-    targets = [one for one in (target, *other_targets(config, run, target)) if one.name in weights]
     found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
@@ -276,8 +263,9 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
 
 def _mix(
-    stock: _Stock,
+    stock: Stock,
     values: pl.DataFrame,
+    likeness: pl.DataFrame | None,
     domains: pl.DataFrame,
     used: pl.DataFrame,
     target: Target,
@@ -285,20 +273,20 @@ def _mix(
 ) -> tuple[Mixture, Plan, pl.DataFrame]:
     """Choose among the samples, solve the mixture and turn it into whole samples; also what the screen found.
 
-    `keys` say which samples, where the method draws them.
+    `likeness` has a say in which samples are best; `keys` alone have it where the method draws them.
     """
     import polars as pl
 
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
-    from curate.scores.importance import keep_best
+    from curate.shards.choose import keep_best, with_keys
     from curate.shards.plan import make_plan, make_pool, supply_of
     from curate.shards.sift import read_held_out, sift
 
     config, run, trained = stock.config, stock.run, stock.trained
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
     known = {domain: catalogues[domain] for domain in trained}
-    pool = make_pool(known, values, used, consume_once=config.shards.consume_once)
+    pool = make_pool(known, values, used, likeness=likeness, consume_once=config.shards.consume_once)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
     grain, mixing = stock.grain, config.mixture
@@ -316,21 +304,23 @@ def _mix(
         mixing = mixing.model_copy(update={"prior": grain.without(spent, mixing.prior), "replay_domains": general})
         supply = {part: supply[part] for part in prior}
         domains = domains.filter(pl.col("domain").is_in(list(prior)))
-    budget = _budget(config, trained)
+    budget = budget_of(config, trained)
     mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
     samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
-    if keys is not None and config.mode != "reweight":
-        pool = keep_best(pool, keys, samples)
+    if config.mode != "reweight":
+        pool = keep_best(pool if keys is None else with_keys(pool, keys), samples)
     plan = make_plan(pool, samples, config.seed)
-    return with_tokens(mixture, {**dict.fromkeys(mixture.domains, 0), **plan.tokens()}), plan, leaks
-
-
-def _budget(config: SelectConfig, trained: Mapping[str, int]) -> int:
-    return sum(trained.values()) if config.budget_tokens is None else int(config.budget_tokens)
+    delivered = plan.tokens()
+    if abs(sum(delivered.values()) / budget - 1) > _UNEVEN:
+        _log.warning(
+            "samples differ in length, and those chosen have %s tokens, not %s: pack samples to one length, or change "
+            "budget_tokens by as much", f"{sum(delivered.values()):,}", f"{budget:,}",
+        )  # fmt: skip
+    return with_tokens(mixture, {**dict.fromkeys(mixture.domains, 0), **delivered}), plan, leaks
 
 
 def _report(
-    stock: _Stock,
+    stock: Stock,
     target: Target,
     mixture: Mixture,
     tables: dict[str, pl.DataFrame],

@@ -17,7 +17,7 @@ from curate.pools.open import pool_fingerprint, pool_streams
 from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method, estimator_of
-from curate.shards.choose import ShardsConfig
+from curate.shards.choose import CHOICE, ShardsConfig
 from curate.shards.deliver import Mode
 from curate.shards.grain import GrainConfig
 from curate.tracking import TrackingConfig
@@ -61,13 +61,13 @@ class SelectConfig(EmbedConfig):
     the published draw."""
     mode: Mode = "reweight"
     """reweight: `streams.yaml`, the streams there are with an integer `choose` each; nothing is copied. filter: new MDS
-    folders with exactly the mixture's samples, without those of lowest value. both: the same mixture in both forms.
+    folders with exactly the mixture's samples, the best of each domain. both: the same mixture in both forms.
     With phases (`schedule.kind`) each form has a `schedule.yaml` instead of `streams.yaml` or beside the folders."""
     earlier: tuple[Path, ...] | None = None
     """Runs of the stages before the run, whose samples count as consumed; none: those that the runs name themselves."""
     pool: Path | None = None
     """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
-    streams.yaml): a part of it is probed from the run's last state, the rest predicted."""
+    streams.yaml): a part of it is probed from the run's last state, `probe.rest` values the others."""
     probe: ProbeConfig = ProbeConfig()
     """How the pool is valued; `min_rank_correlation` also says where values outside the window are predicted."""
     branch_test: bool = False
@@ -125,6 +125,8 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
         more["predictor"] = list(PREDICTOR)
     elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued == "predict":
         more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
+    if config.method == "curate" or config.mode != "reweight":
+        more["choice"] = list(CHOICE)
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
 
 

@@ -27,6 +27,9 @@ class MixtureConfig(Config):
     """How far the weights may leave the prior: they are prior * exp(score / temperature) between the bounds below; the
     unit is one standard deviation of a sample's value, which domains seldom differ by. High = close to the prior, low =
     concentrated."""
+    likeness_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of n-gram likeness to the targets (and to the guard, in its own) in the scores of domains, beside their
+    values; of method curate. 0: values alone."""
     harm_share: float = Field(default=0.0, ge=0, le=1)
     """Share of a negative score that counts. Scores are relative to the average: in the branch bench all domains but
     the target's own changed the target alike, whatever their scores, and those of the lowest were worth keeping for

@@ -37,8 +37,8 @@ class DomainMixture(Config):
     epochs_in_all: float
     """The same with what earlier stages consumed; above max_epochs only where they already went beyond it."""
     score: float
-    """How far the domain's value per token lies above average, in standard deviations of a sample; of several targets
-    the weighted mean."""
+    """How far the domain's value per token lies above average, in standard deviations of a sample, and how far its
+    likeness does, by `mixture.likeness_share`; of several targets the weighted mean."""
     low: float | None
     """Lower end of the score's 95 % interval; null where it is not known."""
     high: float | None

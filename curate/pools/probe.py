@@ -15,12 +15,20 @@ divided again: they are to be about the current state, and at a full lr the path
 decides. On the demo's run two draws of batches ranked the same samples of a domain .23 to .63 alike at the median lr,
 .89 to .97 at a tenth of it.
 
-R losses (halves of targets), N samples, P parameters.
+Every other sample has the linear value at the cost of forward passes: the slope of its loss along u by a difference,
+
+    <g_z(theta), u> ~ (l_z(theta + h u) - l_z(theta)) / h,      h |u| = `products.STEP` |theta|
+
+in float32 whatever the run trained in, and without weights that no gradient has moved (rows of tokens never trained on:
+Adam's scale is huge there, and the rest of u would drown in rounding).
+
+R losses (halves of targets), T directions (one for each target), N samples, P parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,15 +38,18 @@ import numpy as np
 from curate.artifacts import read_arrays, write_arrays
 from curate.embeddings.adjoint import StepOptions, adjoint_step
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
-from curate.embeddings.products import check_curvature
+from curate.embeddings.own_step import before_step
+from curate.embeddings.products import STEP, check_curvature
 from curate.embeddings.states import plan_states, states_backward
 from curate.optimizers.state import TrainingState
+from curate.optimizers.step import update_vjp
 from curate.progress import progress
 from curate.target import loss_gradients
 from curate.task import collate
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
 
     from curate.embeddings.adjoint_estimator import AdjointConfig
     from curate.formats.mds import Sample
@@ -134,6 +145,48 @@ def probe_values(
             write_arrays(path, {"values": np.concatenate(values)})
         found.append(read_arrays(path)["values"])
     return np.concatenate(found)
+
+
+def target_moves(replay: Replay, outlook: Outlook, weights: Sequence[Sequence[float]]) -> tuple[Tensor, list[float]]:
+    """`h u` of each target, (T, P), 0 where no gradient has moved a weight, and T times h.
+
+    Args:
+        replay: of the run.
+        outlook: see `look_ahead`.
+        weights: (T, R), each target's share of every loss.
+    """
+    import torch
+
+    state = outlook.state
+    groups = replay.layout.groups(state.record.groups)
+    u, _ = update_vjp(
+        before_step(state), state.gradient, state.updates, groups, replay.run.spec.clip_norm, outlook.cotangent
+    )
+    if (state.momentum != 0).any():  # else the optimizer has none
+        u = u.where(state.momentum != 0, 0.0)
+    directions = torch.as_tensor(weights, dtype=u.dtype, device=u.device) @ u
+    whole = float(state.parameters.norm()) * STEP
+    steps = [whole / length if (length := float(direction.norm())) else 1.0 for direction in directions]
+    return torch.stack([h * direction for h, direction in zip(steps, directions, strict=True)]), steps
+
+
+def forward_slopes(
+    replay: Replay, outlook: Outlook, moves: tuple[Tensor, list[float]], samples: Sequence[Sample]
+) -> Floats:
+    """`<g_z(theta), u>` of B samples along T directions (`target_moves`), 1 + T forward passes; float64 (B, T)."""
+    import torch
+
+    task, layout, here = copy(replay.task), replay.layout, outlook.state.parameters
+    task.spec = task.spec.model_copy(update={"autocast": None})
+    batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
+    with torch.no_grad():
+        base = task.sample_losses(batch, layout.views(here))
+        moved = [
+            (task.sample_losses(batch, layout.views(here + move)) - base).double() / h
+            for move, h in zip(*moves, strict=True)
+        ]
+    slopes: Floats = torch.stack(moved, dim=1).cpu().numpy()
+    return slopes
 
 
 def _added(

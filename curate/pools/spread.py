@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,41 @@ def spread(
         for name in map(str, np.unique(names)):
             predicted[names == name] = predictor.predict(own[names == name], name)
         parts += [_rows(place, block, predicted) for place in targets]
+    return _with_probes(parts, probes, values), judged
+
+
+def from_slopes(
+    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, slopes: Floats, seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """As `spread`, with linear values of every sample instead of a fit.
+
+    The own step of probes may be exact, which moves their mean and spread: in each domain linear values get those of
+    its probes. They stand for the values of a target's halves too, each in its own mean and spread.
+
+    Args:
+        samples: of the pool, by domain and content id.
+        probes: some of them in that order, with `step`.
+        values: (n, 3 T) of the probes, see `spread`.
+        slopes: (N, T) linear values of all samples, per token.
+        seed: of intervals.
+    """
+    linear = np.repeat(slopes, len(VALUES), axis=1)
+    keys = ["domain", "sample_id"]
+    at = samples.with_row_index("at").join(probes, on=keys, how="semi", maintain_order="left")["at"].to_numpy()
+    slopes_of_probes = linear[at]
+    judged = _judge(samples, probes, values, slopes_of_probes, seed)
+    names, probed = samples["domain"].to_numpy().astype(str), probes["domain"].to_numpy().astype(str)
+    for name in map(str, np.unique(probed)):
+        own, known, here = slopes_of_probes[probed == name], values[probed == name], names == name
+        z = (linear[here] - own.mean(axis=0)) / np.maximum(own.std(axis=0), 1e-30)
+        linear[here] = z * known.std(axis=0) + known.mean(axis=0)
+    parts = [_rows(place, samples, linear) for place in range(slopes.shape[1])]
+    return _with_probes(parts, probes, values), judged
+
+
+def _with_probes(parts: Sequence[pl.DataFrame], probes: pl.DataFrame, values: Floats) -> pl.DataFrame:
+    """Tables of `_rows`, where what was probed has its own values; see `spread`."""
+    targets = range(values.shape[1] // len(VALUES))
     known = pl.concat(_rows(place, probes, values).with_columns(probes["step"]) for place in targets)
     keys = ["of", "domain", "sample_id"]
     both = pl.concat(parts).join(known, on=keys, how="left", suffix="_probed", maintain_order="left")
@@ -134,7 +169,7 @@ def spread(
         *(pl.when(probed).then(f"{name}_probed").otherwise(name).alias(name) for name in VALUES),
         source=pl.when(probed).then(pl.lit("probe")).otherwise(pl.lit("predicted")),
     )
-    return every.sort(keys), judged
+    return every.sort(keys)
 
 
 def settled(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> tuple[pl.DataFrame, pl.DataFrame]:

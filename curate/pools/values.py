@@ -1,8 +1,8 @@
-"""Values of a pool that was never trained on: a part of it is probed, the rest predicted, where that is good enough.
+"""Values of a pool that was never trained on: a part of it is probed; the rest has linear values, or predicted ones.
 
-Two artifacts in the run, each continued where it was interrupted: `pools/hidden-*` (hidden states of every sample,
-whatever the target) and `pools/<target>-*` (probes, values, how good the predictor is). Both know samples by
-their content, so a pool that is re-sharded needs neither again.
+Two artifacts in the run, each continued where it was interrupted: `pools/<target>-*` (probes, values, how good those of
+the rest are) and, for predictions, `pools/hidden-*` (hidden states of every sample, whatever the target). Both know
+samples by their content, so a pool that is re-sharded needs neither again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal
+from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS, curvature_units
 from curate.embeddings.store import add_time
@@ -28,8 +28,8 @@ from curate.errors import UserError
 from curate.pools.draw import draw_probes
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
 from curate.pools.open import Overlap, Pool
-from curate.pools.probe import look_ahead, probe_values
-from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, settled, spread
+from curate.pools.probe import Outlook, forward_slopes, look_ahead, probe_values, target_moves
+from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 POOL = "pool"
 """Where a window's name stands in tables of values."""
+_FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
 _HIDDEN_UNITS = 0.25  # of a forward+backward pass: a forward pass without the output layer
 _SLOPE_UNITS = 2.4  # of probes' slopes where their own step is not exact
 
@@ -57,7 +58,12 @@ class ProbeConfig(Config):
     """How a pool that was never trained on is valued."""
 
     share: float = Field(default=0.05, gt=0, le=1)
-    """Share of each domain's samples that is probed; the rest is predicted."""
+    """Share of each domain's samples that is probed."""
+    rest: Literal["slopes", "features", "none"] = "slopes"
+    """Values of all others. slopes: how much each sample's own loss moves along the step that the target asks for, by a
+    forward pass over the pool and one for each target; ranks like probes. features: a fit to the probes, from n-grams
+    and hidden states; about a quarter of the cost, and much less exact. none: the mean of their domain, which is all
+    that --mode reweight needs, whatever is set."""
     min_per_domain: int = Field(default=100, ge=1)
     """At least so many of each domain: the error of a rank correlation over n samples is about 1 / sqrt(n)."""
     steps: int = Field(default=10, ge=1)
@@ -66,11 +72,11 @@ class ProbeConfig(Config):
     """Their lr, as a share of the run's median. Values are extrapolated to the median lr; at a larger share they are
     more about the path that the model takes with just these batches than about the state that it is in."""
     hidden_states: bool = True
-    """Whether the predictor reads the model's hidden states (a forward pass over the pool) beside n-grams."""
+    """Whether that fit reads the model's hidden states (a forward pass over the pool) beside n-grams."""
     min_rank_correlation: float = Field(default=0.2, ge=-1, le=1)
-    """Where predictions for held-out probes of a domain rank them less well than this, or not certainly better than
-    chance (95 % interval), the domain's mean stands for every sample that was not probed. What choosing by predictions
-    gains is about this share of what choosing by values would gain."""
+    """Where slopes of probes, or predictions for held-out ones, of a domain rank them less well than this, or not
+    certainly better than chance (95 % interval), the domain's mean stands for every sample that was not probed. What
+    choosing by predictions gains is about this share of what choosing by values would gain."""
     overlap: Overlap = "remove"
     """Samples of the pool that a stage trained on (by content): remove leaves them out (--mode filter), keep keeps
     them, refuse is an error."""
@@ -87,8 +93,9 @@ class PoolValues:
         every: one row per target and sample of `Pool.samples`: `target`, `domain`, `index`, `sample_id`, `length`,
             `tokens` (predicted), `value`, `value_a`, `value_b` (per predicted token) and `source`: probe, predicted or
             domain mean.
-        domains: one row per target and domain: `samples`, `probed`, `spearman` (held out; null where it is not defined)
-            with `low` and `high`, `used`: predictor, domain mean, or probes where all samples are probed.
+        domains: one row per target and domain: `samples`, `probed`, `spearman` of the probes with what the rest is
+            valued by (held out of a fit; null where it is not defined), with `low` and `high`, `used`: predictor,
+            domain mean, or probes where all samples are probed.
         seconds: time that it took.
         cost_units: the same in forward+backward passes of a training batch.
     """
@@ -130,7 +137,7 @@ def value_pool(
         run: a finished run, whose last state is the current one.
         pool: see `open_pool`.
         targets: what samples are valued for, in one pass.
-        config: probes and predictor.
+        config: probes, and how the rest is valued.
         adjoint: how the steps ahead, and the step that a sample is added to, are differentiated.
         seed: of draws, folds and intervals.
         device: of the model.
@@ -179,12 +186,13 @@ class _Work:
 
     @property
     def settings(self) -> Json:
+        unread = set() if self.config.rest == "features" else {"hidden_states"}
         return {
             "run": self.run.fingerprint,
             "samples": self._samples_fingerprint,
             "targets": [target.fingerprint for target in self.targets],
-            "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation"}),
-            "predictor": PREDICTOR,
+            "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation", *unread}),
+            "predictor": None if unread else PREDICTOR,
             "adjoint": self.adjoint.model_dump(include={"own_step", "hessian", "hessian_share"}),
             "seed": self.seed,
         }
@@ -229,12 +237,18 @@ class _Work:
         ahead = lead + 2 * config.steps + (config.steps - 1) * curvature_units(self.adjoint, 2 * len(self.targets))
         own = OWN_STEP_UNITS[self.adjoint.own_step]
         own += 0.0 if self.adjoint.own_step == "exact" else _SLOPE_UNITS
-        hidden = _HIDDEN_UNITS * samples / batch if self._reads_hidden(replay) else 0.0
-        units = ahead + sequences / batch + own * probes / batch + hidden
+        passes = {
+            "slopes": _FORWARD_UNITS * (1 + len(self.targets)),
+            "features": _HIDDEN_UNITS if self._reads_hidden(replay) else 0.0,
+            "none": 0.0,
+        }
+        rest = passes[config.rest] * samples / batch
+        units = ahead + sequences / batch + own * probes / batch + rest
         _log.info(
             "valuing the pool will cost about %.0f forward+backward passes: %.0f to look %d steps ahead, %.0f to probe "
-            "%s of %s samples, %.0f to read hidden states; training once on the pool is %.0f",
-            units, ahead + sequences / batch, config.steps, own * probes / batch, f"{probes:,}", f"{samples:,}", hidden,
+            "%s of %s samples, %.0f for the rest (%s); training once on the pool is %.0f",
+            units, ahead + sequences / batch, config.steps, own * probes / batch, f"{probes:,}", f"{samples:,}", rest,
+            config.rest,
             samples / batch,
         )  # fmt: skip
 
@@ -242,7 +256,7 @@ class _Work:
         return self.config.hidden_states and output_layer(replay.model) is not None
 
     def make(self, replay: Replay, folder: Path, batch_size: int) -> None:
-        """Probe, read hidden states, fit and predict."""
+        """Probe, and value the rest."""
         scratch = folder / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         probes = self.probes
@@ -253,9 +267,13 @@ class _Work:
             replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=self._step_tokens, scratch=scratch
         )
         values = self._per_token(halves, probes)
-        ratios = ratios_of(self.targets, self._read(probes))
-        reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios)
-        found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
+        if self.config.rest != "features":
+            slopes = self._slopes(replay, outlook, scratch)
+            found, domains = from_slopes(self.pool.samples, probes, values, slopes, self.seed)
+        else:
+            ratios = ratios_of(self.targets, self._read(probes))
+            reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios)
+            found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
         for name, table in (("values", found), ("domains", domains)):
             with replacing(folder / f"{name}.parquet") as part:
                 table.write_parquet(part)
@@ -281,6 +299,25 @@ class _Work:
             columns += [target.half_weights[0] * a + target.half_weights[1] * b, a, b]
         found: Floats = np.stack(columns, axis=1) / probes["tokens"].to_numpy()[:, None] / self.config.lr_share
         return found
+
+    def _slopes(self, replay: Replay, outlook: Outlook, scratch: Path) -> Floats:
+        """(N, T) linear values of every sample, per token, at the median lr; all the same where none are asked for."""
+        count = len(self.targets)
+        if self.config.rest == "none":
+            return np.zeros((len(self.pool.samples), count))
+        weights = np.zeros((count, 2 * count))
+        for place, target in enumerate(self.targets):
+            weights[place, 2 * place : 2 * place + 2] = target.half_weights
+        moves = target_moves(replay, outlook, weights.tolist())
+        blocks, found = blocks_of(self.pool.samples), []
+        for number, block in enumerate(progress(blocks, total=len(blocks), what="slopes", unit="block")):
+            path = scratch / f"slopes-{number:06d}.npz"
+            if not path.exists():
+                made = [forward_slopes(replay, outlook, moves, samples) for samples in self._read(block)]
+                write_arrays(path, {"slopes": np.concatenate(made)})
+            found.append(read_arrays(path)["slopes"])
+        values: Floats = -np.concatenate(found) / self._step_tokens / self.config.lr_share
+        return values
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""
@@ -348,10 +385,10 @@ def _say_domains(domains: pl.DataFrame, config: ProbeConfig) -> None:
         how = {
             "predictor": "the rest is predicted",
             "probes": "all samples are probed",
-            "domain mean": "too low (probe.min_rank_correlation "
-            f"{config.min_rank_correlation:g}): the domain's mean stands for the rest",
+            "domain mean": (f"too low (probe.min_rank_correlation {config.min_rank_correlation:g}): " if known else "")
+            + "the domain's mean stands for the rest",
         }[row["used"]]
         _log.info(
-            "%s, %s: %s of %s samples probed, held-out rank correlation %s; %s",
+            "%s, %s: %s of %s samples probed, rank correlation %s; %s",
             row["target"], row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", said, how,
         )  # fmt: skip

@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "training": ("step", "loss", "lr", "grad_norm"),
     "domains": (
         *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
-        *("score", "score_low", "score_high", "shrunk", "fresh"),
+        *("score", "score_low", "score_high", "shrunk", "value_score", "likeness", "fresh"),
     ),
     "mixture": (
         *("domain", "prior", "weight", "tokens", "samples", "epochs", "epochs_so_far", "binding", "unconstrained"),

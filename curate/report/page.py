@@ -86,6 +86,7 @@ def _content(data: ReportData) -> dict[str, Any]:
         ),
         "training_table": tables.training_table(training),
         "score_figure": figures.score_figure(data.domains, windows=windows, order=order, colours=colour),
+        "mixed": data.domains["likeness"].drop_nulls().len() > 0,
         "score_table": tables.domain_table(data.domains, order, windows, per_token),
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour, before=before),
         "mixture_table": tables.mixture_table(data.mixture, order, before),
@@ -137,7 +138,7 @@ def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFram
 def headline(data: ReportData) -> str:
     """The finding in two sentences, with its numbers."""
     scores = data.domains.filter((pl.col("window") == data.mixture_window) & (pl.col("samples") > 0)).sort(
-        "score", "domain", descending=[True, False]
+        "value_score", "domain", descending=[True, False]
     )
     shares = {row["domain"]: row for row in data.mixture.to_dicts()}
     if scores.is_empty():
@@ -149,7 +150,7 @@ def headline(data: ReportData) -> str:
         if row["domain"] in shares
     ]
     found = f"In the {data.mixture_window} window {best['domain']} helped the target most and {worst['domain']} least."
-    return f"{found} Their share of the tokens goes with it: {listed(changes)}." if changes else found
+    return f"{found} Their shares of the tokens: {listed(changes)}." if changes else found
 
 
 def warnings(data: ReportData) -> list[str]:
@@ -172,11 +173,13 @@ def warnings(data: ReportData) -> list[str]:
         for window, bias in data.length_bias.items()
         if abs(bias) > _LENGTH_BIAS
     ]
-    weak_domains = sorted({row["domain"] for row in data.pool if row["used"] == "domain mean"})
+    weak_domains = sorted(
+        {row["domain"] for row in data.pool if row["used"] == "domain mean" and row["spearman"] is not None}
+    )
     if weak_domains:
         found.append(
-            f"Held-out probes of {listed(weak_domains)} are not predicted well enough: the mean of the domain stands "
-            "for its other samples, and only probed ones are chosen by value."
+            f"What the rest of {listed(weak_domains)} is valued by does not rank its probes well enough: the mean of "
+            "the domain stands for its other samples, and only probed ones are chosen by value."
         )
     left = sum(row["samples"] for row in data.leaks if not row["removed"])
     if left:

@@ -44,7 +44,8 @@ def _text(value: Any) -> str:
 
 
 def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale) -> Table:
-    """Scores and the values per token that they come from."""
+    """Scores, what they are made of, and the values per token behind them."""
+    parts = {"value_score": ("of values", signed), "likeness": ("likeness", signed)}
     scaled = domains.with_columns(pl.col("value_per_token", "low", "high") * scale.factor)
     return table(
         _sorted(scaled, order, windows),
@@ -55,6 +56,7 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[
             "score_low": ("low", signed),
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
+            **(parts if domains["likeness"].drop_nulls().len() else {}),
             "fresh": ("new text", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),

@@ -99,23 +99,3 @@ def drawn_shares(keys: pl.DataFrame, budget_tokens: int) -> dict[str, float]:
     )
     tokens = {domain: max(float(drawn), least) for domain, drawn, least in sums.sort("domain").iter_rows()}
     return {domain: own / sum(tokens.values()) for domain, own in tokens.items()}
-
-
-def keep_best(pool: pl.DataFrame, keys: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
-    """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
-
-    Args:
-        pool: see `curate.shards.plan.make_pool`.
-        keys: see `gumbel_keys`.
-        samples: how many each domain delivers.
-
-    Returns:
-        The pool with the keys as `value`, and the reason "over_quota" for what is not drawn.
-    """
-    keyed = pool.drop("value").join(keys.select("domain", "index", value="key"), on=["domain", "index"], how="left")
-    place = pl.when(pl.col("kept")).then(pl.col("value")).rank("ordinal", descending=True).over("domain")
-    wanted = pl.col("domain").replace_strict(dict(samples), default=0, return_dtype=pl.Int64)
-    drawn = keyed.with_columns(
-        reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("over_quota")).otherwise(pl.col("reason"))
-    )
-    return drawn.with_columns(kept=pl.col("reason").is_null()).select(pool.columns)

@@ -1,7 +1,7 @@
 """Which samples of a domain are good enough to be used: each that is not gets its reason. Tables in, tables out.
 
 In this order, each among what the ones before it left: consumed (where asked), leak, near_duplicate, not_valued (where
-asked), low_value, cluster_quota.
+asked), low_value, cluster_quota; and when it is known how many the stage takes, over_quota.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,9 @@ from curate.index.clusters import clusters
 from curate.rng import generator
 from curate.shards.scan import Scan, near_duplicates
 
+# What samples are chosen by and how, part of a selection's identity.
+CHOICE = ("n-grams: Dirichlet, deviations over all domains", "Gumbel top-k for what is left out and for what is taken")
+_SHARP = 1e-9  # deviations that a temperature of 0 still tells apart; what is nearer is a tie, drawn by lot
 _FAR = 1.0  # deviations below the domain's mean from which both halves of a target call a sample bad
 _FEW = 8  # n-grams from which a sample can be compared
 
@@ -37,18 +40,23 @@ class ShardsConfig(Config):
     """Which samples filtered data holds, and how it is written."""
 
     drop_fraction: float | None = Field(default=0.2, ge=0, lt=1)
-    """Share of each domain's valued samples to leave out, those of low value; none: as many as both halves of the
-    target find worse than their domain's mean by more than a standard deviation."""
+    """Share of each domain's samples to leave out, the worst, even where the rest must be repeated: of those with a
+    value, or with likeness (`likeness_share`), of all. none: as many as both halves of the target find worse than their
+    domain's mean by more than a standard deviation (slopes of a pool say the same of both). Of what is left a stage
+    that needs fewer takes the best."""
+    likeness_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of n-gram likeness to the targets and the guard in both choices, the rest is value's; of method curate.
+    Samples without a value are told apart by their likeness alone."""
     sample_temperature: float = Field(default=0.1, ge=0)
-    """Randomness of that choice (Gumbel top-k), in standard deviations of a sample's value within its domain; 0:
-    exactly the lowest values are left out."""
+    """Randomness of both choices (Gumbel top-k), in standard deviations of a sample within its domain; 0: exactly the
+    lowest are left out and the highest taken."""
     guard_weight: float = Field(default=1.0, ge=0)
     """Weight of the guard's values in that choice, the targets' together being 1: where no sample of a domain does much
     for the target, which are best for what the guard keeps."""
     unvalued: Literal["predict", "keep", "drop"] = "predict"
     """Samples outside the valued window. predict: by their text, in domains where held-out samples are ranked well
-    enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean. drop: leave them
-    out."""
+    enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean of values. drop:
+    leave them out."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""
@@ -85,7 +93,7 @@ def choose(
         parents: the larger domain of each one, where they are parts: near-duplicates are looked for in it.
 
     Returns:
-        The pool with `reason`, `detail` and `kept`.
+        The pool with `reason`, `detail`, `kept` and `key` (see `keep_best`).
     """
     ranked = _ranked(pool, config, seed)
     ranked = _mark(ranked, hits.unique("place", keep="first").select("place", detail=_source()), "leak")
@@ -102,7 +110,36 @@ def choose(
     ranked = _mark(ranked, _low(ranked, config), "low_value")
     if config.clusters:
         ranked = _mark(ranked, _crowded(ranked, found, config, seed), "cluster_quota")
-    return ranked.sort("place").with_columns(kept=pl.col("reason").is_null()).select(pool.columns)
+    return ranked.sort("place").with_columns(kept=pl.col("reason").is_null()).select(*pool.columns, "key")
+
+
+def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
+    """A pool with other keys, which are its values too.
+
+    Args:
+        pool: see `choose`.
+        keys: see `scores.importance.gumbel_keys`.
+    """
+    keyed = pool.drop("key").join(keys.select("domain", "index", "key"), on=["domain", "index"], how="left")
+    return keyed.with_columns(value="key")
+
+
+def keep_best(pool: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
+    """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
+
+    Args:
+        pool: see `plan.make_pool`, with `key`: the k samples of largest key are a draw of k without replacement.
+        samples: how many each domain delivers.
+
+    Returns:
+        The pool with the reason "over_quota" for what is not drawn.
+    """
+    place = pl.when(pl.col("kept")).then(pl.col("key")).rank("ordinal", descending=True).over("domain")
+    wanted = pl.col("domain").replace_strict(dict(samples), default=0, return_dtype=pl.Int64)
+    drawn = pool.with_columns(
+        reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("over_quota")).otherwise(pl.col("reason"))
+    )
+    return drawn.with_columns(kept=pl.col("reason").is_null())
 
 
 def _source() -> pl.Expr:
@@ -114,22 +151,28 @@ def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame
 
     Gumbel top-k: the k largest of `z / temperature + Gumbel noise` are a draw without replacement with probabilities
     proportional to exp(z / temperature) (Kool, van Hoof and Welling, arXiv 1903.06059). A sample without a value stands
-    for the mean: z = 0.
+    for the mean of values. Value and likeness, each in its deviations within the domain, are added by their shares, and
+    divided by the deviation that the sum would have if they were independent.
     """
     placed = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
-    spread = pl.col("value").std().over("domain")
-    scored = placed.with_columns(
-        z=pl.when(spread > 0).then((pl.col("value") - pl.col("value").mean().over("domain")) / spread).fill_null(0.0)
-    ).sort("domain", "sample_id", "index")
+    share = config.likeness_share if pool["likeness"].is_not_null().any() else 0.0
+    mixed = (1 - share) * _deviations("value") + share * _deviations("likeness")
+    scored = placed.with_columns(z=mixed / ((1 - share) ** 2 + share**2) ** 0.5).sort("domain", "sample_id", "index")
     noise = np.concatenate(
         [
             generator(seed, "top-k", str(domain)).gumbel(size=count)
             for domain, count in scored.group_by("domain", maintain_order=True).len().iter_rows()
         ]
     )
-    temperature = config.sample_temperature
-    key = pl.col("z") if temperature == 0 else pl.col("z") / temperature + pl.Series(noise)
+    key = pl.col("z") / max(config.sample_temperature, _SHARP) + pl.Series(noise)
     return scored.with_columns(key=key)
+
+
+def _deviations(name: str) -> pl.Expr:
+    """How far each sample lies from its domain's mean; 0 where it is not known or does not vary."""
+    own = pl.col(name)
+    spread = own.std().over("domain")
+    return pl.when(spread > 0).then((own - own.mean().over("domain")) / spread).fill_null(0.0)
 
 
 def _mark(ranked: pl.DataFrame, found: pl.DataFrame, reason: str) -> pl.DataFrame:
@@ -166,7 +209,7 @@ def _copies(ranked: pl.DataFrame) -> pl.DataFrame:
 
 def _low(ranked: pl.DataFrame, config: ShardsConfig) -> pl.DataFrame:
     """The valued samples that lose the draw, as many of each domain as are to be left out."""
-    valued = _open(ranked).filter(pl.col("value").is_not_null())
+    valued = _open(ranked).filter(pl.col("value").is_not_null() | pl.col("likeness").is_not_null())
     if config.drop_fraction is None:
         far = [
             (pl.col(half) - pl.col(half).mean().over("domain")) / pl.col(half).std().over("domain") < -_FAR

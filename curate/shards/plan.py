@@ -39,6 +39,7 @@ def make_pool(
     values: pl.DataFrame,
     consumed: pl.DataFrame,
     *,
+    likeness: pl.DataFrame | None = None,
     consume_once: bool = False,
 ) -> pl.DataFrame:
     """Every sample of the streams with its value per token, and whether it may be used.
@@ -47,13 +48,14 @@ def make_pool(
         catalogues: `MdsStream.catalogue()` of each domain.
         values: the values frame of one window and one target.
         consumed: how often each sample was trained on so far, see `trajectory.ledger.consumed`.
+        likeness: see `scores.likeness.sample_likeness`; None: not known.
         consume_once: leave out what was trained on.
 
     Returns:
         One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value`, `value_a`,
         `value_b` (for the target and its halves, per predicted token, summed over its uses; null where it was not
-        valued), `consumed` (uses so far; those of a sample with copies count at its first place), `reason` not to use
-        it ("consumed" or null), `detail` (null), `kept` (no reason).
+        valued), `likeness` (null where it is not known), `consumed` (uses so far; those of a sample with copies count
+        at its first place), `reason` not to use it ("consumed" or null), `detail` (null), `kept` (no reason).
 
     Raises:
         UserError: the values are of other samples than the streams hold.
@@ -69,10 +71,14 @@ def make_pool(
     ]
     valued = values.group_by("domain", "sample_id").agg(per_token)
     pool = samples.join(valued, on=["domain", "sample_id"], how="left")  # copies of a sample share its value
+    if likeness is None:
+        pool = pool.with_columns(likeness=pl.lit(None, pl.Float64))
+    else:
+        pool = pool.join(likeness.select("sample_id", "likeness"), on="sample_id", how="left")  # copies share it
     counted = pool.join(consumed.select("sample_id", "uses"), on="sample_id", how="left").sort("domain", "index")
     seen = pl.col("uses").fill_null(0)
     return counted.select(
-        *("domain", "index", "sample_id", "length", *VALUES),
+        *("domain", "index", "sample_id", "length", *VALUES, "likeness"),
         consumed=pl.when(pl.col("sample_id").is_first_distinct()).then(seen).otherwise(0),
         reason=pl.when(pl.lit(consume_once) & (seen > 0)).then(pl.lit("consumed")),
         detail=pl.lit(None, pl.String),

@@ -22,7 +22,7 @@ from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.shards.choose import ScreenConfig, ShardsConfig
+from curate.shards.choose import CHOICE, ScreenConfig, ShardsConfig
 from curate.shards.write import write_reweight
 from curate.target import load_target, target_loss
 from curate.tracking import TrackingConfig
@@ -30,7 +30,7 @@ from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
-from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, OURS, default_temperature
+from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, LIKENESS, OURS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
@@ -94,7 +94,7 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
     dropped = config.drop_fraction if case.mode == "filter" else None
     rules = [part.model_dump(mode="json") for part in (MixtureConfig(), ShardsConfig(), ProbeConfig())]
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules, PREDICTOR])[:8]
+    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules, PREDICTOR, CHOICE])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
@@ -164,7 +164,8 @@ def _selection(
     seed: int,
 ) -> SelectConfig:
     config, guarded, pooled = arena.config, method in GUARDED, method == "probes"
-    mixture = MixtureConfig(window=config.window, guard_drop=config.guard_drop if guarded else 0.0)
+    shares: dict[str, Any] = {"likeness_share": LIKENESS[method]} if method in LIKENESS else {}
+    mixture = MixtureConfig(window=config.window, guard_drop=config.guard_drop if guarded else 0.0, **shares)
     if method == "dsir":
         given: dict[str, Any] = {"importance_temperature": temperature}
     else:
@@ -176,7 +177,7 @@ def _selection(
         method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),
         mode=arena.case.mode, budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
-        shards=ShardsConfig(screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction), **given,
+        shards=ShardsConfig(screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction, **shares), **given,
     )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def data_of(selection: Path) -> Path:
 
 def _cost_units(arena: Arena, method: BenchMethod) -> float:
     """Forward+backward passes that the method's values cost, shared by its temperatures; 0 where it values nothing."""
-    if method not in (*VALUED, *OURS):
+    if method not in (*VALUED, *OURS) or LIKENESS.get(method) == 1:
         return 0.0
     if method == "probes":
         made = (arena.run.folder / "pools").glob(f"{arena.case.target}-????????/timings.json")  # by a fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -15,12 +16,13 @@ from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["unguarded", "probes", "oracle"]
+BenchMethod = Method | Literal["values", "likeness", "unguarded", "probes", "oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-OURS: tuple[BenchMethod, ...] = ("curate", "unguarded", "probes")
-GUARDED: tuple[BenchMethod, ...] = ("curate", "probes")  # methods that value general text too, and may not lose it
+OURS: tuple[BenchMethod, ...] = ("curate", "values", "likeness", "unguarded", "probes")
+GUARDED: tuple[BenchMethod, ...] = ("curate", "values", "likeness", "probes")  # they may not lose general text
+LIKENESS: Mapping[BenchMethod, float] = {"values": 0.0, "likeness": 1.0}  # its share, where it is not the default's
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
 
@@ -65,12 +67,12 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "probes", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot", "less", "shapley",
-        "shuffled", "oracle",
+        "curate", "values", "likeness", "probes", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot",
+        "less", "shapley", "shuffled", "oracle",
     )  # fmt: skip
     """Methods of `curate.select`. curate has general text as its guard target, probes also values the whole pool from
-    the last state (`curate.select --pool`), unguarded is curate without the guard.
-    oracle: a regression over a swarm of branches, or the pool without its noise."""
+    the last state (`curate.select --pool`), unguarded is curate without the guard; values and likeness are its two
+    parts, each alone. oracle: a regression over a swarm of branches, or the pool without its noise."""
     temperatures: tuple[float, ...] = (0.5, 0.35, 0.25, 0.15)
     """Temperatures of methods that value samples; the default is always run."""
     importance_temperatures: tuple[float, ...] = (128.0, 64.0, 32.0, 1.0)

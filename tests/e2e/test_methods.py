@@ -92,6 +92,23 @@ def test_dsir_finds_the_text_that_resembles_the_target(folder, tmp_path):
     assert len({row["sample_id"] for row in iterate(hot / "data" / "mds")} & own) < 25
 
 
+def test_likeness_moves_what_curate_chooses_and_no_other_method(folder):
+    def chosen(method, share):
+        part = {"likeness_share": share}
+        out = run_select(folder, method=method, mode="filter", mixture=part, shards=part)
+        return pl.read_parquet(out / "domains.parquet"), {row["sample_id"] for row in iterate(out / "data" / "mds")}
+
+    (values, some), (likeness, others) = (chosen("curate", share) for share in (0.0, 1.0))
+    assert values["score"].to_list() == values["value_score"].to_list()
+    assert likeness["score"].to_list() == likeness["likeness"].to_list()
+    assert likeness["value_score"].to_list() == values["value_score"].to_list()
+    assert some != others
+    (one, some), (other, others) = (chosen("less", share) for share in (0.0, 1.0))
+    assert one["likeness"].null_count() == len(one)
+    assert one["score"].to_list() == other["score"].to_list()
+    assert some == others
+
+
 def test_values_of_shuffled_are_those_of_curate_in_another_order(folder):
     ours, null = (
         pl.read_parquet(run_select(folder, method=method) / "scores.parquet") for method in ("curate", "shuffled")

@@ -77,7 +77,7 @@ def test_the_next_stage_draws_from_the_pool(folder):
 
 
 def test_samples_of_low_value_are_left_out_and_those_without_a_value_stay(folder):
-    shards = {"sample_temperature": 0.0, "drop_fraction": 0.25, "duplicate_overlap": 1.0}
+    shards = {"sample_temperature": 0.0, "drop_fraction": 0.25, "duplicate_overlap": 1.0, "likeness_share": 0.0}
     whole = {**PROBE, "min_per_domain": 1000}
     out = run_select(folder, mode="filter", probe=ProbeConfig(**whole), shards=shards)
     values = pl.read_parquet(out / "pool_values.parquet")
@@ -85,7 +85,7 @@ def test_samples_of_low_value_are_left_out_and_those_without_a_value_stay(folder
     for name in ("fresh", "dataclasses"):
         own = values.filter(domain=name).sort("value")
         assert set(low.filter(domain=name)["sample_id"]) == set(own.head(11)["sample_id"])
-    weak = ProbeConfig(**PROBE, min_rank_correlation=1.0)
+    weak = ProbeConfig(**PROBE, rest="features", min_rank_correlation=1.0)
     out = run_select(folder, mode="filter", probe=weak, shards=shards)
     probed = pl.read_parquet(out / "pool_values.parquet").filter(source="probe")["sample_id"]
     low = pl.read_parquet(out / "data" / "mds" / "dropped.parquet").filter(reason="low_value")
@@ -145,5 +145,5 @@ def test_as_on_the_command_line(folder, caplog):
     config = parse_command(SelectConfig, "select", "as a user types it", line)
     with caplog.at_level(logging.INFO):
         out = select(config, Run(config.run))
-    assert "samples probed, held-out rank correlation" in caplog.text
+    assert "samples probed, rank correlation" in caplog.text
     assert read_mixture(out / "mixture.yaml").samples == 40

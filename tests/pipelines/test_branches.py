@@ -177,8 +177,8 @@ def config(tmp_path_factory):
     write_bench_data(folder)
     return BranchesConfig(
         folder=folder / "out", corpus=folder / "corpus", inside="ast", foreign="inspect", junk=("typing",),
-        cases=("foreign", "noisy"), methods=("curate", "oracle", "probes", "proportional"), temperatures=(0.5,),
-        oracle_temperatures=(2.0,), importance_temperatures=(2.0,), seeds=(0,),
+        cases=("foreign", "noisy"), methods=("curate", "likeness", "oracle", "probes", "proportional"),
+        temperatures=(0.5,), oracle_temperatures=(2.0,), importance_temperatures=(2.0,), seeds=(0,),
         model=folder / "model.json", vocab_size=300, steps=12, branch_steps=4, window_steps=4, continued=2,
         batch_size=4, seq_len=16, branch_test=BranchTestConfig(steps=2, repeats=1),
         target_documents=6, excerpt_characters=80, domain_megabytes=0.008, lr=3e-3, swarm=4,
@@ -194,7 +194,7 @@ def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_ar
         ("foreign", "proportional", DEFAULT_TEMPERATURE), ("noisy", "proportional", DEFAULT_TEMPERATURE),
         ("noisy", "oracle", 1.0),
         *((case, ours, at) for case in ("foreign", "noisy") for at in (DEFAULT_TEMPERATURE, 0.5)
-          for ours in ("curate", "probes")),
+          for ours in ("curate", "likeness", "probes")),
         ("foreign", "oracle", 1.0), ("foreign", "oracle", 2.0),
     }  # fmt: skip
     assert [(one["case"], one["schedule"]) for one in result["schedules"]] == [

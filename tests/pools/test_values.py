@@ -21,7 +21,8 @@ from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
 from tests.tiny import SEQ_LEN, STEPS, TinyLM
 
-CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0)
+CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0, rest="features")
+SLOPES = CONFIG.model_copy(update={"rest": "slopes"})
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def opened(folder, run, overlap="remove"):
     return open_pool(folder, run, consumed(uses(stages(run))), overlap)
 
 
-def valued(run, pool, folder, config=CONFIG, **settings):
+def valued(run, pool, folder, config=CONFIG, own_step="linear", **settings):
     target = load_target(folder / "target.jsonl", run.spec, 100)
-    return value_pool(run, pool, [target], config, adjoint=AdjointConfig(own_step="linear"), **settings)
+    return value_pool(run, pool, [target], config, adjoint=AdjointConfig(own_step=own_step), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +140,54 @@ def test_hidden_states_are_read_once_for_every_target_and_block_by_block(run, fo
     assert plain.domains["spearman"].to_list() != whole.domains["spearman"].to_list()
 
 
+@pytest.mark.parametrize("own_step", ["linear", "exact"])
+def test_slopes_give_what_probing_everything_gives(run, folder, own_step):
+    pool = opened(folder / "data", run)
+    whole = valued(run, pool, folder, CONFIG.model_copy(update={"share": 1.0}), own_step)
+    some = valued(run, pool, folder, SLOPES, own_step)
+    assert set(some.every["source"]) == {"probe", "predicted"}
+    assert (some.domains["spearman"] > 0.95).all()
+    for name in ("json", "dataclasses"):
+        rest = some.every.filter(source="predicted", domain=name)
+        wanted = rest.select("sample_id").join(whole.every, on="sample_id", maintain_order="left")["value"]
+        error = (rest["value"] - wanted).abs().max() / wanted.std()
+        assert error < (0.05 if own_step == "linear" else 0.5)
+        assert abs(rest["value"].mean() - wanted.mean()) < 0.1 * wanted.std()
+
+
+def test_slopes_are_read_block_by_block_and_not_again(run, folder, monkeypatch):
+    pool = opened(folder / "data", run)
+    wanted = valued(run, pool, folder, SLOPES, seed=4)
+    shutil.rmtree(wanted.folder)
+    monkeypatch.setattr("curate.pools.spread._BLOCK", 13)
+    with monkeypatch.context() as patch:
+        patch.setattr("curate.pools.values.from_slopes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            valued(run, pool, folder, SLOPES, seed=4)
+    assert len(list((wanted.folder / "scratch").glob("slopes-*.npz"))) == 7
+    monkeypatch.setattr("curate.pools.values.forward_slopes", None)
+    found = valued(run, pool, folder, SLOPES, seed=4)
+    assert_frame_equal(found.every, wanted.every, rel_tol=1e-3, abs_tol=1e-9)
+
+
+def test_without_the_rest_the_mean_stands_for_it_and_nothing_more_is_read(run, folder, monkeypatch, caplog):
+    pool = opened(folder / "data", run)
+    monkeypatch.setattr("curate.pools.values.forward_slopes", None)
+    with caplog.at_level(logging.INFO):
+        found = valued(run, pool, folder, CONFIG.model_copy(update={"rest": "none"}))
+    assert set(found.every["source"]) == {"probe", "domain mean"}
+    assert "0 for the rest (none)" in caplog.text
+    assert "too low" not in caplog.text
+
+
+def interrupted(*_args, **_settings):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_valuation_goes_on(run, folder, monkeypatch):
     pool = opened(folder / "data", run)
     wanted = valued(run, pool, folder, seed=3)
     shutil.rmtree(wanted.folder)
-
-    def interrupted(*_args, **_settings):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("curate.pools.values.spread", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +206,7 @@ def test_the_cost_is_said_before_and_after(run, folder, caplog):
     before = next(i for i, line in enumerate(messages) if line.startswith("valuing the pool will cost about"))
     after = next(i for i, line in enumerate(messages) if line.startswith("valuing the pool took"))
     assert before < after
-    assert any("22 of 44 samples probed, held-out rank correlation" in line for line in messages)
+    assert any("22 of 44 samples probed, rank correlation" in line for line in messages)
 
 
 def test_other_data_is_refused(run, folder, tmp_path):

@@ -73,10 +73,12 @@ def domains(target: str) -> pl.DataFrame:
                     "score_low": None if unseen else score - 2 * se,
                     "score_high": None if unseen else score + 2 * se,
                     "shrunk": 0.0 if unseen else score * 0.8,
+                    "value_score": 0.0 if unseen else score,
+                    "likeness": None,
                     "fresh": 0.9,
                 }
             )
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows, schema_overrides={"likeness": pl.Float64})
 
 
 def mixture() -> pl.DataFrame:

@@ -127,8 +127,8 @@ def test_domains_keep_one_order_everywhere(data: ReportData) -> None:
 
 def test_the_headline_names_best_worst_and_their_shares(data: ReportData) -> None:
     assert headline(data) == (
-        "In the late window docstrings helped the target most and minified_js least. Their share of the tokens goes "
-        "with it: docstrings from 14.3\u202f% to 38.5\u202f% and minified_js from 14.3\u202f% to 1.4\u202f%."
+        "In the late window docstrings helped the target most and minified_js least. Their shares of the "
+        "tokens: docstrings from 14.3\u202f% to 38.5\u202f% and minified_js from 14.3\u202f% to 1.4\u202f%."
     )
     nothing = data.domains.with_columns(samples=pl.lit(0))
     assert headline(dataclasses.replace(data, domains=nothing)) == "No sample of the late window was valued."

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from curate.formats.bags import BUCKETS, bag, buckets_of
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.scores.importance import drawn_shares, gumbel_keys, keep_best, log_importance, log_ratio
+from curate.scores.importance import drawn_shares, gumbel_keys, log_importance, log_ratio
 
 ALL = np.ones(64, bool)
 
@@ -117,17 +117,3 @@ def test_random_draws_are_null_on_average():
     pool = pool_of([3] * 400, ["a"] * 100 + ["b"] * 300)
     shares = [drawn_shares(gumbel_keys(pool, None, seed), 300)["a"] for seed in range(200)]
     assert np.mean(shares) == pytest.approx(0.25, abs=4 * np.std(shares) / 200**0.5)
-
-
-def test_each_domain_keeps_its_largest_keys_and_nothing_that_was_left_out_before():
-    pool = pool_of([1] * 6, ["a"] * 4 + ["b"] * 2).with_columns(
-        value=pl.lit(None, pl.Float64), consumed=pl.lit(0, pl.Int64),
-        reason=pl.Series([None, "consumed", None, None, None, None], dtype=pl.String),
-        kept=pl.Series([True, False, True, True, True, True]),
-    )  # fmt: skip
-    keys = pool.select("domain", "index", key=pl.Series([1.0, 9.0, 3.0, 2.0, 1.0, 2.0]))
-    found = keep_best(pool, keys, {"a": 2, "b": 5})
-    assert found.columns == pool.columns
-    assert found["kept"].to_list() == [False, False, True, True, True, True]
-    assert found["reason"].to_list() == ["over_quota", "consumed", None, None, None, None]
-    assert found["value"].to_list() == keys["key"].to_list()

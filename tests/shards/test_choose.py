@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.formats.ngrams import N, ngram_hashes
-from curate.shards.choose import ShardsConfig, choose
+from curate.shards.choose import ShardsConfig, _ranked, choose, keep_best, with_keys
 from curate.shards.plan import make_pool
 from curate.shards.scan import held_out, leaks, near_duplicates, scan
 from curate.shards.sift import sift
@@ -215,3 +215,80 @@ def test_the_order_of_the_shards_does_not_matter(data, seed):
         unique = part.group_by("domain", "sample_id").agg(pl.col("reason").sort())
         chosen.append(unique.sort("domain", "sample_id"))
     assert chosen[0].equals(chosen[1])
+
+
+def test_each_domain_keeps_its_largest_keys_and_nothing_that_was_left_out_before():
+    pool = pl.DataFrame(
+        {
+            "domain": ["a"] * 4 + ["b"] * 2,
+            "index": range(6),
+            "value": [0.0] * 6,
+            "reason": [None, "consumed", None, None, None, None],
+            "kept": [True, False, True, True, True, True],
+            "key": [0.0] * 6,
+        }
+    )
+    keys = pool.select("domain", "index", key=pl.Series([1.0, 9.0, 3.0, 2.0, 1.0, 2.0]))
+    found = keep_best(with_keys(pool, keys), {"a": 2, "b": 5})
+    assert set(found.columns) == set(pool.columns)
+    assert found["kept"].to_list() == [False, False, True, True, True, True]
+    assert found["reason"].to_list() == ["over_quota", "consumed", None, None, None, None]
+    assert found["value"].to_list() == keys["key"].to_list()
+
+
+def test_what_a_stage_takes_of_a_domain_are_its_best(data):
+    pool, _ = outcome(data, sample_temperature=0.0)
+    taken = keep_best(pool, {"a": 5, "b": 0}).filter("kept")
+    assert sorted(taken["index"]) == [35, 36, 37, 38, 39]  # of 40 samples with values, larger ones later
+
+
+def with_likeness(data, like, value=lambda index: index, **settings):
+    """The pool after the choice, `like` an expression of each sample's index; without randomness."""
+    streams, catalogues, _ = data
+    tables = [table.with_columns(domain=pl.lit(name)) for name, table in catalogues.items()]
+    first = pl.concat(tables).unique(["domain", "sample_id"], keep="first", maintain_order=True)
+    likeness = first.select("domain", "sample_id", likeness=like.cast(pl.Float64))
+    pool = make_pool(catalogues, values_of(catalogues, value), NONE, likeness=likeness)
+    config = ShardsConfig(**{"drop_fraction": 0.0, "sample_temperature": 0.0, **settings})
+    found = scan(pool, streams, held_out([]))
+    return choose(pool, found, leaks(found, held_out([]), config.screen.overlap), config, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_value_and_likeness_are_weighted_by_their_shares(data, share):
+    pool = with_likeness(data, pl.col("index") * 7 % 11, likeness_share=share).filter(domain="a")
+
+    def deviations(name):
+        known = np.array([np.nan if each is None else each for each in pool[name]], float)
+        return np.nan_to_num((known - np.nanmean(known)) / np.nanstd(known, ddof=1))
+
+    mixed = (1 - share) * deviations("value") + share * deviations("likeness")
+    np.testing.assert_allclose(pool["key"] * 1e-9, mixed / np.hypot(1 - share, share), atol=1e-7)  # and a lot for ties
+
+
+def test_without_likeness_its_share_says_nothing(data):
+    some, none = (outcome(data, likeness_share=share)[0] for share in (0.7, 0.0))
+    assert some["key"].to_list() == none["key"].to_list()
+
+
+def test_samples_without_a_value_are_left_out_by_their_likeness(data):
+    pool = with_likeness(data, pl.col("index"), value=lambda index: 0, drop_fraction=0.5).filter(domain="b")
+    assert reasons(pool, "low_value", "b") == list(range(SAMPLES // 2))
+    assert pool["value"].null_count() == SAMPLES - 40
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_without_any_value_what_a_domain_gives_is_drawn_by_content(data, temperature):
+    _, catalogues, _ = data
+    moved = {
+        name: table.with_columns(index=pl.lit(SAMPLES - 1) - pl.col("index")) for name, table in catalogues.items()
+    }
+    none, config = values_of(catalogues, lambda index: index).clear(), ShardsConfig(sample_temperature=temperature)
+    taken = []
+    for tables in (catalogues, moved):
+        ranked = _ranked(make_pool(tables, none, NONE), config, 0)
+        kept = keep_best(ranked, {"a": 0, "b": 10}).filter("kept")
+        assert kept["domain"].to_list() == ["b"] * 10
+        assert sorted(kept["index"]) != list(range(10))
+        taken.append(set(kept["sample_id"]))
+    assert taken[0] == taken[1]
