@@ -92,12 +92,11 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    dropped = config.drop_fraction if case.mode == "filter" else None
     rules = [part.model_dump(mode="json") for part in (MixtureConfig(), ShardsConfig(), ProbeConfig())]
-    own = fingerprint([*common, config.window, case.mode, config.guard_drop, dropped, rules, PREDICTOR, CHOICE])[:8]
+    own = fingerprint([*common, config.window, config.guard_drop, config.drop_fraction, rules, PREDICTOR, CHOICE])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
-        shared=folder / f"shared-{fingerprint([*common, case.mode])[:8]}",
+        shared=folder / f"shared-{fingerprint(common)[:8]}",
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ def _selection(
         guard=general_file(arena.data, "select") if guarded else None,
         pool=arena.data / arena.case.pool if pooled else None, probe=ProbeConfig(overlap="keep"),
         method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),
-        mode=arena.case.mode, budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
+        mode="filter", budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
         shards=ShardsConfig(screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction, **shares), **given,
     )  # fmt: skip

@@ -35,13 +35,11 @@ class Case:
         name: of the case.
         pool: `plain`: every domain but the foreign one; `noisy`: domains of natural text with noise inside each.
         targets: domains whose held-out documents are the target, as many of each.
-        mode: how branches get their data: domains weighted, or also samples chosen.
     """
 
     name: CaseName
     pool: Literal["plain", "noisy"]
     targets: tuple[str, ...]
-    mode: Literal["reweight", "filter"]
 
     @property
     def target(self) -> str:
@@ -150,10 +148,10 @@ class BranchesConfig(Config):
     def case(self, name: CaseName) -> Case:
         """The composition of a case."""
         return {
-            "inside": Case(name="inside", pool="plain", targets=(self.inside,), mode="reweight"),
-            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,), mode="filter"),
-            "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,), mode="filter"),
-            "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign), mode="reweight"),
+            "inside": Case(name="inside", pool="plain", targets=(self.inside,)),
+            "foreign": Case(name="foreign", pool="plain", targets=(self.foreign,)),
+            "noisy": Case(name="noisy", pool="noisy", targets=(self.inside,)),
+            "two": Case(name="two", pool="plain", targets=(self.inside, self.foreign)),
         }[name]
 
     @property
