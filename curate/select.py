@@ -14,12 +14,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
+from curate.choice import chosen_by, likeness_of, slopes_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
+from curate.pools.slopes import SLOPES
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
-from curate.selection import SelectConfig, aims_of, sample_weights, settings_of
+from curate.selection import SelectConfig, aims_of, settings_of
 from curate.shards.deliver import deliver
 from curate.stock import Stock, budget_of, open_stock, with_mixture
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
     from curate.pools.values import PoolValues
+    from curate.report.collect import Costed
     from curate.report.data import ReportData
-    from curate.scores.likeness import Likeness
     from curate.shards.plan import Plan
     from curate.target import Target
 
@@ -73,7 +75,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     found = _found(stock, run, targets) if valued else {}
     embedded = perf_counter()
     every, tables, keys = _scored(stock, run, targets, found)
-    like = _likeness(stock, targets)
+    like = likeness_of(stock, targets)
     mixing = config.mixture.likeness_share
     tables["domains"] = with_likeness(tables["domains"], like if mixing > 0 else None, mixing)
     facts: dict[str, Any] = {"residuals": _residuals(found)}
@@ -82,7 +84,8 @@ def select(config: SelectConfig, run: Run) -> Path:
         config = with_mixture(config, temperature=facts["branch_test"]["temperature"])
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    values, texts, more = _of_samples(stock, targets, every, found, like)
+    slopes = slopes_of(stock, run, targets)
+    values, texts, more = chosen_by(stock, targets, every, found, like, slopes)
     tables |= more
     mixture, plan, tables["leaks"] = _mix(stock, values, texts, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
@@ -93,7 +96,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     )  # fmt: skip
     write_mixture(out / "mixture.yaml", mixture)
     if valued:
-        costs = cost_table(run, found if isinstance(found, dict) else {POOL: found}, out, perf_counter() - embedded)
+        made: dict[str, Costed] = {**(found if isinstance(found, dict) else {POOL: found})}
+        costs = cost_table(run, made if slopes is None else made | {SLOPES: slopes}, out, perf_counter() - embedded)
         shown = every.filter(target=target.name)
         publish(out, _report(stock, target, mixture, tables, shown, found, costs, data), config.tracking)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
@@ -182,61 +186,6 @@ def _every_value(
         opened = embed_others(config, run, target)
         frames += [embedded_values(part, other) for part, other in zip(opened, others, strict=True)]
     return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
-
-
-def _likeness(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
-    """What n-grams say of the targets, where they have a share in anything."""
-    from curate.scores.likeness import find_likeness
-
-    config = stock.config
-    choosing = config.mode != "reweight" and config.shards.likeness_share > 0
-    if not choosing and config.mixture.likeness_share == 0:
-        return None
-    return find_likeness(stock.run, targets, stock.trained, config.seed)
-
-
-def _of_samples(
-    stock: Stock,
-    targets: Sequence[Target],
-    every: pl.DataFrame,
-    found: dict[str, Embedding] | PoolValues,
-    like: Likeness | None,
-) -> tuple[pl.DataFrame, pl.DataFrame | None, dict[str, pl.DataFrame]]:
-    """What samples are chosen by: their values for all targets together, with predicted ones, and their likeness.
-
-    Returns:
-        Values, likeness, and a table of how good predictions are, where any are made.
-    """
-    from curate.scores.likeness import sample_likeness
-    from curate.scores.values import combined_values
-
-    config, weights = stock.config, sample_weights(stock.config, targets[0])
-    values = every if isinstance(found, dict) else found.chosen_by(weights)
-    values = combined_values(values.filter(window=config.mixture.window), weights)
-    if config.mode == "reweight":
-        return values, None, {}
-    asked = like if config.shards.likeness_share > 0 else None
-    texts = None if asked is None else sample_likeness(stock.run, asked, weights)
-    if config.method not in VALUED or stock.pool is not None or config.shards.unvalued != "predict":
-        return values, texts, {}
-    aimed = [one for one in targets if one.name in weights]
-    values, judged = _predicted(stock, values, aimed)
-    return values, texts, {"predicted": judged}
-
-
-def _predicted(stock: Stock, values: pl.DataFrame, targets: Sequence[Target]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The values with predicted ones of samples outside the window, and how good these are."""
-    from curate.shards.predict import predict_rest
-
-    config = stock.config
-    found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
-    for row in judged.iter_rows(named=True):
-        told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        _log.info(
-            "%s: %s of %s samples valued, held-out rank correlation %s; the rest: %s",
-            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, row["used"],
-        )  # fmt: skip
-    return found, judged
 
 
 def _branch_test(

@@ -123,7 +123,8 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     if config.pool is not None:
         more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
         more["predictor"] = list(PREDICTOR)
-    elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued == "predict":
+    elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued in ("slopes", "predict"):
+        more |= {"steps_ahead": [config.probe.steps, config.probe.lr_share]}
         more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)

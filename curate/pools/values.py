@@ -7,10 +7,9 @@ samples by their content, so a pool that is re-sharded needs neither again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,20 +19,28 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
+from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal
 from curate.config import Config
-from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS, curvature_units
+from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.embeddings.store import add_time
 from curate.errors import UserError
 from curate.pools.draw import draw_probes
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
 from curate.pools.open import Overlap, Pool
-from curate.pools.probe import Outlook, forward_slopes, look_ahead, probe_values, target_moves
+from curate.pools.probe import Outlook, look_ahead, probe_values
+from curate.pools.slopes import (
+    linear_values,
+    look_ahead_units,
+    read_together,
+    samples_fingerprint,
+    slope_units,
+    step_samples,
+    step_tokens,
+)
 from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
 from curate.target import check_vocabulary
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.samples import read_batches
+from curate.trajectory.replay import Replay
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -49,7 +56,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 POOL = "pool"
 """Where a window's name stands in tables of values."""
-_FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
 _HIDDEN_UNITS = 0.25  # of a forward+backward pass: a forward pass without the output layer
 _SLOPE_UNITS = 2.4  # of probes' slopes where their own step is not exact
 
@@ -189,7 +195,7 @@ class _Work:
         unread = set() if self.config.rest == "features" else {"hidden_states"}
         return {
             "run": self.run.fingerprint,
-            "samples": self._samples_fingerprint,
+            "samples": samples_fingerprint(self.pool.samples),
             "targets": [target.fingerprint for target in self.targets],
             "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation", *unread}),
             "predictor": None if unread else PREDICTOR,
@@ -198,56 +204,28 @@ class _Work:
         }
 
     @property
-    def _samples_fingerprint(self) -> str:
-        """By domain and content, in that order."""
-        digest = hashlib.blake2b(digest_size=8)
-        for (domain,), own in self.pool.samples.group_by("domain", maintain_order=True):
-            digest.update(str(domain).encode())
-            digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    @property
     def probes(self) -> pl.DataFrame:
         config = self.config
-        return draw_probes(self.pool.samples, config.share, config.min_per_domain, self._batch, self.seed)
-
-    @property
-    def _batch(self) -> int:
-        """Samples of a training step."""
-        usual = self.run.usual_step
-        return max(next(records(self.run, usual, usual + 1)).size, 1)
-
-    @property
-    def _together(self) -> int:
-        """Samples that the training took through the model together."""
-        usual = next(records(self.run, self.run.usual_step, self.run.usual_step + 1))
-        return max(len(ids) for ids, _ in usual.micro_batches)
-
-    @property
-    def _step_tokens(self) -> float:
-        """Predicted tokens of a training step."""
-        return float(self.run.steps["tokens"].list.sum().sum()) / self.run.spec.steps
+        return draw_probes(self.pool.samples, config.share, config.min_per_domain, step_samples(self.run), self.seed)
 
     def say_cost(self, replay: Replay) -> None:
         """Say what will be done, before it is."""
-        run, config, batch = self.run, self.config, self._batch
+        config, batch = self.config, step_samples(self.run)
         probes, samples = len(self.probes), len(self.pool.samples)
-        lead = run.spec.steps - run.snapshot_before(run.spec.steps)
-        sequences = sum(len(half) for target in self.targets for half in target.halves)
-        ahead = lead + 2 * config.steps + (config.steps - 1) * curvature_units(self.adjoint, 2 * len(self.targets))
+        ahead = look_ahead_units(self.run, self.targets, config.steps, self.adjoint)
         own = OWN_STEP_UNITS[self.adjoint.own_step]
         own += 0.0 if self.adjoint.own_step == "exact" else _SLOPE_UNITS
         passes = {
-            "slopes": _FORWARD_UNITS * (1 + len(self.targets)),
-            "features": _HIDDEN_UNITS if self._reads_hidden(replay) else 0.0,
+            "slopes": slope_units(self.run, len(self.targets), samples),
+            "features": _HIDDEN_UNITS * samples / batch if self._reads_hidden(replay) else 0.0,
             "none": 0.0,
         }
-        rest = passes[config.rest] * samples / batch
-        units = ahead + sequences / batch + own * probes / batch + rest
+        rest = passes[config.rest]
+        units = ahead + own * probes / batch + rest
         _log.info(
             "valuing the pool will cost about %.0f forward+backward passes: %.0f to look %d steps ahead, %.0f to probe "
             "%s of %s samples, %.0f for the rest (%s); training once on the pool is %.0f",
-            units, ahead + sequences / batch, config.steps, own * probes / batch, f"{probes:,}", f"{samples:,}", rest,
+            units, ahead, config.steps, own * probes / batch, f"{probes:,}", f"{samples:,}", rest,
             config.rest,
             samples / batch,
         )  # fmt: skip
@@ -264,7 +242,7 @@ class _Work:
         self._check_tokens(probes, replay)
         outlook = look_ahead(replay, self.run.spec.steps, losses, self.adjoint, batch_size=batch_size, scratch=scratch)
         halves = probe_values(
-            replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=self._step_tokens, scratch=scratch
+            replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=step_tokens(self.run), scratch=scratch
         )
         values = self._per_token(halves, probes)
         if self.config.rest != "features":
@@ -287,9 +265,9 @@ class _Work:
                 "run's tokenizer"
             )
 
-    def _read(self, samples: pl.DataFrame) -> Iterator[list[Sample]]:
+    def _read(self, samples: pl.DataFrame) -> Iterable[list[Sample]]:
         """The samples in their order, as many as go through the model together."""
-        return read_batches(self.pool.stock, samples, self._together)
+        return read_together(self.run, self.pool.stock, samples)
 
     def _per_token(self, halves: Floats, probes: pl.DataFrame) -> Floats:
         """(n, 3 T) value, value_a and value_b for each target, at the median lr, from the halves' values (n, 2 T)."""
@@ -302,28 +280,17 @@ class _Work:
 
     def _slopes(self, replay: Replay, outlook: Outlook, scratch: Path) -> Floats:
         """(N, T) linear values of every sample, per token, at the median lr; all the same where none are asked for."""
-        count = len(self.targets)
         if self.config.rest == "none":
-            return np.zeros((len(self.pool.samples), count))
-        weights = np.zeros((count, 2 * count))
-        for place, target in enumerate(self.targets):
-            weights[place, 2 * place : 2 * place + 2] = target.half_weights
-        moves = target_moves(replay, outlook, weights.tolist())
-        blocks, found = blocks_of(self.pool.samples), []
-        for number, block in enumerate(progress(blocks, total=len(blocks), what="slopes", unit="block")):
-            path = scratch / f"slopes-{number:06d}.npz"
-            if not path.exists():
-                made = [forward_slopes(replay, outlook, moves, samples) for samples in self._read(block)]
-                write_arrays(path, {"slopes": np.concatenate(made)})
-            found.append(read_arrays(path)["slopes"])
-        values: Floats = -np.concatenate(found) / self._step_tokens / self.config.lr_share
+            return np.zeros((len(self.pool.samples), len(self.targets)))
+        found = linear_values(replay, outlook, self.targets, self.pool.samples, self._read, scratch)
+        values: Floats = found / step_tokens(self.run) / self.config.lr_share
         return values
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""
         if not self._reads_hidden(replay):
             return None
-        settings = {"run": self.run.fingerprint, "samples": self._samples_fingerprint}
+        settings = {"run": self.run.fingerprint, "samples": samples_fingerprint(self.pool.samples)}
         folder = self.run.folder / "pools" / f"hidden-{fingerprint(settings)[:8]}"
         if not is_complete(folder, settings):
             replay.horizon_model(self.run.spec.steps)
@@ -372,7 +339,7 @@ class _Work:
         horizon = f"{self.config.steps}_steps_on"
         joined = probed.join(rows, on=["domain", "sample_id"], maintain_order="left")
         return joined.select(
-            "row", "step", "sample_id", (pl.col("tokens") / self._step_tokens).cast(pl.Float32).alias("weight"),
+            "row", "step", "sample_id", (pl.col("tokens") / step_tokens(self.run)).cast(pl.Float32).alias("weight"),
             "tokens", "length", pl.lit(POOL).alias("window"), pl.lit(horizon).alias("horizon"),
             "domain", "index", "shard", "documents", "target", *(pl.col(name) * pl.col("tokens") for name in VALUES),
         )  # fmt: skip

@@ -9,6 +9,7 @@ import polars as pl
 
 from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
+from curate.pools.slopes import SLOPES
 from curate.pools.values import POOL
 
 if TYPE_CHECKING:
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
+    from curate.pools.slopes import Slopes
     from curate.pools.values import PoolValues
     from curate.trajectory.run import Run
+
+    Costed = Embedding | PoolValues | Slopes
 
 EXAMPLES = 12  # most and least valuable samples of each window
 
@@ -104,7 +108,7 @@ def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str]
     return pl.DataFrame(rows)
 
 
-def cost_table(run: Run, made: Mapping[str, Embedding | PoolValues], out: Path, seconds: float) -> pl.DataFrame:
+def cost_table(run: Run, made: Mapping[str, Costed], out: Path, seconds: float) -> pl.DataFrame:
     """What each phase cost, the stage's training for comparison.
 
     Args:
@@ -119,7 +123,7 @@ def cost_table(run: Run, made: Mapping[str, Embedding | PoolValues], out: Path, 
         size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
         rows.append(
             {
-                "phase": f"{'probe' if window == POOL else 'embed'} {window}",
+                "phase": {POOL: "probe pool", SLOPES: "slopes"}.get(window, f"embed {window}"),
                 "units": part.cost_units,
                 "seconds": part.seconds,
                 "bytes": size,

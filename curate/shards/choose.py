@@ -53,10 +53,12 @@ class ShardsConfig(Config):
     guard_weight: float = Field(default=1.0, ge=0)
     """Weight of the guard's values in that choice, the targets' together being 1: where no sample of a domain does much
     for the target, which are best for what the guard keeps."""
-    unvalued: Literal["predict", "keep", "drop"] = "predict"
-    """Samples outside the valued window. predict: by their text, in domains where held-out samples are ranked well
-    enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean of values. drop:
-    leave them out."""
+    unvalued: Literal["slopes", "predict", "keep", "drop"] = "slopes"
+    """Samples outside the valued window. slopes: samples are chosen by what one more use of each would do now, inside
+    the window as outside, by a forward pass over all of them and one for each target (method curate with estimator
+    adjoint; others predict). predict: by their text, in domains where held-out samples are ranked well enough
+    (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean of values. drop: leave
+    them out."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""

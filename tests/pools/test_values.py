@@ -165,14 +165,14 @@ def test_slopes_are_read_block_by_block_and_not_again(run, folder, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             valued(run, pool, folder, SLOPES, seed=4)
     assert len(list((wanted.folder / "scratch").glob("slopes-*.npz"))) == 7
-    monkeypatch.setattr("curate.pools.values.forward_slopes", None)
+    monkeypatch.setattr("curate.pools.slopes.forward_slopes", None)
     found = valued(run, pool, folder, SLOPES, seed=4)
     assert_frame_equal(found.every, wanted.every, rel_tol=1e-3, abs_tol=1e-9)
 
 
 def test_without_the_rest_the_mean_stands_for_it_and_nothing_more_is_read(run, folder, monkeypatch, caplog):
     pool = opened(folder / "data", run)
-    monkeypatch.setattr("curate.pools.values.forward_slopes", None)
+    monkeypatch.setattr("curate.pools.slopes.forward_slopes", None)
     with caplog.at_level(logging.INFO):
         found = valued(run, pool, folder, CONFIG.model_copy(update={"rest": "none"}))
     assert set(found.every["source"]) == {"probe", "domain mean"}

@@ -113,7 +113,8 @@ def test_the_order_of_values_does_not_matter(run, target):
 def test_a_filtered_selection_says_how_well_it_predicts(folder):
     config = SelectConfig(
         run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, mode="filter",
-        budget_tokens=60 * SEQ_LEN, tracking=TrackingConfig(mode="none"), shards=ShardsConfig(drop_fraction=0.3),
+        budget_tokens=60 * SEQ_LEN, tracking=TrackingConfig(mode="none"),
+        shards=ShardsConfig(drop_fraction=0.3, unvalued="predict"),
     )  # fmt: skip
     out = select(config, Run(config.run))
     table = pl.read_parquet(out / "predicted.parquet")

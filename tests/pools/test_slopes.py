@@ -1,0 +1,105 @@
+"""Slopes of all samples of a run's streams on a tiny run, and the selection that is made by them."""
+
+import shutil
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from curate.embeddings.adjoint_estimator import AdjointConfig
+from curate.mixture.record import read_mixture
+from curate.pools.open import open_pool
+from curate.pools.slopes import value_all
+from curate.pools.values import ProbeConfig, value_pool
+from curate.scores.values import combined_values
+from curate.select import select
+from curate.selection import SelectConfig
+from curate.shards.choose import ScreenConfig, ShardsConfig
+from curate.target import load_target
+from curate.tracking import TrackingConfig
+from curate.trajectory.ledger import consumed, stages, uses
+from curate.trajectory.run import Run
+from tests.tiny import SEQ_LEN, write_tiny_target
+
+PROBE = ProbeConfig(share=1.0, steps=4, min_rank_correlation=-1.0, rest="none")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return Run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def targets(folder, run, tmp_path_factory):
+    general = tmp_path_factory.mktemp("general") / "general.jsonl"
+    write_tiny_target(general, documents=18)
+    return [load_target(path, run.spec, 100) for path in (folder / "target.jsonl", general)]
+
+
+def slopes(run, targets, **settings):
+    return value_all(run, run, targets, PROBE, adjoint=AdjointConfig(own_step="linear"), **settings)
+
+
+def test_slopes_are_the_linear_values_of_probing_every_sample(run, targets):
+    found = slopes(run, targets).values
+    pool = open_pool(run.folder.parent / "data", run, consumed(uses(stages(run))), "keep")
+    probed = value_pool(run, pool, targets, PROBE, adjoint=AdjointConfig(own_step="linear")).every
+    assert set(probed["source"]) == {"probe"}
+    keys = ["target", "domain", "sample_id"]
+    both = found.join(probed.select(*keys, pl.col("value").alias("wanted")), on=keys)
+    assert len(both) == len(found) == 2 * len(run.places.unique("sample_id"))
+    for (_,), own in both.group_by("target"):
+        wanted = own["wanted"] * own["tokens"]
+        assert (own["value"] - wanted).abs().max() < 0.02 * wanted.abs().mean()
+
+
+def test_they_are_continued_and_kept(run, targets, monkeypatch):
+    wanted = slopes(run, targets, batch_size=7)
+    shutil.rmtree(wanted.folder)
+    monkeypatch.setattr("curate.pools.spread._BLOCK", 50)
+    with monkeypatch.context() as patch:
+        patch.setattr("curate.pools.slopes.replacing", None)  # the blocks are there, the table is not
+        with pytest.raises(TypeError):
+            slopes(run, targets)
+    assert len(list((wanted.folder / "scratch").glob("slopes-*.npz"))) > 2
+    monkeypatch.setattr("curate.pools.slopes.forward_slopes", None)
+    found = slopes(run, targets)
+    assert_frame_equal(found.values, wanted.values, rel_tol=1e-3, abs_tol=1e-9)
+    assert not (found.folder / "scratch").exists()
+    monkeypatch.setattr("curate.pools.slopes.look_ahead", None)
+    assert_frame_equal(slopes(run, targets).values, found.values)
+    assert found.cost_units > 0
+
+
+def selected(folder, out, **settings):
+    shards = ShardsConfig(
+        drop_fraction=0.5, sample_temperature=0, likeness_share=0, duplicate_overlap=1, screen=ScreenConfig(mode="none")
+    )
+    config = SelectConfig(
+        run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, mode="filter", window="late",
+        budget_tokens=20 * SEQ_LEN, tracking=TrackingConfig(mode="none"), shards=shards, probe=PROBE, out=out,
+        **settings,
+    )  # fmt: skip
+    return select(config, Run(config.run))
+
+
+def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, tmp_path):
+    path = tmp_path / "general.jsonl"
+    write_tiny_target(path, documents=18)
+    out = selected(folder, tmp_path / "out", guard=path)
+    made = value_all(run, run, targets, PROBE, adjoint=AdjointConfig()).values
+    values = combined_values(made, {"target": 1.0, "general": 1.0})
+    per_token = values.with_columns(x=pl.col("value") / pl.col("tokens"))
+    dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
+    for domain, part in read_mixture(out / "mixture.yaml").domains.items():
+        own = per_token.filter(domain=domain).sort("x", descending=True)
+        best = own.head(part.samples)["sample_id"]
+        assert part.samples > 0
+        assert not set(best) & set(dropped.filter(domain=domain)["sample_id"])
+    assert "slopes" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_baselines_and_streams_that_are_only_weighted_have_none(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("curate.choice.value_all", None)
+    assert (selected(folder, tmp_path / "less", method="less") / "predicted.parquet").exists()
+    assert not (selected(folder, tmp_path / "dvemb", estimator="dvemb") / "slopes.parquet").exists()
