@@ -201,8 +201,16 @@ def _cost_units(arena: Arena, method: BenchMethod) -> float:
     for path in sorted((arena.run.folder / "embeddings").glob(wanted)):
         guarded = (path.parent / general).exists()
         if (path.parent / target).exists() and guarded == (method in GUARDED):
-            return float(read_json(path)["cost_units"])
+            return float(read_json(path)["cost_units"]) + (_slope_units(arena, method) if method in OURS else 0.0)
     raise FileNotFoundError(wanted)
+
+
+def _slope_units(arena: Arena, method: BenchMethod) -> float:
+    """Forward+backward passes that slopes of all samples cost, for the target and, where there is one, the guard."""
+    for path in sorted((arena.run.folder / "pools").glob(f"slopes-{arena.case.target}-*/manifest.json")):
+        if (len(read_json(path)["targets"]) > 1) == (method in GUARDED):
+            return float(read_json(path.with_name("timings.json"))["cost_units"])
+    raise FileNotFoundError("slopes")
 
 
 def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = None, *, warm: bool = True) -> Losses:
