@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import polars as pl
 
 from curate.pools.slopes import value_all
 from curate.scores.methods import VALUED
 from curate.selection import sample_weights
+from curate.trajectory.samples import usable_samples
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from curate.embeddings.store import Embedding
     from curate.pools.slopes import Slopes
     from curate.pools.values import PoolValues
@@ -22,6 +24,23 @@ if TYPE_CHECKING:
     from curate.trajectory.run import Run
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What samples are chosen by.
+
+    Attributes:
+        values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
+        likeness: see `scores.likeness.sample_likeness`; None: it has no share.
+        predicted: how good predicted values are; see `shards.predict.predict_rest`.
+        slopes: what `values` are of, where they are slopes.
+    """
+
+    values: pl.DataFrame
+    likeness: pl.DataFrame | None = None
+    predicted: pl.DataFrame | None = None
+    slopes: Slopes | None = None
 
 
 def likeness_of(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
@@ -35,50 +54,55 @@ def likeness_of(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
     return find_likeness(stock.run, targets, stock.trained, config.seed)
 
 
-def slopes_of(stock: Stock, run: Run, targets: Sequence[Target]) -> Slopes | None:
-    """What one more use of each sample would do now, where samples are chosen by it."""
-    config = stock.config
-    if config.mode == "reweight" or stock.pool is not None or config.shards.unvalued != "slopes":
-        return None
-    aimed = [target for target in targets if target.name in sample_weights(config, targets[0])]
-    return value_all(
-        run, stock.run, aimed, config.probe,
-        adjoint=config.adjoint, device=config.device, batch_size=config.target_batch_size, tolerance=config.tolerance,
-    )  # fmt: skip
-
-
-def chosen_by(
+def choice_of(
     stock: Stock,
+    run: Run,
     targets: Sequence[Target],
     every: pl.DataFrame,
     found: dict[str, Embedding] | PoolValues,
     like: Likeness | None,
-    slopes: Slopes | None,
-) -> tuple[pl.DataFrame, pl.DataFrame | None, dict[str, pl.DataFrame]]:
-    """What samples are chosen by: their values for all targets together, with predicted ones, and their likeness.
+) -> Choice:
+    """Samples are chosen by slopes, by the values of a pool, or by those of the window and what they predict.
 
-    Returns:
-        Values, likeness, and a table of how good predictions are, where any are made.
+    Args:
+        stock: what the stage draws from.
+        run: whose last state is the current one.
+        targets: of the selection, the guard last.
+        every: values of what was valued.
+        found: the windows, or the pool.
+        like: what n-grams say, where they have a share.
     """
     from curate.scores.likeness import sample_likeness
     from curate.scores.values import combined_values
 
     config, weights = stock.config, sample_weights(stock.config, targets[0])
-    if slopes is not None:
-        values = slopes.values
-    else:
-        values = every if isinstance(found, dict) else found.chosen_by(weights)
-        values = values.filter(window=config.mixture.window)
-    values = combined_values(values, weights)
+    aimed = [target for target in targets if target.name in weights]
+    values = every if isinstance(found, dict) else found.chosen_by(weights)
+    values = combined_values(values.filter(window=config.mixture.window), weights)
     if config.mode == "reweight":
-        return values, None, {}
+        return Choice(values=values)
     asked = like if config.shards.likeness_share > 0 else None
     texts = None if asked is None else sample_likeness(stock.run, asked, weights)
-    if config.method not in VALUED or stock.pool is not None or config.shards.unvalued != "predict":
-        return values, texts, {}
-    aimed = [one for one in targets if one.name in weights]
-    values, judged = _predicted(stock, values, aimed)
-    return values, texts, {"predicted": judged}
+    if config.method not in VALUED or stock.pool is not None or config.shards.unvalued in ("keep", "drop"):
+        return Choice(values=values, likeness=texts)
+    if config.shards.unvalued == "predict":
+        values, judged = _predicted(stock, values, aimed)
+        return Choice(values=values, likeness=texts, predicted=judged)
+    slopes = value_all(
+        run, stock.run, _likely(usable_samples(stock.run.places), texts, config.shards.slopes_share), aimed, weights,
+        config.probe, adjoint=config.adjoint, seed=config.seed, device=config.device,
+        batch_size=config.target_batch_size, tolerance=config.tolerance,
+    )  # fmt: skip
+    return Choice(values=slopes.values, likeness=texts, slopes=slopes)
+
+
+def _likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> pl.DataFrame:
+    """The share of each domain that is most like the targets; all, where that is not known."""
+    if texts is None:
+        return samples
+    told = samples.join(texts, on=["domain", "sample_id"], maintain_order="left")
+    place = pl.col("likeness").rank("ordinal", descending=True).over("domain")
+    return told.filter(place <= (pl.len().over("domain") * share).ceil()).drop("likeness")
 
 
 def _predicted(stock: Stock, values: pl.DataFrame, targets: Sequence[Target]) -> tuple[pl.DataFrame, pl.DataFrame]:

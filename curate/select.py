@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
-from curate.choice import chosen_by, likeness_of, slopes_of
+from curate.choice import Choice, choice_of, likeness_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
 from curate.pools.slopes import SLOPES
@@ -84,10 +84,9 @@ def select(config: SelectConfig, run: Run) -> Path:
         config = with_mixture(config, temperature=facts["branch_test"]["temperature"])
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    slopes = slopes_of(stock, run, targets)
-    values, texts, more = chosen_by(stock, targets, every, found, like, slopes)
-    tables |= more
-    mixture, plan, tables["leaks"] = _mix(stock, values, texts, tables["domains"], consumed(ledger), target, keys)
+    choice = choice_of(stock, run, targets, every, found, like)
+    tables |= {} if choice.predicted is None else {"predicted": choice.predicted}
+    mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
     _write_tables(out, every, tables)
     data = deliver(
@@ -97,7 +96,8 @@ def select(config: SelectConfig, run: Run) -> Path:
     write_mixture(out / "mixture.yaml", mixture)
     if valued:
         made: dict[str, Costed] = {**(found if isinstance(found, dict) else {POOL: found})}
-        costs = cost_table(run, made if slopes is None else made | {SLOPES: slopes}, out, perf_counter() - embedded)
+        made |= {} if choice.slopes is None else {SLOPES: choice.slopes}
+        costs = cost_table(run, made, out, perf_counter() - embedded)
         shown = every.filter(target=target.name)
         publish(out, _report(stock, target, mixture, tables, shown, found, costs, data), config.tracking)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
@@ -213,8 +213,7 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
 def _mix(
     stock: Stock,
-    values: pl.DataFrame,
-    likeness: pl.DataFrame | None,
+    choice: Choice,
     domains: pl.DataFrame,
     used: pl.DataFrame,
     target: Target,
@@ -222,7 +221,7 @@ def _mix(
 ) -> tuple[Mixture, Plan, pl.DataFrame]:
     """Choose among the samples, solve the mixture and turn it into whole samples; also what the screen found.
 
-    `likeness` has a say in which samples are best; `keys` alone have it where the method draws them.
+    Where a method draws samples, its `keys` alone say which are best.
     """
     import polars as pl
 
@@ -235,7 +234,7 @@ def _mix(
     config, run, trained = stock.config, stock.run, stock.trained
     catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
     known = {domain: catalogues[domain] for domain in trained}
-    pool = make_pool(known, values, used, likeness=likeness, consume_once=config.shards.consume_once)
+    pool = make_pool(known, choice.values, used, likeness=choice.likeness, consume_once=config.shards.consume_once)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
     grain, mixing = stock.grain, config.mixture

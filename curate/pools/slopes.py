@@ -1,4 +1,4 @@
-"""Values of samples for the next step, by forward passes alone: of a whole pool, or of all that a run can draw from.
+"""Values of samples for the next step, by forward passes alone: of a whole pool, or of what a run can draw from.
 
 All samples share one direction, what the target asks of the next step (`pools.probe`), and the linear value of each is
 the slope of its own loss along it. Kept in the run as `pools/slopes-*` by content, so that a re-sharded pool needs no
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ from curate.embeddings.store import add_time
 from curate.pools.probe import Outlook, forward_slopes, look_ahead, target_moves
 from curate.pools.spread import VALUES, blocks_of
 from curate.progress import progress
+from curate.rng import generator
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
-from curate.trajectory.samples import read_batches, usable_samples
+from curate.trajectory.samples import read_batches
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,16 +46,18 @@ _log = logging.getLogger(__name__)
 SLOPES = "slopes"
 """Where a window's name stands in tables of values."""
 FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
+_PILOT = 32  # samples of each domain that the deviations of several targets are measured on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slopes:
-    """What one more use of each sample would do now. Positive = it lowers the target's loss.
+    """What one more use of each sample would do now. Positive = it lowers the targets' losses.
 
     Attributes:
         folder: the artifact.
-        values: one row per target and sample: `window`, `target`, `domain`, `index`, `sample_id`, `tokens` (predicted),
-            `value`, `value_a`, `value_b`; slopes know no halves of a target, all three are the same.
+        values: the values frame that samples are chosen by, for all targets together (`scores.values.combined_values`):
+            `window`, `target` (the first), `domain`, `index`, `sample_id`, `tokens` (predicted), `value`, `value_a`,
+            `value_b`; slopes know no halves of a target, all three are the same.
         seconds: time that it took.
         cost_units: the same in forward+backward passes of a training batch.
     """
@@ -67,22 +71,31 @@ class Slopes:
 def value_all(
     run: Run,
     stock: Run,
+    samples: pl.DataFrame,
     targets: Sequence[Target],
+    weights: Mapping[str, float],
     config: ProbeConfig,
     *,
     adjoint: AdjointConfig,
+    seed: int = 0,
     device: str = "cpu",
     batch_size: int = 16,
     tolerance: float = 1e-3,
 ) -> Slopes:
-    """Value every sample of some streams for the next step, or open its values; the cost is stated before.
+    """Value samples for the next step, or open their values; the cost is stated before.
+
+    Targets count in their own standard deviations, which a few samples of each domain tell; all others have the slope
+    along the one direction that the targets have together, so that more targets cost no more.
 
     Args:
         run: a finished run, whose last state is the current one.
-        stock: the run as if it had the streams.
-        targets: T targets, in one pass.
-        config: `steps` and `lr_share`: how far ahead the target is read.
+        stock: the run as if it had the samples' streams.
+        samples: N rows of `usable_samples` of its places, in that order.
+        targets: T targets.
+        weights: target -> weight.
+        config: `steps` and `lr_share`: how far ahead the targets are read.
         adjoint: how the steps ahead are differentiated.
+        seed: of the draw of those few.
         device: of the model.
         batch_size: sequences per pass over a target.
         tolerance: of the replay, where the run has no snapshot at its end.
@@ -90,11 +103,11 @@ def value_all(
     Raises:
         UserError: bad target or settings.
     """
-    samples, ahead = usable_samples(stock.places), min(config.steps, run.spec.steps)
+    ahead, pilot = min(config.steps, run.spec.steps), _pilot(samples, len(targets), seed)
     settings = {
         "run": run.fingerprint,
-        "samples": samples_fingerprint(samples),
-        "targets": [target.fingerprint for target in targets],
+        "samples": [samples_fingerprint(samples), samples_fingerprint(pilot)],
+        "targets": {target.fingerprint: weights[target.name] for target in targets},
         "steps": ahead,
         "lr_share": config.lr_share,
         "adjoint": adjoint.model_dump(include={"hessian", "hessian_share"}),
@@ -104,62 +117,70 @@ def value_all(
         replay = Replay(run.continued(ahead, config.lr_share), device, tolerance)
         for target in targets:
             check_vocabulary(target, replay.task)
-        looking, passes = look_ahead_units(run, targets, ahead, adjoint), slope_units(run, len(targets), len(samples))
+        looking = look_ahead_units(run, targets, ahead, adjoint)
+        passes = slope_units(run, len(targets), len(pilot)) + slope_units(run, 1, len(samples))
         _log.info(
-            "valuing every sample for the next step will cost about %.0f forward+backward passes: %.0f to look %d "
-            "steps ahead, %.0f for %s samples and %d targets",
-            looking + passes, looking, ahead, passes, f"{len(samples):,}", len(targets),
+            "valuing samples for the next step will cost about %.0f forward+backward passes: %.0f to look %d steps "
+            "ahead, %.0f for %s samples", looking + passes, looking, ahead, passes, f"{len(samples):,}",
         )  # fmt: skip
         begin, scratch = perf_counter(), folder / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             losses = [half for target in targets for half in target.halves]
             outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
-            found = linear_values(
-                replay, outlook, targets, samples, lambda part: read_together(run, stock, part), scratch
-            )
-            table = samples.select("domain", "sample_id").with_columns(
-                pl.Series(str(place), values)
-                for place, values in enumerate(found.T / step_tokens(run) / config.lr_share)
-            )
+            measure = partial(linear_values, replay, outlook, read=partial(read_together, run, stock), scratch=scratch)
+            shares, unit = np.array([weights[target.name] for target in targets]), step_tokens(run) * config.lr_share
+            shares = shares / shares.sum()
+            if len(pilot):
+                scales = _deviations(pilot, measure(each_target(targets), pilot, "pilot")) / unit
+                shares = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
+            value = pl.Series(measure(shares[None] @ each_target(targets), samples, "slopes")[:, 0] / unit)
             with replacing(folder / "values.parquet") as part:
-                table.write_parquet(part)
+                samples.select("domain", "sample_id", value=pl.Series(value)).write_parquet(part)
         finally:
             add_time(folder, perf_counter() - begin, replay.unit_seconds)
         seal(folder, "slopes", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     timings = read_json(folder / "timings.json")
     return Slopes(
-        folder=folder, values=_frame(samples, pl.read_parquet(folder / "values.parquet"), targets),
+        folder=folder, values=_frame(samples, pl.read_parquet(folder / "values.parquet"), targets[0].name),
         seconds=timings["seconds"], cost_units=timings["cost_units"],
     )  # fmt: skip
+
+
+def each_target(targets: Sequence[Target]) -> Floats:
+    """(T, 2 T) the share of every half in each target."""
+    weights = np.zeros((len(targets), 2 * len(targets)))
+    for place, target in enumerate(targets):
+        weights[place, 2 * place : 2 * place + 2] = target.half_weights
+    return weights
 
 
 def linear_values(
     replay: Replay,
     outlook: Outlook,
-    targets: Sequence[Target],
+    weights: Floats,
     samples: pl.DataFrame,
+    name: str,
+    *,
     read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
     scratch: Path,
 ) -> Floats:
-    """(N, T) linear values of samples of weight 1 (the mean loss of a step has 1 / its tokens), at the replay's lr.
+    """(N, V) linear values of samples of weight 1 (the mean loss of a step has 1 / its tokens), at the replay's lr.
 
     Args:
         replay: of `Run.continued`.
-        outlook: for the halves of T targets, one after the other.
-        targets: the targets.
+        outlook: for the R halves of some targets, one after the other.
+        weights: (V, R), what each value is of them.
         samples: N samples.
+        name: of the files that an interrupted call continues from.
         read: gives the samples of a table in its order, some at a time.
-        scratch: folder for what an interrupted call continues from.
+        scratch: folder of those files.
     """
-    count, blocks, found = len(targets), blocks_of(samples), []
-    weights = np.zeros((count, 2 * count))
-    for place, target in enumerate(targets):
-        weights[place, 2 * place : 2 * place + 2] = target.half_weights
+    blocks, found = blocks_of(samples), []
     moves = target_moves(replay, outlook, weights.tolist())
-    for number, block in enumerate(progress(blocks, total=len(blocks), what="slopes", unit="block")):
-        path = scratch / f"slopes-{number:06d}.npz"
+    for number, block in enumerate(progress(blocks, total=len(blocks), what=name, unit="block")):
+        path = scratch / f"{name}-{number:06d}.npz"
         if not path.exists():
             made = [forward_slopes(replay, outlook, moves, part) for part in read(block)]
             write_arrays(path, {"slopes": np.concatenate(made)})
@@ -206,14 +227,29 @@ def slope_units(run: Run, targets: int, samples: int) -> float:
     return FORWARD_UNITS * (1 + targets) * samples / step_samples(run)
 
 
-def _frame(samples: pl.DataFrame, slopes: pl.DataFrame, targets: Sequence[Target]) -> pl.DataFrame:
-    """The samples with their values (of all their tokens) for each target."""
-    joined = samples.join(slopes, on=["domain", "sample_id"], maintain_order="left")
-    return pl.concat(
-        joined.select(
-            pl.lit(SLOPES).alias("window"), pl.lit(target.name).alias("target"),
-            "domain", "index", "sample_id", "tokens",
-            *((pl.col(str(place)) * pl.col("tokens")).alias(name) for name in VALUES),
-        )
-        for place, target in enumerate(targets)
+def _pilot(samples: pl.DataFrame, targets: int, seed: int) -> pl.DataFrame:
+    """Some samples of each domain, drawn by content; none for a single target, whose deviation does not matter."""
+    if targets == 1:
+        return samples.clear()
+    drawn = samples.with_columns(draw=pl.Series(generator(seed, "pilot").random(len(samples))))
+    return drawn.filter(pl.col("draw").rank("ordinal").over("domain") <= _PILOT).drop("draw")
+
+
+def _deviations(samples: pl.DataFrame, values: Floats) -> Floats:
+    """(V,) pooled standard deviations inside domains of values (N, V), weighted by tokens."""
+    tokens, squares = samples["tokens"].to_numpy()[:, None], np.zeros(values.shape[1])
+    names = samples["domain"].to_numpy().astype(str)
+    for own in (names == name for name in np.unique(names)):
+        centre = (values[own] * tokens[own]).sum(axis=0) / tokens[own].sum()
+        squares += (tokens[own] * (values[own] - centre) ** 2).sum(axis=0)
+    deviations: Floats = np.sqrt(squares / tokens.sum())
+    return deviations
+
+
+def _frame(samples: pl.DataFrame, values: pl.DataFrame, target: str) -> pl.DataFrame:
+    """The samples with their values (of all their tokens)."""
+    joined = samples.join(values, on=["domain", "sample_id"], maintain_order="left")
+    return joined.select(
+        pl.lit(SLOPES).alias("window"), pl.lit(target).alias("target"), "domain", "index", "sample_id", "tokens",
+        *((pl.col("value") * pl.col("tokens")).alias(name) for name in VALUES),
     )  # fmt: skip

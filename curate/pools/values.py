@@ -29,6 +29,7 @@ from curate.pools.features import mean_hidden_states, output_layer, ratios_of
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import Outlook, look_ahead, probe_values
 from curate.pools.slopes import (
+    each_target,
     linear_values,
     look_ahead_units,
     read_together,
@@ -282,7 +283,9 @@ class _Work:
         """(N, T) linear values of every sample, per token, at the median lr; all the same where none are asked for."""
         if self.config.rest == "none":
             return np.zeros((len(self.pool.samples), len(self.targets)))
-        found = linear_values(replay, outlook, self.targets, self.pool.samples, self._read, scratch)
+        found = linear_values(
+            replay, outlook, each_target(self.targets), self.pool.samples, "slopes", read=self._read, scratch=scratch
+        )
         values: Floats = found / step_tokens(self.run) / self.config.lr_share
         return values
 

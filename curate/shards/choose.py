@@ -55,10 +55,12 @@ class ShardsConfig(Config):
     for the target, which are best for what the guard keeps."""
     unvalued: Literal["slopes", "predict", "keep", "drop"] = "slopes"
     """Samples outside the valued window. slopes: samples are chosen by what one more use of each would do now, inside
-    the window as outside, by a forward pass over all of them and one for each target (method curate with estimator
-    adjoint; others predict). predict: by their text, in domains where held-out samples are ranked well enough
-    (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean of values. drop: leave
-    them out."""
+    the window as outside, by two forward passes over them (method curate with estimator adjoint; others predict).
+    predict: by their text, in domains where held-out samples are ranked well enough (`probe.min_rank_correlation`);
+    elsewhere, and with keep, they stand for the domain's mean of values. drop: leave them out."""
+    slopes_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of each domain whose slopes are taken, the samples most like the targets; the others stand for the mean of
+    these. 1, and with a `likeness_share` of 0: all."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""
