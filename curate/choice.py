@@ -33,7 +33,7 @@ class Choice:
     Attributes:
         values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
         likeness: see `scores.likeness.sample_likeness`; None: it has no share.
-        predicted: how good predicted values are; see `shards.predict.predict_rest`.
+        predicted: how good predicted values are, or how far slopes agree; see `shards.predict`.
         slopes: what `values` are of, where they are slopes.
     """
 
@@ -74,6 +74,7 @@ def choice_of(
     """
     from curate.scores.likeness import sample_likeness
     from curate.scores.values import combined_values
+    from curate.shards.predict import compare_slopes, predict_rest
 
     config, weights = stock.config, sample_weights(stock.config, targets[0])
     aimed = [target for target in targets if target.name in weights]
@@ -86,17 +87,20 @@ def choice_of(
     if config.method not in VALUED or stock.pool is not None or config.shards.unvalued in ("keep", "drop"):
         return Choice(values=values, likeness=texts)
     if config.shards.unvalued == "predict":
-        values, judged = _predicted(stock, values, aimed)
+        values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
+        _say_judged(judged)
         return Choice(values=values, likeness=texts, predicted=judged)
     slopes = value_all(
-        run, stock.run, _likely(usable_samples(stock.run.places), texts, config.shards.slopes_share), aimed, weights,
+        run, stock.run, likely(usable_samples(stock.run.places), texts, config.shards.slopes_share), aimed, weights,
         config.probe, adjoint=config.adjoint, seed=config.seed, device=config.device,
         batch_size=config.target_batch_size, tolerance=config.tolerance,
     )  # fmt: skip
-    return Choice(values=slopes.values, likeness=texts, slopes=slopes)
+    judged = compare_slopes(stock.run, values, slopes.values, config.seed)
+    _say_judged(judged)
+    return Choice(values=slopes.values, likeness=texts, predicted=judged, slopes=slopes)
 
 
-def _likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> pl.DataFrame:
+def likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> pl.DataFrame:
     """The share of each domain that is most like the targets; all, where that is not known."""
     if texts is None:
         return samples
@@ -105,16 +109,11 @@ def _likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> 
     return told.filter(place <= (pl.len().over("domain") * share).ceil()).drop("likeness")
 
 
-def _predicted(stock: Stock, values: pl.DataFrame, targets: Sequence[Target]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The values with predicted ones of samples outside the window, and how good these are."""
-    from curate.shards.predict import predict_rest
-
-    config = stock.config
-    found, judged = predict_rest(stock.run, values, targets, config.probe.min_rank_correlation, config.seed)
+def _say_judged(judged: pl.DataFrame) -> None:
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        how = "with their slopes" if row["used"] == "slopes" else f"held out; the rest: {row['used']}"
         _log.info(
-            "%s: %s of %s samples valued, held-out rank correlation %s; the rest: %s",
-            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, row["used"],
+            "%s: %s of %s samples valued in the window, rank correlation %s %s",
+            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, how,
         )  # fmt: skip
-    return found, judged

@@ -91,6 +91,7 @@ def _content(data: ReportData) -> dict[str, Any]:
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour, before=before),
         "mixture_table": tables.mixture_table(data.mixture, order, before),
         "pool_table": tables.pool_table(data.pool) if data.pool else None,
+        "by_slopes": any(row["used"] == "slopes" for row in data.predicted),
         "predicted_table": tables.pool_table(data.predicted) if data.predicted else None,
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "sweep_table": tables.sweep_table(data.sweep, order),

@@ -130,11 +130,12 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
         "domain mean": "the domain's mean",
         "probes": "nothing left",
         "too few": "too few to tell",
+        "slopes": "slopes",
     }
-    values = "probed" if named else "in the window"
+    values = "probed" if named else "valued in the window"
     return Table(
         headers=[
-            "domain", *(["target"] if named else []), "samples", values, "held-out rank correlation", "low", "high",
+            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high",
             "the rest",
         ],
         numeric=[False, *([False] if named else []), *[True] * 5, False],

@@ -1,4 +1,4 @@
-"""Values of samples outside of the valued window, predicted from those inside.
+"""Values of samples outside of the valued window, predicted from those inside, or held against them.
 
 A window holds a small part of what the next stage chooses among; the rest is predicted from its text, by the fit and
 under the conditions of `curate.pools`: only in domains where held-out samples are ranked well enough.
@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 
+from curate.fidelity.measure import spearman, spearman_interval
 from curate.pools.features import ratios_of
 from curate.pools.spread import VALUES, FeatureReader, settled, spread
 from curate.rng import generator
@@ -25,6 +27,7 @@ _LEAST = 20  # valued samples of a domain from which a rank correlation says som
 _MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
 _BATCH = 64  # samples read at a time
 _JUDGED = ("domain", "samples", "probed", "spearman", "low", "high", "used")
+_TYPES = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64, pl.Float64, pl.String)
 
 
 def predict_rest(
@@ -46,8 +49,7 @@ def predict_rest(
         `domain`, `samples`, `probed` (valued ones that the fit was made from), `spearman` (held out) with `low` and
         `high`, and `used`: as of `curate.pools.PoolValues.domains`, or "too few" to say anything.
     """
-    per_token = (pl.col(name).sum() / pl.col("tokens").sum() for name in VALUES)
-    seen = values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(pl.col("step").min(), *per_token)
+    seen = _per_token(values)
     samples = usable_samples(run.places)
     valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
     enough = valued.filter(pl.len().over("domain") >= _LEAST)
@@ -70,6 +72,39 @@ def predict_rest(
     )
     table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
     return pl.concat([values.select(columns), predicted.select(columns)]), table
+
+
+def compare_slopes(run: Run, values: pl.DataFrame, slopes: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """How far slopes agree with the values of a window inside each domain.
+
+    They need not: a window's values are about the steps that were taken, slopes about the next one.
+
+    Args:
+        run: the streams.
+        values: see `predict_rest`.
+        slopes: the same of samples of the streams.
+        seed: of intervals.
+
+    Returns:
+        As the second of `predict_rest`: `probed` are samples with both, `used` is "slopes".
+    """
+    sizes = usable_samples(run.places).group_by("domain").agg(samples=pl.len().cast(pl.Int64))
+    both = _per_token(values).join(_per_token(slopes), on=["domain", "sample_id"], suffix="_slope").sort("sample_id")
+    rows = []
+    for domain, samples in sizes.sort("domain").iter_rows():
+        own = both.filter(domain=domain)
+        a, b = own["value"].to_numpy(), own["value_slope"].to_numpy()
+        r = spearman(a, b)
+        low, high = (None, None) if r is None else spearman_interval(a, b, np.arange(len(own)), seed)
+        rows.append((domain, samples, len(own), r, low, high, "slopes"))
+    return pl.DataFrame(rows, schema=dict(zip(_JUDGED, _TYPES, strict=True)), orient="row")
+
+
+def _per_token(values: pl.DataFrame) -> pl.DataFrame:
+    """`domain`, `sample_id`, the values per token over all uses, and `step`, where there is one."""
+    sums = (pl.col(name).sum() / pl.col("tokens").sum() for name in VALUES)
+    steps = [pl.col("step").min()] if "step" in values.columns else []
+    return values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(*steps, *sums)
 
 
 def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:

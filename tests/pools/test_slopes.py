@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from curate.choice import likely
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.mixture.record import read_mixture
 from curate.pools.open import open_pool
@@ -85,9 +86,9 @@ def selected(folder, out, **settings):
         drop_fraction=0.5, sample_temperature=0, likeness_share=0, duplicate_overlap=1, screen=ScreenConfig(mode="none")
     )
     config = SelectConfig(
-        run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, mode="filter", window="late",
+        run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, window="late",
         budget_tokens=20 * SEQ_LEN, tracking=TrackingConfig(mode="none"), shards=shards, probe=PROBE, out=out,
-        **settings,
+        **{"mode": "filter", **settings},
     )  # fmt: skip
     return select(config, Run(config.run))
 
@@ -104,10 +105,30 @@ def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, t
         best = own.head(part.samples)["sample_id"]
         assert part.samples > 0
         assert not set(best) & set(dropped.filter(domain=domain)["sample_id"])
-    assert "slopes" in (out / "report.html").read_text(encoding="utf-8")
+    judged = pl.read_parquet(out / "predicted.parquet")
+    scores = combined_values(pl.read_parquet(out / "scores.parquet"), WEIGHTS)
+    own = scores.group_by("domain", "sample_id").agg(pl.col("value").sum() / pl.col("tokens").sum())
+    both = own.join(per_token, on=["domain", "sample_id"])
+    for row in judged.iter_rows(named=True):
+        pairs = both.filter(domain=row["domain"])
+        assert (row["used"], row["probed"]) == ("slopes", len(pairs))
+        assert row["spearman"] == pytest.approx(pairs.select(pl.corr("value", "x", method="spearman")).item())
+    assert "are chosen by slopes" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_baselines_and_streams_that_are_only_weighted_have_none(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("curate.choice.value_all", None)
-    assert (selected(folder, tmp_path / "less", method="less") / "predicted.parquet").exists()
-    assert not (selected(folder, tmp_path / "dvemb", estimator="dvemb") / "slopes.parquet").exists()
+    for name, settings in (("less", {"method": "less"}), ("dvemb", {"estimator": "dvemb"})):
+        assert "slopes" not in set(
+            pl.read_parquet(selected(folder, tmp_path / name, **settings) / "predicted.parquet")["used"]
+        )
+    weighted = selected(folder, tmp_path / "weighted", mode="reweight")
+    assert not (weighted / "predicted.parquet").exists()
+
+
+def test_only_the_samples_most_like_the_targets_have_slopes():
+    samples = pl.DataFrame({"domain": ["a"] * 5 + ["b"], "sample_id": range(6)})
+    texts = samples.with_columns(likeness=pl.Series([0.1, 0.5, 0.5, -2.0, 0.5, 0.0]))
+    assert likely(samples, texts, 0.4)["sample_id"].to_list() == [1, 2, 5]
+    assert likely(samples, texts, 1.0).equals(samples)
+    assert likely(samples, None, 0.4).equals(samples)
