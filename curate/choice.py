@@ -61,6 +61,7 @@ def choice_of(
     every: pl.DataFrame,
     found: dict[str, Embedding] | PoolValues,
     like: Likeness | None,
+    used: pl.DataFrame,
 ) -> Choice:
     """Samples are chosen by slopes, by the values of a pool, or by those of the window and what they predict.
 
@@ -71,6 +72,7 @@ def choice_of(
         every: values of what was valued.
         found: the windows, or the pool.
         like: what n-grams say, where they have a share.
+        used: what was trained on, see `trajectory.ledger.consumed`.
     """
     from curate.scores.likeness import sample_likeness
     from curate.scores.values import combined_values
@@ -82,20 +84,27 @@ def choice_of(
     values = combined_values(values.filter(window=config.mixture.window), weights)
     if config.mode == "reweight":
         return Choice(values=values)
-    asked = like if config.shards.likeness_share > 0 else None
-    texts = None if asked is None else sample_likeness(stock.run, asked, weights)
-    if config.method not in VALUED or stock.pool is not None or config.shards.unvalued in ("keep", "drop"):
+    share, drawn_from = config.shards.likeness_share, pl.col("domain").is_in(list(stock.trained))
+    samples = usable_samples(stock.run.places.filter(drawn_from))
+    texts = None if like is None or share == 0 else sample_likeness(stock.run, samples, like, weights)
+    known = config.method not in VALUED or stock.pool is not None or share == 1
+    if known or config.shards.unvalued in ("keep", "drop"):
         return Choice(values=values, likeness=texts)
     if config.shards.unvalued == "predict":
         values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
         _say_judged(judged)
         return Choice(values=values, likeness=texts, predicted=judged)
+    if config.shards.consume_once:
+        samples = samples.join(used, on="sample_id", how="anti", maintain_order="left")
+    likeliest = likely(samples, texts, config.shards.slopes_share)
+    if likeliest.is_empty():  # what is left is said where the mixture is made
+        return Choice(values=values, likeness=texts)
     slopes = value_all(
-        run, stock.run, likely(usable_samples(stock.run.places), texts, config.shards.slopes_share), aimed, weights,
-        config.probe, adjoint=config.adjoint, seed=config.seed, device=config.device,
+        run, stock.run, likeliest, aimed, weights, config.probe,
+        adjoint=config.adjoint, seed=config.seed, device=config.device,
         batch_size=config.target_batch_size, tolerance=config.tolerance,
     )  # fmt: skip
-    judged = compare_slopes(stock.run, values, slopes.values, config.seed)
+    judged = compare_slopes(samples, values, slopes.values, config.seed)
     _say_judged(judged)
     return Choice(values=slopes.values, likeness=texts, predicted=judged, slopes=slopes)
 
@@ -106,14 +115,16 @@ def likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> p
         return samples
     told = samples.join(texts, on=["domain", "sample_id"], maintain_order="left")
     place = pl.col("likeness").rank("ordinal", descending=True).over("domain")
-    return told.filter(place <= (pl.len().over("domain") * share).ceil()).drop("likeness")
+    return told.filter(place <= (pl.len().over("domain") * share - 1e-9).ceil()).drop("likeness")
 
 
 def _say_judged(judged: pl.DataFrame) -> None:
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        how = "with their slopes" if row["used"] == "slopes" else f"held out; the rest: {row['used']}"
+        both, how = "", f"held out; the rest: {row['used']}"
+        if row["used"] == "slopes":
+            both, how = " and with slopes", "of the two"
         _log.info(
-            "%s: %s of %s samples valued in the window, rank correlation %s %s",
-            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, how,
+            "%s: %s of %s samples valued in the window%s, rank correlation %s %s",
+            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", both, told, how,
         )  # fmt: skip

@@ -84,7 +84,9 @@ def select(config: SelectConfig, run: Run) -> Path:
         config = with_mixture(config, temperature=facts["branch_test"]["temperature"])
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    choice = choice_of(stock, run, targets, every, found, like)
+    began = perf_counter()
+    choice = choice_of(stock, run, targets, every, found, like, consumed(ledger))
+    embedded += 0.0 if choice.slopes is None else perf_counter() - began
     tables |= {} if choice.predicted is None else {"predicted": choice.predicted}
     mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
@@ -97,9 +99,10 @@ def select(config: SelectConfig, run: Run) -> Path:
     if valued:
         made: dict[str, Costed] = {**(found if isinstance(found, dict) else {POOL: found})}
         made |= {} if choice.slopes is None else {SLOPES: choice.slopes}
-        costs = cost_table(run, made, out, perf_counter() - embedded)
+        tables["costs"] = cost_table(run, made, out, perf_counter() - embedded)
+        _write_table(out, "costs", tables["costs"])
         shown = every.filter(target=target.name)
-        publish(out, _report(stock, target, mixture, tables, shown, found, costs, data), config.tracking)
+        publish(out, _report(stock, target, mixture, tables, shown, found, data), config.tracking)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
     seal(out, "selection", settings, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
@@ -207,8 +210,12 @@ def _write_tables(out: Path, values: pl.DataFrame, tables: dict[str, pl.DataFram
 
     write_scores(out / "scores.parquet", values)
     for name, table in tables.items():
-        with replacing(out / f"{name}.parquet") as part:
-            table.write_parquet(part)
+        _write_table(out, name, table)
+
+
+def _write_table(out: Path, name: str, table: pl.DataFrame) -> None:
+    with replacing(out / f"{name}.parquet") as part:
+        table.write_parquet(part)
 
 
 def _mix(
@@ -274,7 +281,6 @@ def _report(
     tables: dict[str, pl.DataFrame],
     values: pl.DataFrame,
     found: dict[str, Embedding] | PoolValues,
-    costs: pl.DataFrame,
     data: dict[str, Path],
 ) -> ReportData:
     from curate.embeddings.store import horizon_name
@@ -283,7 +289,7 @@ def _report(
     config, windows = stock.config, isinstance(found, dict)
     horizons = dict.fromkeys(found, horizon_name(config.horizon)) if isinstance(found, dict) else {}
     return selection_report(
-        stock.run, target, mixture, tables, values=values, costs=costs, data=data,
+        stock.run, target, mixture, tables, values=values, costs=tables["costs"], data=data,
         found=_examples(config, found, values, target), residuals=_residuals(found),
         estimator=config.estimator if windows else "probes",
         horizons=horizons or {POOL: f"{config.probe.steps}_steps_on"}, settings=config.model_dump(mode="json"),

@@ -69,7 +69,8 @@ class SelectConfig(EmbedConfig):
     """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
     streams.yaml): a part of it is probed from the run's last state, `probe.rest` values the others."""
     probe: ProbeConfig = ProbeConfig()
-    """How the pool is valued; `min_rank_correlation` also says where values outside the window are predicted."""
+    """How the pool is valued. `steps` and `lr_share` also are those of slopes without a pool (`shards.unvalued`), and
+    `min_rank_correlation` says where values outside the window are predicted."""
     branch_test: bool = False
     """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
     scores do not predict what they do to the target."""
@@ -123,12 +124,21 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     if config.pool is not None:
         more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
         more["predictor"] = list(PREDICTOR)
-    elif config.mode != "reweight" and config.method in VALUED and config.shards.unvalued in ("slopes", "predict"):
-        more |= {"steps_ahead": [config.probe.steps, config.probe.lr_share]}
-        more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
+    elif config.mode != "reweight" and config.method in VALUED:
+        unvalued = chosen["shards"]["unvalued"] = unvalued_of(config)
+        if unvalued == "slopes":
+            more |= {"ahead": [config.probe.steps, config.probe.lr_share]}
+        if unvalued == "predict":
+            more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
+
+
+def unvalued_of(config: SelectConfig) -> str:
+    """`shards.unvalued`; slopes are of method curate with estimator adjoint, others predict instead."""
+    unvalued, own = config.shards.unvalued, (config.method, config.estimator) == ("curate", "adjoint")
+    return "predict" if unvalued == "slopes" and not own else unvalued
 
 
 def aims_of(config: SelectConfig, target: Target) -> Aims:

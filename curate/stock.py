@@ -11,6 +11,7 @@ from curate.errors import UserError
 from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL
 from curate.scores.methods import VALUED
+from curate.selection import unvalued_of
 from curate.shards.grain import divide, mixture_of_parts
 from curate.trajectory.samples import trained_tokens
 
@@ -61,8 +62,7 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
         config = with_mixture(config, decay_epochs=math.inf, harm_share=1.0)
     if config.method != "curate":  # baselines are what was published
         config = with_mixture(with_shards(config, likeness_share=0.0), likeness_share=0.0)
-    if config.shards.unvalued == "slopes" and (config.method, config.estimator) != ("curate", "adjoint"):
-        config = with_shards(config, unvalued="predict")
+    config = with_shards(config, unvalued=unvalued_of(config))
     if config.pool is not None:
         pool = open_pool(config.pool, run, used, config.probe.overlap)
         once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")

@@ -22,7 +22,7 @@ Every other sample has the linear value at the cost of forward passes: the slope
 in float32 whatever the run trained in, and without weights that no gradient has moved (rows of tokens never trained on:
 Adam's scale is huge there, and the rest of u would drown in rounding).
 
-R losses (halves of targets), T directions (one for each target), N samples, P parameters.
+R losses (halves of targets), T directions (targets, or several together), N samples, P parameters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.own_step import before_step
 from curate.embeddings.products import STEP, check_curvature
 from curate.embeddings.states import plan_states, states_backward
-from curate.optimizers.state import TrainingState
+from curate.optimizers.state import Group, TrainingState
 from curate.optimizers.step import update_vjp
 from curate.progress import progress
 from curate.target import loss_gradients
@@ -148,12 +148,12 @@ def probe_values(
 
 
 def target_moves(replay: Replay, outlook: Outlook, weights: Sequence[Sequence[float]]) -> tuple[Tensor, list[float]]:
-    """`h u` of each target, (T, P), 0 where no gradient has moved a weight, and T times h.
+    """`h u` of each direction, (T, P), 0 where no gradient has moved a weight, and T times h.
 
     Args:
         replay: of the run.
         outlook: see `look_ahead`.
-        weights: (T, R), each target's share of every loss.
+        weights: (T, R), each direction's share of every loss.
     """
     import torch
 
@@ -162,12 +162,20 @@ def target_moves(replay: Replay, outlook: Outlook, weights: Sequence[Sequence[fl
     u, _ = update_vjp(
         before_step(state), state.gradient, state.updates, groups, replay.run.spec.clip_norm, outlook.cotangent
     )
-    if (state.momentum != 0).any():  # else the optimizer has none
-        u = u.where(state.momentum != 0, 0.0)
+    u = u.where(moved(state, groups), 0.0)
     directions = torch.as_tensor(weights, dtype=u.dtype, device=u.device) @ u
     whole = float(state.parameters.norm()) * STEP
     steps = [whole / length if (length := float(direction.norm())) else 1.0 for direction in directions]
     return torch.stack([h * direction for h, direction in zip(steps, directions, strict=True)]), steps
+
+
+def moved(state: State, groups: Sequence[Group]) -> Tensor:
+    """(P,) whether a gradient has moved each weight; all of a group whose optimizer keeps nothing."""
+    found = (state.momentum != 0) | (state.second_moment != 0)
+    for group in groups:
+        if not found[group.place].any():
+            found[group.place] = True
+    return found
 
 
 def forward_slopes(
@@ -181,12 +189,12 @@ def forward_slopes(
     batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
     with torch.no_grad():
         base = task.sample_losses(batch, layout.views(here))
-        moved = [
+        slopes = [
             (task.sample_losses(batch, layout.views(here + move)) - base).double() / h
             for move, h in zip(*moves, strict=True)
         ]
-    slopes: Floats = torch.stack(moved, dim=1).cpu().numpy()
-    return slopes
+    found: Floats = torch.stack(slopes, dim=1).cpu().numpy()
+    return found
 
 
 def _added(

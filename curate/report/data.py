@@ -102,7 +102,8 @@ class ReportData:
     """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
     empty where samples that were trained on were valued."""
     predicted: Sequence[Mapping[str, Any]] = ()
-    """The same of samples outside the window that the data is chosen by, without targets; empty where none are."""
+    """The same without targets where data is chosen by predictions for samples outside the window, or how far slopes
+    agree with values, where it is chosen by these; empty where it is chosen by neither."""
     leaks: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""

@@ -132,11 +132,12 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
         "too few": "too few to tell",
         "slopes": "slopes",
     }
-    values = "probed" if named else "valued in the window"
+    slopes = pool[0]["used"] == "slopes"
+    values = "probed" if named else f"valued in the window{' and with slopes' if slopes else ''}"
     return Table(
         headers=[
             "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high",
-            "the rest",
+            "chosen by" if slopes else "the rest",
         ],
         numeric=[False, *([False] if named else []), *[True] * 5, False],
         rows=[

@@ -111,18 +111,18 @@ def with_likeness(domains: pl.DataFrame, found: Likeness | None, share: float) -
     )
 
 
-def sample_likeness(run: Run, found: Likeness, weights: Mapping[str, float]) -> pl.DataFrame:
-    """How like the targets every sample is; reads all of the streams.
+def sample_likeness(run: Run, samples: pl.DataFrame, found: Likeness, weights: Mapping[str, float]) -> pl.DataFrame:
+    """How like the targets samples are; reads all of them.
 
     Args:
         run: supplies the streams.
+        samples: rows of `usable_samples`.
         found: of the targets.
         weights: target -> weight.
 
     Returns:
         `domain`, `sample_id`, `likeness`: the weighted mean over the targets, each in its own deviations.
     """
-    samples = usable_samples(run.places)
     shares = np.array([weights.get(name, 0.0) for name in found.targets]) / sum(weights.values())
     factors = np.divide(shares, found.deviations, out=np.zeros_like(shares), where=found.deviations > 0)
     values = _likeness(run, samples, found.ratios) @ factors

@@ -42,7 +42,7 @@ class ShardsConfig(Config):
     drop_fraction: float | None = Field(default=0.2, ge=0, lt=1)
     """Share of each domain's samples to leave out, the worst, even where the rest must be repeated: of those with a
     value, or with likeness (`likeness_share`), of all. none: as many as both halves of the target find worse than their
-    domain's mean by more than a standard deviation (slopes of a pool say the same of both). Of what is left a stage
+    domain's mean by more than a standard deviation (slopes say the same of both). Of what is left a stage
     that needs fewer takes the best."""
     likeness_share: float = Field(default=0.5, ge=0, le=1)
     """Share of n-gram likeness to the targets and the guard in both choices, the rest is value's; of method curate.
@@ -161,7 +161,10 @@ def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame
     placed = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
     share = config.likeness_share if pool["likeness"].is_not_null().any() else 0.0
     mixed = (1 - share) * _deviations("value") + share * _deviations("likeness")
-    scored = placed.with_columns(z=mixed / ((1 - share) ** 2 + share**2) ** 0.5).sort("domain", "sample_id", "index")
+    z = mixed / ((1 - share) ** 2 + share**2) ** 0.5
+    if share > 0:  # without likeness: predicts no token
+        z = pl.when(pl.col("likeness").is_null()).then(-np.inf).otherwise(z)
+    scored = placed.with_columns(z=z).sort("domain", "sample_id", "index")
     noise = np.concatenate(
         [
             generator(seed, "top-k", str(domain)).gumbel(size=count)

@@ -21,8 +21,7 @@ class Plan:
     Args:
         uses: one row per sample that is used, sorted: `domain`, `index`, `length`, `uses` (how often).
         dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` (one of
-            `choose`, or "over_quota": not drawn), `detail` of it, `value` (per token; null where the sample was not in
-            the window).
+            `choose`, or "over_quota": not drawn), `detail` of it, `value` (per token; null where it is not known).
     """
 
     uses: pl.DataFrame
@@ -69,8 +68,8 @@ def make_pool(
         pl.when(pl.col("tokens").sum() > 0).then(pl.col(name).sum() / pl.col("tokens").sum()).alias(name)
         for name in VALUES
     ]
-    valued = values.group_by("domain", "sample_id").agg(per_token)
-    pool = samples.join(valued, on=["domain", "sample_id"], how="left")  # copies of a sample share its value
+    valued = values.group_by("sample_id").agg(per_token)
+    pool = samples.join(valued, on="sample_id", how="left")  # copies of a sample share its value
     if likeness is None:
         pool = pool.with_columns(likeness=pl.lit(None, pl.Float64))
     else:

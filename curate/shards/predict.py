@@ -74,13 +74,13 @@ def predict_rest(
     return pl.concat([values.select(columns), predicted.select(columns)]), table
 
 
-def compare_slopes(run: Run, values: pl.DataFrame, slopes: pl.DataFrame, seed: int) -> pl.DataFrame:
+def compare_slopes(samples: pl.DataFrame, values: pl.DataFrame, slopes: pl.DataFrame, seed: int) -> pl.DataFrame:
     """How far slopes agree with the values of a window inside each domain.
 
     They need not: a window's values are about the steps that were taken, slopes about the next one.
 
     Args:
-        run: the streams.
+        samples: that are chosen among.
         values: see `predict_rest`.
         slopes: the same of samples of the streams.
         seed: of intervals.
@@ -88,15 +88,15 @@ def compare_slopes(run: Run, values: pl.DataFrame, slopes: pl.DataFrame, seed: i
     Returns:
         As the second of `predict_rest`: `probed` are samples with both, `used` is "slopes".
     """
-    sizes = usable_samples(run.places).group_by("domain").agg(samples=pl.len().cast(pl.Int64))
+    sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
     both = _per_token(values).join(_per_token(slopes), on=["domain", "sample_id"], suffix="_slope").sort("sample_id")
     rows = []
-    for domain, samples in sizes.sort("domain").iter_rows():
+    for domain, size in sizes.sort("domain").iter_rows():
         own = both.filter(domain=domain)
         a, b = own["value"].to_numpy(), own["value_slope"].to_numpy()
         r = spearman(a, b)
         low, high = (None, None) if r is None else spearman_interval(a, b, np.arange(len(own)), seed)
-        rows.append((domain, samples, len(own), r, low, high, "slopes"))
+        rows.append((domain, size, len(own), r, low, high, "slopes"))
     return pl.DataFrame(rows, schema=dict(zip(_JUDGED, _TYPES, strict=True)), orient="row")
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import polars as pl
+
 from curate.artifacts import fingerprint, read_json, write_json
 from curate.fidelity.branches import agreement, realised_changes
 from curate.mixture.apportion import apportion
@@ -19,7 +21,7 @@ from curate.mixture.record import read_mixture
 from curate.mixture.schedule import Kind, StageSchedule
 from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
-from curate.scores.methods import VALUED, Method
+from curate.scores.methods import Method
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.choose import CHOICE, ScreenConfig, ShardsConfig
@@ -136,7 +138,7 @@ def run_branch(
             "weights": {domain: part.delivered_weight for domain, part in mixture.domains.items()},
             "scores": {domain: part.score for domain, part in mixture.domains.items()},
         }
-        units = _cost_units(arena, method)
+        units = _cost_units(made)
         write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, **domains})
         for part in ("selection",) if keep_state else ("selection", "stage"):
             shutil.rmtree(folder / part)
@@ -187,30 +189,12 @@ def data_of(selection: Path) -> Path:
     return next(form for form in forms if form.exists())
 
 
-def _cost_units(arena: Arena, method: BenchMethod) -> float:
-    """Forward+backward passes that the method's values cost, shared by its temperatures; 0 where it values nothing."""
-    if method not in (*VALUED, *OURS) or LIKENESS.get(method) == 1:
+def _cost_units(selection: Path) -> float:
+    """Forward+backward passes that a selection's values cost, shared by its temperatures; 0 where it values nothing."""
+    costs = selection / "costs.parquet"
+    if not costs.exists():
         return 0.0
-    if method == "probes":
-        made = (arena.run.folder / "pools").glob(f"{arena.case.target}-????????/timings.json")  # by a fingerprint
-        return float(read_json(max(made, key=lambda path: path.stat().st_mtime))["cost_units"])
-    estimator = "adjoint" if method in (*OURS, "shuffled") else method
-    wanted = f"{arena.config.window}-window_end-{estimator}-*/timings.json"
-    files = target_file(arena.data, arena.case.target, "select"), general_file(arena.data, "select")
-    target, general = (f"target-{load_target(file, arena.run.spec, 1).fingerprint}.npz" for file in files)
-    for path in sorted((arena.run.folder / "embeddings").glob(wanted)):
-        guarded = (path.parent / general).exists()
-        if (path.parent / target).exists() and guarded == (method in GUARDED):
-            return float(read_json(path)["cost_units"]) + (_slope_units(arena, method) if method in OURS else 0.0)
-    raise FileNotFoundError(wanted)
-
-
-def _slope_units(arena: Arena, method: BenchMethod) -> float:
-    """Forward+backward passes that slopes of all samples cost, for the target and, where there is one, the guard."""
-    for path in sorted((arena.run.folder / "pools").glob(f"slopes-{arena.case.target}-*/manifest.json")):
-        if (len(read_json(path)["targets"]) > 1) == (method in GUARDED):
-            return float(read_json(path.with_name("timings.json"))["cost_units"])
-    raise FileNotFoundError("slopes")
+    return float(pl.read_parquet(costs).filter(pl.col("phase") != "training")["units"].sum())
 
 
 def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = None, *, warm: bool = True) -> Losses:

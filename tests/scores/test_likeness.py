@@ -14,6 +14,7 @@ from polars.testing import assert_frame_equal
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.scores import likeness as module
 from curate.scores.likeness import find_likeness, sample_likeness, with_likeness
+from curate.trajectory.samples import usable_samples
 
 PRIOR = {"a": 3.0, "b": 1.0}
 MU = 2000
@@ -98,7 +99,7 @@ def test_against_the_oracle(tmp_path):
     for target, domain, score in found.domains.iter_rows():
         assert score == pytest.approx(wanted[target][1][domain], abs=0.02)  # buckets are shared by a few n-grams
     assert found.domains.filter(target="near", domain="a")["likeness"].item() > 0.3
-    values = sample_likeness(run, found, {"near": 1.0, "far": 3.0})
+    values = of_all(run, found, {"near": 1.0, "far": 3.0})
     for name, rows in tokens.items():
         mask = np.ones(24, np.uint8)
         own = dict(values.filter(domain=name).select("sample_id", "likeness").iter_rows())
@@ -120,7 +121,7 @@ def test_shards_and_batches_change_nothing(tmp_path, monkeypatch):
     second = find_likeness(other, targets, PRIOR, 0)
     assert_frame_equal(first.domains, second.domains, rel_tol=1e-12, abs_tol=1e-12)
     weights = {"near": 1.0}
-    tables = [sample_likeness(*pair, weights).sort("domain", "sample_id") for pair in ((one, first), (other, second))]
+    tables = [of_all(*pair, weights).sort("domain", "sample_id") for pair in ((one, first), (other, second))]
     assert_frame_equal(*tables, rel_tol=1e-6, abs_tol=1e-9)
 
 
@@ -140,7 +141,11 @@ def test_texts_that_are_all_alike_have_no_scores(tmp_path):
     run = run_of(tmp_path, {"a": np.tile(row, (3, 1)), "b": np.tile(row, (4, 1))})
     found = find_likeness(run, [Words("near", [row])], PRIOR, 0)
     assert found.domains["likeness"].to_list() == [0.0, 0.0]
-    assert sample_likeness(run, found, {"near": 1.0})["likeness"].to_list() == pytest.approx([0.0] * 7)
+    assert of_all(run, found, {"near": 1.0})["likeness"].to_list() == pytest.approx([0.0] * 7)
+
+
+def of_all(run, found, weights):
+    return sample_likeness(run, usable_samples(run.places), found, weights)
 
 
 def test_scores_take_their_share_of_likeness():

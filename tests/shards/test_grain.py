@@ -174,7 +174,7 @@ def test_shares_of_parts_that_are_left_out_stay_in_the_domain():
 
 
 def test_the_least_correlation_for_predictions_is_part_of_a_selection(folder, tmp_path):
-    out = tmp_path / "out"
-    selected(folder, out=out)
+    out, given = tmp_path / "out", {"shards": ShardsConfig(unvalued="predict")}
+    selected(folder, out=out, **given)
     with pytest.raises(UserError, match="min_rank_correlation"):
-        selected(folder, out=out, probe=ProbeConfig(min_rank_correlation=0.9))
+        selected(folder, out=out, **given, probe=ProbeConfig(min_rank_correlation=0.9))
