@@ -59,7 +59,7 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
     trained = trained_tokens(run)
     config = config.model_copy(update={"budget_tokens": budget_of(config, trained)})
     if config.method not in VALUED:  # weights are no gains: they hold as they are
-        config = with_mixture(config, decay_epochs=math.inf, harm_share=1.0)
+        config = with_mixture(config, decay_epochs=math.inf)
     if config.method != "curate":  # baselines are what was published
         config = with_mixture(with_shards(config, likeness_share=0.0), likeness_share=0.0)
     config = with_shards(config, unvalued=unvalued_of(config))

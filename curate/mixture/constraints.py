@@ -30,11 +30,10 @@ class MixtureConfig(Config):
     likeness_share: float = Field(default=0.5, ge=0, le=1)
     """Share of n-gram likeness to the targets (and to the guard, in its own) in the scores of domains, beside their
     values; of method curate. 0: values alone."""
-    harm_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of a negative score that counts. Scores are relative to the average: in the branch bench all domains but
-    the target's own changed the target alike, whatever their scores, and those of the lowest were worth keeping for
-    general text. At 0 what is below average, domain or part of one, keeps its proportions, junk too; set 1 where a
-    domain is known to do harm."""
+    guard_weight: float = Field(default=0.5, ge=0)
+    """Weight of a guard's scores beside those of the targets, which have 1 together: where domains do alike for the
+    targets, those that the guard needs get more. In the branch bench it took less of general text for as much of the
+    target than the bound of `guard_drop` alone."""
     window: str = "late"
     """The window whose scores set the weights; windows are never averaged."""
     prior: dict[str, float] = {}
@@ -185,10 +184,10 @@ def shared_of(config: MixtureConfig, facts: Facts) -> list[Shared]:
 def problem_of(config: MixtureConfig, facts: Facts, scores: Mapping[str, float]) -> Problem:
     """The problem that the weights are solved from; see `conflicts.check` for what makes it feasible."""
     bounds, shared = bounds_of(config, facts), shared_of(config, facts)
-    supply, measured = facts.supply, facts.array(scores)
+    supply = facts.supply
     return Problem(
         prior=facts.array(facts.prior),
-        scores=np.where(measured > 0, measured, config.harm_share * measured),
+        scores=facts.array(scores),
         temperature=config.temperature,
         lo=facts.array({domain: bound.lo for domain, bound in bounds.items()}),
         hi=facts.array({domain: bound.hi for domain, bound in bounds.items()}),

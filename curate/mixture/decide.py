@@ -73,7 +73,7 @@ def decide(
             f"there are no scores for window {config.window!r} (there are {', '.join(windows)}); set mixture.window"
         )
     base = Facts(prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens)
-    parts = {window: _part(scores.filter(window=window), base, aims) for window in windows}
+    parts = {window: _part(scores.filter(window=window), base, aims, config.guard_weight) for window in windows}
     check(config, parts[config.window].facts)
     asked = {
         window: Asked(
@@ -97,11 +97,15 @@ class _Part:
         return {domain: row["shrunk"] for domain, row in self.rows.items()}
 
 
-def _part(scores: pl.DataFrame, base: Facts, aims: Aims) -> _Part:
-    """Weighted means over the targets; so are the ends of the interval, as if the targets' errors were one error."""
+def _part(scores: pl.DataFrame, base: Facts, aims: Aims, guard_weight: float) -> _Part:
+    """Weighted means over the targets, the guard among them with its weight for the others' 1.
+
+    So are the ends of the interval, as if the targets' errors were one error.
+    """
     whole = sum(aims.targets.values())
-    shares = {target: weight / whole for target, weight in aims.targets.items()}
-    tables = {target: _rows(scores, target, base) for target in aims.targets}
+    weights = dict(aims.targets) | ({} if aims.guard is None else {aims.guard: guard_weight * whole})
+    shares = {target: weight / sum(weights.values()) for target, weight in weights.items()}
+    tables = {target: _rows(scores, target, base) for target in weights}
     first = next(iter(tables.values()))
     rows = {
         domain: {"samples": first[domain]["samples"]}
@@ -110,7 +114,7 @@ def _part(scores: pl.DataFrame, base: Facts, aims: Aims) -> _Part:
     }
     if aims.guard is None:
         return _Part(rows=rows, facts=base)
-    guard = {domain: row["shrunk"] for domain, row in _rows(scores, aims.guard, base).items()}
+    guard = {domain: row["shrunk"] for domain, row in tables[aims.guard].items()}
     return _Part(rows=rows, facts=replace(base, guard=guard))
 
 

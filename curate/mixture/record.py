@@ -38,14 +38,13 @@ class DomainMixture(Config):
     """The same with what earlier stages consumed; above max_epochs only where they already went beyond it."""
     score: float
     """How far the domain's value per token lies above average, in standard deviations of a sample, and how far its
-    likeness does, by `mixture.likeness_share`; of several targets the weighted mean."""
+    likeness does, by `mixture.likeness_share`; of several targets, and the guard, the weighted mean."""
     low: float | None
     """Lower end of the score's 95 % interval; null where it is not known."""
     high: float | None
     """Upper end."""
     shrunk: float
-    """The score shrunk by its standard error: what the weight was solved from, negative ones as far as
-    `mixture.harm_share` says."""
+    """The score shrunk by its standard error: what the weight was solved from."""
     valued: int
     """Distinct samples that the score was measured on; 0: nothing was measured, the score is the average's."""
     binding: Literal["floor", "ceiling", "max_epochs", "max_change"] | None
@@ -81,7 +80,7 @@ class SweepPoint(Config):
 
     temperature: float
     expected_score: float
-    """Expected score of a token, repetition discounted; negative scores as far as `mixture.harm_share` says."""
+    """Expected score of a token, repetition discounted."""
     kl_to_prior: float
     effective_domains: float
     guard_score: float | None
@@ -123,8 +122,7 @@ class Mixture(Config):
     kl_to_prior: float
     """KL(delivered weights || prior) in nats."""
     expected_score: float
-    """Expected score of a token under the solved weights, repetition discounted; negative scores as far as
-    `mixture.harm_share` says."""
+    """Expected score of a token under the solved weights, repetition discounted."""
     gap: float
     """Certificate of the solution: no weights reach an objective (expected score less temperature times divergence)
     that is higher by more than this."""

@@ -241,7 +241,8 @@ def test_several_targets_and_a_guard_are_valued_in_one_pass(folder, tmp_path):
     domains = pl.read_parquet(out / "domains.parquet")
     for name, part in mixture.domains.items():
         rows = dict(domains.filter(domain=name).select("target", "shrunk").iter_rows())
-        assert part.shrunk == pytest.approx((rows["target"] + 0.5 * rows["other"]) / 1.5)
+        together = rows["target"] + 0.5 * rows["other"] + 0.75 * rows["general"]  # guard_weight of 1.5
+        assert part.shrunk == pytest.approx(together / 2.25)
     assert "Every target" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="two targets are called 'target'"):
         run_select(folder, window="late", mode="reweight", guard=folder / "target.jsonl")

@@ -18,7 +18,7 @@ from curate.mixture.record import read_mixture, with_tokens, write_mixture
 from curate.mixture.weights import optimum
 
 PRIOR = {"a": 0.5, "b": 0.3, "c": 0.2}
-PLAIN = MixtureConfig(temperature=0.5, decay_epochs=math.inf, harm_share=1.0)
+PLAIN = MixtureConfig(temperature=0.5, decay_epochs=math.inf)
 ONE = Aims(targets={"t": 1.0})
 SUPPLY = {name: Supply(samples=1000, tokens=8000) for name in PRIOR}
 
@@ -205,19 +205,6 @@ def test_decide():
     assert 1 < mixture.effective_domains < 3
 
 
-def test_domains_of_negative_score_keep_their_proportions():
-    config = PLAIN.model_copy(update={"harm_share": 0.0})
-    a, b, c = (chosen(config=config).domains[name].weight for name in "abc")
-    assert b / c == pytest.approx(0.3 / 0.2)
-    assert a / b == pytest.approx(0.5 / 0.3 * math.exp(0.5 / 0.5))
-    half = chosen(config=config.model_copy(update={"harm_share": 0.5})).domains
-    assert half["b"].weight / half["c"].weight == pytest.approx(0.3 / (0.2 * math.exp(-0.25 / 0.5)))
-
-
-def test_where_every_score_is_negative_the_prior_is_kept():
-    assert chosen(scores((-0.5, -0.2, -0.1))).kl_to_prior == pytest.approx(0, abs=1e-12)
-
-
 def test_equal_scores_keep_the_prior():
     mixture = decide(scores((0, 0, 0)), PRIOR, SUPPLY, 8_000, MixtureConfig(), ONE)
     assert {name: domain.samples for name, domain in mixture.domains.items()} == {"a": 500, "b": 300, "c": 200}
@@ -250,9 +237,13 @@ def test_several_targets_are_weighted_and_a_guard_holds():
     assert guarded.shared["guard"].price > 0
     assert guarded.gap < 1e-8
     assert {point.guard_score >= before - 1e-8 for point in guarded.sweep} == {True}
-    loose = chosen(table, aims=Aims(targets={"t": 1}, guard="general"), config=MixtureConfig(guard_drop=9))
-    assert loose.shared["guard"].price == 0
-    assert loose.domains == free.domains
+    aims = Aims(targets={"t": 1}, guard="general")
+    bound = chosen(table, aims=aims, config=MixtureConfig(guard_drop=9, guard_weight=0))
+    assert bound.shared["guard"].price == 0
+    assert bound.domains == free.domains
+    beside = chosen(table, aims=aims, config=MixtureConfig(guard_drop=9, guard_weight=2)).domains
+    assert beside["a"].shrunk == pytest.approx((0.5 - 2 * 0.4) / 3)
+    assert beside["c"].score == pytest.approx((free.domains["c"].score + 2 * 0.8) / 3)
 
 
 def test_general_domains_keep_their_share_together():
