@@ -138,7 +138,7 @@ def run_branch(
             "weights": {domain: part.delivered_weight for domain, part in mixture.domains.items()},
             "scores": {domain: part.score for domain, part in mixture.domains.items()},
         }
-        units = _cost_units(made)
+        units = 0.0 if LIKENESS.get(method) == 1 else _cost_units(made)  # n-grams alone need no values
         write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, **domains})
         for part in ("selection",) if keep_state else ("selection", "stage"):
             shutil.rmtree(folder / part)
@@ -190,7 +190,7 @@ def data_of(selection: Path) -> Path:
 
 
 def _cost_units(selection: Path) -> float:
-    """Forward+backward passes that a selection's values cost, shared by its temperatures; 0 where it values nothing."""
+    """Forward+backward passes of a selection's values, which its temperatures share; 0 where it values nothing."""
     costs = selection / "costs.parquet"
     if not costs.exists():
         return 0.0
