@@ -114,13 +114,15 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
 def curves_figure(rows: Sequence[Row], case: str) -> str:
     """Mean differences from proportional of one case: a line per method through its temperatures, from proportional.
 
+    Branches with the mixture in a part of the stage only are not drawn.
+
     Args:
-        rows: with `case`, `method`, `seed`, `temperature`, `kl_to_prior`, `target_loss` and `general_loss`.
+        rows: with `case`, `method`, `seed`, `temperature`, `schedule`, `kl_to_prior`, `target_loss`, `general_loss`.
         case: of the panel.
     """
     from plotly import graph_objects as go
 
-    mine = [row for row in rows if row["case"] == case]
+    mine = [row for row in rows if row["case"] == case and row["schedule"] == "throughout"]
     base = {row["seed"]: row for row in mine if row["method"] == _BASE}
     methods = sorted({row["method"] for row in rows} - {_BASE})
     figure = go.Figure()
