@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 SLOPES = "slopes"
 """Where a window's name stands in tables of values."""
-FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
+_FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
 _PILOT = 32  # samples of each domain that the deviations of several targets are measured on
 
 
@@ -114,9 +114,7 @@ def value_all(
     }
     folder = run.folder / "pools" / f"slopes-{targets[0].name}-{fingerprint(settings)[:8]}"
     if not is_complete(folder, settings):
-        replay = Replay(run.continued(ahead, config.lr_share), device, tolerance)
-        for target in targets:
-            check_vocabulary(target, replay.task)
+        replay = replay_ahead(run, targets, ahead, config.lr_share, device, tolerance)
         looking = look_ahead_units(run, targets, ahead, adjoint)
         passes = slope_units(run, len(targets), len(pilot)) + slope_units(run, 1, len(samples))
         _log.info(
@@ -130,11 +128,7 @@ def value_all(
             outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
             measure = partial(linear_values, replay, outlook, read=partial(read_together, run, stock), scratch=scratch)
             shares, unit = np.array([weights[target.name] for target in targets]), step_tokens(run) * config.lr_share
-            shares = shares / shares.sum()
-            if len(pilot):
-                scales = _deviations(pilot, measure(each_target(targets), pilot, "pilot")) / unit
-                shares = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
-            value = pl.Series(measure(shares[None] @ each_target(targets), samples, "slopes")[:, 0] / unit)
+            value = _combined(measure, samples, pilot, targets, shares / shares.sum(), unit)
             with replacing(folder / "values.parquet") as part:
                 samples.select("domain", "sample_id", value=pl.Series(value)).write_parquet(part)
         finally:
@@ -146,6 +140,45 @@ def value_all(
         folder=folder, values=_frame(samples, pl.read_parquet(folder / "values.parquet"), targets[0].name),
         seconds=timings["seconds"], cost_units=timings["cost_units"],
     )  # fmt: skip
+
+
+def _combined(
+    measure: Callable[[Floats, pl.DataFrame, str], Floats],
+    samples: pl.DataFrame,
+    pilot: pl.DataFrame,
+    targets: Sequence[Target],
+    shares: Floats,
+    unit: float,
+) -> Floats:
+    """(N,) values for all targets together, each in the deviations that the pilot tells.
+
+    Args:
+        measure: `linear_values` of weights and samples, with the name of its files.
+        samples: N samples.
+        pilot: some of them; none: a single target.
+        targets: T targets.
+        shares: (T,) of each, summing to 1.
+        unit: what linear values are divided by.
+    """
+    if len(pilot):
+        scales = _deviations(pilot, measure(each_target(targets), pilot, "pilot")) / unit
+        shares = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
+    value: Floats = measure(shares[None] @ each_target(targets), samples, "slopes")[:, 0] / unit
+    return value
+
+
+def replay_ahead(
+    run: Run, targets: Sequence[Target], steps: int, lr_share: float, device: str, tolerance: float
+) -> Replay:
+    """The replay of a run that is continued by some steps, for targets of its vocabulary.
+
+    Raises:
+        UserError: a target has other tokens than the model.
+    """
+    replay = Replay(run.continued(steps, lr_share), device, tolerance)
+    for target in targets:
+        check_vocabulary(target, replay.task)
+    return replay
 
 
 def each_target(targets: Sequence[Target]) -> Floats:
@@ -224,7 +257,7 @@ def look_ahead_units(run: Run, targets: Sequence[Target], steps: int, adjoint: A
 
 def slope_units(run: Run, targets: int, samples: int) -> float:
     """Forward+backward passes of the slopes of some samples."""
-    return FORWARD_UNITS * (1 + targets) * samples / step_samples(run)
+    return _FORWARD_UNITS * (1 + targets) * samples / step_samples(run)
 
 
 def _pilot(samples: pl.DataFrame, targets: int, seed: int) -> pl.DataFrame:

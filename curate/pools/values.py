@@ -33,6 +33,7 @@ from curate.pools.slopes import (
     linear_values,
     look_ahead_units,
     read_together,
+    replay_ahead,
     samples_fingerprint,
     slope_units,
     step_samples,
@@ -40,7 +41,6 @@ from curate.pools.slopes import (
 )
 from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
-from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ def value_pool(
     settings = work.settings
     folder = run.folder / "pools" / f"{targets[0].name}-{fingerprint(settings)[:8]}"
     if not is_complete(folder, settings):
-        replay = Replay(run.continued(config.steps, config.lr_share), device, tolerance)
-        for target in targets:
-            check_vocabulary(target, replay.task)
+        replay = replay_ahead(run, targets, config.steps, config.lr_share, device, tolerance)
         work.say_cost(replay)
         begin = perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
