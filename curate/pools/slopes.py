@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
+from curate.deviation import pooled_deviation
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
 from curate.pools.probe import Outlook, forward_slopes, look_ahead, target_moves
@@ -161,7 +162,8 @@ def _combined(
         unit: what linear values are divided by.
     """
     if len(pilot):
-        scales = _deviations(pilot, measure(each_target(targets), pilot, "pilot")) / unit
+        found, tokens = measure(each_target(targets), pilot, "pilot") / unit, pilot["tokens"].to_numpy()
+        scales = np.array([pooled_deviation(pilot.with_columns(value=pl.Series(own * tokens))) for own in found.T])
         shares = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
     value: Floats = measure(shares[None] @ each_target(targets), samples, "slopes")[:, 0] / unit
     return value
@@ -266,17 +268,6 @@ def _pilot(samples: pl.DataFrame, targets: int, seed: int) -> pl.DataFrame:
         return samples.clear()
     drawn = samples.with_columns(draw=pl.Series(generator(seed, "pilot").random(len(samples))))
     return drawn.filter(pl.col("draw").rank("ordinal").over("domain") <= _PILOT).drop("draw")
-
-
-def _deviations(samples: pl.DataFrame, values: Floats) -> Floats:
-    """(V,) pooled standard deviations inside domains of values (N, V), weighted by tokens."""
-    tokens, squares = samples["tokens"].to_numpy()[:, None], np.zeros(values.shape[1])
-    names = samples["domain"].to_numpy().astype(str)
-    for own in (names == name for name in np.unique(names)):
-        centre = (values[own] * tokens[own]).sum(axis=0) / tokens[own].sum()
-        squares += (tokens[own] * (values[own] - centre) ** 2).sum(axis=0)
-    deviations: Floats = np.sqrt(squares / tokens.sum())
-    return deviations
 
 
 def _frame(samples: pl.DataFrame, values: pl.DataFrame, target: str) -> pl.DataFrame:

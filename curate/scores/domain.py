@@ -9,12 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from curate.deviation import pooled_deviation
 from curate.errors import UserError
 from curate.rng import generator
 from curate.scores.bootstrap import MIN_STEPS, Floats, ratio, spread, step_sums, step_weights
-
-# A pooled deviation below this share of the largest value per token is rounding error: all values are equal.
-_EQUAL = 1e-9
 
 
 def domain_scores(
@@ -216,27 +214,6 @@ def _apart(apart: Floats, se: Floats, above: npt.NDArray[np.int64]) -> Floats:
 def _discounted(score: Floats, fresh: Floats) -> Floats:
     """Scores [R, D]: what is above average counts for new text only."""
     return np.where(score > 0, score * fresh, score)
-
-
-def pooled_deviation(group: pl.DataFrame) -> float:
-    """Pooled standard deviation of a sample's value per token around its domain's mean, weighted by tokens.
-
-    Returns:
-        nats per token and token; exactly 0 where all values of each domain are equal up to rounding.
-    """
-    per_token = pl.col("value") / pl.col("tokens")
-    domain_mean = pl.col("value").sum().over("domain") / pl.col("tokens").sum().over("domain")
-    squares, tokens, largest = (
-        group.filter(pl.col("tokens") > 0)
-        .select(
-            squares=(pl.col("tokens") * (per_token - domain_mean) ** 2).sum(),
-            tokens=pl.col("tokens").sum(),
-            largest=per_token.abs().max(),
-        )
-        .row(0)
-    )
-    deviation = float(np.sqrt(squares / tokens)) if tokens else 0.0
-    return deviation if tokens and deviation > _EQUAL * largest else 0.0
 
 
 def shrink(score: Floats, se: Floats, variance: float) -> Floats:

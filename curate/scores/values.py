@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from curate.scores.domain import pooled_deviation
+from curate.deviation import pooled_deviation
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding

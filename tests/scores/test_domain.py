@@ -3,9 +3,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from curate.deviation import pooled_deviation
 from curate.errors import UserError
 from curate.scores.bootstrap import step_sums, step_weights
-from curate.scores.domain import domain_scores, pooled_deviation, shrink
+from curate.scores.domain import domain_scores, shrink
 
 PRIOR = {"a": 0.5, "b": 0.3, "c": 0.2}
 

@@ -1,0 +1,31 @@
+"""The unit of values: how far one sample lies from the mean of its domain."""
+
+import numpy as np
+import polars as pl
+
+# A pooled deviation below this share of the largest value per token is rounding error: all values are equal.
+_EQUAL = 1e-9
+
+
+def pooled_deviation(group: pl.DataFrame) -> float:
+    """Pooled standard deviation of a sample's value per token around its domain's mean, weighted by tokens.
+
+    Args:
+        group: columns `domain`, `tokens` (predicted), `value` (nats per token of the target, for all of these tokens).
+
+    Returns:
+        nats per token and token; exactly 0 where all values of each domain are equal up to rounding.
+    """
+    per_token = pl.col("value") / pl.col("tokens")
+    domain_mean = pl.col("value").sum().over("domain") / pl.col("tokens").sum().over("domain")
+    squares, tokens, largest = (
+        group.filter(pl.col("tokens") > 0)
+        .select(
+            squares=(pl.col("tokens") * (per_token - domain_mean) ** 2).sum(),
+            tokens=pl.col("tokens").sum(),
+            largest=per_token.abs().max(),
+        )
+        .row(0)
+    )
+    deviation = float(np.sqrt(squares / tokens)) if tokens else 0.0
+    return deviation if tokens and deviation > _EQUAL * largest else 0.0
