@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 
-# A pooled deviation below this share of the largest value per token is rounding error: all values are equal.
-_EQUAL = 1e-9
+EQUAL = 1e-9
+"""A deviation below this share of the largest value is rounding error: all values are equal."""
 
 
 def pooled_deviation(group: pl.DataFrame) -> float:
@@ -28,4 +28,4 @@ def pooled_deviation(group: pl.DataFrame) -> float:
         .row(0)
     )
     deviation = float(np.sqrt(squares / tokens)) if tokens else 0.0
-    return deviation if tokens and deviation > _EQUAL * largest else 0.0
+    return deviation if tokens and deviation > EQUAL * largest else 0.0

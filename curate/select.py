@@ -21,12 +21,12 @@ from curate.pools.slopes import SLOPES
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
-from curate.selection import SelectConfig, aims_of, settings_of
+from curate.selection import SelectConfig, aims_of, check_data, settings_of
 from curate.shards.deliver import deliver
-from curate.stock import Stock, budget_of, open_stock, with_mixture
+from curate.stock import Stock, budget_of, left_of, open_stock, with_mixture
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
 from curate.trajectory.run import Run, find_run
-from curate.trajectory.samples import fresh_shares
+from curate.trajectory.samples import fresh_shares, samples_fingerprint
 
 if TYPE_CHECKING:
     import polars as pl
@@ -63,8 +63,10 @@ def select(config: SelectConfig, run: Run) -> Path:
     begin = perf_counter()
     target = _target(config, run)
     settings = settings_of(config, run, target)
-    out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint(settings)[:8]}"
+    data = None if config.pool is not None else samples_fingerprint(run.catalogue.sort("domain", "sample_id"))
+    out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint({**settings, 'data': data})[:8]}"
     if is_complete(out, settings):
+        check_data(out, data)
         _log.info("this selection is complete already")
         return out
     check_startable(out, settings)
@@ -91,7 +93,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], consumed(ledger), target, keys)
     start(out, settings)
     _write_tables(out, every, tables)
-    data = deliver(
+    delivered = deliver(
         out / "data", stock.run, mixture, plan, mode=config.mode, scheduled=config.schedule.kind != "throughout",
         seed=config.seed, shard_bytes=config.shards.shard_bytes,
     )  # fmt: skip
@@ -102,9 +104,9 @@ def select(config: SelectConfig, run: Run) -> Path:
         tables["costs"] = cost_table(run, made, out, perf_counter() - embedded)
         _write_table(out, "costs", tables["costs"])
         shown = every.filter(target=target.name)
-        publish(out, _report(stock, target, mixture, tables, shown, found, data), config.tracking)
+        publish(out, _report(stock, target, mixture, tables, shown, found, delivered), config.tracking)
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
-    seal(out, "selection", settings, **facts)
+    seal(out, "selection", settings, data=data, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
     return out
 
@@ -235,7 +237,7 @@ def _mix(
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
     from curate.shards.choose import keep_best, with_keys
-    from curate.shards.plan import make_plan, make_pool, supply_of
+    from curate.shards.plan import make_plan, make_pool
     from curate.shards.sift import read_held_out, sift
 
     config, run, trained = stock.config, stock.run, stock.trained
@@ -244,26 +246,18 @@ def _mix(
     pool = make_pool(known, choice.values, used, likeness=choice.likeness, consume_once=config.shards.consume_once)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
-    grain, mixing = stock.grain, config.mixture
+    grain = stock.grain
     pool, leaks = sift(
         pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed,
         parents=None if grain is None else grain.parents,
     )  # fmt: skip
-    prior, supply = {domain: float(tokens) for domain, tokens in trained.items()}, supply_of(pool)
-    if grain is not None:
-        spent = grain.spent([part for part, own in supply.items() if own.samples])
-        if spent:
-            _log.info("nothing is left of %s; their shares go to other parts of their domain", ", ".join(spent))
-        prior = grain.without(spent, prior)
-        general = tuple(part for part in mixing.replay_domains if part not in spent)
-        mixing = mixing.model_copy(update={"prior": grain.without(spent, mixing.prior), "replay_domains": general})
-        supply = {part: supply[part] for part in prior}
-        domains = domains.filter(pl.col("domain").is_in(list(prior)))
+    prior, supply, mixing = left_of(stock, pool)
+    domains = domains.filter(pl.col("domain").is_in(list(prior)))
     budget = budget_of(config, trained)
     mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
     samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
     if config.mode != "reweight":
-        pool = keep_best(pool if keys is None else with_keys(pool, keys), samples)
+        pool = keep_best(pool if keys is None else with_keys(pool, keys), samples, config.shards.cluster_quota)
     plan = make_plan(pool, samples, config.seed)
     delivered = plan.tokens()
     if abs(sum(delivered.values()) / budget - 1) > _UNEVEN:

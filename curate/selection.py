@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from curate.artifacts import file_fingerprint
+from curate.artifacts import MANIFEST, file_fingerprint, read_json
 from curate.config import TokenCount
 from curate.embed import EmbedConfig, other_targets
+from curate.errors import UserError
 from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
@@ -97,6 +98,11 @@ class SelectConfig(EmbedConfig):
             raise ValueError("weights are for method given, which needs them; set both or neither")
         if given.get("pool") is not None and (given.get("branch_test") or method in set(VALUED) - {"curate"}):
             raise ValueError("a pool is valued by its probes: leave out branch_test, and methods that value a window")
+        if method not in VALUED and (given.get("guard") is not None or given.get("more_targets")):
+            raise ValueError(
+                f"method {method} scores domains for one target at most: leave out guard and more_targets, or put the "
+                "documents of all targets into one file"
+            )
         return {**given, "estimator": estimator_of(method, given.get("estimator", "adjoint"))}
 
     @model_validator(mode="after")
@@ -133,6 +139,23 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
+
+
+def check_data(selection: Path, data: str | None) -> None:
+    """Refuse a complete selection from streams that have other samples now.
+
+    Args:
+        selection: its folder.
+        data: fingerprint of those samples now; None: it drew from a pool, which its settings name.
+
+    Raises:
+        UserError: the samples differ.
+    """
+    if read_json(selection / MANIFEST).get("data", data) != data:
+        raise UserError(
+            f"{selection} was selected from other samples than the run's streams hold now; choose another --out, or "
+            "delete it to select again"
+        )
 
 
 def unvalued_of(config: SelectConfig) -> str:

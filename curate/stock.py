@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import UserError
+from curate.mixture.conflicts import check_settings
 from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL
 from curate.scores.methods import VALUED
 from curate.selection import unvalued_of
 from curate.shards.grain import divide, mixture_of_parts
+from curate.shards.plan import supply_of
 from curate.trajectory.samples import trained_tokens
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from curate.mixture.constraints import MixtureConfig, Supply
     from curate.pools.open import Pool
     from curate.selection import SelectConfig
     from curate.shards.grain import Grain
     from curate.trajectory.run import Run
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +72,65 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
     if config.pool is not None:
         pool = open_pool(config.pool, run, used, config.probe.overlap)
         once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
+        once = once or config.shards.consume_once
         config = with_mixture(with_shards(config, consume_once=once), window=POOL)
+        check_settings(config.mixture, pool.tokens)
         return Stock(config=config, run=pool.stock, trained=pool.tokens, pool=pool)
     if config.grain.by == "domains":
+        check_settings(config.mixture, trained)
         return Stock(config=config, run=run, trained=trained)
     grain = divide(run, trained, config.grain, config.seed)
     config = config.model_copy(update={"mixture": mixture_of_parts(config.mixture, grain)})
+    check_settings(config.mixture, grain.trained)
     return Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
+
+
+def left_of(stock: Stock, pool: pl.DataFrame) -> tuple[dict[str, float], dict[str, Supply], MixtureConfig]:
+    """What a mixture can be made of: domains of which no sample is left have no weight, and a warning says why.
+
+    The share of a part goes to the other parts of its domain, that of a domain to all others.
+
+    Args:
+        stock: what the stage draws from.
+        pool: its samples, see `shards.sift.sift`.
+
+    Returns:
+        Stored tokens that each domain was trained on, what there is of it, and the constraints without the others.
+
+    Raises:
+        UserError: nothing is left at all, or nothing of a domain that has a floor.
+    """
+    supply, mixing, grain = supply_of(pool), stock.config.mixture, stock.grain
+    spent = sorted(domain for domain, own in supply.items() if not own.samples)
+    prior = {domain: float(tokens) for domain, tokens in stock.trained.items()}
+    if not spent:
+        return prior, supply, mixing
+    told = "; ".join(f"{domain} ({_reasons(pool, domain)})" for domain in spent)
+    floored = [domain for domain in spent if mixing.floors.get(domain, 0) > 0]
+    if len(spent) == len(supply) or floored:
+        raise UserError(
+            f"nothing is left of {told}; give more data, loosen what leaves samples out (dropped for: leak "
+            "shards.screen, consumed shards.consume_once, others shards)"
+            + (f", or lower mixture.floors of {', '.join(floored)}" if floored else "")
+        )
+    _log.warning("nothing is left of %s: no weight, others have the share", told)
+
+    def without(shares: Mapping[str, float]) -> dict[str, float]:
+        kept = {domain: share for domain, share in shares.items() if domain not in spent}
+        return kept if grain is None else grain.without(spent, shares)
+
+    left = {
+        "prior": without(mixing.prior),
+        "replay_domains": tuple(domain for domain in mixing.replay_domains if domain not in spent),
+        **{name: {k: v for k, v in getattr(mixing, name).items() if k not in spent} for name in ("floors", "ceilings")},
+    }
+    prior = without(prior)
+    return prior, {domain: supply[domain] for domain in prior}, mixing.model_copy(update=left)
+
+
+def _reasons(pool: pl.DataFrame, domain: str) -> str:
+    counts = pool.filter(domain=domain)["reason"].value_counts().sort("count", "reason", descending=[True, False])
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.iter_rows())
 
 
 def with_mixture(config: SelectConfig, **settings: Any) -> SelectConfig:

@@ -1,11 +1,11 @@
 """Why no mixture satisfies the constraints: the settings that conflict, and the nearest feasible value of each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from curate.errors import UserError
-from curate.mixture.constraints import Facts, MixtureConfig, check_names, is_feasible
+from curate.mixture.constraints import Facts, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
 
 _FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
 
@@ -54,6 +54,22 @@ def check(config: MixtureConfig, facts: Facts) -> None:
         f"no mixture satisfies {named} {'together' if len(conflict) > 1 else 'at all'}{detail}; "
         f"with all else as it is, this would do: {', or '.join(remedies)}"
     )
+
+
+def check_settings(config: MixtureConfig, previous: Mapping[str, float]) -> None:
+    """Refuse, before anything is paid for, constraints that no data could satisfy.
+
+    Args:
+        config: the constraints.
+        previous: share of each domain in what was trained on; need not sum to 1.
+
+    Raises:
+        UserError: see `check` and `chosen_prior`.
+    """
+    shares = chosen_prior(MixtureConfig(), previous)
+    plenty = dict.fromkeys(shares, Supply(samples=1, tokens=1))
+    facts = Facts(prior=chosen_prior(config, shares), previous=shares, supply=plenty, budget_tokens=1.0)
+    check(config.model_copy(update={"max_epochs": math.inf}), facts)
 
 
 def _smallest(config: MixtureConfig, facts: Facts) -> list[_Setting]:

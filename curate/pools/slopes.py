@@ -7,7 +7,6 @@ new ones, and continued where it was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from curate.progress import progress
 from curate.rng import generator
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
-from curate.trajectory.samples import read_batches
+from curate.trajectory.samples import read_batches, samples_fingerprint
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -222,15 +221,6 @@ def linear_values(
         found.append(read_arrays(path)["slopes"])
     values: Floats = -np.concatenate(found)
     return values
-
-
-def samples_fingerprint(samples: pl.DataFrame) -> str:
-    """Identity of samples by domain and content, in that order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for (domain,), own in samples.group_by("domain", maintain_order=True):
-        digest.update(str(domain).encode())
-        digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def step_tokens(run: Run) -> float:

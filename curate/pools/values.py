@@ -34,7 +34,6 @@ from curate.pools.slopes import (
     look_ahead_units,
     read_together,
     replay_ahead,
-    samples_fingerprint,
     slope_units,
     step_samples,
     step_tokens,
@@ -42,6 +41,7 @@ from curate.pools.slopes import (
 from curate.pools.spread import PREDICTOR, VALUES, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
 from curate.trajectory.replay import Replay
+from curate.trajectory.samples import samples_fingerprint
 
 if TYPE_CHECKING:
     import numpy.typing as npt

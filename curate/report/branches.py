@@ -27,9 +27,10 @@ _BEST: dict[str, tuple[str, Format | None]] = {
     "seeds": ("seeds", count),
     "apart": ("minus curate", lambda value: signed(value, 4)),
     "apart_width": ("±", lambda value: decimal(value, 4)),
+    "oracle_share": ("of the oracle's gain", percent),
 }
 _ALONG = {name: shown for name, shown in _BEST.items() if name != "temperature"}
-_EQUAL = {name: shown for name, shown in _ALONG.items() if not name.startswith("apart")} | {
+_EQUAL = {name: shown for name, shown in _ALONG.items() if not name.startswith(("apart", "oracle"))} | {
     "general": ("general loss", lambda value: signed(value, 4)),
 }
 

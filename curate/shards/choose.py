@@ -12,6 +12,7 @@ import polars as pl
 from pydantic import Field
 
 from curate.config import Config
+from curate.deviation import EQUAL
 from curate.index.clusters import clusters
 from curate.rng import generator
 from curate.shards.scan import Scan, near_duplicates
@@ -20,7 +21,7 @@ from curate.shards.scan import Scan, near_duplicates
 CHOICE = ("n-grams: Dirichlet, deviations over all domains", "Gumbel top-k for what is left out and for what is taken")
 _SHARP = 1e-9  # deviations that a temperature of 0 still tells apart; what is nearer is a tie, drawn by lot
 _FAR = 1.0  # deviations below the domain's mean from which both halves of a target call a sample bad
-_FEW = 8  # n-grams from which a sample can be compared
+_FEW = 8  # n-grams, of those that are kept, from which a sample can be compared
 
 
 class ScreenConfig(Config):
@@ -67,9 +68,11 @@ class ShardsConfig(Config):
     clusters: int = Field(default=0, ge=0)
     """Clusters of similar text (FAISS k-means) in each domain; 0: none."""
     cluster_quota: float = Field(default=2.0, ge=1)
-    """No cluster of a domain keeps more samples than this many times an even share of the domain's."""
+    """No cluster of a domain keeps more samples than this many times an even share of the domain's, nor gives more of
+    those that the stage takes while others have some left."""
     consume_once: bool = False
-    """Use no sample that this stage or an earlier one trained on; mode filter only."""
+    """Use no sample that this stage or an earlier one trained on (with `mixture.max_epochs 1` none twice in the next
+    either); mode filter only."""
     screen: ScreenConfig = ScreenConfig()
     """Held-out text."""
     shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
@@ -97,7 +100,7 @@ def choose(
         parents: the larger domain of each one, where they are parts: near-duplicates are looked for in it.
 
     Returns:
-        The pool with `reason`, `detail`, `kept` and `key` (see `keep_best`).
+        The pool with `reason`, `detail`, `kept`, `key` and `cluster` (see `keep_best`).
     """
     ranked = _ranked(pool, config, seed)
     ranked = _mark(ranked, hits.unique("place", keep="first").select("place", detail=_source()), "leak")
@@ -112,9 +115,10 @@ def choose(
             "not_valued",
         )
     ranked = _mark(ranked, _low(ranked, config), "low_value")
+    ranked = _clustered(ranked, found, config, seed)
     if config.clusters:
-        ranked = _mark(ranked, _crowded(ranked, found, config, seed), "cluster_quota")
-    return ranked.sort("place").with_columns(kept=pl.col("reason").is_null()).select(*pool.columns, "key")
+        ranked = _mark(ranked, _crowded(ranked, config), "cluster_quota")
+    return ranked.sort("place").with_columns(kept=pl.col("reason").is_null()).select(*pool.columns, "key", "cluster")
 
 
 def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
@@ -128,18 +132,27 @@ def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
     return keyed.with_columns(value="key")
 
 
-def keep_best(pool: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
+def keep_best(pool: pl.DataFrame, samples: Mapping[str, int], quota: float) -> pl.DataFrame:
     """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
 
+    No cluster gives more than its quota of them while others have some left.
+
     Args:
-        pool: see `plan.make_pool`, with `key`: the k samples of largest key are a draw of k without replacement.
+        pool: see `plan.make_pool`, with `key`: the k samples of largest key are a draw of k without replacement; and
+            `cluster` in its domain, or null.
         samples: how many each domain delivers.
+        quota: most of a cluster, in even shares of what its domain delivers.
 
     Returns:
         The pool with the reason "over_quota" for what is not drawn.
     """
-    place = pl.when(pl.col("kept")).then(pl.col("key")).rank("ordinal", descending=True).over("domain")
     wanted = pl.col("domain").replace_strict(dict(samples), default=0, return_dtype=pl.Int64)
+    key = pl.when(pl.col("kept")).then(pl.col("key"))
+    clusters = pl.col("cluster").filter(pl.col("kept")).drop_nulls().n_unique().over("domain")
+    in_cluster = key.rank("ordinal", descending=True).over("domain", "cluster")
+    crowded = pl.col("cluster").is_not_null() & (in_cluster > (quota * wanted / clusters).ceil())
+    order = key.rank("ordinal", descending=True).over("domain")
+    place = pl.when(crowded).then(order + pl.len()).otherwise(order).rank("ordinal").over("domain")
     drawn = pool.with_columns(
         reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("over_quota")).otherwise(pl.col("reason"))
     )
@@ -176,10 +189,10 @@ def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame
 
 
 def _deviations(name: str) -> pl.Expr:
-    """How far each sample lies from its domain's mean; 0 where it is not known or does not vary."""
+    """How far each sample lies from its domain's mean; 0 where it is not known or varies by rounding only."""
     own = pl.col(name)
-    spread = own.std().over("domain")
-    return pl.when(spread > 0).then((own - own.mean().over("domain")) / spread).fill_null(0.0)
+    spread, largest = own.std().over("domain"), own.abs().max().over("domain")
+    return pl.when(spread > EQUAL * largest).then((own - own.mean().over("domain")) / spread).fill_null(0.0)
 
 
 def _mark(ranked: pl.DataFrame, found: pl.DataFrame, reason: str) -> pl.DataFrame:
@@ -200,8 +213,8 @@ def _open(ranked: pl.DataFrame) -> pl.DataFrame:
 
 def _comparable(ranked: pl.DataFrame, found: Scan, parents: Mapping[str, str]) -> pl.DataFrame:
     """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
-    enough = pl.Series(np.flatnonzero(found.ngrams >= _FEW))
-    rest = _open(ranked).filter(pl.col("place").is_in(enough.implode()))
+    enough = found.grams.group_by("place").len().filter(pl.col("len") >= _FEW)
+    rest = _open(ranked).join(enough, on="place", how="semi")
     ordered = rest.sort(["value", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
     whole = pl.col("domain").replace(parents)
     return ordered.with_row_index("rank").select("place", whole, pl.col("rank").cast(pl.Int64))
@@ -218,10 +231,7 @@ def _low(ranked: pl.DataFrame, config: ShardsConfig) -> pl.DataFrame:
     """The valued samples that lose the draw, as many of each domain as are to be left out."""
     valued = _open(ranked).filter(pl.col("value").is_not_null() | pl.col("likeness").is_not_null())
     if config.drop_fraction is None:
-        far = [
-            (pl.col(half) - pl.col(half).mean().over("domain")) / pl.col(half).std().over("domain") < -_FAR
-            for half in ("value_a", "value_b")
-        ]
+        far = [_deviations(half) < -_FAR for half in ("value_a", "value_b")]
         count = pl.all_horizontal(far).fill_null(value=False).sum().over("domain")
     else:
         count = (pl.len().over("domain") * config.drop_fraction + 1e-9).floor().cast(pl.Int64)
@@ -230,17 +240,23 @@ def _low(ranked: pl.DataFrame, config: ShardsConfig) -> pl.DataFrame:
     return worst.select("place", detail=pl.format("{} deviations from its domain's mean", pl.col("z").round(2)))
 
 
-def _crowded(ranked: pl.DataFrame, found: Scan, config: ShardsConfig, seed: int) -> pl.DataFrame:
+def _clustered(ranked: pl.DataFrame, found: Scan, config: ShardsConfig, seed: int) -> pl.DataFrame:
+    """The pool with `cluster`, by text, of what is left of each domain; null where there are none."""
+    parts = [pl.DataFrame(schema={"place": pl.Int64, "cluster": pl.Int64})]
+    if config.clusters:
+        assert found.features is not None
+        ordered = _open(ranked).sort("domain", "sample_id", "index")
+        for _, rest in ordered.group_by("domain", maintain_order=True):
+            labels = clusters(found.features[rest["place"].to_numpy()], config.clusters, seed)
+            parts.append(rest.select("place", cluster=pl.Series(labels, dtype=pl.Int64)))
+    return ranked.join(pl.concat(parts), on="place", how="left", maintain_order="left")
+
+
+def _crowded(ranked: pl.DataFrame, config: ShardsConfig) -> pl.DataFrame:
     """The samples of lowest key in each cluster that has more than its quota."""
-    assert found.features is not None
-    parts = []
-    for (domain,), rest in _open(ranked).sort("domain", "sample_id", "index").group_by("domain", maintain_order=True):
-        labels = clusters(found.features[rest["place"].to_numpy()], config.clusters, seed)
-        made = int(labels.max()) + 1
-        most = int(np.ceil(config.cluster_quota * len(rest) / made))
-        named = rest.with_columns(cluster=pl.Series(labels)).sort(
-            ["cluster", "key", "sample_id", "index"], descending=[False, True, False, False]
-        )
-        over = named.filter(pl.int_range(pl.len()).over("cluster") >= most)
-        parts.append(over.select("place", detail=pl.format("cluster {} of {}", "cluster", pl.lit(f"{domain}"))))
-    return pl.concat(parts)
+    named = _open(ranked).sort(
+        ["domain", "cluster", "key", "sample_id", "index"], descending=[False, False, True, False, False]
+    )
+    most = (config.cluster_quota * pl.len().over("domain") / pl.col("cluster").n_unique().over("domain")).ceil()
+    over = named.filter(pl.int_range(pl.len()).over("domain", "cluster") >= most)
+    return over.select("place", detail=pl.format("cluster {} of {}", "cluster", "domain"))

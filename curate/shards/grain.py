@@ -48,15 +48,6 @@ class Grain:
     parents: Mapping[str, str]
     trained: Mapping[str, int]
 
-    def spent(self, left: Collection[str]) -> list[str]:
-        """Parts of which nothing is left where something is of their domain.
-
-        Args:
-            left: the parts of which something is.
-        """
-        domains = {self.parents[part] for part in left}
-        return sorted(part for part in set(self.parents) - set(left) if self.parents[part] in domains)
-
     def without(self, spent: Collection[str], shares: Mapping[str, float]) -> dict[str, float]:
         """Shares of the parts but for some, whose shares go to the other parts of their domain."""
         found = {part: share for part, share in shares.items() if part not in spent}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -115,3 +116,12 @@ def fresh_shares(run: Run) -> dict[str, float]:
     """Share of new text in each domain's stream: n-grams that occur for the first time (`formats.ngrams`)."""
     shares = run.catalogue.group_by("domain").agg(pl.col("fresh").sum() / pl.col("ngrams").sum().clip(1))
     return dict(shares.sort("domain").iter_rows())
+
+
+def samples_fingerprint(samples: pl.DataFrame) -> str:
+    """Identity of samples by domain and content, in that order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for (domain,), own in samples.group_by("domain", maintain_order=True):
+        digest.update(str(domain).encode())
+        digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

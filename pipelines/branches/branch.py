@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 
 from curate.artifacts import fingerprint, read_json, write_json
+from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.fidelity.branches import agreement, realised_changes
 from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
@@ -93,9 +94,10 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     )  # fmt: skip
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
-    common = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    rules = [part.model_dump(mode="json") for part in (MixtureConfig(), ShardsConfig(), ProbeConfig())]
-    own = fingerprint([*common, config.window, config.guard_drop, config.drop_fraction, rules, PREDICTOR, CHOICE])[:8]
+    common: list[Any] = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
+    made_by = (MixtureConfig(), ShardsConfig(), ProbeConfig(), AdjointConfig(), StageSchedule())
+    common += [[part.model_dump(mode="json") for part in made_by], config.drop_fraction, PREDICTOR, CHOICE]
+    own = fingerprint([*common, config.window, config.guard_drop])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint(common)[:8]}",

@@ -175,8 +175,8 @@ def small(config: BranchesConfig) -> BranchesConfig:
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
             "temperatures": (), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
             "steps": 60, "branch_steps": 30,
-            "window_steps": 10, "continued": 2,
-            "target_documents": 12, "domain_megabytes": 0.1, "swarm": 4,
+            "window_steps": 8, "continued": 2,
+            "target_documents": 12, "domain_megabytes": 0.06, "swarm": 4,
             "branch_test": BranchTestConfig(steps=5, repeats=1),
         }
     )  # fmt: skip

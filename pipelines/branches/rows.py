@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -48,7 +49,7 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
     reference's KL nothing is said.
 
     Returns:
-        One row per case and method that reaches that KL in every seed.
+        One row per case and method that reaches that KL in every seed that it was run with.
     """
     found = []
     rows = [row for row in rows if row["schedule"] == "throughout"]
@@ -57,7 +58,7 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
         for method in _names(mine, "method"):
             if method == BASE:
                 continue
-            pairs = [_at_kl(mine, method, reference, seed) for seed in _names(mine, "seed")]
+            pairs = [_at_kl(mine, method, reference, seed) for seed in _seeds(mine, method)]
             known = [pair for pair in pairs if pair is not None]
             if len(known) == len(pairs):
                 kls, targets, generals = zip(*known, strict=True)
@@ -123,7 +124,7 @@ def best_within_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) 
     Returns:
         One row per case and method: `temperature` (none where no temperature keeps the guard: proportional is used),
         differences from proportional on the reporting split, whether each seed's has the sign of the mean, and
-        `minus_curate`: the target loss less that of curate's row, paired by seed.
+        `minus_curate`: the target loss less that of curate's row, paired by seed; `oracle_share`: of the oracle's gain.
     """
 
     def best(target: Floats, general: Floats) -> float:
@@ -182,7 +183,16 @@ def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[
                 own, curate = lines[row["method"]], lines["curate"]
                 pairs = [own[seed] - curate[seed] for seed in own if seed in curate]
                 row |= {"minus_curate": interval(pairs)} if pairs else {}
+            if row["case"] == case and "oracle" in lines:
+                row |= _of_oracle(lines[row["method"]], lines["oracle"])
     return found
+
+
+def _of_oracle(own: Mapping[int, float], oracle: Mapping[int, float]) -> dict[str, float]:
+    """Share of the oracle's gain, over the seeds that both were run with; nothing where it has none."""
+    seeds = [seed for seed in own if seed in oracle]
+    gain = math.fsum(oracle[seed] for seed in seeds)
+    return {"oracle_share": math.fsum(own[seed] for seed in seeds) / gain} if gain < 0 else {}
 
 
 def _curve(rows: Sequence[Row], method: str) -> list[float | None]:

@@ -147,3 +147,9 @@ def test_the_branch_test_tempers_the_mixture_and_is_kept_in_the_manifest(folder)
     assert found["temperature"] == pytest.approx(wanted)
     assert read_mixture(out / "mixture.yaml").temperature == pytest.approx(wanted)
     assert run_select(folder, **settings) == out
+
+
+@pytest.mark.parametrize("more", [{"guard": "general.jsonl"}, {"more_targets": {"other.jsonl": 1.0}}])
+def test_methods_without_values_take_one_target(folder, more):
+    with pytest.raises(ValueError, match=r"method dsir scores domains for one target at most: leave out guard"):
+        run_select(folder, method="dsir", **more)

@@ -18,7 +18,7 @@ import yaml
 from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
 from curate.formats.dataset import open_dataset
-from curate.formats.mds import construct, iterate
+from curate.formats.mds import construct, iterate, write_stream
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.select import select
@@ -317,3 +317,62 @@ def test_an_anchor_file_that_changed_is_another_selection(folder, tmp_path):
 def test_the_mixture_window_must_be_valued(folder):
     with pytest.raises(UserError, match=r"mixture.window 'late' is not among the valued windows"):
         run_select(folder, window="early", mode="reweight")
+
+
+def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplog):
+    """All that there is of one domain was trained on."""
+    run = Run(folder / "run")
+    stream, trained = run.streams["json"], set(run.steps["sample_ids"].explode())
+    rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id in trained]
+    write_stream(tmp_path / "json", stream.encodings, rows, shard_bytes=1500)
+    moved = Run(folder / "run", {"json": tmp_path / "json"})
+    given = {"mode": "filter", "window": "late", "shards": {"consume_once": True}}
+    loose = MixtureConfig(
+        max_epochs=9, ceilings={"json": 0.5}, replay_domains=("json", "dataclasses"), replay_share=0.2
+    )
+    out = select(config_of(folder, out=tmp_path / "out", **given, mixture=loose), moved)
+    mixture = read_mixture(out / "mixture.yaml")
+    assert set(mixture.domains) == {"dataclasses"}
+    assert (mixture.samples, mixture.domains["dataclasses"].prior) == (60, 1)
+    assert f"nothing is left of json ({len(rows)} consumed)" in caplog.text
+    assert {row["domain"] for row in iterate(out / "data" / "mds")} == {"dataclasses"}
+    assert (out / "report.html").exists()
+    floor = config_of(
+        folder, out=tmp_path / "floor", **given, mixture=MixtureConfig(max_epochs=9, floors={"json": 0.1})
+    )
+    with pytest.raises(UserError, match=r"nothing is left of json \(\d+ consumed\).*lower mixture.floors of json"):
+        select(floor, moved)
+
+
+def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
+    out, given = tmp_path / "out", {"mode": "reweight", "window": "late"}
+    run = Run(folder / "run")
+    assert run_select(folder, out=out, **given) == run_select(folder, out=out, **given)
+    moved, grown = {}, {}
+    for domain, stream in run.streams.items():
+        rows = [stream.row(at) for at in range(len(stream))]
+        for kind, name, own in ((moved, "moved", rows[::-1]), (grown, "grown", [*rows, rows[0]])):
+            kind[domain] = tmp_path / name / domain
+            write_stream(kind[domain], stream.encodings, own, shard_bytes=1500)
+    config = config_of(folder, out=out, **given)
+    assert select(config, Run(folder / "run", moved)) == out  # the same samples
+    with pytest.raises(UserError, match=r"selected from other samples than the run's streams hold now"):
+        select(config, Run(folder / "run", grown))
+    free = config_of(folder, **given)
+    assert select(free, Run(folder / "run", grown)) != select(free, run)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "problem"),
+    [
+        ({"floors": {"web": 0.1}}, r"mixture.floors names web"),
+        ({"prior": {"json": 1.0, "web": 1.0}}, r"mixture.prior names web and lacks dataclasses"),
+        ({"floors": {"json": 0.6}, "ceilings": {"json": 0.3}}, r"ceilings.json at least 0.6, or mixture.floors.json"),
+    ],
+)
+def test_constraints_that_no_data_could_meet_are_refused_before_anything_is_valued(
+    folder, monkeypatch, mixture, problem
+):
+    monkeypatch.setattr("curate.select.embed", lambda *_: pytest.fail("values were made"))
+    with pytest.raises(UserError, match=problem):
+        run_select(folder, mode="reweight", seed=77, mixture=MixtureConfig(**mixture))

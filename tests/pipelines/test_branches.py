@@ -75,6 +75,26 @@ def test_equal_kl_reads_each_curve_from_proportional_on():
     assert found["dsir"]["general"]["mean"] == pytest.approx((0.02 + 0.012) / 2)
 
 
+def test_a_method_of_fewer_seeds_is_compared_on_its_own():
+    rows = [line for line in ROWS if (line["method"], line["seed"]) != ("dsir", 1)]
+    found = {line["method"]: line for line in at_equal_kl(rows)}
+    assert found["dsir"]["seeds"] == 1
+    assert found["dsir"]["target"] == {"mean": pytest.approx(-0.05), "half_width": None}
+
+
+def test_gains_are_given_as_shares_of_the_oracles():
+    oracle = [{**line, "method": "oracle"} for line in ROWS if line["method"] == "dsir"]
+    rows = [*ROWS, *oracle]
+    found = {line["method"]: line for line in at_guard(rows, rows, 9.0)}
+    assert found["oracle"]["oracle_share"] == pytest.approx(1)
+    assert found["curate"]["oracle_share"] == pytest.approx(
+        found["curate"]["target"]["mean"] / found["oracle"]["target"]["mean"]
+    )
+    assert "oracle_share" not in at_guard(ROWS, ROWS, 9.0)[0]
+    none = [{**line, "target_loss": 99.0} if line["method"] == "oracle" else line for line in rows]
+    assert all("oracle_share" not in line for line in at_guard(none, none, 9.0))  # it stays at proportional
+
+
 def test_the_best_temperature_is_chosen_on_another_split_within_the_guard():
     tuning = [dict(line) for line in ROWS]
     found = {line["method"]: line for line in best_within_guard(ROWS, tuning, 1.01)}

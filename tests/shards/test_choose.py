@@ -226,10 +226,11 @@ def test_each_domain_keeps_its_largest_keys_and_nothing_that_was_left_out_before
             "reason": [None, "consumed", None, None, None, None],
             "kept": [True, False, True, True, True, True],
             "key": [0.0] * 6,
+            "cluster": [None] * 6,
         }
     )
     keys = pool.select("domain", "index", key=pl.Series([1.0, 9.0, 3.0, 2.0, 1.0, 2.0]))
-    found = keep_best(with_keys(pool, keys), {"a": 2, "b": 5})
+    found = keep_best(with_keys(pool, keys), {"a": 2, "b": 5}, 1.0)
     assert set(found.columns) == set(pool.columns)
     assert found["kept"].to_list() == [False, False, True, True, True, True]
     assert found["reason"].to_list() == ["over_quota", "consumed", None, None, None, None]
@@ -238,8 +239,53 @@ def test_each_domain_keeps_its_largest_keys_and_nothing_that_was_left_out_before
 
 def test_what_a_stage_takes_of_a_domain_are_its_best(data):
     pool, _ = outcome(data, sample_temperature=0.0)
-    taken = keep_best(pool, {"a": 5, "b": 0}).filter("kept")
+    taken = keep_best(pool, {"a": 5, "b": 0}, 1.0).filter("kept")
     assert sorted(taken["index"]) == [35, 36, 37, 38, 39]  # of 40 samples with values, larger ones later
+
+
+def test_no_cluster_gives_more_than_its_quota_while_others_have_samples_left():
+    pool = pl.DataFrame(
+        {
+            "domain": ["a"] * 8,
+            "reason": [None] * 7 + ["leak"],
+            "kept": [True] * 7 + [False],
+            "key": [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 99.0],
+            "cluster": [0, 0, 0, 0, 0, 1, 1, 1],
+        },
+        schema_overrides={"cluster": pl.Int64},
+    )
+
+    def taken(count, quota):
+        return keep_best(pool, {"a": count}, quota).filter("kept")["key"].to_list()
+
+    assert taken(4, 1.0) == [9.0, 8.0, 4.0, 3.0]
+    assert taken(4, 1.5) == [9.0, 8.0, 7.0, 4.0]
+    assert taken(4, 2.0) == [9.0, 8.0, 7.0, 6.0]
+    assert taken(6, 1.0) == [9.0, 8.0, 7.0, 6.0, 4.0, 3.0]  # the other cluster has two
+    assert taken(7, 1.0) == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+
+
+def test_a_quota_holds_for_what_a_stage_takes(data):
+    """The last 20 samples of a domain are alike, and here the best."""
+    pool, _ = outcome(data, clusters=2, cluster_quota=1.0, sample_temperature=0.0, drop_fraction=0.0)
+    best = pool.with_columns(key=pl.col("index").cast(pl.Float64))
+    taken = keep_best(best, {"a": 0, "b": 12}, 1.0).filter("kept")
+    assert Counter(taken["cluster"]) == {0: 6, 1: 6}
+
+
+@pytest.mark.parametrize("drop", [0.3, None])
+def test_values_that_differ_by_rounding_are_equal(data, drop):
+    streams, catalogues, _ = data
+    values = values_of(catalogues, lambda index: 0.1).with_columns(tokens=pl.col("index") % 7 + 3)
+    values = values.with_columns((pl.col("tokens") * 0.1).alias(name) for name in ("value", "value_a", "value_b"))
+    pool = make_pool(catalogues, values, NONE)
+    assert pool["value"].n_unique() > 2  # rounding, and what has no value
+    config = ShardsConfig(sample_temperature=0.0, drop_fraction=drop)
+    ranked = _ranked(pool, config, 0)
+    assert set(ranked["z"]) == {0.0}
+    found = scan(pool, streams, held_out([]))
+    left = choose(pool, found, leaks(found, held_out([]), config.screen.overlap), config, 0)
+    assert (left.filter(reason="low_value").height > 0) == (drop is not None)
 
 
 def with_likeness(data, like, value=lambda index: index, **settings):
@@ -287,7 +333,7 @@ def test_without_any_value_what_a_domain_gives_is_drawn_by_content(data, tempera
     taken = []
     for tables in (catalogues, moved):
         ranked = _ranked(make_pool(tables, none, NONE), config, 0)
-        kept = keep_best(ranked, {"a": 0, "b": 10}).filter("kept")
+        kept = keep_best(ranked.with_columns(cluster=pl.lit(None, pl.Int64)), {"a": 0, "b": 10}, 1.0).filter("kept")
         assert kept["domain"].to_list() == ["b"] * 10
         assert sorted(kept["index"]) != list(range(10))
         taken.append(set(kept["sample_id"]))
