@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from curate.target import Target
 
 _log = logging.getLogger(__name__)
+_LENGTH_BIAS = 0.3  # rank correlation with length from which the choice among samples is said to follow it
 _UNEVEN = 0.05  # of the budget that samples of uneven length may miss it by in silence
 
 
@@ -236,7 +237,7 @@ def _mix(
 
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
-    from curate.shards.choose import keep_best, with_keys
+    from curate.shards.choose import keep_best, length_correlation, with_keys
     from curate.shards.plan import make_plan, make_pool
     from curate.shards.sift import read_held_out, sift
 
@@ -257,7 +258,11 @@ def _mix(
     mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
     samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
     if config.mode != "reweight":
-        pool = keep_best(pool if keys is None else with_keys(pool, keys), samples, config.shards.cluster_quota)
+        pool = pool if keys is None else with_keys(pool, keys)
+        bias = length_correlation(pool)
+        if bias is not None and abs(bias) > _LENGTH_BIAS:
+            _log.warning("inside domains the choice goes with length too (rank correlation %+.2f)", bias)
+        pool = keep_best(pool, samples, config.shards.cluster_quota)
     plan = make_plan(pool, samples, config.seed)
     delivered = plan.tokens()
     if abs(sum(delivered.values()) / budget - 1) > _UNEVEN:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from curate.errors import UserError
 from curate.mixture.constraints import Facts, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
 
+Part = Callable[[MixtureConfig, Facts], Facts | None]
+"""From a whole stage to the part of it that weights are solved for; None: they do not even hold for the whole."""
+
 _FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
+
+
+_Feasible = Callable[[MixtureConfig, Facts], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +33,34 @@ class _Setting:
     put: Callable[[MixtureConfig, Facts, float], tuple[MixtureConfig, Facts]]
 
 
-def check(config: MixtureConfig, facts: Facts) -> None:
+def check(config: MixtureConfig, facts: Facts, part: Part = lambda _, facts: facts) -> None:
     """Refuse constraints that no mixture satisfies.
 
     Of the settings a smallest set is named that conflicts by itself: loosening any one of it ends that conflict. The
     nearest feasible value of each is given, everything else as it is.
 
+    Args:
+        config: the constraints.
+        facts: of the whole stage.
+        part: what weights are solved for.
+
     Raises:
         UserError: the conflict, or a name that is no domain.
     """
     check_names(config, facts)
-    if is_feasible(config, facts):
+
+    def feasible(config: MixtureConfig, facts: Facts) -> bool:
+        found = part(config, facts)
+        return found is not None and is_feasible(config, found)
+
+    if feasible(config, facts):
         return
-    conflict = _smallest(config, facts)
+    conflict = _smallest(config, facts, feasible)
     remedies = [
         remedy
         for setting in conflict
         for one in ([setting, _budget(facts)] if setting.name == "mixture.max_epochs" else [setting])
-        if (remedy := _remedy(one, config, facts)) is not None
+        if (remedy := _remedy(one, config, facts, feasible)) is not None
     ]
     named = ", ".join(f"{setting.name} {setting.value:g}" for setting in conflict)
     detail = _left(config, facts) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
@@ -72,12 +88,12 @@ def check_settings(config: MixtureConfig, previous: Mapping[str, float]) -> None
     check(config.model_copy(update={"max_epochs": math.inf}), facts)
 
 
-def _smallest(config: MixtureConfig, facts: Facts) -> list[_Setting]:
+def _smallest(config: MixtureConfig, facts: Facts, feasible: _Feasible) -> list[_Setting]:
     """Loosen one setting after the other; what cannot be loosened without ending the conflict is part of it."""
     conflict = []
     for setting in _settings(config, facts):
         looser = setting.put(config, facts, setting.loosest)
-        if is_feasible(*looser):
+        if feasible(*looser):
             conflict.append(setting)
         else:
             config, facts = looser
@@ -126,29 +142,29 @@ def _budget(facts: Facts) -> _Setting:
     )
 
 
-def _remedy(setting: _Setting, config: MixtureConfig, facts: Facts) -> str | None:
+def _remedy(setting: _Setting, config: MixtureConfig, facts: Facts, feasible: _Feasible) -> str | None:
     """`setting` and the value next to its own that is feasible; None where loosening it alone is not enough."""
 
-    def feasible(value: float) -> bool:
-        return is_feasible(*setting.put(config, facts, value))
+    def works(value: float) -> bool:
+        return feasible(*setting.put(config, facts, value))
 
-    if not feasible(min(setting.loosest, _FAR)):
+    if not works(min(setting.loosest, _FAR)):
         return None
     bad, good = setting.value, min(setting.loosest, _FAR)
     for _ in range(45):
         middle = (bad + good) / 2
-        bad, good = (bad, middle) if feasible(middle) else (middle, good)
+        bad, good = (bad, middle) if works(middle) else (middle, good)
     word = "at least" if setting.loosest > setting.value else "at most"
-    return f"{setting.name} {word} {_rounded(good, setting, feasible)}"
+    return f"{setting.name} {word} {_rounded(good, setting, works)}"
 
 
-def _rounded(value: float, setting: _Setting, feasible: Callable[[float], bool]) -> str:
+def _rounded(value: float, setting: _Setting, works: Callable[[float], bool]) -> str:
     """A number of three digits that is feasible; a budget in whole tokens."""
     if setting.name == "budget_tokens":
         return f"{math.floor(value):,}"
     scale = 10.0 ** (3 - math.ceil(math.log10(value))) if value > 0 else 1.0
     nearest = round(value * scale) / scale
-    if feasible(nearest):
+    if works(nearest):
         return f"{nearest:g}"
     return f"{(math.ceil if setting.loosest > setting.value else math.floor)(value * scale) / scale:g}"
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from curate.errors import UserError
 from curate.mixture.apportion import allocate
-from curate.mixture.conflicts import check
+from curate.mixture.conflicts import Part, check
 from curate.mixture.constraints import (
     Facts,
     MixtureConfig,
@@ -47,6 +47,7 @@ def decide(
     budget_tokens: int,
     config: MixtureConfig,
     aims: Aims,
+    curated: Part = lambda _, facts: facts,
 ) -> Mixture:
     """Solve the mixture: bounds, weights, whole samples.
 
@@ -57,6 +58,7 @@ def decide(
         budget_tokens: stored tokens of the next stage.
         config: temperature and constraints.
         aims: the targets and the guard.
+        curated: the part of the stage that the weights are for.
 
     Returns:
         The mixture with `tokens = samples * mean length`, exact where the samples of a domain have one length; else see
@@ -74,7 +76,8 @@ def decide(
         )
     base = Facts(prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens)
     parts = {window: _part(scores.filter(window=window), base, aims, config.guard_weight) for window in windows}
-    check(config, parts[config.window].facts)
+    check(config, parts[config.window].facts, curated)
+    parts = {window: replace(part, facts=_known_part(curated(config, part.facts))) for window, part in parts.items()}
     asked = {
         window: Asked(
             shrunk=part.shrunk,
@@ -95,6 +98,11 @@ class _Part:
     @property
     def shrunk(self) -> dict[str, float]:
         return {domain: row["shrunk"] for domain, row in self.rows.items()}
+
+
+def _known_part(facts: Facts | None) -> Facts:
+    assert facts is not None  # the check has seen to it
+    return facts
 
 
 def _part(scores: pl.DataFrame, base: Facts, aims: Aims, guard_weight: float) -> _Part:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,7 +18,7 @@ from pydantic import Field, model_validator
 from curate.config import Config
 from curate.mixture.apportion import apportion, sample_limits
 from curate.mixture.conflicts import check
-from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, chosen_prior, problem_of
+from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, chosen_prior, is_feasible, problem_of
 from curate.mixture.decide import Aims, decide
 from curate.mixture.record import Mixture, Phase, with_phases
 from curate.mixture.weights import optimum
@@ -105,13 +106,9 @@ def decide_stage(
     if schedule.kind == "throughout":
         mixture = decide(scores, prior, supply, budget_tokens, config, aims)
         return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, limits))
-    base = base_weights(prior, supply, budget_tokens, config)
     share = math.fsum(part.share * part.curated for part in phases)
-    left = {
-        domain: replace(one, consumed_tokens=one.consumed_tokens + int((1 - share) * budget_tokens * base[domain]))
-        for domain, one in supply.items()
-    }
-    mixture = decide(scores, prior, left, max(int(share * budget_tokens), 1), config, aims)
+    mixture = decide(scores, prior, supply, budget_tokens, config, aims, partial(_curated, share))
+    base = base_weights(prior, supply, budget_tokens, config)
     curated = _weights(mixture)
     weights = [
         {domain: part.curated * curated[domain] + (1 - part.curated) * base[domain] for domain in sorted(base)}
@@ -123,6 +120,20 @@ def decide_stage(
         for domain in sorted(base)
     }
     return with_phases(mixture, laid, weights=whole, budget_tokens=budget_tokens, supply=supply)
+
+
+def _curated(share: float, config: MixtureConfig, facts: Facts) -> Facts | None:
+    """What curated weights are about: a share of the stage's tokens, after what the base mixture takes in the rest."""
+    whole = replace(facts, guard=None)
+    if not is_feasible(config, whole):
+        return None
+    weights = optimum(problem_of(config, whole, dict.fromkeys(facts.domains, 0.0))).weights
+    base = dict(zip(facts.domains, ((1 - share) * facts.budget_tokens * weights).tolist(), strict=True))
+    left = {
+        domain: replace(one, consumed_tokens=one.consumed_tokens + int(base[domain]))
+        for domain, one in facts.supply.items()
+    }
+    return replace(facts, supply=left, budget_tokens=max(int(share * facts.budget_tokens), 1))
 
 
 def base_weights(

@@ -159,6 +159,18 @@ def keep_best(pool: pl.DataFrame, samples: Mapping[str, int], quota: float) -> p
     return drawn.with_columns(kept=pl.col("reason").is_null())
 
 
+def length_correlation(pool: pl.DataFrame) -> float | None:
+    """Rank correlation, inside domains, of what the samples of a pool are drawn by (`key`) with their stored tokens.
+
+    None where the samples of each domain are of one length. Far from 0, what is taken is shorter or longer than the
+    rest.
+    """
+    ranks = (pl.col(name).rank().over("domain") - (pl.len().over("domain") + 1) / 2 for name in ("key", "length"))
+    key, length = (column.to_numpy() for column in pool.filter("kept").select(*ranks).iter_columns())
+    scale = float(np.sqrt((key**2).sum() * (length**2).sum()))
+    return float((key * length).sum()) / scale if scale > 0 else None
+
+
 def _source() -> pl.Expr:
     return pl.format("{}: {}", "file", "id")
 

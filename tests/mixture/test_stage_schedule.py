@@ -1,5 +1,6 @@
 """The mixture of a stage over its phases: exact counts, caps over the whole stage, nothing but the weights counts."""
 
+import re
 from fractions import Fraction
 
 import polars as pl
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig, Supply
 from curate.mixture.decide import Aims, decide
 from curate.mixture.record import read_mixture, write_mixture
@@ -159,6 +161,37 @@ def test_what_the_basin_uses_counts_against_the_cap_of_the_curated_parts():
     assert basin.domains["b"] == pytest.approx(2500 * base["b"], abs=1)
     assert basin.domains["b"] + late.domains["b"] == 200
     assert mixture.domains["b"].binding == "max_epochs"
+
+
+@given(
+    st.lists(st.integers(50, 3000), min_size=3, max_size=3),
+    st.integers(100, 6000),
+    st.sampled_from([1.0, 1.5, 4.0]),
+    st.sampled_from([0.4, 0.6, 1.0]),
+    st.sampled_from([None, 1.2]),
+    schedules(),
+)
+def test_what_would_do_does_for_the_whole_stage(counts, budget, max_epochs, max_weight, change, schedule):
+    """Each remedy that an error names works by itself."""
+    samples = dict(zip("abc", counts, strict=True))
+    table = scores_of({"a": 2.0, "b": 0.0, "c": -1.0})
+    guard = scores_of({"a": -1.0, "b": 0.5, "c": 0.2}).with_columns(target=pl.lit("g"))
+    prior, aims = {"a": 1.0, "b": 2.0, "c": 1.0}, Aims(targets={"t": 1.0}, guard="g")
+
+    def solved(budget_tokens=budget * LENGTH, **settings):
+        given = {"max_epochs": max_epochs, "max_weight": max_weight, "max_change": change, **settings}
+        scores = pl.concat([table, guard])
+        decide_stage(scores, prior, supply_of(samples), budget_tokens, MixtureConfig(**given), schedule, aims)
+
+    try:
+        solved()
+    except UserError as error:
+        told = str(error)
+        remedies = re.findall(r"(?:mixture\.)?(\w+) at (?:least|most) ([\d.,e+-]+)", told.partition("do:")[2])
+        assert remedies or "conflict besides" in told
+        for name, value in remedies:
+            number = float(value.strip(",").replace(",", ""))
+            solved(**{name: int(number) if name == "budget_tokens" else number})
 
 
 def test_parts_that_do_not_fit_are_refused():

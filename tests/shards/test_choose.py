@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.formats.ngrams import N, ngram_hashes
-from curate.shards.choose import ShardsConfig, _ranked, choose, keep_best, with_keys
+from curate.shards.choose import ShardsConfig, _ranked, choose, keep_best, length_correlation, with_keys
 from curate.shards.plan import make_pool
 from curate.shards.scan import held_out, leaks, near_duplicates, scan
 from curate.shards.sift import sift
@@ -263,6 +263,17 @@ def test_no_cluster_gives_more_than_its_quota_while_others_have_samples_left():
     assert taken(4, 2.0) == [9.0, 8.0, 7.0, 6.0]
     assert taken(6, 1.0) == [9.0, 8.0, 7.0, 6.0, 4.0, 3.0]  # the other cluster has two
     assert taken(7, 1.0) == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+
+
+def test_a_choice_that_goes_with_length_is_told():
+    pool = pl.DataFrame(
+        {"domain": ["a"] * 4 + ["b"] * 4, "key": [1.0, 2, 3, 4, 9, 8, 7, 6], "length": [1, 2, 3, 4, 40, 30, 20, 10]}
+    ).with_columns(kept=True)
+    assert length_correlation(pool) == pytest.approx(1)
+    assert length_correlation(pool.with_columns(key=-pl.col("key"))) == pytest.approx(-1)
+    one = pool.with_columns(kept=pl.col("domain") == "a", length=pl.Series([2, 1, 4, 3] * 2))
+    assert length_correlation(one) == pytest.approx(0.6)
+    assert length_correlation(pool.with_columns(length=7)) is None
 
 
 def test_a_quota_holds_for_what_a_stage_takes(data):
