@@ -11,6 +11,7 @@ from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
 from curate.pools.slopes import SLOPES
 from curate.pools.values import POOL
+from curate.trajectory.samples import SampleReader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,12 +97,12 @@ def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str]
         found: (window, "most" or "least") -> row numbers within that window, best match first.
     """
     tokenizer = load_tokenizer(run.spec.tokenizer) if run.spec.tokenizer else None
-    rows = []
+    reader, rows = SampleReader(run), []  # by content: streams may have been sharded anew since
     for (window, kind), places in found.items():
         frame = values.filter(window=window)
         for rank, place in enumerate(places, start=1):
             row = frame.row(int(place), named=True)
-            tokens = run.streams[row["domain"]][row["index"]].tokens.tolist()
+            tokens = reader.samples([row["sample_id"]])[0].tokens.tolist()
             text = tokenizer.decode(tokens, skip_special_tokens=False) if tokenizer else " ".join(map(str, tokens))
             chosen = {name: row[name] for name in ("window", "step", "domain", "sample_id", "value")}
             rows.append({"kind": kind, "rank": rank, **chosen, "text": text})

@@ -320,8 +320,9 @@ def test_the_mixture_window_must_be_valued(folder):
 
 
 def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplog):
-    """All that there is of one domain was trained on."""
+    """All that there is of one domain was trained on, and lies elsewhere in its stream since it was valued."""
     run = Run(folder / "run")
+    run_select(folder, window="late", mode="reweight")
     stream, trained = run.streams["json"], set(run.steps["sample_ids"].explode())
     rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id in trained]
     write_stream(tmp_path / "json", stream.encodings, rows, shard_bytes=1500)
