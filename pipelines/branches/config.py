@@ -169,9 +169,11 @@ class BranchesConfig(Config):
 
 
 def small(config: BranchesConfig) -> BranchesConfig:
-    """The same bench in a few minutes: short stages, a case of each pool; only dsir is swept."""
+    """The same bench in a few minutes: short stages, a case of each pool, no parts of curate; only dsir is swept."""
+    parts = {"values", "likeness", "unguarded"}
     return config.model_copy(
         update={
+            "methods": tuple(method for method in config.methods if method not in parts),
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
             "temperatures": (), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
             "steps": 60, "branch_steps": 30,
