@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from curate.target import Target
 
 _log = logging.getLogger(__name__)
-_LENGTH_BIAS = 0.3  # rank correlation with length from which the choice among samples is said to follow it
 _UNEVEN = 0.05  # of the budget that samples of uneven length may miss it by in silence
 
 
@@ -237,6 +236,7 @@ def _mix(
 
     from curate.mixture.record import with_tokens
     from curate.mixture.schedule import decide_stage
+    from curate.scores.reliability import LENGTH_BIAS
     from curate.shards.choose import keep_best, length_correlation, with_keys
     from curate.shards.plan import make_plan, make_pool
     from curate.shards.sift import read_held_out, sift
@@ -260,7 +260,7 @@ def _mix(
     if config.mode != "reweight":
         pool = pool if keys is None else with_keys(pool, keys)
         bias = length_correlation(pool)
-        if bias is not None and abs(bias) > _LENGTH_BIAS:
+        if bias is not None and abs(bias) > LENGTH_BIAS:
             _log.warning("inside domains the choice goes with length too (rank correlation %+.2f)", bias)
         pool = keep_best(pool, samples, config.shards.cluster_quota)
     plan = make_plan(pool, samples, config.seed)

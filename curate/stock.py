@@ -74,15 +74,15 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
         once = leaves_out_old(pool, config.probe.overlap, filtered=config.mode == "filter")
         once = once or config.shards.consume_once
         config = with_mixture(with_shards(config, consume_once=once), window=POOL)
-        check_settings(config.mixture, pool.tokens)
-        return Stock(config=config, run=pool.stock, trained=pool.tokens, pool=pool)
-    if config.grain.by == "domains":
-        check_settings(config.mixture, trained)
-        return Stock(config=config, run=run, trained=trained)
-    grain = divide(run, trained, config.grain, config.seed)
-    config = config.model_copy(update={"mixture": mixture_of_parts(config.mixture, grain)})
-    check_settings(config.mixture, grain.trained)
-    return Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
+        stock = Stock(config=config, run=pool.stock, trained=pool.tokens, pool=pool)
+    elif config.grain.by == "domains":
+        stock = Stock(config=config, run=run, trained=trained)
+    else:
+        grain = divide(run, trained, config.grain, config.seed)
+        config = config.model_copy(update={"mixture": mixture_of_parts(config.mixture, grain)})
+        stock = Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
+    check_settings(stock.config.mixture, stock.trained)
+    return stock
 
 
 def left_of(stock: Stock, pool: pl.DataFrame) -> tuple[dict[str, float], dict[str, Supply], MixtureConfig]:

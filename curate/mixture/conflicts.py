@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from curate.errors import UserError
 from curate.mixture.constraints import Facts, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
 
-Part = Callable[[MixtureConfig, Facts], Facts | None]
+Narrow = Callable[[MixtureConfig, Facts], Facts | None]
 """From a whole stage to the part of it that weights are solved for; None: they do not even hold for the whole."""
 
-_FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
-
-
 _Feasible = Callable[[MixtureConfig, Facts], bool]
+_FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class _Setting:
     put: Callable[[MixtureConfig, Facts, float], tuple[MixtureConfig, Facts]]
 
 
-def check(config: MixtureConfig, facts: Facts, part: Part = lambda _, facts: facts) -> None:
+def check(config: MixtureConfig, facts: Facts, narrow: Narrow = lambda _, facts: facts) -> None:
     """Refuse constraints that no mixture satisfies.
 
     Of the settings a smallest set is named that conflicts by itself: loosening any one of it ends that conflict. The
@@ -42,7 +40,7 @@ def check(config: MixtureConfig, facts: Facts, part: Part = lambda _, facts: fac
     Args:
         config: the constraints.
         facts: of the whole stage.
-        part: what weights are solved for.
+        narrow: gives what weights are solved for.
 
     Raises:
         UserError: the conflict, or a name that is no domain.
@@ -50,7 +48,7 @@ def check(config: MixtureConfig, facts: Facts, part: Part = lambda _, facts: fac
     check_names(config, facts)
 
     def feasible(config: MixtureConfig, facts: Facts) -> bool:
-        found = part(config, facts)
+        found = narrow(config, facts)
         return found is not None and is_feasible(config, found)
 
     if feasible(config, facts):

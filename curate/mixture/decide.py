@@ -9,7 +9,7 @@ import polars as pl
 
 from curate.errors import UserError
 from curate.mixture.apportion import allocate
-from curate.mixture.conflicts import Part, check
+from curate.mixture.conflicts import Narrow, check
 from curate.mixture.constraints import (
     Facts,
     MixtureConfig,
@@ -47,7 +47,7 @@ def decide(
     budget_tokens: int,
     config: MixtureConfig,
     aims: Aims,
-    curated: Part = lambda _, facts: facts,
+    narrow: Narrow = lambda _, facts: facts,
 ) -> Mixture:
     """Solve the mixture: bounds, weights, whole samples.
 
@@ -58,7 +58,7 @@ def decide(
         budget_tokens: stored tokens of the next stage.
         config: temperature and constraints.
         aims: the targets and the guard.
-        curated: the part of the stage that the weights are for.
+        narrow: gives the part of the stage that the weights are for.
 
     Returns:
         The mixture with `tokens = samples * mean length`, exact where the samples of a domain have one length; else see
@@ -76,8 +76,8 @@ def decide(
         )
     base = Facts(prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens)
     parts = {window: _part(scores.filter(window=window), base, aims, config.guard_weight) for window in windows}
-    check(config, parts[config.window].facts, curated)
-    parts = {window: replace(part, facts=_known_part(curated(config, part.facts))) for window, part in parts.items()}
+    check(config, parts[config.window].facts, narrow)
+    parts = {window: replace(part, facts=_known_part(narrow(config, part.facts))) for window, part in parts.items()}
     asked = {
         window: Asked(
             shrunk=part.shrunk,

@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 
 from curate.config import Config
 from curate.mixture.apportion import apportion, sample_limits
-from curate.mixture.conflicts import check
 from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, chosen_prior, is_feasible, problem_of
 from curate.mixture.decide import Aims, decide
 from curate.mixture.record import Mixture, Phase, with_phases
@@ -108,7 +107,7 @@ def decide_stage(
         return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, limits))
     share = math.fsum(part.share * part.curated for part in phases)
     mixture = decide(scores, prior, supply, budget_tokens, config, aims, partial(_curated, share))
-    base = base_weights(prior, supply, budget_tokens, config)
+    base = base_weights(config, facts)
     curated = _weights(mixture)
     weights = [
         {domain: part.curated * curated[domain] + (1 - part.curated) * base[domain] for domain in sorted(base)}
@@ -127,25 +126,23 @@ def _curated(share: float, config: MixtureConfig, facts: Facts) -> Facts | None:
     whole = replace(facts, guard=None)
     if not is_feasible(config, whole):
         return None
-    weights = optimum(problem_of(config, whole, dict.fromkeys(facts.domains, 0.0))).weights
-    base = dict(zip(facts.domains, ((1 - share) * facts.budget_tokens * weights).tolist(), strict=True))
+    base = base_weights(config, whole)
     left = {
-        domain: replace(one, consumed_tokens=one.consumed_tokens + int(base[domain]))
+        domain: replace(
+            one, consumed_tokens=one.consumed_tokens + int((1 - share) * facts.budget_tokens * base[domain])
+        )
         for domain, one in facts.supply.items()
     }
     return replace(facts, supply=left, budget_tokens=max(int(share * facts.budget_tokens), 1))
 
 
-def base_weights(
-    prior: Mapping[str, float], supply: Mapping[str, Supply], budget_tokens: int, config: MixtureConfig
-) -> dict[str, float]:
+def base_weights(config: MixtureConfig, facts: Facts) -> dict[str, float]:
     """The prior within the bounds of a whole stage, no target considered: share of the tokens by domain, sums to 1.
 
-    Raises:
-        UserError: no weights satisfy the constraints.
+    Args:
+        config: constraints that some weights satisfy.
+        facts: of the whole stage, without a guard.
     """
-    facts = _facts(prior, supply, budget_tokens, config)
-    check(config, facts)
     weights = optimum(problem_of(config, facts, dict.fromkeys(facts.domains, 0.0))).weights
     return dict(zip(facts.domains, weights.tolist(), strict=True))
 

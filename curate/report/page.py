@@ -11,13 +11,13 @@ from curate.artifacts import replacing
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
+from curate.scores.reliability import LENGTH_BIAS
 
 # Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
 MAX_WINDOW_STEPS = 150
 MAX_STAGE_STEPS = 600
 _SHOWN_EXAMPLES = 4  # of each kind before the fold
 _WEAK_RELIABILITY = 0.5
-_LENGTH_BIAS = 0.3
 _WEAK_RESIDUAL = 0.5
 
 
@@ -172,7 +172,7 @@ def warnings(data: ReportData) -> list[str]:
         f"Inside domains, a sample's value in the {window} window goes with its length (rank correlation "
         f"{signed(bias)}): choosing by value also chooses by length."
         for window, bias in data.length_bias.items()
-        if abs(bias) > _LENGTH_BIAS
+        if abs(bias) > LENGTH_BIAS
     ]
     weak_domains = sorted(
         {row["domain"] for row in data.pool if row["used"] == "domain mean" and row["spearman"] is not None}

@@ -9,6 +9,8 @@ import polars as pl
 from curate.rng import generator
 from curate.scores.bootstrap import Floats, spread, step_weights
 
+LENGTH_BIAS = 0.3
+"""Rank correlation with length from which a choice of samples is said to be one by length too."""
 _STEP = ["window", "target", "step"]
 _WINDOW = ["window", "target"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from curate.errors import UserError
-from curate.mixture.constraints import MixtureConfig, Supply
+from curate.mixture.constraints import Facts, MixtureConfig, Supply
 from curate.mixture.decide import Aims, decide
 from curate.mixture.record import read_mixture, write_mixture
 from curate.mixture.schedule import Part, StageSchedule, base_weights, decide_stage, lay_out, parts
@@ -156,7 +156,9 @@ def test_what_the_basin_uses_counts_against_the_cap_of_the_curated_parts():
     config = MixtureConfig(max_epochs=2.0)
     schedule = StageSchedule(kind="late", late_share=0.5)
     mixture = decide_stage(scores_of(shrunk), samples, supply_of(samples), 5000 * LENGTH, config, schedule, ONE)
-    base = base_weights(samples, supply_of(samples), 5000 * LENGTH, config)
+    shares = {name: count / 10_100 for name, count in samples.items()}
+    facts = Facts(prior=shares, previous=shares, supply=supply_of(samples), budget_tokens=5000 * LENGTH)
+    base = base_weights(config, facts)
     basin, late = mixture.phases
     assert basin.domains["b"] == pytest.approx(2500 * base["b"], abs=1)
     assert basin.domains["b"] + late.domains["b"] == 200
