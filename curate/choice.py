@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.pools.slopes import value_all
+from curate.mixture.constraints import thinned
+from curate.pools.slopes import NEXT, value_all, value_next
 from curate.scores.methods import VALUED
-from curate.selection import sample_weights
-from curate.trajectory.samples import usable_samples
+from curate.selection import aims_of, sample_weights, takes_slopes
+from curate.stock import budget_of, left_of
+from curate.trajectory.samples import trained_tokens, usable_samples
 
 if TYPE_CHECKING:
-    from curate.embeddings.store import Embedding
-    from curate.pools.slopes import Slopes
+    from curate.pools.slopes import NextStep, Slopes
     from curate.pools.values import PoolValues
     from curate.scores.likeness import Likeness
     from curate.stock import Stock
@@ -43,6 +45,23 @@ class Choice:
     slopes: Slopes | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known before samples are chosen.
+
+    Attributes:
+        every: the values frame of what was valued, for every target.
+        domains: what the mixture is made from, see `scores.domain`.
+        pool: values of a pool.
+        ahead: what the targets ask of the next step.
+    """
+
+    every: pl.DataFrame
+    domains: pl.DataFrame
+    pool: PoolValues | None = None
+    ahead: NextStep | None = None
+
+
 def likeness_of(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
     """What n-grams say of the targets, where they have a share in anything."""
     from curate.scores.likeness import find_likeness
@@ -54,14 +73,31 @@ def likeness_of(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
     return find_likeness(stock.run, targets, stock.trained, config.seed)
 
 
+def look_ahead(stock: Stock, run: Run, targets: Sequence[Target], used: pl.DataFrame) -> NextStep | None:
+    """What the targets ask of the next step, where anything depends on it.
+
+    Args:
+        stock: what the stage draws from.
+        run: whose last state is the current one.
+        targets: of the selection, the guard last.
+        used: what was trained on, see `trajectory.ledger.consumed`.
+    """
+    config = stock.config
+    if config.mixture.window != NEXT and not takes_slopes(config):
+        return None
+    samples = usable_samples(run.places.filter(pl.col("domain").is_in(list(trained_tokens(run)))))
+    if config.shards.consume_once:
+        left = samples.join(used, on="sample_id", how="anti", maintain_order="left")
+        samples = samples if left.is_empty() else left  # that nothing is left is said where the mixture is made
+    return value_next(
+        run, samples, targets, config.probe,
+        adjoint=config.adjoint, seed=config.seed, device=config.device, batch_size=config.target_batch_size,
+        tolerance=config.tolerance,
+    )  # fmt: skip
+
+
 def choice_of(
-    stock: Stock,
-    run: Run,
-    targets: Sequence[Target],
-    every: pl.DataFrame,
-    found: dict[str, Embedding] | PoolValues,
-    like: Likeness | None,
-    used: pl.DataFrame,
+    stock: Stock, run: Run, targets: Sequence[Target], known: Known, like: Likeness | None, used: pl.DataFrame
 ) -> Choice:
     """Samples are chosen by slopes, by the values of a pool, or by those of the window and what they predict.
 
@@ -69,53 +105,107 @@ def choice_of(
         stock: what the stage draws from.
         run: whose last state is the current one.
         targets: of the selection, the guard last.
-        every: values of what was valued.
-        found: the windows, or the pool.
+        known: what is known of domains and some samples.
         like: what n-grams say, where they have a share.
         used: what was trained on, see `trajectory.ledger.consumed`.
     """
+    from curate.deviation import combined_values
     from curate.scores.likeness import sample_likeness
-    from curate.scores.values import combined_values
     from curate.shards.predict import compare_slopes, predict_rest
 
     config, weights = stock.config, sample_weights(stock.config, targets[0])
     aimed = [target for target in targets if target.name in weights]
-    values = every if isinstance(found, dict) else found.chosen_by(weights)
-    values = combined_values(values.filter(window=config.mixture.window), weights)
+    every = known.every if known.pool is None else known.pool.chosen_by(weights)
+    values = combined_values(every.filter(window=config.mixture.window), weights)
     if config.mode == "reweight":
         return Choice(values=values)
     share, drawn_from = config.shards.likeness_share, pl.col("domain").is_in(list(stock.trained))
     samples = usable_samples(stock.run.places.filter(drawn_from))
     texts = None if like is None or share == 0 else sample_likeness(stock.run, samples, like, weights)
-    known = config.method not in VALUED or stock.pool is not None or share == 1
-    if known or config.shards.unvalued in ("keep", "drop"):
+    if config.method not in VALUED or stock.pool is not None or share == 1:
         return Choice(values=values, likeness=texts)
     if config.shards.unvalued == "predict":
         values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
         _say_judged(judged)
         return Choice(values=values, likeness=texts, predicted=judged)
+    if known.ahead is None or not takes_slopes(config):
+        return Choice(values=values, likeness=texts)
     if config.shards.consume_once:
         samples = samples.join(used, on="sample_id", how="anti", maintain_order="left")
-    likeliest = likely(samples, texts, config.shards.slopes_share)
-    if likeliest.is_empty():  # what is left is said where the mixture is made
+    if samples.is_empty():  # what is left is said where the mixture is made
         return Choice(values=values, likeness=texts)
+    wanted = _draft(stock, targets[0], known.domains, values.clear(), used)
+    also = known.ahead.values.select("sample_id").unique()
     slopes = value_all(
-        run, stock.run, likeliest, aimed, weights, config.probe,
-        adjoint=config.adjoint, seed=config.seed, device=config.device,
-        batch_size=config.target_batch_size, tolerance=config.tolerance,
+        run, stock.run, candidates(samples, texts, wanted, config.shards.slopes_per_sample, also), known.ahead, aimed,
+        weights, config.probe, device=config.device, tolerance=config.tolerance,
     )  # fmt: skip
-    judged = compare_slopes(samples, values, slopes.values, config.seed)
-    _say_judged(judged)
+    valued = every.filter(window=config.window_names[-1]) if config.window_names else every.clear()
+    judged = compare_slopes(samples, combined_values(valued, weights), slopes.values, config.seed)
+    if config.window_names:
+        _say_judged(judged)
     return Choice(values=slopes.values, likeness=texts, predicted=judged, slopes=slopes)
 
 
-def likely(samples: pl.DataFrame, texts: pl.DataFrame | None, share: float) -> pl.DataFrame:
-    """The share of each domain that is most like the targets; all, where that is not known."""
+def candidates(
+    samples: pl.DataFrame, texts: pl.DataFrame | None, wanted: Mapping[str, int], per_sample: float, also: pl.DataFrame
+) -> pl.DataFrame:
+    """The samples that are chosen among: the likeliest of each domain, some for each one that the stage takes.
+
+    Args:
+        samples: rows of `usable_samples`.
+        texts: see `scores.likeness.sample_likeness`; None: nothing tells which are likely, all are.
+        wanted: how many samples of each domain the stage takes.
+        per_sample: how many for each of them.
+        also: `sample_id` of others.
+
+    Returns:
+        Those rows, in their order.
+    """
     if texts is None:
         return samples
+    most = pl.DataFrame(
+        {"domain": list(wanted), "most": [math.ceil(per_sample * count - 1e-9) for count in wanted.values()]},
+        schema={"domain": pl.String, "most": pl.Int64},
+    )
     told = samples.join(texts, on=["domain", "sample_id"], maintain_order="left")
+    told = told.join(most, on="domain", how="left", maintain_order="left")
     place = pl.col("likeness").rank("ordinal", descending=True).over("domain")
-    return told.filter(place <= (pl.len().over("domain") * share - 1e-9).ceil()).drop("likeness")
+    return told.filter(
+        (place <= pl.col("most").fill_null(0)) | pl.col("sample_id").is_in(also["sample_id"].implode())
+    ).drop("likeness", "most")
+
+
+def _draft(
+    stock: Stock, target: Target, domains: pl.DataFrame, none: pl.DataFrame, used: pl.DataFrame
+) -> dict[str, int]:
+    """About how many samples of each domain the stage takes: the mixture as if no text were held out or doubled.
+
+    Args:
+        stock: what the stage draws from.
+        target: of the selection.
+        domains: their scores.
+        none: a values frame of no samples, which decide nothing here.
+        used: what was trained on.
+
+    Raises:
+        UserError: the constraints conflict; they would when it is known which samples are left out.
+    """
+    from curate.mixture.schedule import decide_stage
+    from curate.shards.plan import make_pool
+
+    config = stock.config
+    catalogues = {str(domain): table for (domain,), table in stock.run.catalogue.group_by("domain")}
+    pool = make_pool(
+        {domain: catalogues[domain] for domain in stock.trained}, none, used, consume_once=config.shards.consume_once
+    )
+    prior, supply, mixing = left_of(stock, pool, say=False)
+    kept = {domain: thinned(own, config.shards.drop_fraction or 0.0) for domain, own in supply.items()}
+    scores = domains.filter(pl.col("domain").is_in(list(prior)))
+    mixture = decide_stage(
+        scores, prior, kept, budget_of(config, stock.trained), mixing, config.schedule, aims_of(config, target)
+    )
+    return {domain: min(part.samples, kept[domain].samples) for domain, part in mixture.domains.items()}
 
 
 def _say_judged(judged: pl.DataFrame) -> None:

@@ -40,8 +40,9 @@ class EmbedConfig(Config):
     """Recorded run; none: the newest finished one below `runs_root`."""
     runs_root: Path = Path("runs")
     """Where runs are looked for."""
-    window: Literal["early", "late", "both"] = "both"
-    """Window or windows of the run to value."""
+    window: Literal["early", "late", "both", "none"] = "both"
+    """Window or windows of the run to value. none: `curate.select` scores domains by what their samples would do in the
+    next step, at a part of the cost; the report then says nothing of the steps that were taken."""
     windows: Literal["declared", "auto"] = "declared"
     """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves, or
     from a value curve of `python -m pipelines.phases` in its folder."""
@@ -87,7 +88,7 @@ class EmbedConfig(Config):
     @property
     def window_names(self) -> list[str]:
         """Names of the windows to embed."""
-        return ["early", "late"] if self.window == "both" else [self.window]
+        return {"both": ["early", "late"], "none": []}.get(self.window, [self.window])
 
 
 def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Embedding]:
@@ -204,7 +205,7 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
         for window in config.window_names
     }
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam, config.baseline)
-    if others and config.estimator == "adjoint":
+    if others and jobs and config.estimator == "adjoint":
         estimator = _with_anchors(config, next(iter(jobs.values())), others)
     return estimator, jobs
 
@@ -273,6 +274,8 @@ def main() -> None:
         EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index."
     )
     start_logging()
+    if not config.window_names:
+        raise UserError("window none leaves nothing to embed; set window to early, late or both")
     run = Run(config.run or find_run(config.runs_root), config.streams)
     embeddings = embed(config, run, read_target(config, run))
     for window, embedding in embeddings.items():

@@ -14,10 +14,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
-from curate.choice import Choice, choice_of, likeness_of
+from curate.choice import Choice, Known, choice_of, likeness_of, look_ahead
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
-from curate.pools.slopes import SLOPES
+from curate.pools.slopes import NEXT
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from curate.artifacts import Json
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
+    from curate.pools.slopes import NextStep
     from curate.pools.values import PoolValues
     from curate.report.collect import Costed
     from curate.report.data import ReportData
@@ -75,8 +76,9 @@ def select(config: SelectConfig, run: Run) -> Path:
     config = stock.config
     targets = [target, *other_targets(config, run, target)]
     found = _found(stock, run, targets) if valued else {}
+    ahead = look_ahead(stock, run, targets, consumed(ledger))
     embedded = perf_counter()
-    every, tables, keys = _scored(stock, run, targets, found)
+    every, tables, keys = _scored(stock, run, targets, found, ahead)
     like = likeness_of(stock, targets)
     mixing = config.mixture.likeness_share
     tables["domains"] = with_likeness(tables["domains"], like if mixing > 0 else None, mixing)
@@ -87,7 +89,8 @@ def select(config: SelectConfig, run: Run) -> Path:
         stock = replace(stock, config=config)
     tables["ledger"] = domain_ledger(stock.run, ledger)
     began = perf_counter()
-    choice = choice_of(stock, run, targets, every, found, like, consumed(ledger))
+    known = Known(every=every, domains=tables["domains"], pool=None if isinstance(found, dict) else found, ahead=ahead)
+    choice = choice_of(stock, run, targets, known, like, consumed(ledger))
     embedded += 0.0 if choice.slopes is None else perf_counter() - began
     tables |= {} if choice.predicted is None else {"predicted": choice.predicted}
     mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], consumed(ledger), target, keys)
@@ -99,8 +102,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     )  # fmt: skip
     write_mixture(out / "mixture.yaml", mixture)
     if valued:
-        made: dict[str, Costed] = {**(found if isinstance(found, dict) else {POOL: found})}
-        made |= {} if choice.slopes is None else {SLOPES: choice.slopes}
+        made = _costed(found) | {"next step": ahead, "slopes": choice.slopes}
         tables["costs"] = cost_table(run, made, out, perf_counter() - embedded)
         _write_table(out, "costs", tables["costs"])
         shown = every.filter(target=target.name)
@@ -133,6 +135,13 @@ def _residuals(found: dict[str, Embedding] | PoolValues) -> dict[str, float]:
     return {window: part.residual for window, part in parts if part.residual is not None}
 
 
+def _costed(found: dict[str, Embedding] | PoolValues) -> dict[str, Costed | None]:
+    """What was valued, by the phase that it is."""
+    if isinstance(found, dict):
+        return {f"embed {window}": part for window, part in found.items()}
+    return {"probe pool": found}
+
+
 def _found(stock: Stock, run: Run, targets: Sequence[Target]) -> dict[str, Embedding] | PoolValues:
     """What was valued: the windows of the run, or the pool for every target."""
     config = stock.config
@@ -147,9 +156,15 @@ def _found(stock: Stock, run: Run, targets: Sequence[Target]) -> dict[str, Embed
 
 
 def _scored(
-    stock: Stock, run: Run, targets: Sequence[Target], found: dict[str, Embedding] | PoolValues
+    stock: Stock,
+    run: Run,
+    targets: Sequence[Target],
+    found: dict[str, Embedding] | PoolValues,
+    ahead: NextStep | None,
 ) -> tuple[pl.DataFrame, dict[str, pl.DataFrame], pl.DataFrame | None]:
     """Values of every target, their roll-ups, and the keys by which a method draws samples, where it does."""
+    import polars as pl
+
     from curate.scores.methods import scores_without_values
     from curate.scores.rollup import roll_ups
     from curate.scores.schema import no_scores
@@ -163,10 +178,15 @@ def _scored(
             importance_temperature=config.importance_temperature, seed=config.seed,
         )  # fmt: skip
         return no_scores(), {"domains": domains}, keys
-    every = _every_value(config, run, targets, found) if isinstance(found, dict) else found.probed
+    if isinstance(found, dict):
+        frames = _every_value(config, run, targets, found) if found else []
+        every = pl.concat([*frames, *([] if ahead is None else [ahead.values])])
+    else:
+        every = found.probed
     own = every if grain is None else grain.of_parts(every)
     parents = None if grain is None else grain.parents
     tables = roll_ups(own, target.name, trained, fresh_shares(stock.run), config.seed, parents)
+    tables["reliability"] = tables["reliability"].filter(pl.col("window") != NEXT)  # which knows no halves
     if config.grain.by == "shards":  # whether they differ at all is asked of domains
         tables["between_shards"] = between_shards(every.filter(target=target.name))
         for domain, verdict in tables["between_shards"].select("domain", "verdict").unique().sort("domain").iter_rows():
@@ -178,10 +198,8 @@ def _scored(
 
 def _every_value(
     config: SelectConfig, run: Run, targets: Sequence[Target], embeddings: dict[str, Embedding]
-) -> pl.DataFrame:
+) -> list[pl.DataFrame]:
     """The values of every target, one after the other, the guard last."""
-    import polars as pl
-
     from curate.scores.methods import shuffled
     from curate.scores.values import embedded_values
 
@@ -190,7 +208,7 @@ def _every_value(
     if others:
         opened = embed_others(config, run, target)
         frames += [embedded_values(part, other) for part, other in zip(opened, others, strict=True)]
-    return pl.concat([shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames)
+    return [shuffled(frame, config.seed) for frame in frames] if config.method == "shuffled" else frames
 
 
 def _branch_test(
@@ -285,13 +303,16 @@ def _report(
     from curate.embeddings.store import horizon_name
     from curate.report.selection import selection_report
 
-    config, windows = stock.config, isinstance(found, dict)
-    horizons = dict.fromkeys(found, horizon_name(config.horizon)) if isinstance(found, dict) else {}
+    config = stock.config
+    ahead = f"{config.probe.steps}_steps_on"
+    horizons = dict.fromkeys(found, horizon_name(config.horizon)) if isinstance(found, dict) else {POOL: ahead}
+    if NEXT in tables["domains"]["window"]:
+        horizons[NEXT] = ahead
     return selection_report(
         stock.run, target, mixture, tables, values=values, costs=tables["costs"], data=data,
         found=_examples(config, found, values, target), residuals=_residuals(found),
-        estimator=config.estimator if windows else "probes",
-        horizons=horizons or {POOL: f"{config.probe.steps}_steps_on"}, settings=config.model_dump(mode="json"),
+        estimator=config.estimator if isinstance(found, dict) else "probes", horizons=horizons,
+        settings=config.model_dump(mode="json"),
     )  # fmt: skip
 
 
@@ -304,9 +325,10 @@ def _examples(
     from curate.index.open import extremes
     from curate.report.collect import EXAMPLES
 
-    if not isinstance(found, dict):
+    if not found or not isinstance(found, dict):
         order = values["value"].arg_sort(descending=True).to_list()
-        return {(POOL, "most"): order[:EXAMPLES], (POOL, "least"): order[::-1][:EXAMPLES]}
+        window = values["window"][0]
+        return {(window, "most"): order[:EXAMPLES], (window, "least"): order[::-1][:EXAMPLES]}
     rows_of = {}
     for window, embedding in found.items():
         assert embedding.targets is not None

@@ -15,6 +15,7 @@ from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
 from curate.pools.open import pool_fingerprint, pool_streams
+from curate.pools.slopes import NEXT
 from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import VALUED, Method, estimator_of
@@ -70,8 +71,9 @@ class SelectConfig(EmbedConfig):
     """Data that was never trained on, which the next stage draws from instead (MDS folders of domains, or a
     streams.yaml): a part of it is probed from the run's last state, `probe.rest` values the others."""
     probe: ProbeConfig = ProbeConfig()
-    """How the pool is valued. `steps` and `lr_share` also are those of slopes without a pool (`shards.unvalued`), and
-    `min_rank_correlation` says where values outside the window are predicted."""
+    """How the pool is valued. Without a pool `steps`, `lr_share` and `min_per_domain` (how many samples of each domain
+    have slopes, whatever is likely) are those of the next step, and `min_rank_correlation` says where values outside
+    the window are predicted."""
     branch_test: bool = False
     """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
     scores do not predict what they do to the target."""
@@ -132,10 +134,10 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
         more["predictor"] = list(PREDICTOR)
     elif config.mode != "reweight" and config.method in VALUED:
         unvalued = chosen["shards"]["unvalued"] = unvalued_of(config)
-        if unvalued == "slopes":
-            more |= {"ahead": [config.probe.steps, config.probe.lr_share]}
         if unvalued == "predict":
             more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
+    if config.pool is None and (takes_slopes(config) or (config.method in VALUED and window_of(config) == NEXT)):
+        more["ahead"] = [config.probe.steps, config.probe.lr_share, config.probe.min_per_domain]
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}
@@ -162,6 +164,36 @@ def unvalued_of(config: SelectConfig) -> str:
     """`shards.unvalued`; slopes are of method curate with estimator adjoint, others predict instead."""
     unvalued, own = config.shards.unvalued, (config.method, config.estimator) == ("curate", "adjoint")
     return "predict" if unvalued == "slopes" and not own else unvalued
+
+
+def takes_slopes(config: SelectConfig) -> bool:
+    """Whether samples are chosen by what one more use of each would do now."""
+    chosen = config.mode != "reweight" and config.pool is None and config.shards.likeness_share < 1
+    return chosen and unvalued_of(config) == "slopes"
+
+
+def window_of(config: SelectConfig) -> str:
+    """`mixture.window`, where it is left open: the last valued one, else the next step.
+
+    Raises:
+        UserError: it is not valued.
+    """
+    window, ahead = config.mixture.window, (config.method, config.estimator) == ("curate", "adjoint")
+    if config.method not in VALUED:
+        return window
+    if window == "auto":
+        window = config.window_names[-1] if config.window_names else NEXT
+    if window == NEXT and not ahead:
+        raise UserError(
+            f"method {config.method} with estimator {config.estimator} values windows only: set window to early, late "
+            "or both, or take method curate with estimator adjoint"
+        )
+    if window not in (*config.window_names, NEXT):
+        raise UserError(
+            f"mixture.window {window!r} is not among the valued windows {config.window_names}; set window or "
+            "mixture.window"
+        )
+    return window
 
 
 def aims_of(config: SelectConfig, target: Target) -> Aims:

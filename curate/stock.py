@@ -13,7 +13,7 @@ from curate.mixture.conflicts import check_settings
 from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL
 from curate.scores.methods import VALUED
-from curate.selection import unvalued_of
+from curate.selection import unvalued_of, window_of
 from curate.shards.grain import divide, mixture_of_parts
 from curate.shards.plan import supply_of
 from curate.trajectory.samples import trained_tokens
@@ -55,11 +55,8 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
     """
     from curate.shards.sift import check_reweighted
 
-    if config.pool is None and config.mixture.window not in config.window_names:
-        raise UserError(
-            f"mixture.window {config.mixture.window!r} is not among the valued windows {config.window_names}; "
-            "set window or mixture.window"
-        )
+    if config.pool is None:
+        config = with_mixture(config, window=window_of(config))
     if config.mode != "filter":
         check_reweighted(config.shards)
     trained = trained_tokens(run)
@@ -85,7 +82,9 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
     return stock
 
 
-def left_of(stock: Stock, pool: pl.DataFrame) -> tuple[dict[str, float], dict[str, Supply], MixtureConfig]:
+def left_of(
+    stock: Stock, pool: pl.DataFrame, *, say: bool = True
+) -> tuple[dict[str, float], dict[str, Supply], MixtureConfig]:
     """What a mixture can be made of: domains of which no sample is left have no weight, and a warning says why.
 
     The share of a part goes to the other parts of its domain, that of a domain to all others.
@@ -93,6 +92,7 @@ def left_of(stock: Stock, pool: pl.DataFrame) -> tuple[dict[str, float], dict[st
     Args:
         stock: what the stage draws from.
         pool: its samples, see `shards.sift.sift`.
+        say: whether to warn.
 
     Returns:
         Stored tokens that each domain was trained on, what there is of it, and the constraints without the others.
@@ -113,7 +113,8 @@ def left_of(stock: Stock, pool: pl.DataFrame) -> tuple[dict[str, float], dict[st
             "shards.screen, consumed shards.consume_once, others shards)"
             + (f", or lower mixture.floors of {', '.join(floored)}" if floored else "")
         )
-    _log.warning("nothing is left of %s: no weight, others have the share", told)
+    if say:
+        _log.warning("nothing is left of %s: no weight, others have the share", told)
 
     def without(shares: Mapping[str, float]) -> dict[str, float]:
         kept = {domain: share for domain, share in shares.items() if domain not in spent}

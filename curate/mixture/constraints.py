@@ -34,8 +34,9 @@ class MixtureConfig(Config):
     """Weight of a guard's scores beside those of the targets, which have 1 together: where domains do alike for the
     targets, those that the guard needs get more. In the branch bench it took less of general text for as much of the
     target than the bound of `guard_drop` alone."""
-    window: str = "late"
-    """The window whose scores set the weights; windows are never averaged."""
+    window: str = "auto"
+    """The window whose scores set the weights; windows are never averaged: early, late, or next_step (what samples of
+    every domain would do in the step after the run's last). auto: the last valued one, next_step where none is."""
     prior: dict[str, float] = {}
     """Share of each domain that the weights stay near; none: what the last stage trained on."""
     min_share_of_prior: float = Field(default=0.1, ge=0, le=1)
@@ -85,6 +86,13 @@ class Supply:
     def available_tokens(self, max_epochs: float) -> float:
         """Tokens that may still be used, repeats counted."""
         return max(0.0, max_epochs * self.tokens - self.consumed_tokens)
+
+
+def thinned(supply: Supply, drop_fraction: float) -> Supply:
+    """What there is of a domain when a share of its samples is left out, whichever: at least one stays."""
+    samples = max(supply.samples - int(supply.samples * drop_fraction + 1e-9), 1)
+    tokens, consumed = (round(one * samples / supply.samples) for one in (supply.tokens, supply.consumed_tokens))
+    return Supply(samples=samples, tokens=max(tokens, 1), consumed_tokens=consumed)
 
 
 @dataclass(frozen=True, kw_only=True)

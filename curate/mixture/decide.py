@@ -70,6 +70,8 @@ def decide(
     whole = sum(previous[domain] for domain in sorted(previous))
     previous = {domain: previous[domain] / whole for domain in sorted(previous)}
     windows = scores["window"].unique().sort().to_list()
+    if config.window == "auto" and len(windows) == 1:
+        config = config.model_copy(update={"window": windows[0]})
     if config.window not in windows:
         raise UserError(
             f"there are no scores for window {config.window!r} (there are {', '.join(windows)}); set mixture.window"

@@ -1,13 +1,20 @@
-"""Which samples of a pool are probed. Tables in, tables out."""
+"""Which samples are probed, and the table of their values. Tables in, tables out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import ceil
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from curate.rng import generator
+
+if TYPE_CHECKING:
+    from curate.formats.mds import Sample
+
+VALUES = ("value", "value_a", "value_b")
 
 
 def draw_probes(samples: pl.DataFrame, share: float, least: int, batch: int, seed: int) -> pl.DataFrame:
@@ -39,3 +46,34 @@ def draw_probes(samples: pl.DataFrame, share: float, least: int, batch: int, see
     size = max(1, min(batch, len(drawn) // 8))
     dealt = generator(seed, "probe groups").permutation(len(drawn)) // size
     return drawn.with_columns(step=pl.Series(dealt, dtype=pl.Int64))
+
+
+def probe_frame(
+    probed: pl.DataFrame,
+    window: str,
+    steps: int,
+    step_tokens: float,
+    read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
+) -> pl.DataFrame:
+    """Probes as a values frame; see `scores.schema`.
+
+    Args:
+        probed: `target`, the columns of `draw_probes`, `value`, `value_a` and `value_b` (of all tokens of a sample),
+            every target with the same probes in the same order.
+        window: name that stands where that of a window does.
+        steps: how far ahead the targets are read.
+        step_tokens: predicted tokens of a training step: a sample's weight is its share of them.
+        read: gives the samples of a table in its order, some at a time.
+    """
+    first = probed.filter(target=probed["target"][0])
+    documents = [sample.document_tokens() for samples in read(first) for sample in samples]
+    rows = first.select(
+        "domain", "sample_id", row=pl.int_range(pl.len()).cast(pl.Int64),
+        documents=pl.Series(documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+    )  # fmt: skip
+    joined = probed.join(rows, on=["domain", "sample_id"], maintain_order="left")
+    return joined.select(
+        "row", "step", "sample_id", (pl.col("tokens") / step_tokens).cast(pl.Float32).alias("weight"), "tokens",
+        "length", pl.lit(window).alias("window"), pl.lit(f"{steps}_steps_on").alias("horizon"), "domain", "index",
+        "shard", "documents", "target", *VALUES,
+    )  # fmt: skip

@@ -1,15 +1,20 @@
-"""Values of samples for the next step, by forward passes alone: of a whole pool, or of what a run can draw from.
+"""What the next step asks for, by forward passes alone: of a part of every domain, and of the samples to choose among.
 
-All samples share one direction, what the target asks of the next step (`pools.probe`), and the linear value of each is
-the slope of its own loss along it. Kept in the run as `pools/slopes-*` by content, so that a re-sharded pool needs no
-new ones, and continued where it was interrupted.
+All samples share one direction, what a target asks of the next step (`pools.probe`), and the linear value of each is
+the slope of its own loss along it. Two artifacts in the run, both by content, so that a re-sharded stream needs no new
+ones, and continued where they were interrupted: `pools/next-*` has the directions and a part of every domain, valued
+for each target, which domains are scored by; `pools/slopes-*` has one value for all targets together of each sample
+that a stage may take.
+
+T targets, N samples, P parameters.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,19 +25,20 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
-from curate.deviation import pooled_deviation
+from curate.deviation import combined_values, pooled_deviation
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
-from curate.pools.probe import Outlook, forward_slopes, look_ahead, target_moves
-from curate.pools.spread import VALUES, blocks_of
+from curate.pools.draw import VALUES, draw_probes, probe_frame
+from curate.pools.probe import forward_slopes, look_ahead, moves_along, target_directions
+from curate.pools.spread import blocks_of
 from curate.progress import progress
-from curate.rng import generator
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.samples import read_batches, samples_fingerprint
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
 
     from curate.embeddings.adjoint_estimator import AdjointConfig
     from curate.formats.mds import Sample
@@ -43,10 +49,33 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
-SLOPES = "slopes"
+NEXT = "next_step"
 """Where a window's name stands in tables of values."""
 _FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
-_PILOT = 32  # samples of each domain that the deviations of several targets are measured on
+_DIRECTIONS = "directions.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStep:
+    """What some targets ask of the next step, and what it would do to train on some samples of every domain in it.
+
+    Positive = it lowers the target's loss.
+
+    Attributes:
+        folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P).
+        values: the values frame (`scores.schema`, with documents) of a part of every domain for every target, `window`
+            being "next_step"; `step` is a group, see `draw_probes`. Slopes know no halves of a target: `value_a` and
+            `value_b` are `value`.
+        fingerprint: identity of what it is made from.
+        seconds: time that it took.
+        cost_units: the same in forward+backward passes of a training batch.
+    """
+
+    folder: Path
+    values: pl.DataFrame
+    fingerprint: str
+    seconds: float
+    cost_units: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +84,9 @@ class Slopes:
 
     Attributes:
         folder: the artifact.
-        values: the values frame that samples are chosen by, for all targets together (`scores.values.combined_values`):
+        values: the values frame that samples are chosen by, for all targets together (`deviation.combined_values`):
             `window`, `target` (the first), `domain`, `index`, `sample_id`, `tokens` (predicted), `value`, `value_a`,
-            `value_b`; slopes know no halves of a target, all three are the same.
+            `value_b`; all three are the same.
         seconds: time that it took.
         cost_units: the same in forward+backward passes of a training batch.
     """
@@ -68,12 +97,10 @@ class Slopes:
     cost_units: float
 
 
-def value_all(
+def value_next(
     run: Run,
-    stock: Run,
     samples: pl.DataFrame,
     targets: Sequence[Target],
-    weights: Mapping[str, float],
     config: ProbeConfig,
     *,
     adjoint: AdjointConfig,
@@ -81,21 +108,16 @@ def value_all(
     device: str = "cpu",
     batch_size: int = 16,
     tolerance: float = 1e-3,
-) -> Slopes:
-    """Value samples for the next step, or open their values; the cost is stated before.
-
-    Targets count in their own standard deviations, which a few samples of each domain tell; all others have the slope
-    along the one direction that the targets have together, so that more targets cost no more.
+) -> NextStep:
+    """Look ahead, and value a part of every domain for each target, or open that; the cost is stated before.
 
     Args:
         run: a finished run, whose last state is the current one.
-        stock: the run as if it had the samples' streams.
-        samples: N rows of `usable_samples` of its places, in that order.
+        samples: N rows of `usable_samples` of its places, in that order: what the part is drawn from.
         targets: T targets.
-        weights: target -> weight.
-        config: `steps` and `lr_share`: how far ahead the targets are read.
-        adjoint: how the steps ahead are differentiated.
-        seed: of the draw of those few.
+        config: `min_per_domain`: how many of each domain; `steps` and `lr_share`: how far ahead the targets are read.
+        adjoint: how the steps ahead are differentiated, where there are more than one.
+        seed: of the draw.
         device: of the model.
         batch_size: sequences per pass over a target.
         tolerance: of the replay, where the run has no snapshot at its end.
@@ -103,69 +125,146 @@ def value_all(
     Raises:
         UserError: bad target or settings.
     """
-    ahead, pilot = min(config.steps, run.spec.steps), _pilot(samples, len(targets), seed)
+    probes = draw_probes(samples, 0.0, config.min_per_domain, step_samples(run), seed)
+    ahead = min(config.steps, run.spec.steps)
     settings = {
         "run": run.fingerprint,
-        "samples": [samples_fingerprint(samples), samples_fingerprint(pilot)],
-        "targets": {target.fingerprint: weights[target.name] for target in targets},
-        "steps": ahead,
-        "lr_share": config.lr_share,
-        "adjoint": adjoint.model_dump(include={"hessian", "hessian_share"}),
+        "samples": samples_fingerprint(probes),
+        "targets": [target.fingerprint for target in targets],
+        "ahead": [ahead, config.lr_share],
+        "adjoint": adjoint.model_dump(include={"hessian", "hessian_share"}) if ahead > 1 else None,
+    }
+    identity = fingerprint(settings)
+    folder = run.folder / "pools" / f"next-{targets[0].name}-{identity[:8]}"
+    if not is_complete(folder, settings):
+        replay = replay_ahead(run, targets, ahead, config.lr_share, device, tolerance)
+        looking, passes = look_ahead_units(run, targets, ahead, adjoint), slope_units(run, len(targets), len(probes))
+        _log.info(
+            "looking ahead will cost about %.0f forward+backward passes: %.0f for what the targets ask of the next "
+            "step, %.0f to value %s samples for each",
+            looking + passes, looking, passes, f"{len(probes):,}",
+        )  # fmt: skip
+        with _timed(folder, replay) as scratch:
+            losses = [half for target in targets for half in target.halves]
+            outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
+            directions = target_directions(replay, outlook, each_target(targets).tolist())
+            found = linear_values(
+                replay, outlook.state.parameters, directions, probes, "part", read=partial(read_together, run, run),
+                scratch=scratch,
+            ) / (step_tokens(run) * config.lr_share)  # fmt: skip
+            write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
+            with replacing(folder / "values.parquet") as part:
+                pl.concat(_of_target(probes, place, own) for place, own in enumerate(found.T)).write_parquet(part)
+        seal(folder, "next step", settings, targets=[target.name for target in targets])
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    return NextStep(
+        folder=folder, values=_part_frame(run, folder, probes, targets, ahead), fingerprint=identity, **_timings(folder)
+    )
+
+
+def value_all(
+    run: Run,
+    stock: Run,
+    samples: pl.DataFrame,
+    ahead: NextStep,
+    targets: Sequence[Target],
+    weights: Mapping[str, float],
+    config: ProbeConfig,
+    *,
+    device: str = "cpu",
+    tolerance: float = 1e-3,
+) -> Slopes:
+    """Value samples for the next step, or open their values; the cost is stated before.
+
+    Targets count in their own standard deviations, which the part of every domain tells; all others have the slope
+    along the one direction that the targets have together, so that more targets cost no more.
+
+    Args:
+        run: a finished run, whose last state is the current one.
+        stock: the run as if it had the samples' streams.
+        samples: N rows of `usable_samples` of its places, in that order.
+        ahead: of the run and the targets; samples that it values are not passed over again.
+        targets: T targets.
+        weights: target -> weight.
+        config: `steps` and `lr_share`, as of `ahead`.
+        device: of the model.
+        tolerance: of the replay, where the run has no snapshot at its end.
+    """
+    known = combined_values(ahead.values, {target.name: weights[target.name] for target in targets})
+    rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
+    settings = {
+        "next": ahead.fingerprint,
+        "samples": samples_fingerprint(rest),
+        "weights": [weights[target.name] for target in targets],
     }
     folder = run.folder / "pools" / f"slopes-{targets[0].name}-{fingerprint(settings)[:8]}"
     if not is_complete(folder, settings):
-        replay = replay_ahead(run, targets, ahead, config.lr_share, device, tolerance)
-        looking = look_ahead_units(run, targets, ahead, adjoint)
-        passes = slope_units(run, len(targets), len(pilot)) + slope_units(run, 1, len(samples))
+        replay = replay_ahead(run, targets, min(config.steps, run.spec.steps), config.lr_share, device, tolerance)
         _log.info(
-            "valuing samples for the next step will cost about %.0f forward+backward passes: %.0f to look %d steps "
-            "ahead, %.0f for %s samples", looking + passes, looking, ahead, passes, f"{len(samples):,}",
+            "valuing %s samples for the next step will cost about %.0f forward+backward passes",
+            f"{len(rest):,}", slope_units(run, 1, len(rest)),
         )  # fmt: skip
-        begin, scratch = perf_counter(), folder / "scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
-        try:
-            losses = [half for target in targets for half in target.halves]
-            outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
-            measure = partial(linear_values, replay, outlook, read=partial(read_together, run, stock), scratch=scratch)
-            shares, unit = np.array([weights[target.name] for target in targets]), step_tokens(run) * config.lr_share
-            value = _combined(measure, samples, pilot, targets, shares / shares.sum(), unit)
+        with _timed(folder, replay) as scratch:
+            parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
+            together = _together(ahead, targets, weights)
+            value = linear_values(
+                replay, parameters, parameters.new_tensor(together), rest, "slopes",
+                read=partial(read_together, run, stock), scratch=scratch,
+            ) / (step_tokens(run) * config.lr_share)  # fmt: skip
             with replacing(folder / "values.parquet") as part:
-                samples.select("domain", "sample_id", value=pl.Series(value)).write_parquet(part)
-        finally:
-            add_time(folder, perf_counter() - begin, replay.unit_seconds)
+                rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
         seal(folder, "slopes", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
-    timings = read_json(folder / "timings.json")
-    return Slopes(
-        folder=folder, values=_frame(samples, pl.read_parquet(folder / "values.parquet"), targets[0].name),
-        seconds=timings["seconds"], cost_units=timings["cost_units"],
+    found = rest.join(pl.read_parquet(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
+    found = found.with_columns(pl.col("value") * pl.col("tokens"))
+    again = samples.join(known.select("sample_id", "value"), on="sample_id", maintain_order="left")
+    values = pl.concat([found, again]).sort("domain", "sample_id").select(
+        pl.lit(NEXT).alias("window"), pl.lit(targets[0].name).alias("target"), "domain", "index", "sample_id", "tokens",
+        *(pl.col("value").alias(name) for name in VALUES),
     )  # fmt: skip
+    return Slopes(folder=folder, values=values, **_timings(folder))
 
 
-def _combined(
-    measure: Callable[[Floats, pl.DataFrame, str], Floats],
-    samples: pl.DataFrame,
-    pilot: pl.DataFrame,
-    targets: Sequence[Target],
-    shares: Floats,
-    unit: float,
-) -> Floats:
-    """(N,) values for all targets together, each in the deviations that the pilot tells.
+def _together(ahead: NextStep, targets: Sequence[Target], weights: Mapping[str, float]) -> Floats:
+    """(1, P) the direction of all targets; each in the deviations of its values, as in `combined_values`."""
+    directions = read_arrays(ahead.folder / _DIRECTIONS)["directions"]
+    if len(targets) == 1:
+        return directions
+    scales = np.array([pooled_deviation(ahead.values.filter(target=target.name)) for target in targets])
+    shares = np.array([weights[target.name] for target in targets]) / sum(weights[target.name] for target in targets)
+    each = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
+    together: Floats = each[None].astype(directions.dtype) @ directions
+    return together
 
-    Args:
-        measure: `linear_values` of weights and samples, with the name of its files.
-        samples: N samples.
-        pilot: some of them; none: a single target.
-        targets: T targets.
-        shares: (T,) of each, summing to 1.
-        unit: what linear values are divided by.
-    """
-    if len(pilot):
-        found, tokens = measure(each_target(targets), pilot, "pilot") / unit, pilot["tokens"].to_numpy()
-        scales = np.array([pooled_deviation(pilot.with_columns(value=pl.Series(own * tokens))) for own in found.T])
-        shares = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
-    value: Floats = measure(shares[None] @ each_target(targets), samples, "slopes")[:, 0] / unit
-    return value
+
+def _of_target(probes: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
+    """Values (n,) per token of probes for one target."""
+    return probes.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value=pl.Series(values))
+
+
+def _part_frame(run: Run, folder: Path, probes: pl.DataFrame, targets: Sequence[Target], steps: int) -> pl.DataFrame:
+    names = pl.DataFrame({"of": range(len(targets)), "target": [target.name for target in targets]})
+    stored = pl.read_parquet(folder / "values.parquet").join(names, on="of", maintain_order="left")
+    probed = stored.join(probes, on=["domain", "sample_id"], maintain_order="left").with_columns(
+        *((pl.col("value") * pl.col("tokens")).alias(name) for name in VALUES)
+    )
+    return probe_frame(probed, NEXT, steps, step_tokens(run), partial(read_together, run, run))
+
+
+@contextmanager
+def _timed(folder: Path, replay: Replay) -> Iterator[Path]:
+    """A folder for what an interrupted call continues from; the time is added up, whatever happens."""
+    begin, scratch = perf_counter(), folder / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        yield scratch
+    finally:
+        add_time(folder, perf_counter() - begin, replay.unit_seconds)
+
+
+def _timings(folder: Path) -> dict[str, float]:
+    timings = read_json(folder / "timings.json")
+    return {"seconds": timings["seconds"], "cost_units": timings["cost_units"]}
 
 
 def replay_ahead(
@@ -192,8 +291,8 @@ def each_target(targets: Sequence[Target]) -> Floats:
 
 def linear_values(
     replay: Replay,
-    outlook: Outlook,
-    weights: Floats,
+    parameters: Tensor,
+    directions: Tensor,
     samples: pl.DataFrame,
     name: str,
     *,
@@ -204,19 +303,19 @@ def linear_values(
 
     Args:
         replay: of `Run.continued`.
-        outlook: for the R halves of some targets, one after the other.
-        weights: (V, R), what each value is of them.
+        parameters: (P,) of the current state.
+        directions: (V, P), see `probe.target_directions`.
         samples: N samples.
         name: of the files that an interrupted call continues from.
         read: gives the samples of a table in its order, some at a time.
         scratch: folder of those files.
     """
-    blocks, found = blocks_of(samples), []
-    moves = target_moves(replay, outlook, weights.tolist())
+    blocks, found = blocks_of(samples), [np.zeros((0, len(directions)))]
+    moves = moves_along(directions, parameters)
     for number, block in enumerate(progress(blocks, total=len(blocks), what=name, unit="block")):
         path = scratch / f"{name}-{number:06d}.npz"
         if not path.exists():
-            made = [forward_slopes(replay, outlook, moves, part) for part in read(block)]
+            made = [forward_slopes(replay, parameters, moves, part) for part in read(block)]
             write_arrays(path, {"slopes": np.concatenate(made)})
         found.append(read_arrays(path)["slopes"])
     values: Floats = -np.concatenate(found)
@@ -250,20 +349,3 @@ def look_ahead_units(run: Run, targets: Sequence[Target], steps: int, adjoint: A
 def slope_units(run: Run, targets: int, samples: int) -> float:
     """Forward+backward passes of the slopes of some samples."""
     return _FORWARD_UNITS * (1 + targets) * samples / step_samples(run)
-
-
-def _pilot(samples: pl.DataFrame, targets: int, seed: int) -> pl.DataFrame:
-    """Some samples of each domain, drawn by content; none for a single target, whose deviation does not matter."""
-    if targets == 1:
-        return samples.clear()
-    drawn = samples.with_columns(draw=pl.Series(generator(seed, "pilot").random(len(samples))))
-    return drawn.filter(pl.col("draw").rank("ordinal").over("domain") <= _PILOT).drop("draw")
-
-
-def _frame(samples: pl.DataFrame, values: pl.DataFrame, target: str) -> pl.DataFrame:
-    """The samples with their values (of all their tokens)."""
-    joined = samples.join(values, on=["domain", "sample_id"], maintain_order="left")
-    return joined.select(
-        pl.lit(SLOPES).alias("window"), pl.lit(target).alias("target"), "domain", "index", "sample_id", "tokens",
-        *((pl.col("value") * pl.col("tokens")).alias(name) for name in VALUES),
-    )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from curate.fidelity.measure import spearman, spearman_interval
+from curate.pools.draw import VALUES
 from curate.pools.features import likeness, ngram_features
 from curate.pools.predictor import fit, held_out_scores
 from curate.progress import progress
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.floating[Any]]
 
-VALUES = ("value", "value_a", "value_b")
 # What predictions are made from and how, part of their identity.
 PREDICTOR = ("hidden states", "n-grams", "likeness", "ridge: leave-one-out with domain means")
 _BLOCK = 4096  # samples whose features are held at once

@@ -9,8 +9,6 @@ import polars as pl
 
 from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
-from curate.pools.slopes import SLOPES
-from curate.pools.values import POOL
 from curate.trajectory.samples import SampleReader
 
 if TYPE_CHECKING:
@@ -18,11 +16,11 @@ if TYPE_CHECKING:
 
     from curate.embeddings.store import Embedding
     from curate.mixture.record import Mixture
-    from curate.pools.slopes import Slopes
+    from curate.pools.slopes import NextStep, Slopes
     from curate.pools.values import PoolValues
     from curate.trajectory.run import Run
 
-    Costed = Embedding | PoolValues | Slopes
+    Costed = Embedding | PoolValues | NextStep | Slopes
 
 EXAMPLES = 12  # most and least valuable samples of each window
 
@@ -109,22 +107,24 @@ def example_table(run: Run, values: pl.DataFrame, found: Mapping[tuple[str, str]
     return pl.DataFrame(rows)
 
 
-def cost_table(run: Run, made: Mapping[str, Costed], out: Path, seconds: float) -> pl.DataFrame:
+def cost_table(run: Run, made: Mapping[str, Costed | None], out: Path, seconds: float) -> pl.DataFrame:
     """What each phase cost, the stage's training for comparison.
 
     Args:
         run: of the stage.
-        made: what was valued, windows or the pool.
+        made: phase -> what it made; None: there was none.
         out: folder of the selection.
         seconds: that selecting took.
     """
     rows: list[dict[str, object]] = [{"phase": "training", "units": float(run.spec.steps), "note": "one per step"}]
-    for window, part in made.items():
+    for phase, part in made.items():
+        if part is None:
+            continue
         note = f"{100 * part.cost_units / run.spec.steps:.1f} % of the stage"
         size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
         rows.append(
             {
-                "phase": {POOL: "probe pool", SLOPES: "slopes"}.get(window, f"embed {window}"),
+                "phase": phase,
                 "units": part.cost_units,
                 "seconds": part.seconds,
                 "bytes": size,

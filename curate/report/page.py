@@ -70,6 +70,7 @@ def _content(data: ReportData) -> dict[str, Any]:
     shared: dict[str, Any] = {"windows": seen, "domains": drawn, "colours": colour}
     return {
         "windows": windows,
+        "seen": seen,
         "colours": colour,
         "headline": headline(data),
         "warnings": warnings(data),

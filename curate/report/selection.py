@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from curate.artifacts import SIGN
+from curate.pools.slopes import NEXT
 from curate.pools.values import POOL
 from curate.report.collect import (
     example_table,
@@ -68,7 +69,7 @@ def selection_report(
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
         settings=settings, reliability=tables["reliability"],
-        curve=value_curve(values.filter(pl.col("window") != POOL), training), training=training,
+        curve=value_curve(values.filter(~pl.col("window").is_in([POOL, NEXT])), training), training=training,
         domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
         shards=tables["between_shards"], costs=costs, residuals=residuals,

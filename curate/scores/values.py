@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from curate.deviation import pooled_deviation
-
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.target import Target
@@ -65,27 +63,3 @@ def embedded_values(embeddings: Mapping[str, Embedding], target: Target) -> pl.D
             value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
         )
     return pl.concat(frames)
-
-
-def combined_values(values: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:
-    """One value per row for several targets: the weighted mean of their values, each in its own standard deviations.
-
-    Args:
-        values: the values frames of one window, one target after the other, each with the same rows in the same order.
-        weights: target -> weight.
-
-    Returns:
-        The first target's frame with the combined `value` (without unit, where there is more than one target);
-        `value_a` and `value_b` stay its own.
-    """
-    first, *rest = weights
-    frame = values.filter(target=first)
-    if not rest:
-        return frame
-    total = np.zeros(len(frame))
-    for target, weight in weights.items():
-        part = values.filter(target=target)
-        scale = pooled_deviation(part)
-        if scale > 0:
-            total += weight / sum(weights.values()) * part["value"].to_numpy() / scale
-    return frame.with_columns(value=pl.Series(total))

@@ -59,9 +59,10 @@ class ShardsConfig(Config):
     the window as outside, by two forward passes over them (method curate with estimator adjoint; others predict).
     predict: by their text, in domains where held-out samples are ranked well enough (`probe.min_rank_correlation`);
     elsewhere, and with keep, they stand for the domain's mean of values. drop: leave them out."""
-    slopes_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of each domain whose slopes are taken, the samples most like the targets; the others stand for the mean of
-    these. 1, and with a `likeness_share` of 0: all."""
+    slopes_per_sample: float = Field(default=2.5, ge=1)
+    """How many samples of a domain have slopes for each one that the stage takes of it: those most like the targets,
+    and the part of every domain that scores are made from. The others stand for the mean of these. With a
+    `likeness_share` of 0: all have."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""

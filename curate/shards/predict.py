@@ -14,8 +14,9 @@ import numpy as np
 import polars as pl
 
 from curate.fidelity.measure import spearman, spearman_interval
+from curate.pools.draw import VALUES
 from curate.pools.features import ratios_of
-from curate.pools.spread import VALUES, FeatureReader, settled, spread
+from curate.pools.spread import FeatureReader, settled, spread
 from curate.rng import generator
 from curate.trajectory.samples import read_batches, usable_samples
 

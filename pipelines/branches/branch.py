@@ -168,13 +168,14 @@ def _selection(
 ) -> SelectConfig:
     config, guarded, pooled = arena.config, method in GUARDED, method == "probes"
     shares: dict[str, Any] = {"likeness_share": LIKENESS[method]} if method in LIKENESS else {}
-    mixture = MixtureConfig(window=config.window, guard_drop=config.guard_drop if guarded else 0.0, **shares)
+    mixture = MixtureConfig(guard_drop=config.guard_drop if guarded else 0.0, **shares)
     if method == "dsir":
         given: dict[str, Any] = {"importance_temperature": temperature}
     else:
         mixture, given = mixture.model_copy(update={"temperature": temperature}), {}
     return SelectConfig(
-        target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, window=config.window, out=out,
+        target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, out=out,
+        window="none" if method == "lean" else config.window,
         guard=general_file(arena.data, "select") if guarded else None,
         pool=arena.data / arena.case.pool if pooled else None, probe=ProbeConfig(overlap="keep"),
         method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),

@@ -16,12 +16,18 @@ from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["values", "likeness", "unguarded", "probes", "oracle"]
+BenchMethod = Method | Literal["lean", "values", "likeness", "unguarded", "probes", "oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-OURS: tuple[BenchMethod, ...] = ("curate", "values", "likeness", "unguarded", "probes")
-GUARDED: tuple[BenchMethod, ...] = ("curate", "values", "likeness", "probes")  # they may not lose general text
+OURS: tuple[BenchMethod, ...] = ("curate", "lean", "values", "likeness", "unguarded", "probes")
+GUARDED: tuple[BenchMethod, ...] = (
+    "curate",
+    "lean",
+    "values",
+    "likeness",
+    "probes",
+)  # they may not lose general text
 LIKENESS: Mapping[BenchMethod, float] = {"values": 0.0, "likeness": 1.0}  # its share, where it is not the default's
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
@@ -65,12 +71,13 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "values", "likeness", "probes", "unguarded", "proportional", "uniform", "random", "dsir", "grad-dot",
-        "less", "shapley", "shuffled", "oracle",
+        "curate", "lean", "values", "likeness", "probes", "unguarded", "proportional", "uniform", "random", "dsir",
+        "grad-dot", "less", "shapley", "shuffled", "oracle",
     )  # fmt: skip
-    """Methods of `curate.select`. curate has general text as its guard target, probes also values the whole pool from
-    the last state (`curate.select --pool`), unguarded is curate without the guard; values and likeness are its two
-    parts, each alone. oracle: a regression over a swarm of branches, or the pool without its noise."""
+    """Methods of `curate.select`. curate has general text as its guard target; lean is the same without a window and
+    scores domains by the next step; probes values the whole pool from the last state (`curate.select --pool`);
+    unguarded is curate without the guard; values and likeness are its two parts, each alone. oracle: a regression over
+    a swarm of branches, or the pool without its noise."""
     temperatures: tuple[float, ...] = (0.5, 0.35, 0.25, 0.15)
     """Temperatures of methods that value samples; the default is always run."""
     importance_temperatures: tuple[float, ...] = (128.0, 64.0, 32.0, 1.0)
@@ -170,7 +177,7 @@ class BranchesConfig(Config):
 
 def small(config: BranchesConfig) -> BranchesConfig:
     """The same bench in a few minutes: short stages, a case of each pool, no parts of curate; only dsir is swept."""
-    parts = {"values", "likeness", "unguarded"}
+    parts = {"lean", "values", "likeness", "unguarded"}
     return config.model_copy(
         update={
             "methods": tuple(method for method in config.methods if method not in parts),

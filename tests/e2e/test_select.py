@@ -61,10 +61,11 @@ def test_everything_is_written_and_agrees(folder, both):
     for name in FILES:
         assert (both / name).stat().st_size > 0, name
     scores = pl.read_parquet(both / "scores.parquet")
-    assert len(scores) == 2 * 4 * 6
-    assert set(scores["window"]) == {"early", "late"}
+    assert set(scores["window"]) == {"early", "late", "next_step"}
+    assert scores.filter(pl.col("window") != "next_step").height == 2 * 4 * 6
+    assert mixture.window == "late"
     domains = pl.read_parquet(both / "domains.parquet")
-    for window in ("early", "late"):
+    for window in ("early", "late", "next_step"):
         rows = scores.filter(window=window)
         for domain in ("json", "dataclasses"):
             mine = rows.filter(domain=domain)
@@ -316,7 +317,9 @@ def test_an_anchor_file_that_changed_is_another_selection(folder, tmp_path):
 
 def test_the_mixture_window_must_be_valued(folder):
     with pytest.raises(UserError, match=r"mixture.window 'late' is not among the valued windows"):
-        run_select(folder, window="early", mode="reweight")
+        run_select(folder, window="early", mode="reweight", mixture=MixtureConfig(window="late"))
+    out = run_select(folder, window="early", mode="reweight")
+    assert read_mixture(out / "mixture.yaml").window == "early"
 
 
 def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplog):

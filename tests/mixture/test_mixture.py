@@ -213,7 +213,11 @@ def test_equal_scores_keep_the_prior():
 
 def test_windows_are_never_mixed():
     both = pl.concat([scores((1, 0, -1), "early"), scores()])
-    late, alone = (decide(table, PRIOR, SUPPLY, 800, MixtureConfig(), ONE) for table in (both, scores()))
+    wanted = MixtureConfig(window="late")
+    late, alone = (decide(table, PRIOR, SUPPLY, 800, wanted, ONE) for table in (both, scores()))
+    assert decide(scores(), PRIOR, SUPPLY, 800, MixtureConfig(), ONE).domains == alone.domains
+    with pytest.raises(UserError, match="no scores for window 'auto' \\(there are early, late\\)"):
+        decide(both, PRIOR, SUPPLY, 800, MixtureConfig(), ONE)
     assert late.domains == alone.domains
     assert set(late.asked) == {"early", "late"}
     assert late.asked["late"] == alone.asked["late"]

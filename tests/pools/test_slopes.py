@@ -1,5 +1,6 @@
-"""Slopes of all samples of a run's streams on a tiny run, and the selection that is made by them."""
+"""Slopes of samples of a run's streams on a tiny run, and the selection that is made by them."""
 
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -7,18 +8,21 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from polars.testing import assert_frame_equal
+from polars.testing import assert_frame_equal, assert_series_equal
 
-from curate.choice import likely
+from curate.choice import candidates
+from curate.deviation import combined_values, pooled_deviation
 from curate.embeddings.adjoint_estimator import AdjointConfig
+from curate.errors import UserError
 from curate.formats.mds import COLUMNS, content_id, write_stream
+from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.pools.open import open_pool
 from curate.pools.probe import moved
-from curate.pools.slopes import value_all
+from curate.pools.slopes import NEXT, value_all, value_next
 from curate.pools.values import ProbeConfig, value_pool
+from curate.scores.domain import domain_scores
 from curate.scores.likeness import find_likeness, sample_likeness
-from curate.scores.values import combined_values
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.choose import ScreenConfig, ShardsConfig
@@ -27,7 +31,7 @@ from curate.target import load_target
 from curate.tracking import TrackingConfig
 from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
-from curate.trajectory.samples import usable_samples
+from curate.trajectory.samples import fresh_shares, trained_tokens, usable_samples
 from tests.tiny import SEQ_LEN, write_tiny_target
 
 WEIGHTS = {"target": 1.0, "general": 1.0}
@@ -46,44 +50,94 @@ def targets(folder, run, tmp_path_factory):
     return [load_target(path, run.spec, 100) for path in (folder / "target.jsonl", general)]
 
 
-def slopes(run, targets, weights=WEIGHTS, **settings):
-    samples = usable_samples(run.places)
-    return value_all(
-        run, run, samples, targets, weights, PROBE, adjoint=AdjointConfig(own_step="linear"), **settings
+def ahead(run, targets, least=10**6, steps=4, **settings):
+    probe = PROBE.model_copy(update={"min_per_domain": least, "steps": steps})
+    return value_next(
+        run, usable_samples(run.places), targets, probe, adjoint=AdjointConfig(own_step="linear"), **settings
     )  # fmt: skip
 
 
-def test_slopes_are_the_linear_values_of_probing_every_sample(run, targets, monkeypatch):
-    monkeypatch.setattr("curate.pools.slopes._PILOT", 10**6)
-    together, alone = slopes(run, targets).values, slopes(run, targets[:1]).values
+def slopes(run, targets, weights=WEIGHTS, least=6, samples=None, **settings):
+    samples = usable_samples(run.places) if samples is None else samples
+    return value_all(run, run, samples, ahead(run, targets, least, **settings), targets, weights, PROBE)
+
+
+def per_sample(values):
+    return values.select("domain", "sample_id", "value").sort("domain", "sample_id")["value"]
+
+
+def test_the_next_step_has_the_linear_values_of_probes(run, targets):
+    found = ahead(run, targets)
     pool = open_pool(run.folder.parent / "data", run, consumed(uses(stages(run))), "keep")
     probed = value_pool(run, pool, targets, PROBE, adjoint=AdjointConfig(own_step="linear")).every
     assert set(probed["source"]) == {"probe"}
-    whole = probed.with_columns(pl.col("value") * pl.col("tokens"))
-    for found, weights in ((together, WEIGHTS), (alone, {"target": 1.0})):
-        wanted = combined_values(whole, weights).select("domain", "sample_id", wanted="value")
-        both = found.join(wanted, on=["domain", "sample_id"])
-        assert len(both) == len(found) == len(run.places.unique("sample_id"))
+    assert set(found.values["window"]) == {NEXT}
+    assert len(found.values) == len(targets) * len(run.places.unique("sample_id"))
+    for target in targets:
+        wanted = probed.filter(target=target.name).select("domain", "sample_id", wanted="value")
+        both = found.values.filter(target=target.name).join(wanted, on=["domain", "sample_id"])
         centred = both.select(
-            pl.col(name) - pl.col(name).mean().over("domain") for name in ("value", "wanted")
-        )  # fmt: skip
+            one - one.mean().over("domain") for one in (pl.col("value") / pl.col("tokens"), pl.col("wanted"))
+        )
+        assert len(both) == len(wanted)
         assert (centred["value"] - centred["wanted"]).abs().max() < 0.02 * centred["wanted"].std()
+
+
+def test_one_step_ahead_needs_no_second_derivative(run, targets, monkeypatch):
+    wanted = ahead(run, targets[:1], least=10, steps=1)
+    shutil.rmtree(wanted.folder)
+    monkeypatch.setattr("curate.pools.probe.check_curvature", None)
+    monkeypatch.setattr("curate.pools.probe.adjoint_step", None)
+    with pytest.raises(TypeError):
+        ahead(run, targets[:1], least=10, steps=2)
+    assert_frame_equal(ahead(run, targets[:1], least=10, steps=1).values, wanted.values)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, {"target": 3.0, "general": 0.5}])
+def test_one_direction_gives_what_the_targets_do_together(run, targets, weights):
+    part, every = ahead(run, targets, 6), ahead(run, targets)
+    total = np.zeros(len(every.values) // 2)
+    for target in targets:
+        scale = pooled_deviation(part.values.filter(target=target.name))
+        values = every.values.filter(target=target.name)
+        total += weights[target.name] / sum(weights.values()) * values["value"].to_numpy() / scale
+    wanted = per_sample(every.values.filter(target=targets[0].name).with_columns(value=pl.Series(total)))
+    found = per_sample(slopes(run, targets, weights).values)
+    assert (found - wanted).abs().max() < 0.02 * wanted.std()
+
+
+def test_a_single_target_keeps_its_unit(run, targets):
+    wanted = per_sample(ahead(run, targets[:1]).values)
+    assert (per_sample(slopes(run, targets[:1]).values) - wanted).abs().max() < 0.02 * wanted.std()
+
+
+def test_what_the_next_step_values_is_not_passed_over_again(run, targets, monkeypatch):
+    part = ahead(run, targets, 6)
+    some = usable_samples(run.places).join(part.values, on="sample_id", how="semi", maintain_order="left")
+    monkeypatch.setattr("curate.pools.slopes.forward_slopes", None)
+    found = slopes(run, targets, samples=some).values
+    assert_series_equal(per_sample(found), per_sample(combined_values(part.values, WEIGHTS)))
 
 
 def test_they_are_continued_and_kept(run, targets, monkeypatch):
     wanted = slopes(run, targets, batch_size=7)
     shutil.rmtree(wanted.folder)
+    shutil.rmtree(ahead(run, targets, 6).folder)
     monkeypatch.setattr("curate.pools.spread._BLOCK", 50)
-    with monkeypatch.context() as patch:
-        patch.setattr("curate.pools.slopes.replacing", None)  # the blocks are there, the table is not
-        with pytest.raises(TypeError):
-            slopes(run, targets)
-    assert len(list((wanted.folder / "scratch").glob("slopes-*.npz"))) > 2
-    monkeypatch.setattr("curate.pools.slopes.forward_slopes", None)
-    found = slopes(run, targets)
-    assert (found.values["value"] - wanted.values["value"]).abs().max() < 0.02 * wanted.values["value"].std()
-    assert not (found.folder / "scratch").exists()
+    for number, find in enumerate((lambda: ahead(run, targets, 6), lambda: slopes(run, targets))):
+        with monkeypatch.context() as patch:
+            patch.setattr("curate.pools.slopes.replacing", None)  # the blocks are there, the table is not
+            with pytest.raises(TypeError):
+                find()
+        blocks = list(run.folder.glob(f"pools/*/scratch/{('part', 'slopes')[number]}-*.npz"))
+        assert len(blocks) > number
+        with monkeypatch.context() as patch:
+            patch.setattr("curate.pools.slopes.forward_slopes", None)
+            found = find()
+        assert not (found.folder / "scratch").exists()
+    assert (per_sample(found.values) - per_sample(wanted.values)).abs().max() < 0.02 * wanted.values["value"].std()
     monkeypatch.setattr("curate.pools.slopes.look_ahead", None)
+    monkeypatch.setattr("curate.pools.slopes.linear_values", None)
     assert_frame_equal(slopes(run, targets).values, found.values)
     assert found.cost_units > 0
 
@@ -91,39 +145,78 @@ def test_they_are_continued_and_kept(run, targets, monkeypatch):
 def selected(folder, out, shards=None, **settings):
     usual = {"drop_fraction": 0.5, "sample_temperature": 0, "likeness_share": 0, "duplicate_overlap": 1}
     shards = ShardsConfig(**{**usual, **(shards or {})}, screen=ScreenConfig(mode="none"))
+    probe = PROBE.model_copy(update={"min_per_domain": 6})
     config = SelectConfig(
-        run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, window="late",
-        budget_tokens=20 * SEQ_LEN, tracking=TrackingConfig(mode="none"), shards=shards, probe=PROBE, out=out,
-        **{"mode": "filter", **settings},
+        run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, budget_tokens=20 * SEQ_LEN,
+        tracking=TrackingConfig(mode="none"), shards=shards, probe=probe, out=out,
+        **{"mode": "filter", "window": "late", **settings},
     )  # fmt: skip
     return select(config, Run(config.run, config.streams))
 
 
-def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, tmp_path):
+@pytest.mark.parametrize("window", ["late", "none"])
+def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, tmp_path, window):
     path = tmp_path / "general.jsonl"
     write_tiny_target(path, documents=18)
-    out = selected(folder, tmp_path / "out", guard=path)
+    out = selected(folder, tmp_path / "out", guard=path, window=window)
     values = slopes(run, targets).values
     per_token = values.with_columns(x=pl.col("value") / pl.col("tokens"))
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
-    for domain, part in read_mixture(out / "mixture.yaml").domains.items():
+    mixture = read_mixture(out / "mixture.yaml")
+    assert mixture.window == (NEXT if window == "none" else "late")
+    for domain, part in mixture.domains.items():
         own = per_token.filter(domain=domain).sort("x", descending=True)
         best = own.head(part.samples)["sample_id"]
         assert part.samples > 0
         assert not set(best) & set(dropped.filter(domain=domain)["sample_id"])
     judged = pl.read_parquet(out / "predicted.parquet")
-    scores = combined_values(pl.read_parquet(out / "scores.parquet"), WEIGHTS)
-    own = scores.group_by("domain", "sample_id").agg(pl.col("value").sum() / pl.col("tokens").sum())
+    scores = pl.read_parquet(out / "scores.parquet")
+    assert set(scores["window"]) == {NEXT} | ({"late"} if window == "late" else set())
+    own = combined_values(scores.filter(window="late"), WEIGHTS)
+    own = own.group_by("domain", "sample_id").agg(pl.col("value").sum() / pl.col("tokens").sum())
     both = own.join(per_token, on=["domain", "sample_id"])
     for row in judged.iter_rows(named=True):
         pairs = both.filter(domain=row["domain"])
         assert (row["used"], row["probed"]) == ("slopes", len(pairs))
-        assert row["spearman"] == pytest.approx(pairs.select(pl.corr("value", "x", method="spearman")).item())
-    assert "What samples are chosen by" in (out / "report.html").read_text(encoding="utf-8")
+        assert window == "late" or (row["probed"], row["spearman"]) == (0, None)
+        assert window == "none" or row["spearman"] == pytest.approx(
+            pairs.select(pl.corr("value", "x", method="spearman")).item()
+        )
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "What samples are chosen by" in page
+    assert ("Value over training" in page) == (window == "late")
+    phases = set(pl.read_parquet(out / "costs.parquet")["phase"])
+    assert phases == {"training", "next step", "slopes", "select"} | ({"embed late"} if window == "late" else set())
+
+
+def test_a_window_that_is_valued_for_the_report_changes_no_byte_of_the_data(folder, tmp_path):
+    given = {"shards": {"likeness_share": 0.5}, "mixture": MixtureConfig(window=NEXT)}
+    first, second = (selected(folder, tmp_path / window, window=window, **given) for window in ("late", "none"))
+    names = sorted(path.relative_to(first / "data") for path in (first / "data").rglob("*") if path.is_file())
+    assert names
+    for name in names:
+        assert (first / "data" / name).read_bytes() == (second / "data" / name).read_bytes(), name
+
+
+def test_streams_are_weighted_by_the_next_step_where_no_window_is_valued(folder, run, targets, tmp_path):
+    out = selected(folder, tmp_path / "out", mode="reweight", window="none")
+    assert read_mixture(out / "mixture.yaml").window == NEXT
+    assert not (out / "predicted.parquet").exists()
+    part = ahead(run, targets[:1], 6).values
+    wanted = domain_scores(part, trained_tokens(run), seed=0, fresh=fresh_shares(run))
+    found = pl.read_parquet(out / "domains.parquet")
+    assert found["value_score"].to_list() == pytest.approx(wanted["score"].to_list())
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "dvemb"}, {"method": "less"}])
+def test_only_curate_with_adjoint_looks_ahead(folder, tmp_path, settings):
+    with pytest.raises(UserError, match="values windows only: set window to early, late or both"):
+        selected(folder, tmp_path / "out", window="none", **settings)
 
 
 def test_baselines_and_streams_that_are_only_weighted_have_none(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("curate.choice.value_all", None)
+    monkeypatch.setattr("curate.choice.value_next", None)
     for name, settings in (("less", {"method": "less"}), ("dvemb", {"estimator": "dvemb"})):
         assert "slopes" not in set(
             pl.read_parquet(selected(folder, tmp_path / name, **settings) / "predicted.parquet")["used"]
@@ -133,30 +226,42 @@ def test_baselines_and_streams_that_are_only_weighted_have_none(folder, tmp_path
 
 
 def test_only_the_samples_most_like_the_targets_have_slopes():
-    samples = pl.DataFrame({"domain": ["a"] * 5 + ["b"], "sample_id": range(6)})
-    texts = samples.with_columns(likeness=pl.Series([0.1, 0.5, 0.5, -2.0, 0.5, 0.0]))
-    assert likely(samples, texts, 0.4)["sample_id"].to_list() == [1, 2, 5]
-    assert likely(samples, texts, 1.0).equals(samples)
-    assert likely(samples, None, 0.4).equals(samples)
+    samples = pl.DataFrame({"domain": ["a"] * 5 + ["b", "c"], "sample_id": range(7)})
+    texts = samples.with_columns(likeness=pl.Series([0.1, 0.5, 0.5, -2.0, 0.5, 0.0, 0.0]))
+    none, wanted = samples.select("sample_id").clear(), {"a": 1, "b": 1}
+
+    def chosen(texts, per, also=none):
+        return candidates(samples, texts, wanted, per, also)["sample_id"].to_list()
+
+    assert chosen(texts, 1.5) == [1, 2, 5]
+    assert chosen(texts, 1.5, pl.DataFrame({"sample_id": [0, 6]})) == [0, 1, 2, 5, 6]
+    assert chosen(texts, 9) == [0, 1, 2, 3, 4, 5]
+    assert chosen(None, 1.0) == list(range(7))
 
 
-def test_half_of_each_domain_has_slopes_and_the_rest_its_likeness(folder, run, targets, tmp_path, monkeypatch):
+def test_slopes_are_of_some_for_each_sample_that_the_stage_takes(folder, run, targets, tmp_path, monkeypatch):
     asked = []
 
-    def spy(run, stock, samples, *args, **settings):
-        asked.append(samples)
-        return value_all(run, stock, samples, *args, **settings)
+    def spy(run, stock, samples, ahead, *args, **settings):
+        asked.append((samples, ahead))
+        return value_all(run, stock, samples, ahead, *args, **settings)
 
     monkeypatch.setattr("curate.choice.value_all", spy)
-    out = selected(folder, tmp_path / "out", {"likeness_share": 0.5, "consume_once": True, "drop_fraction": 0})
+    shards = {"likeness_share": 0.5, "consume_once": True, "drop_fraction": 0, "slopes_per_sample": 1.5}
+    out = selected(folder, tmp_path / "out", shards, window="none")
     like = find_likeness(run, targets[:1], dict.fromkeys(run.streams, 1.0), 0)
     samples = usable_samples(run.places)
     texts = sample_likeness(run, samples, like, {"target": 1.0})
     used = consumed(uses(stages(run)))
     left = samples.join(texts, on=["domain", "sample_id"]).join(used, on="sample_id", how="anti")
+    taken, (found, part) = read_mixture(out / "mixture.yaml").domains, asked[0]
+    also = set(part.values["sample_id"])
+    assert not also & set(used["sample_id"])
     for (domain,), own in left.group_by("domain"):
-        best = own.sort("likeness", descending=True).head(len(own) // 2)["sample_id"]
-        assert set(asked[0].filter(domain=domain)["sample_id"]) == set(best)
+        most = math.ceil(1.5 * taken[domain].samples)
+        assert taken[domain].epochs < 2
+        best = own.sort("likeness", "sample_id", descending=[True, False]).head(most)["sample_id"]
+        assert set(found.filter(domain=domain)["sample_id"]) == set(best) | (also & set(own["sample_id"]))
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
     assert dropped["value"].null_count() > 0
     assert (dropped.filter(pl.col("reason") == "consumed").height) == len(used)
