@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from curate.artifacts import replacing
+from curate.pools.slopes import NEXT
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
@@ -152,6 +153,8 @@ def headline(data: ReportData) -> str:
         if row["domain"] in shares
     ]
     found = f"In the {data.mixture_window} window {best['domain']} helped the target most and {worst['domain']} least."
+    if data.mixture_window == NEXT:
+        found = f"In the next step {best['domain']} would help the target most and {worst['domain']} least."
     return f"{found} Their shares of the tokens: {listed(changes)}." if changes else found
 
 
@@ -199,7 +202,7 @@ def warnings(data: ReportData) -> list[str]:
 
 def facts(data: ReportData) -> list[tuple[str, str]]:
     """Name and value of what identifies the selection."""
-    horizons = [f"{window} at {horizon.replace('_', ' ')}" for window, horizon in data.horizons.items()]
+    horizons = [f"{window} at {horizon}".replace("_", " ") for window, horizon in data.horizons.items()]
     delivered = int(data.mixture["tokens"].sum())
     weights = data.mixture.filter(pl.col("weight") > 0)["weight"]
     entropy = float(-(weights * weights.log()).sum())
