@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.mixture.constraints import thinned
-from curate.pools.slopes import NEXT, value_all, value_next
+from curate.pools.slopes import value_all, value_next
 from curate.scores.methods import VALUED
-from curate.selection import aims_of, sample_weights, takes_slopes
-from curate.stock import budget_of, left_of
+from curate.selection import looks_ahead, sample_weights, takes_slopes
+from curate.stock import left_of, pool_of, solve
 from curate.trajectory.samples import trained_tokens, usable_samples
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def likeness_of(stock: Stock, targets: Sequence[Target]) -> Likeness | None:
     return find_likeness(stock.run, targets, stock.trained, config.seed)
 
 
-def look_ahead(stock: Stock, run: Run, targets: Sequence[Target], used: pl.DataFrame) -> NextStep | None:
+def next_step_of(stock: Stock, run: Run, targets: Sequence[Target], used: pl.DataFrame) -> NextStep | None:
     """What the targets ask of the next step, where anything depends on it.
 
     Args:
@@ -83,7 +83,7 @@ def look_ahead(stock: Stock, run: Run, targets: Sequence[Target], used: pl.DataF
         used: what was trained on, see `trajectory.ledger.consumed`.
     """
     config = stock.config
-    if config.mixture.window != NEXT and not takes_slopes(config):
+    if not looks_ahead(config):
         return None
     samples = usable_samples(run.places.filter(pl.col("domain").is_in(list(trained_tokens(run)))))
     if config.shards.consume_once:
@@ -128,13 +128,14 @@ def choice_of(
         values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
         _say_judged(judged)
         return Choice(values=values, likeness=texts, predicted=judged)
-    if known.ahead is None or not takes_slopes(config):
+    if not takes_slopes(config):
         return Choice(values=values, likeness=texts)
+    assert known.ahead is not None
     if config.shards.consume_once:
         samples = samples.join(used, on="sample_id", how="anti", maintain_order="left")
     if samples.is_empty():  # what is left is said where the mixture is made
         return Choice(values=values, likeness=texts)
-    wanted = _draft(stock, targets[0], known.domains, values.clear(), used)
+    wanted = _draft(stock, targets[0], known, used)
     also = known.ahead.values.select("sample_id").unique()
     slopes = value_all(
         run, stock.run, candidates(samples, texts, wanted, config.shards.slopes_per_sample, also), known.ahead, aimed,
@@ -176,35 +177,16 @@ def candidates(
     ).drop("likeness", "most")
 
 
-def _draft(
-    stock: Stock, target: Target, domains: pl.DataFrame, none: pl.DataFrame, used: pl.DataFrame
-) -> dict[str, int]:
+def _draft(stock: Stock, target: Target, known: Known, used: pl.DataFrame) -> dict[str, int]:
     """About how many samples of each domain the stage takes: the mixture as if no text were held out or doubled.
-
-    Args:
-        stock: what the stage draws from.
-        target: of the selection.
-        domains: their scores.
-        none: a values frame of no samples, which decide nothing here.
-        used: what was trained on.
 
     Raises:
         UserError: the constraints conflict; they would when it is known which samples are left out.
     """
-    from curate.mixture.schedule import decide_stage
-    from curate.shards.plan import make_pool
-
-    config = stock.config
-    catalogues = {str(domain): table for (domain,), table in stock.run.catalogue.group_by("domain")}
-    pool = make_pool(
-        {domain: catalogues[domain] for domain in stock.trained}, none, used, consume_once=config.shards.consume_once
-    )
+    pool = pool_of(stock, known.every.clear(), used)  # what they are worth decides nothing here
     prior, supply, mixing = left_of(stock, pool, say=False)
-    kept = {domain: thinned(own, config.shards.drop_fraction or 0.0) for domain, own in supply.items()}
-    scores = domains.filter(pl.col("domain").is_in(list(prior)))
-    mixture = decide_stage(
-        scores, prior, kept, budget_of(config, stock.trained), mixing, config.schedule, aims_of(config, target)
-    )
+    kept = {domain: thinned(own, stock.config.shards.drop_fraction or 0.0) for domain, own in supply.items()}
+    mixture = solve(stock, known.domains, target, (prior, kept, mixing))
     return {domain: min(part.samples, kept[domain].samples) for domain, part in mixture.domains.items()}
 
 

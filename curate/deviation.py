@@ -33,8 +33,25 @@ def pooled_deviation(group: pl.DataFrame) -> float:
     return deviation if tokens and deviation > EQUAL * largest else 0.0
 
 
+def target_shares(values: pl.DataFrame, weights: Mapping[str, float]) -> dict[str, float]:
+    """What each of several targets' values is multiplied by in their mean, each in its own standard deviations.
+
+    Args:
+        values: the values frames of one window, one target after the other.
+        weights: target -> weight.
+
+    Returns:
+        target -> factor; 1 for a single target, which keeps its unit, and 0 where no value differs.
+    """
+    if len(weights) == 1:
+        return dict.fromkeys(weights, 1.0)
+    scales = {target: pooled_deviation(values.filter(target=target)) for target in weights}
+    whole = sum(weights.values())
+    return {target: weight / whole / scales[target] if scales[target] else 0.0 for target, weight in weights.items()}
+
+
 def combined_values(values: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:
-    """One value per row for several targets: the weighted mean of their values, each in its own standard deviations.
+    """One value per row for several targets, see `target_shares`.
 
     Args:
         values: the values frames of one window, one target after the other, each with the same rows in the same order.
@@ -44,14 +61,8 @@ def combined_values(values: pl.DataFrame, weights: Mapping[str, float]) -> pl.Da
         The first target's frame with the combined `value` (without unit, where there is more than one target);
         `value_a` and `value_b` stay its own.
     """
-    first, *rest = weights
-    frame = values.filter(target=first)
-    if not rest:
-        return frame
+    frame = values.filter(target=next(iter(weights)))
     total = np.zeros(len(frame))
-    for target, weight in weights.items():
-        part = values.filter(target=target)
-        scale = pooled_deviation(part)
-        if scale > 0:
-            total += weight / sum(weights.values()) * part["value"].to_numpy() / scale
+    for target, share in target_shares(values, weights).items():
+        total += share * values.filter(target=target)["value"].to_numpy()
     return frame.with_columns(value=pl.Series(total))

@@ -14,16 +14,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
-from curate.choice import Choice, Known, choice_of, likeness_of, look_ahead
+from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
 from curate.pools.slopes import NEXT
 from curate.pools.values import POOL, value_pool
 from curate.progress import start_logging
 from curate.scores.methods import VALUED
-from curate.selection import SelectConfig, aims_of, check_data, settings_of
+from curate.selection import SelectConfig, check_data, settings_of
 from curate.shards.deliver import deliver
-from curate.stock import Stock, budget_of, left_of, open_stock, with_mixture
+from curate.stock import Stock, budget_of, left_of, open_stock, pool_of, solve, with_mixture
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
 from curate.trajectory.run import Run, find_run
 from curate.trajectory.samples import fresh_shares, samples_fingerprint
@@ -72,11 +72,12 @@ def select(config: SelectConfig, run: Run) -> Path:
         return out
     check_startable(out, settings)
     valued, ledger = config.method in VALUED, uses(stages(run, config.earlier))
-    stock = open_stock(config, run, consumed(ledger))
+    used = consumed(ledger)
+    stock = open_stock(config, run, used)
     config = stock.config
     targets = [target, *other_targets(config, run, target)]
     found = _found(stock, run, targets) if valued else {}
-    ahead = look_ahead(stock, run, targets, consumed(ledger))
+    ahead = next_step_of(stock, run, targets, used)
     embedded = perf_counter()
     every, tables, keys = _scored(stock, run, targets, found, ahead)
     like = likeness_of(stock, targets)
@@ -85,15 +86,14 @@ def select(config: SelectConfig, run: Run) -> Path:
     facts: dict[str, Any] = {"residuals": _residuals(found)}
     if config.branch_test:
         facts["branch_test"] = _branch_test(config, run, target, stock.trained, tables["domains"])
-        config = with_mixture(config, temperature=facts["branch_test"]["temperature"])
-        stock = replace(stock, config=config)
+        stock = replace(stock, config=with_mixture(config, temperature=facts["branch_test"]["temperature"]))
     tables["ledger"] = domain_ledger(stock.run, ledger)
     began = perf_counter()
     known = Known(every=every, domains=tables["domains"], pool=None if isinstance(found, dict) else found, ahead=ahead)
-    choice = choice_of(stock, run, targets, known, like, consumed(ledger))
+    choice = choice_of(stock, run, targets, known, like, used)
     embedded += 0.0 if choice.slopes is None else perf_counter() - began
     tables |= {} if choice.predicted is None else {"predicted": choice.predicted}
-    mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], consumed(ledger), target, keys)
+    mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], used, target, keys)
     start(out, settings)
     _write_tables(out, every, tables)
     delivered = deliver(
@@ -250,19 +250,14 @@ def _mix(
 
     Where a method draws samples, its `keys` alone say which are best.
     """
-    import polars as pl
-
     from curate.mixture.record import with_tokens
-    from curate.mixture.schedule import decide_stage
     from curate.scores.reliability import LENGTH_BIAS
     from curate.shards.choose import keep_best, length_correlation, with_keys
-    from curate.shards.plan import make_plan, make_pool
+    from curate.shards.plan import make_plan
     from curate.shards.sift import read_held_out, sift
 
     config, run, trained = stock.config, stock.run, stock.trained
-    catalogues = {str(domain): table for (domain,), table in run.catalogue.group_by("domain")}
-    known = {domain: catalogues[domain] for domain in trained}
-    pool = make_pool(known, choice.values, used, likeness=choice.likeness, consume_once=config.shards.consume_once)
+    pool = pool_of(stock, choice.values, used, choice.likeness)
     aimed = [config.target, *map(Path, config.more_targets), *([config.guard] if config.guard else [])]
     held = read_held_out(aimed, config.shards.screen, run.spec)
     grain = stock.grain
@@ -270,10 +265,8 @@ def _mix(
         pool, run.streams, held, config.shards, filtered=config.mode != "reweight", seed=config.seed,
         parents=None if grain is None else grain.parents,
     )  # fmt: skip
-    prior, supply, mixing = left_of(stock, pool)
-    domains = domains.filter(pl.col("domain").is_in(list(prior)))
     budget = budget_of(config, trained)
-    mixture = decide_stage(domains, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
+    mixture = solve(stock, domains, target, left_of(stock, pool))
     samples = {**dict.fromkeys(trained, 0), **{domain: part.samples for domain, part in mixture.domains.items()}}
     if config.mode != "reweight":
         pool = pool if keys is None else with_keys(pool, keys)

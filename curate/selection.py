@@ -136,7 +136,7 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
         unvalued = chosen["shards"]["unvalued"] = unvalued_of(config)
         if unvalued == "predict":
             more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
-    if config.pool is None and (takes_slopes(config) or (config.method in VALUED and window_of(config) == NEXT)):
+    if looks_ahead(config):
         more["ahead"] = [config.probe.steps, config.probe.lr_share, config.probe.min_per_domain]
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)
@@ -170,6 +170,12 @@ def takes_slopes(config: SelectConfig) -> bool:
     """Whether samples are chosen by what one more use of each would do now."""
     chosen = config.mode != "reweight" and config.pool is None and config.shards.likeness_share < 1
     return chosen and unvalued_of(config) == "slopes"
+
+
+def looks_ahead(config: SelectConfig) -> bool:
+    """Whether anything depends on the next step."""
+    scored = config.pool is None and config.method in VALUED and window_of(config) == NEXT
+    return scored or takes_slopes(config)
 
 
 def window_of(config: SelectConfig) -> str:

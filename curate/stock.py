@@ -8,23 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from curate.errors import UserError
 from curate.mixture.conflicts import check_settings
+from curate.mixture.schedule import decide_stage
 from curate.pools.open import leaves_out_old, open_pool
 from curate.pools.values import POOL
 from curate.scores.methods import VALUED
-from curate.selection import unvalued_of, window_of
+from curate.selection import aims_of, unvalued_of, window_of
 from curate.shards.grain import divide, mixture_of_parts
-from curate.shards.plan import supply_of
+from curate.shards.plan import make_pool, supply_of
 from curate.trajectory.samples import trained_tokens
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from curate.mixture.constraints import MixtureConfig, Supply
+    from curate.mixture.record import Mixture
     from curate.pools.open import Pool
     from curate.selection import SelectConfig
     from curate.shards.grain import Grain
+    from curate.target import Target
     from curate.trajectory.run import Run
 
 _log = logging.getLogger(__name__)
@@ -80,6 +83,42 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
         stock = Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
     check_settings(stock.config.mixture, stock.trained)
     return stock
+
+
+def pool_of(
+    stock: Stock, values: pl.DataFrame, used: pl.DataFrame, likeness: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """Every sample that the stage can draw, see `shards.plan.make_pool`.
+
+    Args:
+        stock: what the stage draws from.
+        values: that samples are chosen by.
+        used: what was trained on, see `trajectory.ledger.consumed`.
+        likeness: see `scores.likeness.sample_likeness`.
+    """
+    catalogues = {str(domain): table for (domain,), table in stock.run.catalogue.group_by("domain")}
+    known = {domain: catalogues[domain] for domain in stock.trained}
+    return make_pool(known, values, used, likeness=likeness, consume_once=stock.config.shards.consume_once)
+
+
+def solve(
+    stock: Stock,
+    domains: pl.DataFrame,
+    target: Target,
+    left: tuple[Mapping[str, float], Mapping[str, Supply], MixtureConfig],
+) -> Mixture:
+    """The mixture of the stage, see `mixture.schedule.decide_stage`.
+
+    Args:
+        stock: what the stage draws from.
+        domains: scores of its domains.
+        target: of the selection.
+        left: see `left_of`.
+    """
+    config, (prior, supply, mixing) = stock.config, left
+    scores = domains.filter(pl.col("domain").is_in(list(prior)))
+    budget = budget_of(config, stock.trained)
+    return decide_stage(scores, prior, supply, budget, mixing, config.schedule, aims_of(config, target))
 
 
 def left_of(

@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
-from curate.deviation import combined_values, pooled_deviation
+from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
 from curate.pools.draw import VALUES, draw_probes, probe_frame
@@ -144,7 +144,7 @@ def value_next(
             "step, %.0f to value %s samples for each",
             looking + passes, looking, passes, f"{len(probes):,}",
         )  # fmt: skip
-        with _timed(folder, replay) as scratch:
+        with timed(folder, replay) as scratch:
             losses = [half for target in targets for half in target.halves]
             outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
             directions = target_directions(replay, outlook, each_target(targets).tolist())
@@ -158,7 +158,10 @@ def value_next(
         seal(folder, "next step", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     return NextStep(
-        folder=folder, values=_part_frame(run, folder, probes, targets, ahead), fingerprint=identity, **_timings(folder)
+        folder=folder,
+        values=_part_frame(run, folder, probes, targets, ahead),
+        fingerprint=identity,
+        **timings_of(folder),
     )
 
 
@@ -190,12 +193,13 @@ def value_all(
         device: of the model.
         tolerance: of the replay, where the run has no snapshot at its end.
     """
-    known = combined_values(ahead.values, {target.name: weights[target.name] for target in targets})
+    aimed = {target.name: weights[target.name] for target in targets}
+    known = combined_values(ahead.values, aimed)
     rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
     settings = {
         "next": ahead.fingerprint,
         "samples": samples_fingerprint(rest),
-        "weights": [weights[target.name] for target in targets],
+        "weights": list(aimed.values()),
     }
     folder = run.folder / "pools" / f"slopes-{targets[0].name}-{fingerprint(settings)[:8]}"
     if not is_complete(folder, settings):
@@ -204,11 +208,12 @@ def value_all(
             "valuing %s samples for the next step will cost about %.0f forward+backward passes",
             f"{len(rest):,}", slope_units(run, 1, len(rest)),
         )  # fmt: skip
-        with _timed(folder, replay) as scratch:
+        with timed(folder, replay) as scratch:
             parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-            together = _together(ahead, targets, weights)
+            directions = parameters.new_tensor(read_arrays(ahead.folder / _DIRECTIONS)["directions"])
+            shares = parameters.new_tensor(list(target_shares(ahead.values, aimed).values()))
             value = linear_values(
-                replay, parameters, parameters.new_tensor(together), rest, "slopes",
+                replay, parameters, shares[None] @ directions, rest, "slopes",
                 read=partial(read_together, run, stock), scratch=scratch,
             ) / (step_tokens(run) * config.lr_share)  # fmt: skip
             with replacing(folder / "values.parquet") as part:
@@ -222,19 +227,7 @@ def value_all(
         pl.lit(NEXT).alias("window"), pl.lit(targets[0].name).alias("target"), "domain", "index", "sample_id", "tokens",
         *(pl.col("value").alias(name) for name in VALUES),
     )  # fmt: skip
-    return Slopes(folder=folder, values=values, **_timings(folder))
-
-
-def _together(ahead: NextStep, targets: Sequence[Target], weights: Mapping[str, float]) -> Floats:
-    """(1, P) the direction of all targets; each in the deviations of its values, as in `combined_values`."""
-    directions = read_arrays(ahead.folder / _DIRECTIONS)["directions"]
-    if len(targets) == 1:
-        return directions
-    scales = np.array([pooled_deviation(ahead.values.filter(target=target.name)) for target in targets])
-    shares = np.array([weights[target.name] for target in targets]) / sum(weights[target.name] for target in targets)
-    each = np.divide(shares, scales, out=np.zeros_like(shares), where=scales > 0)
-    together: Floats = each[None].astype(directions.dtype) @ directions
-    return together
+    return Slopes(folder=folder, values=values, **timings_of(folder))
 
 
 def _of_target(probes: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
@@ -252,7 +245,7 @@ def _part_frame(run: Run, folder: Path, probes: pl.DataFrame, targets: Sequence[
 
 
 @contextmanager
-def _timed(folder: Path, replay: Replay) -> Iterator[Path]:
+def timed(folder: Path, replay: Replay) -> Iterator[Path]:
     """A folder for what an interrupted call continues from; the time is added up, whatever happens."""
     begin, scratch = perf_counter(), folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -262,7 +255,8 @@ def _timed(folder: Path, replay: Replay) -> Iterator[Path]:
         add_time(folder, perf_counter() - begin, replay.unit_seconds)
 
 
-def _timings(folder: Path) -> dict[str, float]:
+def timings_of(folder: Path) -> dict[str, float]:
+    """`seconds` and `cost_units` that an artifact took."""
     timings = read_json(folder / "timings.json")
     return {"seconds": timings["seconds"], "cost_units": timings["cost_units"]}
 

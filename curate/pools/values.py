@@ -12,17 +12,15 @@ import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, is_complete, read_json, replacing, seal
+from curate.artifacts import fingerprint, is_complete, replacing, seal
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
-from curate.embeddings.store import add_time
 from curate.errors import UserError
 from curate.pools.draw import VALUES, draw_probes, probe_frame
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
@@ -37,6 +35,8 @@ from curate.pools.slopes import (
     slope_units,
     step_samples,
     step_tokens,
+    timed,
+    timings_of,
 )
 from curate.pools.spread import PREDICTOR, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
@@ -163,16 +163,10 @@ def value_pool(
     if not is_complete(folder, settings):
         replay = replay_ahead(run, targets, config.steps, config.lr_share, device, tolerance)
         work.say_cost(replay)
-        begin = perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            work.make(replay, folder, batch_size)
-        finally:
-            add_time(folder, perf_counter() - begin, replay.unit_seconds)
+        with timed(folder, replay) as scratch:
+            work.make(replay, folder, scratch, batch_size)
         seal(folder, "pool values", settings, targets=[target.name for target in targets])
-        _log.info(
-            "valuing the pool took %.0f forward+backward passes", read_json(folder / "timings.json")["cost_units"]
-        )
+        _log.info("valuing the pool took %.0f forward+backward passes", timings_of(folder)["cost_units"])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     found = work.open(folder)
     _say_domains(found.domains, config)
@@ -233,10 +227,8 @@ class _Work:
     def _reads_hidden(self, replay: Replay) -> bool:
         return self.config.hidden_states and output_layer(replay.model) is not None
 
-    def make(self, replay: Replay, folder: Path, batch_size: int) -> None:
+    def make(self, replay: Replay, folder: Path, scratch: Path, batch_size: int) -> None:
         """Probe, and value the rest."""
-        scratch = folder / "scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
         probes = self.probes
         losses = [half for target in self.targets for half in target.halves]
         self._check_tokens(probes, replay)
@@ -318,7 +310,6 @@ class _Work:
             places, on=["domain", "sample_id"], maintain_order="left"
         )
         domains = domains.join(names, on="of", maintain_order="left")
-        timings = read_json(folder / "timings.json")
         return PoolValues(
             folder=folder,
             probed=self._frame(every),
@@ -326,8 +317,7 @@ class _Work:
                 "target", "domain", "index", "sample_id", "length", "tokens", *VALUES, "source"
             ),
             domains=domains.select("target", pl.exclude("of", "target")),
-            seconds=timings["seconds"],
-            cost_units=timings["cost_units"],
+            **timings_of(folder),
         )  # fmt: skip
 
     def _frame(self, every: pl.DataFrame) -> pl.DataFrame:

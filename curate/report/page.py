@@ -72,6 +72,7 @@ def _content(data: ReportData) -> dict[str, Any]:
     return {
         "windows": windows,
         "seen": seen,
+        "scored_by": window_name(data.mixture_window),
         "colours": colour,
         "headline": headline(data),
         "warnings": warnings(data),
@@ -138,6 +139,11 @@ def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFram
     return grouped.select(frame.columns).sort("step", *keys), size
 
 
+def window_name(window: str) -> str:
+    """A window in words; the next step is none."""
+    return "next step" if window == NEXT else f"{window} window"
+
+
 def headline(data: ReportData) -> str:
     """The finding in two sentences, with its numbers."""
     scores = data.domains.filter((pl.col("window") == data.mixture_window) & (pl.col("samples") > 0)).sort(
@@ -145,16 +151,16 @@ def headline(data: ReportData) -> str:
     )
     shares = {row["domain"]: row for row in data.mixture.to_dicts()}
     if scores.is_empty():
-        return f"No sample of the {data.mixture_window} window was valued."
+        return f"No sample of the {window_name(data.mixture_window)} was valued."
     best, worst = scores.row(0, named=True), scores.row(-1, named=True)
     changes = [
         f"{row['domain']} from {percent(shares[row['domain']]['prior'])} to {percent(shares[row['domain']]['weight'])}"
         for row in (best, worst)
         if row["domain"] in shares
     ]
-    found = f"In the {data.mixture_window} window {best['domain']} helped the target most and {worst['domain']} least."
-    if data.mixture_window == NEXT:
-        found = f"In the next step {best['domain']} would help the target most and {worst['domain']} least."
+    helped = "would help" if data.mixture_window == NEXT else "helped"
+    found = f"In the {window_name(data.mixture_window)} {best['domain']} {helped} the target most and "
+    found += f"{worst['domain']} least."
     return f"{found} Their shares of the tokens: {listed(changes)}." if changes else found
 
 
@@ -173,7 +179,7 @@ def warnings(data: ReportData) -> list[str]:
         if residual > _WEAK_RESIDUAL
     ]
     found += [
-        f"Inside domains, a sample's value in the {window} window goes with its length (rank correlation "
+        f"Inside domains, a sample's value in the {window_name(window)} goes with its length (rank correlation "
         f"{signed(bias)}): choosing by value also chooses by length."
         for window, bias in data.length_bias.items()
         if abs(bias) > LENGTH_BIAS

@@ -21,13 +21,7 @@ DEFAULT_TEMPERATURE = MixtureConfig().temperature
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
 OURS: tuple[BenchMethod, ...] = ("curate", "lean", "values", "likeness", "unguarded", "probes")
-GUARDED: tuple[BenchMethod, ...] = (
-    "curate",
-    "lean",
-    "values",
-    "likeness",
-    "probes",
-)  # they may not lose general text
+GUARDED = tuple(method for method in OURS if method != "unguarded")  # they may not lose general text
 LIKENESS: Mapping[BenchMethod, float] = {"values": 0.0, "likeness": 1.0}  # its share, where it is not the default's
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
 GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
