@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.mixture.constraints import thinned
-from curate.pools.slopes import value_all, value_next
+from curate.pools.draw import VALUES
+from curate.pools.slopes import NEXT, predict_all, slope_units, value_all, value_next
 from curate.scores.methods import VALUED
 from curate.selection import looks_ahead, sample_weights, takes_slopes
+from curate.shards.choose import standing
 from curate.stock import left_of, pool_of, solve
 from curate.trajectory.samples import trained_tokens, usable_samples
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from curate.pools.slopes import NextStep, Slopes
     from curate.pools.values import PoolValues
     from curate.scores.likeness import Likeness
+    from curate.selection import SelectConfig
+    from curate.shards.choose import ShardsConfig
     from curate.stock import Stock
     from curate.target import Target
     from curate.trajectory.run import Run
@@ -35,8 +39,8 @@ class Choice:
     Attributes:
         values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
         likeness: see `scores.likeness.sample_likeness`; None: it has no share.
-        predicted: how good predicted values are, or how far slopes agree; see `shards.predict`.
-        slopes: what `values` are of, where they are slopes.
+        predicted: how good predicted values are, see `shards.predict` and `pools.slopes.predict_all`.
+        slopes: what some of them are, where samples have slopes of their own.
     """
 
     values: pl.DataFrame
@@ -85,21 +89,26 @@ def next_step_of(stock: Stock, run: Run, targets: Sequence[Target], used: pl.Dat
     config = stock.config
     if not looks_ahead(config):
         return None
-    samples = usable_samples(run.places.filter(pl.col("domain").is_in(list(trained_tokens(run)))))
-    if config.shards.consume_once:
-        left = samples.join(used, on="sample_id", how="anti", maintain_order="left")
-        samples = samples if left.is_empty() else left  # that nothing is left is said where the mixture is made
     return value_next(
-        run, samples, targets, config.probe,
+        run, _samples_of(run, config, used), targets, config.probe,
         adjoint=config.adjoint, seed=config.seed, device=config.device, batch_size=config.target_batch_size,
         tolerance=config.tolerance,
     )  # fmt: skip
 
 
+def _samples_of(run: Run, config: SelectConfig, used: pl.DataFrame) -> pl.DataFrame:
+    """What the next step is asked about: the samples that the stage may take, all where none are left."""
+    samples = usable_samples(run.places.filter(pl.col("domain").is_in(list(trained_tokens(run)))))
+    if config.shards.consume_once:
+        left = samples.join(used, on="sample_id", how="anti", maintain_order="left")
+        samples = samples if left.is_empty() else left  # that nothing is left is said where the mixture is made
+    return samples
+
+
 def choice_of(
     stock: Stock, run: Run, targets: Sequence[Target], known: Known, like: Likeness | None, used: pl.DataFrame
 ) -> Choice:
-    """Samples are chosen by slopes, by the values of a pool, or by those of the window and what they predict.
+    """Samples are chosen by what the next step asks for, by the values of a pool, or by those of the window.
 
     Args:
         stock: what the stage draws from.
@@ -111,7 +120,7 @@ def choice_of(
     """
     from curate.deviation import combined_values
     from curate.scores.likeness import sample_likeness
-    from curate.shards.predict import compare_slopes, predict_rest
+    from curate.shards.predict import predict_rest
 
     config, weights = stock.config, sample_weights(stock.config, targets[0])
     aimed = [target for target in targets if target.name in weights]
@@ -126,55 +135,95 @@ def choice_of(
         return Choice(values=values, likeness=texts)
     if config.shards.unvalued == "predict":
         values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
-        _say_judged(judged)
-        return Choice(values=values, likeness=texts, predicted=judged)
-    if not takes_slopes(config):
+        return Choice(values=values, likeness=texts, predicted=_judged(judged, config.mixture.window))
+    samples = (
+        samples.join(used, on="sample_id", how="anti", maintain_order="left") if config.shards.consume_once else samples
+    )
+    if not takes_slopes(config) or samples.is_empty():  # what is left is said where the mixture is made
         return Choice(values=values, likeness=texts)
+    return _by_the_next_step(stock, run, aimed, known, samples, texts, used)
+
+
+def _by_the_next_step(
+    stock: Stock,
+    run: Run,
+    targets: Sequence[Target],
+    known: Known,
+    samples: pl.DataFrame,
+    texts: pl.DataFrame | None,
+    used: pl.DataFrame,
+) -> Choice:
+    """Every sample has what its n-grams predict, the most promising slopes of their own."""
+    config, weights = stock.config, sample_weights(stock.config, targets[0])
     assert known.ahead is not None
-    if config.shards.consume_once:
-        samples = samples.join(used, on="sample_id", how="anti", maintain_order="left")
-    if samples.is_empty():  # what is left is said where the mixture is made
-        return Choice(values=values, likeness=texts)
-    wanted = _draft(stock, targets[0], known, used)
-    also = known.ahead.values.select("sample_id").unique()
-    slopes = value_all(
-        run, stock.run, candidates(samples, texts, wanted, config.shards.slopes_per_sample, also), known.ahead, aimed,
-        weights, config.probe, device=config.device, tolerance=config.tolerance,
+    predicted, judged = predict_all(
+        run, _samples_of(run, config, used), known.ahead, {target.name: weights[target.name] for target in targets},
+        config.probe.min_rank_correlation, config.seed,
     )  # fmt: skip
-    valued = every.filter(window=config.window_names[-1]) if config.window_names else every.clear()
-    judged = compare_slopes(samples, combined_values(valued, weights), slopes.values, config.seed)
-    if config.window_names:
-        _say_judged(judged)
-    return Choice(values=slopes.values, likeness=texts, predicted=judged, slopes=slopes)
+    values, slopes = _as_values(samples, targets[0], predicted), None
+    wanted = _draft(stock, targets[0], known, used)
+    if per_sample := _slopes_per_sample(config.shards, run, sum(wanted.values())):
+        likely = candidates(samples, values, texts, config.shards.likeness_share, wanted, per_sample)
+        slopes = value_all(
+            run, stock.run, likely, known.ahead, targets, weights, config.probe, device=config.device,
+            tolerance=config.tolerance,
+        )  # fmt: skip
+        rest = values.join(slopes.values, on="sample_id", how="anti", maintain_order="left")
+        values = pl.concat([slopes.values.select(values.columns), rest]).sort("domain", "sample_id")
+    return Choice(values=values, likeness=texts, predicted=_judged(judged, NEXT), slopes=slopes)
+
+
+def _slopes_per_sample(config: ShardsConfig, run: Run, taken: int) -> float:
+    """How many samples have slopes of their own for each of those that a stage takes."""
+    affordable = config.slopes_passes / slope_units(run, 1, 1)
+    return min(config.slopes_per_sample, affordable / max(taken, 1))
 
 
 def candidates(
-    samples: pl.DataFrame, texts: pl.DataFrame | None, wanted: Mapping[str, int], per_sample: float, also: pl.DataFrame
+    samples: pl.DataFrame,
+    values: pl.DataFrame,
+    texts: pl.DataFrame | None,
+    share: float,
+    wanted: Mapping[str, int],
+    per_sample: float,
 ) -> pl.DataFrame:
-    """The samples that are chosen among: the likeliest of each domain, some for each one that the stage takes.
+    """The samples that are passed over: the most promising of each domain, some for each one that the stage takes.
 
     Args:
         samples: rows of `usable_samples`.
-        texts: see `scores.likeness.sample_likeness`; None: nothing tells which are likely, all are.
+        values: the values frame that they would be chosen by otherwise.
+        texts: see `scores.likeness.sample_likeness`; None: likeness has no share.
+        share: of likeness.
         wanted: how many samples of each domain the stage takes.
         per_sample: how many for each of them.
-        also: `sample_id` of others.
 
     Returns:
         Those rows, in their order.
     """
+    per_token = values.select("sample_id", value=pl.col("value") / pl.col("tokens")).unique("sample_id")
+    told = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
     if texts is None:
-        return samples
+        told, share = told.with_columns(likeness=pl.lit(None, pl.Float64)), 0.0
+    else:
+        told = told.join(texts, on=["domain", "sample_id"], how="left", maintain_order="left")
     most = pl.DataFrame(
         {"domain": list(wanted), "most": [math.ceil(per_sample * count - 1e-9) for count in wanted.values()]},
         schema={"domain": pl.String, "most": pl.Int64},
     )
-    told = samples.join(texts, on=["domain", "sample_id"], maintain_order="left")
     told = told.join(most, on="domain", how="left", maintain_order="left")
-    place = pl.col("likeness").rank("ordinal", descending=True).over("domain")
-    return told.filter(
-        (place <= pl.col("most").fill_null(0)) | pl.col("sample_id").is_in(also["sample_id"].implode())
-    ).drop("likeness", "most")
+    place = standing(share).rank("ordinal", descending=True).over("domain")
+    return told.filter(place <= pl.col("most").fill_null(0)).select(samples.columns)
+
+
+def _as_values(samples: pl.DataFrame, target: Target, predicted: pl.DataFrame) -> pl.DataFrame:
+    """The values frame that samples are chosen by."""
+    found = samples.join(predicted.unique("sample_id").select("sample_id", "value"), on="sample_id").with_columns(
+        pl.col("value") * pl.col("tokens")
+    )
+    return found.sort("domain", "sample_id").select(
+        pl.lit(NEXT).alias("window"), pl.lit(target.name).alias("target"), "domain", "index", "sample_id", "tokens",
+        *(pl.col("value").alias(name) for name in VALUES),
+    )  # fmt: skip
 
 
 def _draft(stock: Stock, target: Target, known: Known, used: pl.DataFrame) -> dict[str, int]:
@@ -190,13 +239,12 @@ def _draft(stock: Stock, target: Target, known: Known, used: pl.DataFrame) -> di
     return {domain: min(part.samples, kept[domain].samples) for domain, part in mixture.domains.items()}
 
 
-def _say_judged(judged: pl.DataFrame) -> None:
+def _judged(judged: pl.DataFrame, window: str) -> pl.DataFrame:
+    """Say how good predictions are, and what they are of."""
     for row in judged.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
-        both, how = "", f"held out; the rest: {row['used']}"
-        if row["used"] == "slopes":
-            both, how = " and with slopes", "of the two"
         _log.info(
-            "%s: %s of %s samples valued in the window%s, rank correlation %s %s",
-            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", both, told, how,
+            "%s: %s of %s samples valued, rank correlation %s held out; the rest: %s",
+            row["domain"], f"{row['probed']:,}", f"{row['samples']:,}", told, row["used"],
         )  # fmt: skip
+    return judged.with_columns(window=pl.lit(window))

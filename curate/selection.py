@@ -14,6 +14,7 @@ from curate.errors import UserError
 from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
+from curate.pools.ngram_slopes import PREDICTOR as NGRAM_PREDICTOR
 from curate.pools.open import pool_fingerprint, pool_streams
 from curate.pools.slopes import NEXT
 from curate.pools.spread import PREDICTOR
@@ -72,8 +73,8 @@ class SelectConfig(EmbedConfig):
     streams.yaml): a part of it is probed from the run's last state, `probe.rest` values the others."""
     probe: ProbeConfig = ProbeConfig()
     """How the pool is valued. Without a pool `steps`, `lr_share` and `min_per_domain` (how many samples of each domain
-    have slopes, whatever is likely) are those of the next step, and `min_rank_correlation` says where values outside
-    the window are predicted."""
+    have slopes that all others are predicted from) are those of the next step, and `min_rank_correlation` says where
+    predictions are used."""
     branch_test: bool = False
     """Before the mixture, train short branches with a little more of one domain each, and stay near the prior where the
     scores do not predict what they do to the target."""
@@ -137,7 +138,10 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
         if unvalued == "predict":
             more |= {"min_rank_correlation": config.probe.min_rank_correlation, "predictor": list(PREDICTOR)}
     if looks_ahead(config):
-        more["ahead"] = [config.probe.steps, config.probe.lr_share, config.probe.min_per_domain]
+        probe = config.probe
+        more["ahead"] = [probe.steps, probe.lr_share, probe.min_per_domain]
+    if takes_slopes(config):
+        more["predictor"] = [*NGRAM_PREDICTOR, config.probe.min_rank_correlation]
     if config.method == "curate" or config.mode != "reweight":
         more["choice"] = list(CHOICE)
     return {"run": run.fingerprint, "target": target.fingerprint, "earlier": earlier, **more, **chosen}

@@ -156,11 +156,15 @@ class Task:
 
     def losses_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """`l_z` (B,) of logits (B, T-1, V); 0 for a sample without predicted tokens."""
-        from torch.nn import functional
-
-        nll = functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")  # (B, T-1)
+        nll = self.token_losses_of(logits, batch)
         mask = batch.loss_mask[:, 1:].to(nll.dtype)
         return (nll * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def token_losses_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy (B, T-1) of every token but the first, predicted or not, from logits (B, T-1, V)."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
 
 
 def build_model(spec: ModelSpec) -> nn.Module:

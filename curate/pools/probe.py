@@ -28,7 +28,7 @@ R losses (halves of targets), T targets, V directions (targets, or several toget
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     from curate.embeddings.adjoint_estimator import AdjointConfig
     from curate.formats.mds import Sample
-    from curate.task import Batch
+    from curate.task import Batch, Task
     from curate.trajectory.replay import Replay, State
 
     Floats = npt.NDArray[np.float64]
@@ -189,17 +189,39 @@ def forward_slopes(
     replay: Replay, parameters: Tensor, moves: tuple[Tensor, list[float]], samples: Sequence[Sample]
 ) -> Floats:
     """`<g_z(theta), u>` of B samples along V directions (`moves_along`), 1 + V forward passes; float64 (B, V)."""
+    return _slopes(replay, parameters, moves, samples, lambda task, logits, batch: task.losses_of(logits, batch))
+
+
+def token_slopes(
+    replay: Replay, parameters: Tensor, moves: tuple[Tensor, list[float]], samples: Sequence[Sample]
+) -> Floats:
+    """The same of their n predicted tokens, one sample after the other: float64 (n, V); their mean is the sample's."""
+    return _slopes(
+        replay, parameters, moves, samples,
+        lambda task, logits, batch: task.token_losses_of(logits, batch)[batch.loss_mask[:, 1:]],
+    )  # fmt: skip
+
+
+def _slopes(
+    replay: Replay,
+    parameters: Tensor,
+    moves: tuple[Tensor, list[float]],
+    samples: Sequence[Sample],
+    losses_of: Callable[[Task, Tensor, Batch], Tensor],
+) -> Floats:
+    """Slopes (K, V) of K losses of a batch along V directions."""
     import torch
 
     task, layout = copy(replay.task), replay.layout
     task.spec = task.spec.model_copy(update={"autocast": None})
     batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
+
+    def losses(at: Tensor) -> Tensor:
+        return losses_of(task, task.logits(batch, layout.views(at)), batch)
+
     with torch.no_grad():
-        base = task.sample_losses(batch, layout.views(parameters))
-        slopes = [
-            (task.sample_losses(batch, layout.views(parameters + move)) - base).double() / h
-            for move, h in zip(*moves, strict=True)
-        ]
+        base = losses(parameters)
+        slopes = [(losses(parameters + move) - base).double() / h for move, h in zip(*moves, strict=True)]
     found: Floats = torch.stack(slopes, dim=1).cpu().numpy()
     return found
 

@@ -1,12 +1,12 @@
-"""What the next step asks for, by forward passes alone: of a part of every domain, and of the samples to choose among.
+"""What the next step asks for, by forward passes alone: of a part of every domain, and of the likeliest samples.
 
 All samples share one direction, what a target asks of the next step (`pools.probe`), and the linear value of each is
 the slope of its own loss along it. Two artifacts in the run, both by content, so that a re-sharded stream needs no new
 ones, and continued where they were interrupted: `pools/next-*` has the directions and a part of every domain, valued
-for each target, which domains are scored by; `pools/slopes-*` has one value for all targets together of each sample
-that a stage may take.
+token by token for each target, which domains are scored by and all other samples predicted from (`pools.ngram_slopes`);
+`pools/slopes-*` has one value for all targets together of each sample that is passed over beside that part.
 
-T targets, N samples, P parameters.
+T targets, N samples, n tokens, P parameters.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
 from curate.pools.draw import VALUES, draw_probes, probe_frame
-from curate.pools.probe import forward_slopes, look_ahead, moves_along, target_directions
-from curate.pools.spread import blocks_of
+from curate.pools.ngram_slopes import fit, means, ngrams_of
+from curate.pools.probe import forward_slopes, look_ahead, moves_along, target_directions, token_slopes
+from curate.pools.spread import blocks_of, from_fit, settled
 from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
@@ -52,7 +53,8 @@ _log = logging.getLogger(__name__)
 NEXT = "next_step"
 """Where a window's name stands in tables of values."""
 _FORWARD_UNITS = 0.4  # of a forward+backward pass: a forward pass
-_DIRECTIONS = "directions.npz"
+_BATCH = 64  # samples read at a time
+_DIRECTIONS, _TOKENS = "directions.npz", "tokens.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class NextStep:
     Positive = it lowers the target's loss.
 
     Attributes:
-        folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P).
+        folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P), `tokens.npz` the values of the
+            predicted tokens of that part, float32 (n, T), one sample after the other.
         values: the values frame (`scores.schema`, with documents) of a part of every domain for every target, `window`
             being "next_step"; `step` is a group, see `draw_probes`. Slopes know no halves of a target: `value_a` and
             `value_b` are `value`.
@@ -80,7 +83,7 @@ class NextStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Slopes:
-    """What one more use of each sample would do now. Positive = it lowers the targets' losses.
+    """What one more use of some samples would do now. Positive = it lowers the targets' losses.
 
     Attributes:
         folder: the artifact.
@@ -133,6 +136,7 @@ def value_next(
         "targets": [target.fingerprint for target in targets],
         "ahead": [ahead, config.lr_share],
         "adjoint": adjoint.model_dump(include={"hessian", "hessian_share"}) if ahead > 1 else None,
+        "of": "tokens",
     }
     identity = fingerprint(settings)
     folder = run.folder / "pools" / f"next-{targets[0].name}-{identity[:8]}"
@@ -150,11 +154,13 @@ def value_next(
             directions = target_directions(replay, outlook, each_target(targets).tolist())
             found = linear_values(
                 replay, outlook.state.parameters, directions, probes, "part", read=partial(read_together, run, run),
-                scratch=scratch,
+                scratch=scratch, by_token=True,
             ) / (step_tokens(run) * config.lr_share)  # fmt: skip
             write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
+            write_arrays(folder / _TOKENS, {"values": found.astype(np.float32)})
+            whole = means(found, probes["tokens"].to_numpy())
             with replacing(folder / "values.parquet") as part:
-                pl.concat(_of_target(probes, place, own) for place, own in enumerate(found.T)).write_parquet(part)
+                pl.concat(_of_target(probes, place, own) for place, own in enumerate(whole.T)).write_parquet(part)
         seal(folder, "next step", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     return NextStep(
@@ -230,8 +236,45 @@ def value_all(
     return Slopes(folder=folder, values=values, **timings_of(folder))
 
 
+def predict_all(
+    run: Run, samples: pl.DataFrame, ahead: NextStep, weights: Mapping[str, float], least: float, seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Predict what samples would do in the next step, for all targets together; no pass through the model.
+
+    Args:
+        run: that `ahead` is of.
+        samples: rows of `usable_samples` of its places, in that order, among them those that `ahead` values.
+        ahead: of the run and the targets.
+        weights: target -> weight.
+        least: held-out rank correlation from which a domain's predictions are used, if it is certainly positive; else
+            its mean stands for what `ahead` does not value.
+        seed: of folds and intervals.
+
+    Returns:
+        `domain`, `sample_id`, `value` (per token) of the samples; those that `ahead` values have that value.
+        `domain`, `samples`, `probed`, `spearman`, `low`, `high`, `used`: as of `pools.PoolValues.domains`.
+    """
+    probes = combined_values(ahead.values, weights)
+    shares = np.array(list(target_shares(ahead.values, weights).values()))
+    stored = read_arrays(ahead.folder / _TOKENS)["values"][:, [_places(ahead)[name] for name in weights]]
+    keys = [ngrams_of(sample) for batch in read_batches(run, probes, _BATCH) for sample in batch]
+    tokens = stored.astype(np.float64) @ shares
+    made, held_out = fit(np.concatenate(keys), tokens, probes["tokens"].to_numpy(), seed)
+    batches = read_batches(run, samples, _BATCH)
+    shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
+    known = (probes["value"] / probes["tokens"]).to_numpy()
+    predicted = np.concatenate(list(made.samples(shown)))
+    every, judged = settled(*from_fit(samples, probes, known, predicted, held_out, seed), least)
+    return every.select("domain", "sample_id", "value"), judged.drop("of")
+
+
+def _places(ahead: NextStep) -> dict[str, int]:
+    """Target -> its place among those that the next step is valued for."""
+    return {name: place for place, name in enumerate(ahead.values["target"].unique(maintain_order=True))}
+
+
 def _of_target(probes: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
-    """Values (n,) per token of probes for one target."""
+    """Values (N,) per token of probes for one target."""
     return probes.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value=pl.Series(values))
 
 
@@ -292,6 +335,7 @@ def linear_values(
     *,
     read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
     scratch: Path,
+    by_token: bool = False,
 ) -> Floats:
     """(N, V) linear values of samples of weight 1 (the mean loss of a step has 1 / its tokens), at the replay's lr.
 
@@ -303,13 +347,14 @@ def linear_values(
         name: of the files that an interrupted call continues from.
         read: gives the samples of a table in its order, some at a time.
         scratch: folder of those files.
+        by_token: (n, V) of their predicted tokens instead, each as if its sample had no others.
     """
     blocks, found = blocks_of(samples), [np.zeros((0, len(directions)))]
-    moves = moves_along(directions, parameters)
+    moves, slopes = moves_along(directions, parameters), token_slopes if by_token else forward_slopes
     for number, block in enumerate(progress(blocks, total=len(blocks), what=name, unit="block")):
         path = scratch / f"{name}-{number:06d}.npz"
         if not path.exists():
-            made = [forward_slopes(replay, parameters, moves, part) for part in read(block)]
+            made = [slopes(replay, parameters, moves, part) for part in read(block)]
             write_arrays(path, {"slopes": np.concatenate(made)})
         found.append(read_arrays(path)["slopes"])
     values: Floats = -np.concatenate(found)

@@ -156,6 +156,23 @@ def from_slopes(
     return _with_probes(parts, probes, values), judged
 
 
+def from_fit(
+    samples: pl.DataFrame, probes: pl.DataFrame, values: Floats, predicted: Floats, held_out: Floats, seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """As `spread`, with predictions for one target that were made elsewhere; they stand for those of its halves too.
+
+    Args:
+        samples: by domain and content id.
+        probes: some of them in that order, with `step`.
+        values: (n,) of the probes, per token.
+        predicted: (N,) of all samples.
+        held_out: (n,) of the probes by fits without them; NaN where there is none.
+        seed: of intervals.
+    """
+    known, told, judged_by = (np.repeat(own[:, None], len(VALUES), axis=1) for own in (values, predicted, held_out))
+    return _with_probes([_rows(0, samples, told)], probes, known), _judge(samples, probes, known, judged_by, seed)
+
+
 def _with_probes(parts: Sequence[pl.DataFrame], probes: pl.DataFrame, values: Floats) -> pl.DataFrame:
     """Tables of `_rows`, where what was probed has its own values; see `spread`."""
     targets = range(values.shape[1] // len(VALUES))

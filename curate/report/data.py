@@ -102,8 +102,8 @@ class ReportData:
     """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
     empty where samples that were trained on were valued."""
     predicted: Sequence[Mapping[str, Any]] = ()
-    """The same without targets where data is chosen by predictions for samples outside the window, or how far slopes
-    agree with values, where it is chosen by these; empty where it is chosen by neither."""
+    """The same without targets where data is chosen by predictions, with the `window` whose values they are of, or
+    "next_step"; empty where it is not."""
     leaks: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from curate.pools.slopes import NEXT
 from curate.report.figures import bound_name
 from curate.report.style import Scale, count, decimal, duration, number, percent, signed, size
 
@@ -130,14 +131,11 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
         "domain mean": "the domain's mean",
         "probes": "nothing left",
         "too few": "too few to tell",
-        "slopes": "slopes",
     }
-    slopes = pool[0]["used"] == "slopes"
-    values = "probed" if named else f"valued in the window{' and with slopes' if slopes else ''}"
+    values = "probed" if named or pool[0]["window"] == NEXT else "valued in the window"
     return Table(
         headers=[
-            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high",
-            "chosen by" if slopes else "the rest",
+            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high", "the rest",
         ],
         numeric=[False, *([False] if named else []), *[True] * 5, False],
         rows=[

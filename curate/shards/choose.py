@@ -56,13 +56,16 @@ class ShardsConfig(Config):
     for the target, which are best for what the guard keeps."""
     unvalued: Literal["slopes", "predict", "keep", "drop"] = "slopes"
     """Samples outside the valued window. slopes: samples are chosen by what one more use of each would do now, inside
-    the window as outside, by two forward passes over them (method curate with estimator adjoint; others predict).
-    predict: by their text, in domains where held-out samples are ranked well enough (`probe.min_rank_correlation`);
-    elsewhere, and with keep, they stand for the domain's mean of values. drop: leave them out."""
-    slopes_per_sample: float = Field(default=2.5, ge=1)
-    """How many samples of a domain have slopes for each one that the stage takes of it: those most like the targets,
-    and the part of every domain that scores are made from. The others stand for the mean of these. With a
-    `likeness_share` of 0: all have."""
+    the window as outside, predicted from its n-grams (method curate with estimator adjoint; others predict). predict:
+    the window's values are, from n-grams too, but sample by sample. Either in domains where held-out samples are ranked
+    well enough (`probe.min_rank_correlation`); elsewhere, and with keep, they stand for the domain's mean. drop: leave
+    them out."""
+    slopes_per_sample: float = Field(default=1.25, ge=0)
+    """How many samples of a domain have slopes of their own, by two forward passes over each, for each one that the
+    stage takes of it, as far as `slopes_passes` allows: those that are the most promising by what is predicted."""
+    slopes_passes: float = Field(default=100.0, ge=0)
+    """Forward+backward passes of a training batch that these slopes may cost, so that what a selection costs does not
+    grow with the stage."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies
     only."""
@@ -181,13 +184,11 @@ def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame
 
     Gumbel top-k: the k largest of `z / temperature + Gumbel noise` are a draw without replacement with probabilities
     proportional to exp(z / temperature) (Kool, van Hoof and Welling, arXiv 1903.06059). A sample without a value stands
-    for the mean of values. Value and likeness, each in its deviations within the domain, are added by their shares, and
-    divided by the deviation that the sum would have if they were independent.
+    for the mean of values.
     """
     placed = pool.with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
     share = config.likeness_share if pool["likeness"].is_not_null().any() else 0.0
-    mixed = (1 - share) * _deviations("value") + share * _deviations("likeness")
-    z = mixed / ((1 - share) ** 2 + share**2) ** 0.5
+    z = standing(share)
     if share > 0:  # without likeness: predicts no token
         z = pl.when(pl.col("likeness").is_null()).then(-np.inf).otherwise(z)
     scored = placed.with_columns(z=z).sort("domain", "sample_id", "index")
@@ -199,6 +200,19 @@ def _ranked(pool: pl.DataFrame, config: ShardsConfig, seed: int) -> pl.DataFrame
     )
     key = pl.col("z") / max(config.sample_temperature, _SHARP) + pl.Series(noise)
     return scored.with_columns(key=key)
+
+
+def standing(share: float) -> pl.Expr:
+    """`value` and `likeness`, each in its deviations within the domain, added by their shares.
+
+    Divided by the deviation that the sum would have if they were independent.
+
+    Args:
+        share: of likeness.
+    """
+    mixed = (1 - share) * _deviations("value") + share * _deviations("likeness")
+    found: pl.Expr = mixed / ((1 - share) ** 2 + share**2) ** 0.5
+    return found
 
 
 def _deviations(name: str) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Values of samples outside of the valued window, predicted from those inside, or held against them.
+"""Values of samples outside of the valued window, predicted from those inside.
 
 A window holds a small part of what the next stage chooses among; the rest is predicted from its text, by the fit and
 under the conditions of `curate.pools`: only in domains where held-out samples are ranked well enough.
@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
 
-from curate.fidelity.measure import spearman, spearman_interval
 from curate.pools.draw import VALUES
 from curate.pools.features import ratios_of
 from curate.pools.spread import FeatureReader, settled, spread
@@ -73,32 +71,6 @@ def predict_rest(
     )
     table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
     return pl.concat([values.select(columns), predicted.select(columns)]), table
-
-
-def compare_slopes(samples: pl.DataFrame, values: pl.DataFrame, slopes: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """How far slopes agree with the values of a window inside each domain.
-
-    They need not: a window's values are about the steps that were taken, slopes about the next one.
-
-    Args:
-        samples: that are chosen among.
-        values: see `predict_rest`.
-        slopes: the same of samples of the streams.
-        seed: of intervals.
-
-    Returns:
-        As the second of `predict_rest`: `probed` are samples with both, `used` is "slopes".
-    """
-    sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
-    both = _per_token(values).join(_per_token(slopes), on=["domain", "sample_id"], suffix="_slope").sort("sample_id")
-    rows = []
-    for domain, size in sizes.sort("domain").iter_rows():
-        own = both.filter(domain=domain)
-        a, b = own["value"].to_numpy(), own["value_slope"].to_numpy()
-        r = spearman(a, b)
-        low, high = (None, None) if r is None else spearman_interval(a, b, np.arange(len(own)), seed)
-        rows.append((domain, size, len(own), r, low, high, "slopes"))
-    return pl.DataFrame(rows, schema=dict(zip(_JUDGED, _TYPES, strict=True)), orient="row")
 
 
 def _per_token(values: pl.DataFrame) -> pl.DataFrame:

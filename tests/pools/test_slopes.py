@@ -17,9 +17,10 @@ from curate.errors import UserError
 from curate.formats.mds import COLUMNS, content_id, write_stream
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
+from curate.pools.ngram_slopes import fit, means, ngrams_of
 from curate.pools.open import open_pool
-from curate.pools.probe import moved
-from curate.pools.slopes import NEXT, value_all, value_next
+from curate.pools.probe import forward_slopes, moved, moves_along, token_slopes
+from curate.pools.slopes import NEXT, predict_all, read_together, replay_ahead, slope_units, value_all, value_next
 from curate.pools.values import ProbeConfig, value_pool
 from curate.scores.domain import domain_scores
 from curate.scores.likeness import find_likeness, sample_likeness
@@ -51,7 +52,7 @@ def targets(folder, run, tmp_path_factory):
 
 
 def ahead(run, targets, least=10**6, steps=4, **settings):
-    probe = PROBE.model_copy(update={"min_per_domain": least, "steps": steps})
+    probe = PROBE.model_copy(update={"share": 1e-3, "min_per_domain": least, "steps": steps})
     return value_next(
         run, usable_samples(run.places), targets, probe, adjoint=AdjointConfig(own_step="linear"), **settings
     )  # fmt: skip
@@ -144,8 +145,9 @@ def test_they_are_continued_and_kept(run, targets, monkeypatch):
 
 def selected(folder, out, shards=None, **settings):
     usual = {"drop_fraction": 0.5, "sample_temperature": 0, "likeness_share": 0, "duplicate_overlap": 1}
+    usual |= {"slopes_per_sample": 1e6, "slopes_passes": 1e6}
     shards = ShardsConfig(**{**usual, **(shards or {})}, screen=ScreenConfig(mode="none"))
-    probe = PROBE.model_copy(update={"min_per_domain": 6})
+    probe = PROBE.model_copy(update={"share": 1e-3, "min_per_domain": 6})
     config = SelectConfig(
         run=folder / "run", target=folder / "target.jsonl", min_target_tokens=100, budget_tokens=20 * SEQ_LEN,
         tracking=TrackingConfig(mode="none"), shards=shards, probe=probe, out=out,
@@ -170,18 +172,10 @@ def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, t
         assert part.samples > 0
         assert not set(best) & set(dropped.filter(domain=domain)["sample_id"])
     judged = pl.read_parquet(out / "predicted.parquet")
+    assert set(judged["window"]) == {NEXT}
+    assert judged["probed"].to_list() == [6] * len(mixture.domains)
     scores = pl.read_parquet(out / "scores.parquet")
     assert set(scores["window"]) == {NEXT} | ({"late"} if window == "late" else set())
-    own = combined_values(scores.filter(window="late"), WEIGHTS)
-    own = own.group_by("domain", "sample_id").agg(pl.col("value").sum() / pl.col("tokens").sum())
-    both = own.join(per_token, on=["domain", "sample_id"])
-    for row in judged.iter_rows(named=True):
-        pairs = both.filter(domain=row["domain"])
-        assert (row["used"], row["probed"]) == ("slopes", len(pairs))
-        assert window == "late" or (row["probed"], row["spearman"]) == (0, None)
-        assert window == "none" or row["spearman"] == pytest.approx(
-            pairs.select(pl.corr("value", "x", method="spearman")).item()
-        )
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What samples are chosen by" in page
     assert ("Value over training" in page) == (window == "late")
@@ -215,28 +209,28 @@ def test_only_curate_with_adjoint_looks_ahead(folder, tmp_path, settings):
 
 
 def test_baselines_and_streams_that_are_only_weighted_have_none(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.choice.value_all", None)
+    monkeypatch.setattr("curate.choice.predict_all", None)
     monkeypatch.setattr("curate.choice.value_next", None)
     for name, settings in (("less", {"method": "less"}), ("dvemb", {"estimator": "dvemb"})):
-        assert "slopes" not in set(
-            pl.read_parquet(selected(folder, tmp_path / name, **settings) / "predicted.parquet")["used"]
-        )
+        judged = pl.read_parquet(selected(folder, tmp_path / name, **settings) / "predicted.parquet")
+        assert set(judged["window"]) == {"late"}
     weighted = selected(folder, tmp_path / "weighted", mode="reweight")
     assert not (weighted / "predicted.parquet").exists()
 
 
-def test_only_the_samples_most_like_the_targets_have_slopes():
+def test_only_the_most_promising_samples_have_slopes_of_their_own():
     samples = pl.DataFrame({"domain": ["a"] * 5 + ["b", "c"], "sample_id": range(7)})
-    texts = samples.with_columns(likeness=pl.Series([0.1, 0.5, 0.5, -2.0, 0.5, 0.0, 0.0]))
-    none, wanted = samples.select("sample_id").clear(), {"a": 1, "b": 1}
+    texts = samples.with_columns(likeness=pl.Series([0.0, 1.0, 0.0, -2.0, 1.0, 0.0, 0.0]))
+    values = samples.with_columns(tokens=2, value=pl.Series([1.0, 0.0, 3.0, 0.5, 1.0, 0.0, 0.0]))
+    wanted = {"a": 1, "b": 1}
 
-    def chosen(texts, per, also=none):
-        return candidates(samples, texts, wanted, per, also)["sample_id"].to_list()
+    def chosen(texts, per, share=0.5):
+        return candidates(samples, values, texts, share, wanted, per)["sample_id"].to_list()
 
-    assert chosen(texts, 1.5) == [1, 2, 5]
-    assert chosen(texts, 1.5, pl.DataFrame({"sample_id": [0, 6]})) == [0, 1, 2, 5, 6]
+    assert chosen(texts, 1.5) == [2, 4, 5]
     assert chosen(texts, 9) == [0, 1, 2, 3, 4, 5]
-    assert chosen(None, 1.0) == list(range(7))
+    assert chosen(texts, 1.5, 0.9) == [1, 4, 5]
+    assert chosen(None, 1.5) == [0, 2, 5]
 
 
 def test_slopes_are_of_some_for_each_sample_that_the_stage_takes(folder, run, targets, tmp_path, monkeypatch):
@@ -253,22 +247,90 @@ def test_slopes_are_of_some_for_each_sample_that_the_stage_takes(folder, run, ta
     samples = usable_samples(run.places)
     texts = sample_likeness(run, samples, like, {"target": 1.0})
     used = consumed(uses(stages(run)))
-    left = samples.join(texts, on=["domain", "sample_id"]).join(used, on="sample_id", how="anti")
+    left = samples.join(used, on="sample_id", how="anti", maintain_order="left")
     taken, (found, part) = read_mixture(out / "mixture.yaml").domains, asked[0]
-    also = set(part.values["sample_id"])
-    assert not also & set(used["sample_id"])
-    for (domain,), own in left.group_by("domain"):
-        most = math.ceil(1.5 * taken[domain].samples)
-        assert taken[domain].epochs < 2
-        best = own.sort("likeness", "sample_id", descending=[True, False]).head(most)["sample_id"]
-        assert set(found.filter(domain=domain)["sample_id"]) == set(best) | (also & set(own["sample_id"]))
+    assert not set(part.values["sample_id"]) & set(used["sample_id"])
+    predicted, _ = predict_all(run, left, part, {"target": 1.0}, -1.0, 0)
+    values = left.join(predicted, on=["domain", "sample_id"]).with_columns(pl.col("value") * pl.col("tokens"))
+    counts = {domain: part.samples for domain, part in taken.items()}
+    assert_frame_equal(found, candidates(left, values, texts, 0.5, counts, 1.5))
+    assert found.group_by("domain").len().sort("domain").rows() == [
+        (domain, min(math.ceil(1.5 * count), len(left.filter(domain=domain)))) for domain, count in counts.items()
+    ]
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
-    assert dropped["value"].null_count() > 0
-    assert (dropped.filter(pl.col("reason") == "consumed").height) == len(used)
+    assert dropped.filter(reason="consumed").height == len(used)
+    assert dropped.filter(pl.col("reason") != "consumed")["value"].null_count() == 0
+
+
+def test_slopes_of_their_own_cost_no_more_passes_than_they_may(folder, run, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(run, stock, samples, *args, **settings):
+        asked.append(samples)
+        return value_all(run, stock, samples, *args, **settings)
+
+    monkeypatch.setattr("curate.choice.value_all", spy)
+    whole = slope_units(run, 1, 20)  # of all samples of the stage
+    for passes, least, most in ((0.5 * whole, 10, 12), (10 * whole, 30, 32)):
+        shards = {"likeness_share": 0.5, "slopes_per_sample": 1.5, "slopes_passes": passes}
+        selected(folder, tmp_path / str(passes), shards, window="none")
+        assert least <= len(asked.pop()) <= most
+
+
+def test_the_slope_of_a_sample_is_the_mean_of_its_tokens(run, targets):
+    replay = replay_ahead(run, targets, 1, 0.1, "cpu", 1e-3)
+    parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
+    moves = moves_along(torch.randn(2, len(parameters), generator=torch.manual_seed(0)), parameters)
+    samples = usable_samples(run.places).head(20)
+    for batch in read_together(run, run, samples):
+        whole = forward_slopes(replay, parameters, moves, batch)
+        tokens = token_slopes(replay, parameters, moves, batch)
+        counts = np.array([sample.predicted_tokens for sample in batch])
+        assert tokens.shape == (counts.sum(), 2)
+        np.testing.assert_allclose(means(tokens, counts), whole, rtol=0, atol=0.01 * whole.std())
+
+
+@pytest.mark.parametrize("least", [-1.0, 1.0])
+def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, least):
+    part, samples = ahead(run, targets, 20, seed=3), usable_samples(run.places)
+    found, judged = predict_all(run, samples, part, WEIGHTS, least, 5)
+    known = combined_values(part.values, WEIGHTS)
+    shown = [sample for batch in read_together(run, run, known) for sample in batch]
+    shares = [weight / 2 / pooled_deviation(part.values.filter(target=target)) for target, weight in WEIGHTS.items()]
+    with np.load(part.folder / "tokens.npz") as stored:
+        values = stored["values"].astype(float) @ np.array(shares)
+    counts = known["tokens"].to_numpy()
+    np.testing.assert_allclose(means(values, counts), known["value"] / known["tokens"], rtol=1e-4, atol=1e-7)
+    made, _ = fit(np.concatenate([ngrams_of(sample) for sample in shown]), values, counts, 5)
+    assert found["sample_id"].to_list() == samples["sample_id"].to_list()
+    rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
+    told = found.join(rest, on="sample_id", how="semi", maintain_order="left")
+    if least < 0:
+        wanted = np.concatenate(list(made.samples(read_together(run, run, rest))))
+        sure = (judged["low"] > 0).to_list()
+        here = told["domain"].is_in(judged.filter(sure)["domain"].implode()).to_numpy()
+        np.testing.assert_allclose(told["value"].to_numpy()[here], wanted[here], rtol=1e-9)
+        assert here.any()
+        assert set(judged["used"]) <= {"predictor", "domain mean"}
+    else:
+        assert set(judged["used"]) == {"domain mean"}
+        assert told.group_by("domain").agg(pl.col("value").n_unique())["value"].to_list() == [1] * len(judged)
+    own = found.join(known, on="sample_id", suffix="_known")
+    assert (own["value"] - own["value_known"] / own["tokens"]).abs().max() < 1e-12
+
+
+def test_a_selection_without_slopes_of_its_own_passes_over_nothing_more(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("curate.choice.value_all", None)
+    out = selected(folder, tmp_path / "out", {"likeness_share": 0.5, "slopes_per_sample": 0}, window="none")
+    assert set(pl.read_parquet(out / "costs.parquet")["phase"]) == {"training", "next step", "select"}
+    assert pl.read_parquet(out / "data" / "mds" / "dropped.parquet")["value"].null_count() == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "predicted for the others from their n-grams" in page
+    assert "had slopes of their own" not in page
 
 
 def test_likeness_alone_needs_no_slopes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.choice.value_all", None)
+    monkeypatch.setattr("curate.choice.predict_all", None)
     assert not (selected(folder, tmp_path / "out", {"likeness_share": 1}) / "predicted.parquet").exists()
 
 
