@@ -20,6 +20,7 @@ from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.mixture.schedule import Kind, StageSchedule
+from curate.pools.ngram_slopes import PREDICTOR as NGRAM_PREDICTOR
 from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
 from curate.scores.methods import Method
@@ -97,7 +98,7 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     common: list[Any] = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
     made_by = (MixtureConfig(), ShardsConfig(), ProbeConfig(), AdjointConfig(), StageSchedule())
     common += [[part.model_dump(mode="json") for part in made_by], config.drop_fraction, PREDICTOR, CHOICE]
-    own = fingerprint([*common, config.window, config.guard_drop])[:8]
+    own = fingerprint([*common, config.window, config.guard_drop, config.slopes_passes, NGRAM_PREDICTOR])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint(common)[:8]}",
@@ -181,7 +182,11 @@ def _selection(
         method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),
         mode="filter", budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
-        shards=ShardsConfig(screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction, **shares), **given,
+        shards=ShardsConfig(
+            screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction, slopes_passes=config.slopes_passes,
+            **shares,
+        ),
+        **given,
     )  # fmt: skip
 
 

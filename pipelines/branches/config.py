@@ -14,6 +14,7 @@ from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
+from curate.shards.choose import ShardsConfig
 
 CaseName = Literal["inside", "foreign", "noisy", "two"]
 BenchMethod = Method | Literal["lean", "values", "likeness", "unguarded", "probes", "oracle"]
@@ -83,6 +84,8 @@ class BranchesConfig(Config):
     """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
     drop_fraction: float = Field(default=0.6, ge=0, lt=1)
     """Share of the valued samples of each domain that are left out, where samples are chosen."""
+    slopes_passes: float = Field(default=ShardsConfig().slopes_passes, ge=0)
+    """Passes that slopes of single samples may cost, see `shards.slopes_passes`."""
     schedules: tuple[Kind, ...] = ("early-late",)
     """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
