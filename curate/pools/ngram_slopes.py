@@ -17,7 +17,7 @@ N samples, n tokens, C = 5 n-grams of a token, F distinct ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,10 @@ class NgramSlopes:
         found: Floats = self.mean + (self.weights[at] * (self.table[at] == keys)).sum(axis=1)
         return found
 
-    def samples(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Floats]:
-        """(B,) predictions of the samples of each batch, which predict a token each."""
-        for batch in batches:
-            keys = [ngrams_of(sample) for sample in batch]
-            yield means(self.tokens(np.concatenate(keys)), np.array([len(own) for own in keys]))
+    def samples(self, samples: Sequence[Sample]) -> Floats:
+        """(B,) predictions of samples, which predict a token each."""
+        keys = [ngrams_of(sample) for sample in samples]
+        return means(self.tokens(np.concatenate(keys)), np.array([len(own) for own in keys]))
 
 
 def ngrams_of(sample: Sample) -> Keys:

@@ -7,9 +7,9 @@ fit was .43 in the mean where this one has .60). So with rank r among a domain's
     t = Phi^-1((r - 1/2) / n)         t ~ (x - mean of x in the domain) w,     w by ridge regression over all domains
 
 and a prediction becomes a value by the way back: the quantile Phi(t) of the domain's probed values. Blocks of features
-(hidden states, n-grams, likeness to the targets) are scaled to the same total variance; the penalty is chosen by the
-leave-one-out error, which has a closed form, among the samples that w is fitted on only. What the fit is worth is
-measured on samples held out of all of this: K folds, Spearman within each domain.
+(hidden states, n-grams, likeness to the targets, what n-grams say of slopes) are scaled to the same total variance; the
+penalty is chosen by the leave-one-out error, which has a closed form, among the samples that w is fitted on only. What
+the fit is worth is measured on samples held out of all of this: K folds, Spearman within each domain.
 
 N samples, n probed ones, F features, M numbers predicted of each (the value for a target and for each of its halves).
 """

@@ -263,7 +263,7 @@ def predict_all(
     batches = read_batches(run, samples, _BATCH)
     shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
     known = (probes["value"] / probes["tokens"]).to_numpy()
-    predicted = np.concatenate(list(made.samples(shown)))
+    predicted = np.concatenate([made.samples(batch) for batch in shown])
     every, judged = settled(*from_fit(samples, probes, known, predicted, held_out, seed), least)
     return every.select("domain", "sample_id", "value"), judged.drop("of")
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from curate.formats.mds import Sample
+    from curate.pools.ngram_slopes import NgramSlopes
 
     Floats = npt.NDArray[np.floating[Any]]
 
 # What predictions are made from and how, part of their identity.
-PREDICTOR = ("hidden states", "n-grams", "likeness", "ridge: leave-one-out with domain means")
+PREDICTOR = ("hidden states", "n-grams", "likeness", "slopes of tokens", "ridge: leave-one-out with domain means")
 _BLOCK = 4096  # samples whose features are held at once
 
 
@@ -45,6 +46,8 @@ class FeatureReader:
         read: gives the samples of a table in its order, some at a time.
         hidden: folder of the hidden states of `blocks_of(samples)`; None: n-grams only.
         ratios: (T, V) of the targets, see `features.log_ratios`.
+        tokens: a fit to the slopes of the probes' tokens for each target, and what fits without them predict of the
+            probes, (n, T): a fit knows its own tokens too well to say how far it is to be trusted; None: no feature.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class FeatureReader:
         read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
         hidden: Path | None,
         ratios: npt.NDArray[np.float64],
+        tokens: tuple[Sequence[NgramSlopes], Floats] | None = None,
     ) -> None:
         self._blocks, self._read, self._hidden, self._ratios = blocks_of(samples), read, hidden, ratios
+        self._tokens = tokens
         self._deviations: Floats | None = None
 
     def of_probes(self, probes: pl.DataFrame) -> list[Floats]:
@@ -65,6 +70,8 @@ class FeatureReader:
         if self._hidden is not None:
             self._deviations = np.maximum(found[0].std(axis=0), 1e-12)
             found[0] = found[0] / self._deviations
+        if self._tokens is not None:
+            found[-1] = self._tokens[1]
         return found
 
     def of_all(self, domains: Collection[str]) -> Iterator[tuple[pl.DataFrame, Floats]]:
@@ -86,8 +93,14 @@ class FeatureReader:
             block = self._blocks[number].with_row_index("at")
             at = block.join(rows, on=["domain", "sample_id"], how="semi", maintain_order="left")["at"].to_numpy()
             found.append(np.load(block_file(self._hidden, number), mmap_mode="r")[at])
-        texts = [(ngram_features(samples), likeness(samples, self._ratios)) for samples in self._read(rows)]
+        texts = [self._of_texts(samples) for samples in self._read(rows)]
         return [*found, *(np.concatenate(part) for part in zip(*texts, strict=True))]
+
+    def _of_texts(self, samples: Sequence[Sample]) -> list[Floats]:
+        found: list[Floats] = [ngram_features(samples), likeness(samples, self._ratios)]
+        if self._tokens is not None:
+            found.append(np.stack([fit.samples(samples) for fit in self._tokens[0]], axis=1))
+        return found
 
 
 def spread(

@@ -24,6 +24,7 @@ from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError
 from curate.pools.draw import VALUES, draw_probes, probe_frame
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
+from curate.pools.ngram_slopes import NgramSlopes, fit, ngrams_of
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import Outlook, look_ahead, probe_values, target_directions
 from curate.pools.slopes import (
@@ -68,9 +69,9 @@ class ProbeConfig(Config):
     """Share of each domain's samples that is probed."""
     rest: Literal["slopes", "features", "none"] = "slopes"
     """Values of all others. slopes: how much each sample's own loss moves along the step that the target asks for, by a
-    forward pass over the pool and one for each target; ranks like probes. features: a fit to the probes, from n-grams
-    and hidden states; about a quarter of the cost, and much less exact. none: the mean of their domain, which is all
-    that --mode reweight needs, whatever is set."""
+    forward pass over the pool and one for each target; ranks like probes. features: a fit to the probes, from
+    n-grams, hidden states and the slopes of the probes' tokens; less than a third of the cost, and less exact. none:
+    the mean of their domain, which is all that --mode reweight needs, whatever is set."""
     min_per_domain: int = Field(default=100, ge=1)
     """At least so many of each domain: the error of a rank correlation over n samples is about 1 / sqrt(n)."""
     steps: int = Field(default=1, ge=1)
@@ -211,7 +212,8 @@ class _Work:
         own += 0.0 if self.adjoint.own_step == "exact" else _SLOPE_UNITS
         passes = {
             "slopes": slope_units(self.run, len(self.targets), samples),
-            "features": _HIDDEN_UNITS * samples / batch if self._reads_hidden(replay) else 0.0,
+            "features": slope_units(self.run, len(self.targets), probes)
+            + (_HIDDEN_UNITS * samples / batch if self._reads_hidden(replay) else 0.0),
             "none": 0.0,
         }
         rest = passes[config.rest]
@@ -241,8 +243,8 @@ class _Work:
             slopes = self._slopes(replay, outlook, scratch)
             found, domains = from_slopes(self.pool.samples, probes, values, slopes, self.seed)
         else:
-            ratios = ratios_of(self.targets, self._read(probes))
-            reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios)
+            ratios, tokens = ratios_of(self.targets, self._read(probes)), self._tokens(replay, outlook, scratch)
+            reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios, tokens)
             found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
         for name, table in (("values", found), ("domains", domains)):
             with replacing(folder / f"{name}.parquet") as part:
@@ -280,6 +282,17 @@ class _Work:
         )
         values: Floats = found / step_tokens(self.run) / self.config.lr_share
         return values
+
+    def _tokens(self, replay: Replay, outlook: Outlook, scratch: Path) -> tuple[list[NgramSlopes], Floats]:
+        """For each target a fit to the slopes of the probes' tokens, and (n, T) what it predicts of held-out probes."""
+        probes = self.probes
+        found = linear_values(
+            replay, outlook.state.parameters, target_directions(replay, outlook, each_target(self.targets).tolist()),
+            probes, "tokens", read=self._read, scratch=scratch, by_token=True,
+        ) / (step_tokens(self.run) * self.config.lr_share)  # fmt: skip
+        keys = np.concatenate([ngrams_of(sample) for samples in self._read(probes) for sample in samples])
+        fits, held_out = zip(*(fit(keys, own, probes["tokens"].to_numpy(), self.seed) for own in found.T), strict=True)
+        return list(fits), np.nan_to_num(np.stack(held_out, axis=1))
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""

@@ -78,7 +78,7 @@ def test_the_fit_is_a_ridge_regression_on_tokens(seed, monkeypatch):
     asked = named(others[0].tolist(), np.ones(25, bool))
     np.testing.assert_allclose(made.tokens(ngrams_of(sample(others[0]))), oracle(names, values, asked), atol=1e-7)
     batches = [[sample(text, mask) for text, mask in zip(texts[:7], masks[:7], strict=True)], [sample(others[0])]]
-    found = np.concatenate(list(made.samples(batches)))
+    found = np.concatenate([made.samples(batch) for batch in batches])
     wanted = means(oracle(names, values, [*names[: counts[:7].sum()], *asked]), np.append(counts[:7], len(asked)))
     np.testing.assert_allclose(found, wanted, atol=1e-7)
     assert held_out.shape == (len(texts),)

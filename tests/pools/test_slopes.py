@@ -306,7 +306,7 @@ def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, least
     rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
     told = found.join(rest, on="sample_id", how="semi", maintain_order="left")
     if least < 0:
-        wanted = np.concatenate(list(made.samples(read_together(run, run, rest))))
+        wanted = np.concatenate([made.samples(batch) for batch in read_together(run, run, rest)])
         sure = (judged["low"] > 0).to_list()
         here = told["domain"].is_in(judged.filter(sure)["domain"].implode()).to_numpy()
         np.testing.assert_allclose(told["value"].to_numpy()[here], wanted[here], rtol=1e-9)
