@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -41,12 +42,14 @@ class Choice:
         likeness: see `scores.likeness.sample_likeness`; None: it has no share.
         predicted: how good predicted values are, see `shards.predict` and `pools.slopes.predict_all`.
         slopes: what some of them are, where samples have slopes of their own.
+        slopes_seconds: that these took now.
     """
 
     values: pl.DataFrame
     likeness: pl.DataFrame | None = None
     predicted: pl.DataFrame | None = None
     slopes: Slopes | None = None
+    slopes_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +163,23 @@ def _by_the_next_step(
         run, _samples_of(run, config, used), known.ahead, {target.name: weights[target.name] for target in targets},
         config.probe.min_rank_correlation, config.seed,
     )  # fmt: skip
-    values, slopes = _as_values(samples, targets[0], predicted), None
-    wanted = _draft(stock, targets[0], known, used)
+    values, slopes, seconds = _as_values(samples, targets[0], predicted), None, 0.0
+    wanted, likely = _draft(stock, targets[0], known, used), samples.clear()
     if per_sample := _slopes_per_sample(config.shards, run, sum(wanted.values())):
         likely = candidates(samples, values, texts, config.shards.likeness_share, wanted, per_sample)
+    if len(likely):
+        begin = perf_counter()
         slopes = value_all(
             run, stock.run, likely, known.ahead, targets, weights, config.probe, device=config.device,
             tolerance=config.tolerance,
         )  # fmt: skip
+        seconds = perf_counter() - begin
         rest = values.join(slopes.values, on="sample_id", how="anti", maintain_order="left")
         values = pl.concat([slopes.values.select(values.columns), rest]).sort("domain", "sample_id")
-    return Choice(values=values, likeness=texts, predicted=_judged(judged, NEXT), slopes=slopes)
+    of = likely.join(predicted.select("sample_id", whole="domain"), on="sample_id").group_by(domain="whole")
+    judged = judged.join(of.agg(slopes=pl.len().cast(pl.Int64)), on="domain", how="left", maintain_order="left")
+    judged = _judged(judged.with_columns(pl.col("slopes").fill_null(0)), NEXT)
+    return Choice(values=values, likeness=texts, predicted=judged, slopes=slopes, slopes_seconds=seconds)
 
 
 def _slopes_per_sample(config: ShardsConfig, run: Run, taken: int) -> float:
@@ -207,7 +216,7 @@ def candidates(
     else:
         told = told.join(texts, on=["domain", "sample_id"], how="left", maintain_order="left")
     most = pl.DataFrame(
-        {"domain": list(wanted), "most": [math.ceil(per_sample * count - 1e-9) for count in wanted.values()]},
+        {"domain": list(wanted), "most": [math.floor(per_sample * count + 1e-9) for count in wanted.values()]},
         schema={"domain": pl.String, "most": pl.Int64},
     )
     told = told.join(most, on="domain", how="left", maintain_order="left")

@@ -88,10 +88,9 @@ def select(config: SelectConfig, run: Run) -> Path:
         facts["branch_test"] = _branch_test(config, run, target, stock.trained, tables["domains"])
         stock = replace(stock, config=with_mixture(config, temperature=facts["branch_test"]["temperature"]))
     tables["ledger"] = domain_ledger(stock.run, ledger)
-    began = perf_counter()
     known = Known(every=every, domains=tables["domains"], pool=None if isinstance(found, dict) else found, ahead=ahead)
     choice = choice_of(stock, run, targets, known, like, used)
-    embedded += 0.0 if choice.slopes is None else perf_counter() - began
+    embedded += choice.slopes_seconds
     tables |= {} if choice.predicted is None else {"predicted": choice.predicted}
     mixture, plan, tables["leaks"] = _mix(stock, choice, tables["domains"], used, target, keys)
     start(out, settings)

@@ -132,7 +132,7 @@ def settings_of(config: SelectConfig, run: Run, target: Target) -> Json:
     more: dict[str, Any] = {"more_targets": dict(zip(others, weights, strict=True))} if others else {}
     if config.pool is not None:
         more |= {"pool": pool_fingerprint(pool_streams(config.pool)), "probe": config.probe.model_dump()}
-        more["predictor"] = list(PREDICTOR)
+        more["predictor"] = [*PREDICTOR, *NGRAM_PREDICTOR]
     elif config.mode != "reweight" and config.method in VALUED:
         unvalued = chosen["shards"]["unvalued"] = unvalued_of(config)
         if unvalued == "predict":

@@ -7,12 +7,12 @@ a thousand tokens are a hundred thousand observations, of which a ridge regressi
     y_t ~ m + sum_f w_f        f: the token, the one before it, both, the token and the last but one, all three
     sum_t (y_t - m - sum_f w_f)^2 + lambda sum_f w_f^2        lambda 1: seen once, an n-gram goes half of the way
 
-by conjugate gradients; m is the mean of the y_t. Prediction costs no pass through the model. On the two pools of the
-branch bench (seed 0, 100 samples of each domain; two targets and general text) the rank correlation with the slopes of
-all others was .47 to .65 inside domains, where a fit to whole samples (`pools.predictor`) had .27 to .45 and likeness
-to the target .17 to .28; it differs by less than .03 from lambda .3 to 3, and falls beyond.
+by conjugate gradients, scaled by the diagonal; m is the mean of the y_t. Prediction costs no pass through the model. On
+the two pools of the branch bench (seed 0, 100 samples of each domain; two targets, general text) the rank correlation
+with the slopes of all others was .47 to .65 inside domains, where a fit to whole samples (`pools.predictor`) had .27 to
+.45 and likeness to the target .17 to .28; it differs by less than .03 from lambda .3 to 3, and falls beyond.
 
-N samples, n tokens, C = 5 n-grams of a token, F distinct ones.
+N samples, n tokens, T targets, C = 5 n-grams of a token, F distinct ones.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ FOLDS = 5
 PREDICTOR = ("n-grams of three tokens", "ridge on the slopes of tokens, penalty 1")
 """What predictions are made from and how, part of their identity."""
 _PENALTY = 1.0
-_MOST = 4_000_000  # tokens that are fitted to
+_MOST = 4_000_000  # tokens that are fitted to, about 400 bytes each
 _ITERATIONS, _TOLERANCE = 200, 1e-3
+_CHUNK = 1 << 18  # tokens predicted at once
 _FACTORS = generator(0, "n-gram slopes").integers(0, 1 << 63, size=(5, 3), dtype=np.uint64) * 2 + 1
 _USED = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1]], np.uint64)  # token, before, before that
 
@@ -50,24 +51,26 @@ class NgramSlopes:
 
     Attributes:
         table: (F,) uint64, the n-grams, ascending.
-        weights: (F,) of each.
-        mean: m.
+        weights: (F, T) of each.
+        mean: (T,) m.
     """
 
     table: Keys
     weights: Floats
-    mean: float
+    mean: Floats
 
     def tokens(self, keys: Keys) -> Floats:
-        """(n,) predictions of tokens with n-grams (n, C)."""
-        if not len(self.table):
-            return np.full(len(keys), self.mean)
-        at = np.minimum(np.searchsorted(self.table, keys), len(self.table) - 1)
-        found: Floats = self.mean + (self.weights[at] * (self.table[at] == keys)).sum(axis=1)
+        """(n, T) predictions of tokens with n-grams (n, C)."""
+        found = np.repeat(self.mean[None], len(keys), axis=0)
+        for start in range(0, len(keys) if len(self.table) else 0, _CHUNK):
+            own = keys[start : start + _CHUNK]
+            at = np.minimum(np.searchsorted(self.table, own), len(self.table) - 1)
+            known = self.table[at] == own
+            found[start : start + _CHUNK] += (self.weights[at] * known[..., None]).sum(axis=1)
         return found
 
     def samples(self, samples: Sequence[Sample]) -> Floats:
-        """(B,) predictions of samples, which predict a token each."""
+        """(B, T) predictions of samples, which predict a token each."""
         keys = [ngrams_of(sample) for sample in samples]
         return means(self.tokens(np.concatenate(keys)), np.array([len(own) for own in keys]))
 
@@ -98,38 +101,44 @@ def fit(keys: Keys, values: Floats, counts: Places, seed: int) -> tuple[NgramSlo
 
     Args:
         keys: (n, C), see `ngrams_of`, one sample after the other.
-        values: (n,) slopes of the tokens.
+        values: (n, T) slopes of the tokens.
         counts: (N,) tokens of each sample.
         seed: of folds, and of the tokens that are fitted to where there are very many.
 
     Returns:
-        The fit, and for each sample (N,) what one without its fold predicts; NaN where all samples are of one fold.
+        The fit, and for each sample (N, T) what one without its fold predicts; NaN where all samples are of one fold.
     """
     import scipy.sparse
 
-    table, places = np.unique(keys, return_inverse=True)
-    starts = np.arange(len(keys) + 1) * keys.shape[1]
-    counted = scipy.sparse.csr_matrix((np.ones(keys.size), places.ravel(), starts), shape=(len(keys), len(table)))
     random = generator(seed, "n-gram slopes")
-    read = random.random(len(keys)) < _MOST / max(len(keys), 1)
-    folds = random.permutation(len(counts)) % FOLDS
-    of_token = np.repeat(folds, counts)
-    held_out = np.full(len(values), np.nan)
+    folds = np.repeat(random.permutation(len(counts)) % FOLDS, counts)
+    read = np.flatnonzero(random.random(len(keys)) < _MOST / max(len(keys), 1))
+    table, places = np.unique(keys[read], return_inverse=True)
+    starts = np.arange(len(read) + 1) * keys.shape[1]
+    counted = scipy.sparse.csr_matrix((np.ones(places.size), places.ravel(), starts), shape=(len(read), len(table)))
+
+    def fitted(rows: npt.NDArray[np.bool_]) -> NgramSlopes:
+        weights, mean = _ridge(counted[rows], values[read][rows])
+        return NgramSlopes(table=table, weights=weights, mean=mean)
+
+    held_out = np.full(values.shape, np.nan)
     for fold in np.unique(folds):
-        out = of_token == fold
+        out = folds == fold
         if not out.all():
-            weights, mean = _ridge(counted[read & ~out], values[read & ~out])
-            held_out[out] = counted[out] @ weights + mean
-    weights, mean = _ridge(counted[read], values[read])
-    return NgramSlopes(table=table, weights=weights, mean=mean), means(held_out, counts)
+            held_out[out] = fitted(~out[read]).tokens(keys[out])
+    return fitted(np.ones(len(read), bool)), means(held_out, counts)
 
 
-def _ridge(counted: Any, values: Floats) -> tuple[Floats, float]:
-    """Weights (F,) of n-grams counted in tokens, sparse (n, F), and the mean of the tokens' values (n,)."""
+def _ridge(counted: Any, values: Floats) -> tuple[Floats, Floats]:
+    """Weights (F, T) of n-grams counted in tokens, sparse (n, F), and the mean (T,) of the tokens' values (n, T)."""
     from scipy.sparse.linalg import LinearOperator, cg
 
-    turned, mean = counted.T.tocsr(), float(values.mean()) if len(values) else 0.0
-    size = counted.shape[1]
+    turned, size = counted.T.tocsr(), counted.shape[1]
+    mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
+    scale = 1 / (np.asarray(counted.multiply(counted).sum(axis=0)).ravel() + _PENALTY)
     normal = LinearOperator((size, size), matvec=lambda w: turned @ (counted @ w) + _PENALTY * w, dtype=np.float64)
-    weights, _ = cg(normal, turned @ (values - mean), rtol=_TOLERANCE, maxiter=_ITERATIONS)
-    return weights, mean
+    scaled = LinearOperator((size, size), matvec=lambda w: scale * w, dtype=np.float64)
+    weights = [
+        cg(normal, turned @ column, rtol=_TOLERANCE, maxiter=_ITERATIONS, M=scaled)[0] for column in (values - mean).T
+    ]
+    return np.stack(weights, axis=1), mean

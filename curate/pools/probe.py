@@ -42,6 +42,7 @@ from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.own_step import before_step
 from curate.embeddings.products import STEP, check_curvature
 from curate.embeddings.states import plan_states, states_backward
+from curate.errors import UserError
 from curate.optimizers.state import Group, TrainingState
 from curate.optimizers.step import update_vjp
 from curate.progress import progress
@@ -209,7 +210,11 @@ def _slopes(
     samples: Sequence[Sample],
     losses_of: Callable[[Task, Tensor, Batch], Tensor],
 ) -> Floats:
-    """Slopes (K, V) of K losses of a batch along V directions."""
+    """Slopes (K, V) of K losses of a batch along V directions.
+
+    Raises:
+        UserError: one is not finite.
+    """
     import torch
 
     task, layout = copy(replay.task), replay.layout
@@ -223,6 +228,11 @@ def _slopes(
         base = losses(parameters)
         slopes = [(losses(parameters + move) - base).double() / h for move, h in zip(*moves, strict=True)]
     found: Floats = torch.stack(slopes, dim=1).cpu().numpy()
+    if not np.isfinite(found).all():
+        raise UserError(
+            f"a loss among samples {[sample.sample_id for sample in samples]} is not finite at the run's last state; "
+            "leave the bad one out of the streams"
+        )
     return found
 
 

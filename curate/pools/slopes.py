@@ -1,4 +1,4 @@
-"""What the next step asks for, by forward passes alone: of a part of every domain, and of the likeliest samples.
+"""What the next step asks for, by forward passes alone: of a part of every domain, and of the most promising samples.
 
 All samples share one direction, what a target asks of the next step (`pools.probe`), and the linear value of each is
 the slope of its own loss along it. Two artifacts in the run, both by content, so that a re-sharded stream needs no new
@@ -216,7 +216,8 @@ def value_all(
         )  # fmt: skip
         with timed(folder, replay) as scratch:
             parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-            directions = parameters.new_tensor(read_arrays(ahead.folder / _DIRECTIONS)["directions"])
+            own = [_places(ahead)[name] for name in aimed]  # a guard may have no say here
+            directions = parameters.new_tensor(read_arrays(ahead.folder / _DIRECTIONS)["directions"][own])
             shares = parameters.new_tensor(list(target_shares(ahead.values, aimed).values()))
             value = linear_values(
                 replay, parameters, shares[None] @ directions, rest, "slopes",
@@ -259,12 +260,12 @@ def predict_all(
     stored = read_arrays(ahead.folder / _TOKENS)["values"][:, [_places(ahead)[name] for name in weights]]
     keys = [ngrams_of(sample) for batch in read_batches(run, probes, _BATCH) for sample in batch]
     tokens = stored.astype(np.float64) @ shares
-    made, held_out = fit(np.concatenate(keys), tokens, probes["tokens"].to_numpy(), seed)
+    made, held_out = fit(np.concatenate(keys), tokens[:, None], probes["tokens"].to_numpy(), seed)
     batches = read_batches(run, samples, _BATCH)
     shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
     known = (probes["value"] / probes["tokens"]).to_numpy()
     predicted = np.concatenate([made.samples(batch) for batch in shown])
-    every, judged = settled(*from_fit(samples, probes, known, predicted, held_out, seed), least)
+    every, judged = settled(*from_fit(samples, probes, known, predicted[:, 0], held_out[:, 0], seed), least)
     return every.select("domain", "sample_id", "value"), judged.drop("of")
 
 

@@ -46,8 +46,8 @@ class FeatureReader:
         read: gives the samples of a table in its order, some at a time.
         hidden: folder of the hidden states of `blocks_of(samples)`; None: n-grams only.
         ratios: (T, V) of the targets, see `features.log_ratios`.
-        tokens: a fit to the slopes of the probes' tokens for each target, and what fits without them predict of the
-            probes, (n, T): a fit knows its own tokens too well to say how far it is to be trusted; None: no feature.
+        tokens: a fit to the slopes of the probes' tokens, and what fits without them predict of the probes, (n, T): a
+            fit knows its own tokens too well to say how far it is to be trusted; None: no feature.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class FeatureReader:
         read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
         hidden: Path | None,
         ratios: npt.NDArray[np.float64],
-        tokens: tuple[Sequence[NgramSlopes], Floats] | None = None,
+        tokens: tuple[NgramSlopes, Floats] | None = None,
     ) -> None:
         self._blocks, self._read, self._hidden, self._ratios = blocks_of(samples), read, hidden, ratios
         self._tokens = tokens
+        if tokens is not None:  # targets differ in what their slopes are measured in
+            self._scale = 1 / np.maximum(tokens[1].std(axis=0), 1e-30)
         self._deviations: Floats | None = None
 
     def of_probes(self, probes: pl.DataFrame) -> list[Floats]:
@@ -71,7 +73,7 @@ class FeatureReader:
             self._deviations = np.maximum(found[0].std(axis=0), 1e-12)
             found[0] = found[0] / self._deviations
         if self._tokens is not None:
-            found[-1] = self._tokens[1]
+            found[-1] = self._tokens[1] * self._scale
         return found
 
     def of_all(self, domains: Collection[str]) -> Iterator[tuple[pl.DataFrame, Floats]]:
@@ -99,7 +101,7 @@ class FeatureReader:
     def _of_texts(self, samples: Sequence[Sample]) -> list[Floats]:
         found: list[Floats] = [ngram_features(samples), likeness(samples, self._ratios)]
         if self._tokens is not None:
-            found.append(np.stack([fit.samples(samples) for fit in self._tokens[0]], axis=1))
+            found.append(self._tokens[0].samples(samples) * self._scale)
         return found
 
 

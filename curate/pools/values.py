@@ -24,6 +24,7 @@ from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError
 from curate.pools.draw import VALUES, draw_probes, probe_frame
 from curate.pools.features import mean_hidden_states, output_layer, ratios_of
+from curate.pools.ngram_slopes import PREDICTOR as NGRAM_PREDICTOR
 from curate.pools.ngram_slopes import NgramSlopes, fit, ngrams_of
 from curate.pools.open import Overlap, Pool
 from curate.pools.probe import Outlook, look_ahead, probe_values, target_directions
@@ -193,7 +194,7 @@ class _Work:
             "samples": samples_fingerprint(self.pool.samples),
             "targets": [target.fingerprint for target in self.targets],
             "probe": self.config.model_dump(exclude={"overlap", "min_rank_correlation", *unread}),
-            "predictor": None if unread else PREDICTOR,
+            "predictor": None if unread else [*PREDICTOR, *NGRAM_PREDICTOR],
             "adjoint": self.adjoint.model_dump(include={"own_step", "hessian", "hessian_share"}),
             "seed": self.seed,
         }
@@ -283,16 +284,16 @@ class _Work:
         values: Floats = found / step_tokens(self.run) / self.config.lr_share
         return values
 
-    def _tokens(self, replay: Replay, outlook: Outlook, scratch: Path) -> tuple[list[NgramSlopes], Floats]:
-        """For each target a fit to the slopes of the probes' tokens, and (n, T) what it predicts of held-out probes."""
+    def _tokens(self, replay: Replay, outlook: Outlook, scratch: Path) -> tuple[NgramSlopes, Floats]:
+        """A fit to the slopes of the probes' tokens, and (n, T) what it predicts of held-out probes."""
         probes = self.probes
         found = linear_values(
             replay, outlook.state.parameters, target_directions(replay, outlook, each_target(self.targets).tolist()),
             probes, "tokens", read=self._read, scratch=scratch, by_token=True,
         ) / (step_tokens(self.run) * self.config.lr_share)  # fmt: skip
         keys = np.concatenate([ngrams_of(sample) for samples in self._read(probes) for sample in samples])
-        fits, held_out = zip(*(fit(keys, own, probes["tokens"].to_numpy(), self.seed) for own in found.T), strict=True)
-        return list(fits), np.nan_to_num(np.stack(held_out, axis=1))
+        made, held_out = fit(keys, found, probes["tokens"].to_numpy(), self.seed)
+        return made, np.nan_to_num(held_out)
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""

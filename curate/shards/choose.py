@@ -47,7 +47,8 @@ class ShardsConfig(Config):
     that needs fewer takes the best."""
     likeness_share: float = Field(default=0.5, ge=0, le=1)
     """Share of n-gram likeness to the targets and the guard in both choices, the rest is value's; of method curate.
-    Samples without a value are told apart by their likeness alone."""
+    Both count in their deviations inside the domain; predicted values lie closer together than those that are known,
+    so that these count for more. Samples without a value are told apart by their likeness alone."""
     sample_temperature: float = Field(default=0.1, ge=0)
     """Randomness of both choices (Gumbel top-k), in standard deviations of a sample within its domain; 0: exactly the
     lowest are left out and the highest taken."""

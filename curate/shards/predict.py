@@ -26,7 +26,6 @@ _LEAST = 20  # valued samples of a domain from which a rank correlation says som
 _MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
 _BATCH = 64  # samples read at a time
 _JUDGED = ("domain", "samples", "probed", "spearman", "low", "high", "used")
-_TYPES = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64, pl.Float64, pl.String)
 
 
 def predict_rest(

@@ -44,7 +44,7 @@ def drawn(seed, samples=40, vocabulary=6):
     keys = [ngrams_of(sample(text, mask)) for text, mask in zip(texts, masks, strict=True)]
     counts = np.array([len(own) for own in keys])
     names = [row for text, mask in zip(texts, masks, strict=True) for row in named(text.tolist(), mask)]
-    return texts, masks, np.concatenate(keys), names, random.standard_normal(counts.sum()), counts
+    return texts, masks, np.concatenate(keys), names, random.standard_normal((counts.sum(), 2)), counts
 
 
 def oracle(names, values, asked):
@@ -55,9 +55,9 @@ def oracle(names, values, asked):
     for row, own in enumerate(names):
         for name in own:
             counted[row, place[name]] += 1
-    mean = values.mean()
+    mean = values.mean(axis=0)
     weights = np.linalg.solve(counted.T @ counted + np.eye(len(every)), counted.T @ (values - mean))
-    return np.array([mean + sum(weights[place[name]] for name in own) for own in asked])
+    return np.array([mean + sum(weights[place[name]] for name in own) for own in asked]).reshape(-1, values.shape[1])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=30))
@@ -81,7 +81,7 @@ def test_the_fit_is_a_ridge_regression_on_tokens(seed, monkeypatch):
     found = np.concatenate([made.samples(batch) for batch in batches])
     wanted = means(oracle(names, values, [*names[: counts[:7].sum()], *asked]), np.append(counts[:7], len(asked)))
     np.testing.assert_allclose(found, wanted, atol=1e-7)
-    assert held_out.shape == (len(texts),)
+    assert held_out.shape == (len(texts), 2)
 
 
 def test_held_out_samples_have_no_say_in_what_is_predicted_of_them(monkeypatch):
@@ -95,7 +95,7 @@ def test_held_out_samples_have_no_say_in_what_is_predicted_of_them(monkeypatch):
         changed = values.copy()
         changed[own] += 3.0
         _, after = fit(keys, changed, counts, 5)
-        same = np.flatnonzero(np.isclose(before, after, rtol=0, atol=1e-9))
+        same = np.flatnonzero(np.isclose(before, after, rtol=0, atol=1e-9).all(axis=1))
         assert at in same
         fold_of[at] = same
         assert abs(len(same) - len(counts) / FOLDS) <= 1
@@ -113,7 +113,7 @@ def test_what_n_grams_say_is_found_and_chance_is_not():
     counts, effect = np.full(200, 99), random.standard_normal(50)
     said = np.concatenate([effect[text[1:]] for text in texts])
     noise = random.standard_normal(len(said))
-    told, chance = (fit(keys, values, counts, 0)[1] for values in (said + noise, noise))
+    told, chance = fit(keys, np.stack([said + noise, noise], axis=1), counts, 0)[1].T
     assert np.corrcoef(told, means(said, counts))[0, 1] > 0.9
     assert abs(np.corrcoef(chance, means(noise, counts))[0, 1]) < 0.3
 
@@ -129,9 +129,18 @@ def test_only_some_of_very_many_tokens_are_fitted_to(monkeypatch):
 
 def test_one_sample_is_held_out_of_nothing():
     keys = ngrams_of(sample([1, 2, 3, 1, 2]))
-    made, held_out = fit(keys, np.ones(4), np.array([4]), 0)
+    made, held_out = fit(keys, np.ones((4, 1)), np.array([4]), 0)
     assert np.isnan(held_out).all()
-    assert made.tokens(keys) == pytest.approx(np.ones(4))
+    assert made.tokens(keys) == pytest.approx(np.ones((4, 1)))
+
+
+def test_tokens_are_predicted_in_chunks(monkeypatch):
+    _, _, keys, _, values, counts = drawn(4)
+    whole, before = fit(keys, values, counts, 0)
+    monkeypatch.setattr(ngram_slopes, "_CHUNK", 7)
+    some, after = fit(keys, values, counts, 0)
+    np.testing.assert_array_equal(whole.tokens(keys), some.tokens(keys))
+    np.testing.assert_array_equal(before, after)
 
 
 @given(st.lists(st.integers(1, 5), max_size=8), st.integers(1, 3))

@@ -13,12 +13,16 @@ from polars.testing import assert_frame_equal
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, write_stream
+from curate.pools.features import ratios_of
+from curate.pools.ngram_slopes import fit, ngrams_of
 from curate.pools.open import open_pool
+from curate.pools.spread import FeatureReader
 from curate.pools.values import PoolValues, ProbeConfig, value_pool
 from curate.scores.schema import Scores
 from curate.target import load_target
 from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
+from curate.trajectory.samples import read_batches, usable_samples
 from tests.tiny import SEQ_LEN, STEPS, TinyLM
 
 CONFIG = ProbeConfig(share=0.5, min_per_domain=5, steps=4, min_rank_correlation=-1.0, rest="features")
@@ -270,3 +274,26 @@ def test_samples_are_chosen_by_the_targets_that_rank_them(tmp_path):
     assert (both["target"].value_counts()["count"] == 2).all()  # the same rows for each target
     assert alone["domain"].to_list() == ["a"]
     assert both["value"].to_list() == [2.0] * 4
+
+
+def test_what_n_grams_say_counts_alike_for_every_target(run, folder):
+    """Whatever the targets' slopes are measured in; a block of features has one scale."""
+    samples = usable_samples(run.places)
+    probes = samples.gather_every(3)
+    told = np.random.default_rng(0).standard_normal((len(probes), 2)) * [1e-3, 1e-6]
+
+    def read(table):
+        return read_batches(run, table, 16)
+
+    keys = np.concatenate([ngrams_of(sample) for batch in read(probes) for sample in batch])
+    made, _ = fit(
+        keys, np.random.default_rng(1).standard_normal((len(keys), 2)) * [1e-3, 1e-6], probes["tokens"].to_numpy(), 0
+    )
+    target = load_target(folder / "target.jsonl", run.spec, 100)
+    reader = FeatureReader(samples, read, None, ratios_of([target], read(probes)), (made, told))
+    *others, tokens = reader.of_probes(probes)
+    assert len(others) == 2
+    np.testing.assert_allclose(tokens, told / told.std(axis=0))
+    ((block, features),) = reader.of_all(samples["domain"].unique().to_list())
+    wanted = np.concatenate([made.samples(batch) for batch in read(block)]) / told.std(axis=0)
+    np.testing.assert_allclose(features[:, -2:], wanted, rtol=1e-6)
