@@ -196,7 +196,7 @@ def candidates(
     wanted: Mapping[str, int],
     per_sample: float,
 ) -> pl.DataFrame:
-    """The samples that are passed over: the most promising of each domain, some for each one that the stage takes.
+    """The samples that have slopes of their own: the most promising of each domain, some for each that the stage takes.
 
     Args:
         samples: rows of `usable_samples`.

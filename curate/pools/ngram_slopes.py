@@ -1,4 +1,4 @@
-"""Slopes of the samples that nothing was passed over of, from those of the tokens of the samples that were.
+"""Slopes of samples that were not measured, from those of the tokens of samples that were.
 
 A sample's slope is the mean of its tokens', and what training on a token does to the target is told by the token and
 the two before it, much of it. The slope of every token costs no more than that of its sample, so a hundred samples of

@@ -4,7 +4,7 @@ All samples share one direction, what a target asks of the next step (`pools.pro
 the slope of its own loss along it. Two artifacts in the run, both by content, so that a re-sharded stream needs no new
 ones, and continued where they were interrupted: `pools/next-*` has the directions and a part of every domain, valued
 token by token for each target, which domains are scored by and all other samples predicted from (`pools.ngram_slopes`);
-`pools/slopes-*` has one value for all targets together of each sample that is passed over beside that part.
+`pools/slopes-*` has one value for all targets together of each sample that is measured beside that part.
 
 T targets, N samples, n tokens, P parameters.
 """

@@ -103,7 +103,7 @@ class ReportData:
     empty where samples that were trained on were valued."""
     predicted: Sequence[Mapping[str, Any]] = ()
     """The same without targets where data is chosen by predictions, with the `window` whose values they are of, or
-    "next_step", and then how many were passed over (`slopes`); empty where it is not."""
+    "next_step", and then of how many it was measured beside those (`slopes`); empty where it is not."""
     leaks: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""

@@ -133,13 +133,13 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
         "too few": "too few to tell",
     }
     values = "probed" if named or pool[0]["window"] == NEXT else "valued in the window"
-    passed = ["passed over"] if "slopes" in pool[0] else []
+    measured = ["measured"] if "slopes" in pool[0] else []
     return Table(
         headers=[
-            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high", *passed,
+            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high", *measured,
             "the rest",
         ],
-        numeric=[False, *([False] if named else []), *[True] * (5 + len(passed)), False],
+        numeric=[False, *([False] if named else []), *[True] * (5 + len(measured)), False],
         rows=[
             [
                 row["domain"],
@@ -147,7 +147,7 @@ def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
                 count(row["samples"]),
                 count(row["probed"]),
                 *(signed(row[name]) for name in ("spearman", "low", "high")),
-                *([count(row["slopes"])] if passed else []),
+                *([count(row["slopes"])] if measured else []),
                 names[row["used"]],
             ]
             for row in pool

@@ -179,6 +179,7 @@ def test_a_stage_takes_the_samples_of_the_largest_slopes(folder, run, targets, t
     assert set(scores["window"]) == {NEXT} | ({"late"} if window == "late" else set())
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What samples are chosen by" in page
+    assert f"It was then measured of {judged['slopes'].sum():,} of the most promising" in page
     assert ("Value over training" in page) == (window == "late")
     phases = set(pl.read_parquet(out / "costs.parquet")["phase"])
     assert phases == {"training", "next step", "slopes", "select"} | ({"embed late"} if window == "late" else set())
@@ -347,7 +348,7 @@ def test_a_selection_without_slopes_of_its_own_passes_over_nothing_more(folder, 
     assert pl.read_parquet(out / "data" / "mds" / "dropped.parquet")["value"].null_count() == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "predicted for the others from their n-grams" in page
-    assert "were passed over themselves" not in page
+    assert "It was then measured of" not in page
     assert pl.read_parquet(out / "predicted.parquet")["slopes"].to_list() == [0] * len(run.streams)
 
 
