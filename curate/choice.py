@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.mixture.constraints import thinned
-from curate.pools.draw import VALUES
+from curate.pools.draw import values_frame
 from curate.pools.slopes import NEXT, predict_all, slope_units, value_all, value_next
 from curate.scores.methods import VALUED
 from curate.selection import looks_ahead, sample_weights, takes_slopes
@@ -102,10 +102,15 @@ def next_step_of(stock: Stock, run: Run, targets: Sequence[Target], used: pl.Dat
 def _samples_of(run: Run, config: SelectConfig, used: pl.DataFrame) -> pl.DataFrame:
     """What the next step is asked about: the samples that the stage may take, all where none are left."""
     samples = usable_samples(run.places.filter(pl.col("domain").is_in(list(trained_tokens(run)))))
-    if config.shards.consume_once:
-        left = samples.join(used, on="sample_id", how="anti", maintain_order="left")
-        samples = samples if left.is_empty() else left  # that nothing is left is said where the mixture is made
-    return samples
+    left = _unused(samples, config, used)
+    return samples if left.is_empty() else left  # that nothing is left is said where the mixture is made
+
+
+def _unused(samples: pl.DataFrame, config: SelectConfig, used: pl.DataFrame) -> pl.DataFrame:
+    """The samples that the stage may take."""
+    if not config.shards.consume_once:
+        return samples
+    return samples.join(used, on="sample_id", how="anti", maintain_order="left")
 
 
 def choice_of(
@@ -139,9 +144,7 @@ def choice_of(
     if config.shards.unvalued == "predict":
         values, judged = predict_rest(stock.run, values, aimed, config.probe.min_rank_correlation, config.seed)
         return Choice(values=values, likeness=texts, predicted=_judged(judged, config.mixture.window))
-    samples = (
-        samples.join(used, on="sample_id", how="anti", maintain_order="left") if config.shards.consume_once else samples
-    )
+    samples = _unused(samples, config, used)
     if not takes_slopes(config) or samples.is_empty():  # what is left is said where the mixture is made
         return Choice(values=values, likeness=texts)
     return _by_the_next_step(stock, run, aimed, known, samples, texts, used)
@@ -163,9 +166,13 @@ def _by_the_next_step(
         run, _samples_of(run, config, used), known.ahead, {target.name: weights[target.name] for target in targets},
         config.probe.min_rank_correlation, config.seed,
     )  # fmt: skip
-    values, slopes, seconds = _as_values(samples, targets[0], predicted), None, 0.0
-    wanted, likely = _draft(stock, targets[0], known, used), samples.clear()
-    if per_sample := _slopes_per_sample(config.shards, run, sum(wanted.values())):
+    per_token = predicted.unique("sample_id").select("sample_id", "value")
+    told = samples.join(per_token, on="sample_id").with_columns(pl.col("value") * pl.col("tokens"))
+    values, slopes, seconds = values_frame(told, NEXT, targets[0].name), None, 0.0
+    likely = samples.clear()
+    if min(config.shards.slopes_per_sample, config.shards.slopes_passes) > 0:
+        wanted = _draft(stock, targets[0], known, used)
+        per_sample = _slopes_per_sample(config.shards, run, sum(wanted.values()))
         likely = candidates(samples, values, texts, config.shards.likeness_share, wanted, per_sample)
     if len(likely):
         begin = perf_counter()
@@ -222,17 +229,6 @@ def candidates(
     told = told.join(most, on="domain", how="left", maintain_order="left")
     place = standing(share).rank("ordinal", descending=True).over("domain")
     return told.filter(place <= pl.col("most").fill_null(0)).select(samples.columns)
-
-
-def _as_values(samples: pl.DataFrame, target: Target, predicted: pl.DataFrame) -> pl.DataFrame:
-    """The values frame that samples are chosen by."""
-    found = samples.join(predicted.unique("sample_id").select("sample_id", "value"), on="sample_id").with_columns(
-        pl.col("value") * pl.col("tokens")
-    )
-    return found.sort("domain", "sample_id").select(
-        pl.lit(NEXT).alias("window"), pl.lit(target.name).alias("target"), "domain", "index", "sample_id", "tokens",
-        *(pl.col("value").alias(name) for name in VALUES),
-    )  # fmt: skip
 
 
 def _draft(stock: Stock, target: Target, known: Known, used: pl.DataFrame) -> dict[str, int]:

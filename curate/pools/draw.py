@@ -77,3 +77,17 @@ def probe_frame(
         "length", pl.lit(window).alias("window"), pl.lit(f"{steps}_steps_on").alias("horizon"), "domain", "index",
         "shard", "documents", "target", *VALUES,
     )  # fmt: skip
+
+
+def values_frame(samples: pl.DataFrame, window: str, target: str) -> pl.DataFrame:
+    """What samples are chosen by, as a values frame; halves of a target are not told apart.
+
+    Args:
+        samples: rows of `usable_samples`, with `value` of all their tokens.
+        window: name that stands where that of a window does.
+        target: whose name the values have.
+    """
+    return samples.sort("domain", "sample_id").select(
+        pl.lit(window).alias("window"), pl.lit(target).alias("target"), "domain", "index", "sample_id", "tokens",
+        *(pl.col("value").alias(name) for name in VALUES),
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, r
 from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
-from curate.pools.draw import VALUES, draw_probes, probe_frame
+from curate.pools.draw import VALUES, draw_probes, probe_frame, values_frame
 from curate.pools.ngram_slopes import fit, means, ngrams_of
 from curate.pools.probe import forward_slopes, look_ahead, moves_along, target_directions, token_slopes
 from curate.pools.spread import blocks_of, from_fit, settled
@@ -230,10 +230,7 @@ def value_all(
     found = rest.join(pl.read_parquet(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     found = found.with_columns(pl.col("value") * pl.col("tokens"))
     again = samples.join(known.select("sample_id", "value"), on="sample_id", maintain_order="left")
-    values = pl.concat([found, again]).sort("domain", "sample_id").select(
-        pl.lit(NEXT).alias("window"), pl.lit(targets[0].name).alias("target"), "domain", "index", "sample_id", "tokens",
-        *(pl.col("value").alias(name) for name in VALUES),
-    )  # fmt: skip
+    values = values_frame(pl.concat([found, again]), NEXT, targets[0].name)
     return Slopes(folder=folder, values=values, **timings_of(folder))
 
 

@@ -244,7 +244,7 @@ class _Work:
             slopes = self._slopes(replay, outlook, scratch)
             found, domains = from_slopes(self.pool.samples, probes, values, slopes, self.seed)
         else:
-            ratios, tokens = ratios_of(self.targets, self._read(probes)), self._tokens(replay, outlook, scratch)
+            ratios, tokens = ratios_of(self.targets, self._read(probes)), self._tokens(replay, outlook, probes, scratch)
             reader = FeatureReader(self.pool.samples, self._read, self._hidden(replay), ratios, tokens)
             found, domains = spread(self.pool.samples, probes, values, reader, self.seed)
         for name, table in (("values", found), ("domains", domains)):
@@ -277,23 +277,28 @@ class _Work:
         """(N, T) linear values of every sample, per token, at the median lr; all the same where none are asked for."""
         if self.config.rest == "none":
             return np.zeros((len(self.pool.samples), len(self.targets)))
-        directions = target_directions(replay, outlook, each_target(self.targets).tolist())
-        found = linear_values(
-            replay, outlook.state.parameters, directions, self.pool.samples, "slopes", read=self._read, scratch=scratch
-        )
-        values: Floats = found / step_tokens(self.run) / self.config.lr_share
-        return values
+        return self._linear(replay, outlook, self.pool.samples, "slopes", scratch)
 
-    def _tokens(self, replay: Replay, outlook: Outlook, scratch: Path) -> tuple[NgramSlopes, Floats]:
+    def _tokens(
+        self, replay: Replay, outlook: Outlook, probes: pl.DataFrame, scratch: Path
+    ) -> tuple[NgramSlopes, Floats]:
         """A fit to the slopes of the probes' tokens, and (n, T) what it predicts of held-out probes."""
-        probes = self.probes
-        found = linear_values(
-            replay, outlook.state.parameters, target_directions(replay, outlook, each_target(self.targets).tolist()),
-            probes, "tokens", read=self._read, scratch=scratch, by_token=True,
-        ) / (step_tokens(self.run) * self.config.lr_share)  # fmt: skip
+        found = self._linear(replay, outlook, probes, "tokens", scratch, by_token=True)
         keys = np.concatenate([ngrams_of(sample) for samples in self._read(probes) for sample in samples])
         made, held_out = fit(keys, found, probes["tokens"].to_numpy(), self.seed)
         return made, np.nan_to_num(held_out)
+
+    def _linear(
+        self, replay: Replay, outlook: Outlook, samples: pl.DataFrame, name: str, scratch: Path, by_token: bool = False
+    ) -> Floats:
+        """Linear values for each target at the median lr, see `linear_values`."""
+        directions = target_directions(replay, outlook, each_target(self.targets).tolist())
+        found = linear_values(
+            replay, outlook.state.parameters, directions, samples, name, read=self._read, scratch=scratch,
+            by_token=by_token,
+        )  # fmt: skip
+        values: Floats = found / step_tokens(self.run) / self.config.lr_share
+        return values
 
     def _hidden(self, replay: Replay) -> Path | None:
         """Mean hidden states of every sample, where they are read; kept for other targets."""
