@@ -1,0 +1,164 @@
+"""What a selection holds, configuration by configuration, against numbers that were committed (`golden.json`).
+
+Other tests compare today with today; this one compares today with the commit that last meant to change a number. A commit
+that changes `golden.json` says why. Make it again with `python -m tests.golden.test_golden`.
+
+Counts and choices of samples must be equal. Numbers must agree to `CLOSE`: their last digits differ between processors.
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+
+from curate.embeddings.estimators import AdjointConfig
+from curate.embeddings.run_capture import CaptureConfig
+from curate.formats.mds import COLUMNS, MdsStream, iterate, write_stream
+from curate.mixture.record import read_mixture
+from curate.select import select
+from curate.selection import SelectConfig
+from curate.tracking import TrackingConfig
+from curate.trajectory.run import Run
+from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target
+
+GOLDEN = Path(__file__).with_name("golden.json")
+CLOSE = 2e-3  # relative to the largest number of a list
+LATE = {"window": "late"}
+PHASES = {"early_share": 0.2, "late_share": 0.3, "transition_share": 0.1, "transition_steps": 2}
+PROBE = {"share": 0.5, "min_per_domain": 20, "steps": 3}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "reweight": {},
+    "filter": {"mode": "filter"},
+    "filter by the late window's values": {**LATE, "mode": "filter", "shards": {"unvalued": "predict"}},
+    "filter by the early window": {"window": "early", "mode": "filter"},
+    "filter by the next step": {"window": "none", "mode": "filter"},
+    "reweight by the next step": {"window": "none"},
+    "early-late schedule": {"mode": "both", "schedule": {"kind": "early-late", **PHASES}},
+    "late schedule": {"mode": "both", "schedule": {"kind": "late", **PHASES}},
+    "candidates": {"pool": "new", "mode": "filter", "probe": PROBE},
+    "candidates by features": {"pool": "new", "mode": "both", "probe": {**PROBE, "rest": "features"}},
+    "several targets with retention": {
+        **LATE, "mode": "filter", "more_targets": {"other.jsonl": 0.5}, "guard": "general.jsonl",
+    },
+    "read at the stage's end": {"horizon": "stage_end"},
+    "anchors": {
+        **LATE, "estimator": "anchors", "adjoint": AdjointConfig(anchors_per_domain=1, samples_per_anchor=6),
+    },
+    "dvemb": {**LATE, "estimator": "dvemb"},
+    "dvemb-adam": {**LATE, "estimator": "dvemb-adam"},
+    "dvemb captured in the run": {**LATE, "estimator": "dvemb", "run": "captured"},
+    "dsir": {"method": "dsir", "mode": "filter", "importance_temperature": 8.0},
+    "less": {**LATE, "method": "less"},
+    "grad-dot": {**LATE, "method": "grad-dot", "mode": "filter"},
+    "shuffled": {**LATE, "method": "shuffled"},
+    "proportional": {"method": "proportional", "mode": "filter"},
+    "given": {"method": "given", "weights": {"json": 0.25, "dataclasses": 0.75}},
+}  # fmt: skip
+
+
+def make_inputs(folder: Path) -> Path:
+    """Two recorded runs (one with captured gradients), candidates that no run saw, targets."""
+    run = record_tiny_run(folder)
+    Training(run.spec.streams, capture=CaptureConfig(estimator="dvemb")).run(folder / "captured")
+    seen = set(run.steps["sample_ids"].explode())
+    for domain in ("json", "dataclasses"):
+        stream = MdsStream(folder / "data" / domain)
+        rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id not in seen]
+        write_stream(folder / "new" / domain, COLUMNS, rows, shard_bytes=3000)
+    for name, documents in (("target", 12), ("other", 15), ("general", 18)):
+        write_tiny_target(folder / f"{name}.jsonl", documents=documents)
+    return folder
+
+
+def select_with(folder: Path, name: str, out: Path) -> Path:
+    """The selection of one configuration; names of files stand for files of `folder`."""
+    given = {"run": "run", "target": "target.jsonl", **CONFIGURATIONS[name]}
+    for key in ("run", "target", "pool", "guard"):
+        if key in given:
+            given[key] = folder / given[key]
+    if "more_targets" in given:
+        given["more_targets"] = {str(folder / file): weight for file, weight in given["more_targets"].items()}
+    tracking = TrackingConfig(mode="none")
+    config = SelectConfig(min_target_tokens=100, budget_tokens=40 * SEQ_LEN, tracking=tracking, out=out, **given)
+    return select(config, Run(config.run))
+
+
+def summary_of(selection: Path) -> dict[str, Any]:
+    """What must not change unnoticed: `exact` as it is, `close` up to rounding."""
+    mixture = read_mixture(selection / "mixture.yaml")
+    domains = sorted(mixture.domains)
+    exact: dict[str, Any] = {
+        "samples": {name: mixture.domains[name].samples for name in domains},
+        "binding": {name: mixture.domains[name].binding for name in domains},
+        "phases": [[phase.start_step, phase.samples, dict(sorted(phase.domains.items()))] for phase in mixture.phases],
+    }
+    close = {"weights": [mixture.domains[name].weight for name in domains]}
+    scores = pl.read_parquet(selection / "scores.parquet")
+    for (target, window), part in scores.group_by("target", "window", maintain_order=True):
+        close[f"values {target} {window}"] = part.sort("domain", "step", "row")["value"].to_list()
+    table = pl.read_parquet(selection / "domains.parquet").sort("window", "target", "domain")
+    close["shrunk"] = [value or 0.0 for value in table["shrunk"].to_list()]
+    if (selection / "data" / "mds").exists():
+        exact["written"] = _written(selection / "data" / "mds")
+        reasons = pl.read_parquet(selection / "data" / "mds" / "dropped.parquet")["reason"].value_counts(sort=False)
+        exact["dropped"] = dict(sorted(reasons.iter_rows()))
+    for name in ("streams.yaml", "schedule.yaml"):
+        if (selection / "data" / name).exists():
+            exact[name] = _counts(yaml.safe_load((selection / "data" / name).read_text(encoding="utf-8")))
+    return {
+        "exact": exact,
+        "close": {key: [float(f"{value:.6g}") for value in values] for key, values in close.items()},
+    }
+
+
+def _written(data: Path) -> str:
+    """A digest of the samples of every MDS folder, in the order written."""
+    folders = sorted({shard.parent for shard in data.rglob("*.mds")})
+    ids = [f"{folder.relative_to(data)} {row['sample_id']}" for folder in folders for row in iterate(folder)]
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def _counts(written: Any) -> Any:
+    """Streams or phases without the places where they lie."""
+    if isinstance(written, list):
+        return [_counts(entry) for entry in written]
+    if isinstance(written, dict):
+        return {key: _counts(value) for key, value in written.items() if key not in ("local", "remote", "split")}
+    return written
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_selection_is_what_it_was(inputs, name):
+    wanted = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
+    found = summary_of(select_with(inputs, name, inputs / "selections" / name.replace(" ", "-")))
+    assert found["exact"] == wanted["exact"]
+    assert found["close"].keys() == wanted["close"].keys()
+    for key, values in wanted["close"].items():
+        largest = max(map(abs, values), default=0.0)
+        assert found["close"][key] == pytest.approx(values, rel=0, abs=CLOSE * largest), key
+
+
+def test_every_configuration_has_numbers():
+    assert json.loads(GOLDEN.read_text(encoding="utf-8")).keys() == CONFIGURATIONS.keys()
+
+
+def main() -> None:
+    """Write `golden.json` from what the code does now."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_inputs(Path(scratch))
+        golden = {name: summary_of(select_with(folder, name, folder / "out" / name)) for name in CONFIGURATIONS}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
