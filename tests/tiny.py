@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,12 @@ def factory(**kwargs: Any) -> TinyLM:
 TASK = TaskSpec(model=ModelSpec(factory="tests.tiny:factory"))
 
 
-def write_tiny_streams(folder: Path, samples: int = 80) -> dict[str, Path]:
+def write_tiny_streams(folder: Path, samples: int = 80, sources: Mapping[str, str | Path] = SOURCES) -> dict[str, Path]:
     """One stream per source file: consecutive pieces of real source text, bytes as tokens, some positions masked."""
-    for domain, source in SOURCES.items():
+    for domain, source in sources.items():
         text = np.frombuffer(Path(source).read_bytes(), np.uint8).astype(np.int32) % VOCABULARY
         write_stream(folder / domain, COLUMNS, list(_rows(text, domain, samples)), shard_bytes=4000)
-    return {domain: folder / domain for domain in SOURCES}
+    return {domain: folder / domain for domain in sources}
 
 
 def _rows(text: np.ndarray, domain: str, samples: int) -> Iterator[dict[str, Any]]:
@@ -213,9 +214,11 @@ def record_tiny_run(folder: Path, **settings: Any) -> Run:
     return Run(folder / "run")
 
 
-def write_tiny_target(path: Path, documents: int = 12, length: int = 30) -> Path:
+def write_tiny_target(
+    path: Path, documents: int = 12, length: int = 30, source: str | Path = argparse.__file__
+) -> Path:
     """Documents of ASCII tokens from another real source file; longer than a sequence, so that they are split."""
-    text = Path(__import__("argparse").__file__).read_bytes()
+    text = Path(source).read_bytes()
     with path.open("w", encoding="utf-8") as file:
         for index in range(documents):
             piece = [byte % VOCABULARY for byte in text[index * length : (index + 1) * length]]

@@ -1,7 +1,7 @@
 """What a selection holds, configuration by configuration, against numbers that were committed (`golden.json`).
 
-Other tests compare today with today; this one compares today with the commit that last meant to change a number. A commit
-that changes `golden.json` says why. Make it again with `python -m tests.golden.test_golden`.
+Other tests compare today with today; this one compares today with the commit that last meant to change a number. A
+commit that changes `golden.json` says why. Make it again with `python -m tests.golden.test_golden`.
 
 Counts and choices of samples must be equal. Numbers must agree to `CLOSE`: their last digits differ between processors.
 """
@@ -24,9 +24,10 @@ from curate.select import select
 from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
-from tests.tiny import SEQ_LEN, Training, record_tiny_run, write_tiny_target
+from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 GOLDEN = Path(__file__).with_name("golden.json")
+DOMAINS = ("json", "dataclasses")
 CLOSE = 2e-3  # relative to the largest number of a list
 LATE = {"window": "late"}
 PHASES = {"early_share": 0.2, "late_share": 0.3, "transition_share": 0.1, "transition_steps": 2}
@@ -63,15 +64,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def make_inputs(folder: Path) -> Path:
     """Two recorded runs (one with captured gradients), candidates that no run saw, targets."""
-    run = record_tiny_run(folder)
-    Training(run.spec.streams, capture=CaptureConfig(estimator="dvemb")).run(folder / "captured")
+    texts = GOLDEN.parent  # committed: the standard library's texts differ between versions of Python
+    streams = write_tiny_streams(folder / "data", sources={name: texts / f"{name}.txt" for name in DOMAINS})
+    Training(streams).run(folder / "run")
+    run = Run(folder / "run")
+    Training(streams, capture=CaptureConfig(estimator="dvemb")).run(folder / "captured")
     seen = set(run.steps["sample_ids"].explode())
-    for domain in ("json", "dataclasses"):
+    for domain in DOMAINS:
         stream = MdsStream(folder / "data" / domain)
         rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id not in seen]
         write_stream(folder / "new" / domain, COLUMNS, rows, shard_bytes=3000)
     for name, documents in (("target", 12), ("other", 15), ("general", 18)):
-        write_tiny_target(folder / f"{name}.jsonl", documents=documents)
+        write_tiny_target(folder / f"{name}.jsonl", documents, source=texts / "argparse.txt")
     return folder
 
 
