@@ -7,8 +7,9 @@ token is predicted exactly once. That makes it a loss `sum_p c_p l_p` over piece
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from curate.artifacts import file_fingerprint
 from curate.errors import UserError
-from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
+from curate.formats.documents import find_eot, load_tokenizer
+from curate.formats.files import read_documents
 from curate.formats.mds import Sample
+from curate.formats.spelling import Spelling
 from curate.rng import generator
 from curate.task import Batch, Task, collate
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from curate.trajectory.flat import FlatLayout
     from curate.trajectory.run import RunSpec
 
+_log = logging.getLogger(__name__)
 Pieces = list[Sample]  # the sequences that one document is split into
 
 
@@ -62,7 +66,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     """Read a target file with the run's tokenizer.
 
     Args:
-        path: document JSONL (`curate.formats.documents`).
+        path: one file of documents (`curate.formats.files`).
         spec: the run; supplies tokenizer and sequence length.
         min_tokens: fewer predicted tokens are refused: their gradient would be noise.
 
@@ -73,9 +77,9 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     tokens = predicted_tokens(documents)
     if len(documents) < 2 or tokens < min_tokens:
         raise UserError(
-            f"target {path} has {tokens} predicted tokens in {len(documents)} documents; at least {min_tokens} tokens "
-            "in 2 documents are needed for a gradient that is more than noise; add documents, or lower "
-            "--min_target_tokens"
+            f"target {path} has {tokens} predicted tokens in {len(documents)} different documents; at least "
+            f"{min_tokens} tokens in 2 documents are needed for a gradient that is more than noise; add documents, or "
+            "lower --min_target_tokens"
         )
     first, second = shuffled_parts(documents, 2)
     return Target(
@@ -91,8 +95,10 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
 def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     """Read documents with the run's tokenizer and split each to the run's sequence length.
 
+    A document that repeats an earlier one does not count: halves that share documents would agree for no reason.
+
     Args:
-        path: document JSONL (`curate.formats.documents`).
+        path: one file of documents (`curate.formats.files`).
         spec: the run; supplies tokenizer and sequence length.
 
     Returns:
@@ -103,8 +109,18 @@ def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     """
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
     start = find_eot(tokenizer) if tokenizer else None
-    documents = (split_document(*encode(document, tokenizer), spec.seq_len, start) for document in read_documents(path))
-    return [pieces for pieces in documents if pieces]
+    documents = read_documents(path)
+    different = list({document.content_hash: document for document in reversed(documents)}.values())[::-1]
+    spelling = Spelling(tokenizer)
+    split = [split_document(*encoded, spec.seq_len, start) for encoded in spelling.encode(different)]
+    pieces = [parts for parts in split if parts]
+    spelling.warn(str(path))
+    if len(pieces) < len(documents):
+        _log.warning(
+            "%s: %d of %d documents count; %d repeat an earlier one, %d have no token to predict",
+            path, len(pieces), len(documents), len(documents) - len(different), len(different) - len(pieces),
+        )  # fmt: skip
+    return pieces
 
 
 def predicted_tokens(documents: Sequence[Pieces]) -> int:
@@ -132,17 +148,23 @@ def weighted(documents: Sequence[Pieces]) -> Batch:
 
 
 def check_vocabulary(target: Target, task: Task) -> None:
-    """Refuse a target whose token ids the model does not have, where the model says how many it has.
+    """Refuse a target whose token ids the model does not have.
 
     Raises:
         UserError: names the largest id and the vocabulary.
     """
+    import torch
+
     vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
+    if vocabulary is None:
+        first = target.halves[0].split(1)[0].to(task.device)
+        with torch.no_grad():
+            vocabulary = task.logits(replace(first, tokens=torch.zeros_like(first.tokens))).shape[-1]
     largest = max(int(half.tokens.max()) for half in target.halves)
-    if vocabulary is not None and largest >= vocabulary:
+    if largest >= vocabulary:
         raise UserError(
-            f"target {target.name} has token id {largest}, the model's vocabulary is {vocabulary}: give it as text, or "
-            "tokenise it with the run's tokenizer"
+            f"target {target.name} has token id {largest}, the model's vocabulary is {vocabulary}: its tokens are of "
+            "another tokenizer than the model's"
         )
 
 

@@ -6,11 +6,10 @@ read again where they are needed, by random access.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +17,12 @@ from tqdm import tqdm
 
 from curate.artifacts import file_fingerprint, fingerprint
 from curate.errors import UserError
-from curate.formats.documents import Document, Fields, JsonlFile
-from curate.formats.hf import HfFile, is_saved_dataset
+from curate.formats.documents import Document
+from curate.formats.files import DocumentFile, Reader, find_files, passed_over, suffix_of
+from curate.paths import local_path
 
 RESERVED = frozenset({"tokenizer.json", "manifest.json"})  # names of files beside the streams
 BATCH = 256  # documents read and tokenised at once
-_JSONL, _PARQUET = frozenset({".jsonl", ".json", ".ndjson"}), frozenset({".parquet"})
-
-
-class Reader(Protocol):
-    """Random access to the documents of one file."""
-
-    path: Path
-
-    def __len__(self) -> int:
-        """Number of documents."""
-
-    def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +58,11 @@ class Domain:
     """A domain of the configuration with its files found."""
 
     name: str
-    files: list[Path]
+    files: list[DocumentFile]
 
     def inputs(self) -> list[str]:
         """Name and content fingerprint of each file; no path: streams do not depend on where the input lies."""
-        return [f"{path.name} {input_fingerprint(path)}" for path in self.files]
+        return [f"{file.name} {input_fingerprint(file.path)}" for file in self.files]
 
 
 def find_domains(domains: dict[str, str | list[str]] | str) -> list[Domain]:
@@ -84,18 +71,26 @@ def find_domains(domains: dict[str, str | list[str]] | str) -> list[Domain]:
     Raises:
         UserError: no domain, a name that cannot be a folder's, or a path that is no document file.
     """
-    named = _entries(Path(domains)) if isinstance(domains, str) else domains
+    named = _entries(_local("domains", domains)) if isinstance(domains, str) else domains
     if not named:
         raise UserError("there is no domain; set domains to name: files pairs, or to a folder that holds some")
     found = []
     for name, paths in sorted(named.items()):
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in RESERVED:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in RESERVED or name.endswith(".part"):
             raise UserError(f"domain {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'")
         given = [paths] if isinstance(paths, str) else paths
         if not given:
             raise UserError(f"domain {name!r} has no files; set domains.{name}")
-        found.append(Domain(name=name, files=[file for path in given for file in expand(Path(path))]))
+        files = [file for path in given for file in find_files(_local(f"domains.{name}", path))]
+        found.append(Domain(name=name, files=files))
     return found
+
+
+def _local(setting: str, path: str) -> Path:
+    try:
+        return local_path(Path(path))
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from None
 
 
 def _entries(folder: Path) -> dict[str, str | list[str]]:
@@ -104,34 +99,13 @@ def _entries(folder: Path) -> dict[str, str | list[str]]:
         raise UserError(f"{folder} is not a folder; set domains to a folder of domains or to name: files pairs")
     named: dict[str, str | list[str]] = {}
     for path in sorted(folder.iterdir()):
-        name = path.stem if path.is_file() else path.name
+        if passed_over(path):
+            continue
+        name = path.name if path.is_dir() else path.name.removesuffix(suffix_of(path) or path.suffix)
         if name in named:
             raise UserError(f"{folder} has several entries called {name!r}; set domains to name: files pairs")
         named[name] = str(path)
     return named
-
-
-def expand(path: Path) -> list[Path]:
-    """The files (or saved datasets) that a path of the configuration stands for.
-
-    Raises:
-        UserError: it does not exist, is of an unknown kind, or is a folder without any.
-    """
-    if path.is_dir() and not is_saved_dataset(path):
-        found = sorted(item for item in path.iterdir() if item.suffix in _JSONL | _PARQUET)
-        if not found:
-            raise UserError(f"folder {path} holds no .jsonl or .parquet file and is no dataset saved by save_to_disk")
-        return found
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected .jsonl, .parquet or a dataset saved by save_to_disk")
-    if path.is_file() and path.suffix not in _JSONL | _PARQUET:
-        raise UserError(f"{path} is of an unknown kind; expected .jsonl, .parquet or a dataset saved by save_to_disk")
-    return [path]
-
-
-def open_reader(path: Path, fields: Fields, split: str, cache: Path) -> Reader:
-    """Open one of the files that `expand` found."""
-    return JsonlFile(path, fields) if path.suffix in _JSONL else HfFile(path, split, cache, fields)
 
 
 def input_fingerprint(path: Path) -> str:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
+from curate.formats.documents import encode, find_eot, load_tokenizer
+from curate.formats.files import read_documents
 from curate.target import load_target, split_document, target_loss
 from curate.task import Batch, Task, collate
 from curate.trajectory.snapshots import load_state

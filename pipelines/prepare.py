@@ -1,9 +1,10 @@
 """`python -m pipelines.prepare`: documents of each domain -> tokenizer -> packed sequences -> one MDS stream each.
 
-A domain is any number of JSONL files, Parquet files or Hugging Face datasets on disk. Its documents are shuffled by the
-seed, joined by end-of-text and cut into sequences of exactly `seq_len` tokens; nothing is lost but exact duplicates
-inside a domain, which are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24 bytes for each
-document; it does not grow with the text.
+A domain is any number of JSONL files (plain, gzip or Zstandard), Parquet files or Hugging Face datasets on disk, or
+folders of them; what cannot be read is refused by its name. Its documents are shuffled by the seed, joined by
+end-of-text and cut into sequences of exactly `seq_len` tokens. Nothing is lost but exact duplicates inside a domain and
+what the tokenizer cannot spell; both are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24
+bytes for each document; it does not grow with the text.
 
 The result is `OUT/tokenizer.json`, `OUT/<domain>/` (MDS) and `OUT/manifest.json`. A stream appears when it is complete,
 so an interrupted run continues with the next domain; reading and training the tokenizer are repeated, with the same
@@ -22,10 +23,13 @@ from tqdm import tqdm
 from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, is_complete, read_json, replacing, seal
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
-from curate.formats.documents import Document, Fields, encode_many, eot_id, load_tokenizer
+from curate.formats.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
+from curate.formats.files import open_reader
 from curate.formats.mds import COLUMNS, Sample, write_stream
+from curate.formats.spelling import Spelling
+from curate.progress import start_logging
 from curate.rng import generator
-from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains, open_reader
+from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains
 from pipelines.packing import Encoded, pack
 from pipelines.vocabulary import SMALLEST_VOCABULARY, train_tokenizer, training_text
 
@@ -42,10 +46,11 @@ class PrepareConfig(Config):
     out: Path
     """Folder to write the tokenizer and the streams to."""
     domains: dict[str, str | list[str]] | str
-    """Domain name -> its files (JSONL, Parquet, a dataset saved by `save_to_disk`, or a folder of the first two); or
-    one folder, each entry of which is a domain called by its name."""
+    """Domain name -> its files (JSONL, Parquet, a dataset saved by `save_to_disk`, or a folder that holds such, at any
+    depth); or one folder, each entry of which is a domain called by its name."""
     tokenizer: Path | None = None
-    """A `tokenizer.json` to use; without it a byte-level BPE tokenizer is trained on the documents."""
+    """A `tokenizer.json` to use, or a folder with one; without it a byte-level BPE tokenizer is trained on the
+    documents."""
     vocab_size: int | None = Field(default=None, ge=SMALLEST_VOCABULARY)
     """Size of the vocabulary to train (32768 by default); not allowed together with `tokenizer`."""
     tokenizer_megabytes: float = Field(default=32.0, gt=0)
@@ -53,7 +58,9 @@ class PrepareConfig(Config):
     seq_len: int = Field(default=1024, ge=2)
     """Stored tokens of each sequence."""
     text_column: str = "text"
-    """Column with the text (`prompt`/`completion` and `tokens`/`loss_mask` have fixed names)."""
+    """Column with the text (`prompt`, `completion` and `loss_mask` have fixed names)."""
+    tokens_column: str = "tokens"
+    """Column with token ids, such as `input_ids`."""
     id_column: str = "id"
     """Column with the document's id; where it is absent, file name and line number are the id."""
     split: str = "train"
@@ -68,7 +75,8 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
     """Write the tokenizer and every stream, or reuse what is there.
 
     Returns:
-        Domain -> documents, dropped duplicates, stored and predicted tokens, padding, samples.
+        Domain -> documents, dropped duplicates, documents without a token and documents whose tokens do not decode to
+        their text, stored and predicted tokens, padding, samples.
 
     Raises:
         UserError: bad input, or `out` was made with other settings.
@@ -93,9 +101,9 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
 def _write(
     config: PrepareConfig, domains: list[Domain], inputs: dict[str, list[str]], cache: Path
 ) -> dict[str, dict[str, int]]:
-    fields = Fields(id=config.id_column, text=config.text_column)
+    fields = Fields(id=config.id_column, text=config.text_column, tokens=config.tokens_column)
     catalogues = {
-        domain.name: catalogue([open_reader(path, fields, config.split, cache) for path in domain.files], domain.name)
+        domain.name: catalogue([open_reader(file, fields, config.split, cache) for file in domain.files], domain.name)
         for domain in domains
     }
     serialised = _tokenizer(config, catalogues)
@@ -129,24 +137,25 @@ def _refuse_strangers(out: Path, domains: set[str], done: set[str], tokenizer: s
 
 def _common_settings(config: PrepareConfig) -> dict[str, Any]:
     """Settings that every stream depends on."""
+    columns = {"text_column", "tokens_column", "id_column"}
     trained = config.tokenizer is None
     return {
         "tokenizer": "trained" if config.tokenizer is None else _given_fingerprint(config.tokenizer),
         "vocab_size": (config.vocab_size or _VOCABULARY) if trained else None,
         "tokenizer_megabytes": config.tokenizer_megabytes if trained else None,
-        **config.model_dump(include={"seq_len", "text_column", "id_column", "split", "seed", "shard_bytes"}),
+        **config.model_dump(include=columns | {"seq_len", "split", "seed", "shard_bytes"}),
     }
 
 
 def _given_fingerprint(path: Path) -> str:
     eot_id(load_tokenizer(path))
-    return file_fingerprint(path)
+    return file_fingerprint(tokenizer_file(path))
 
 
 def _tokenizer(config: PrepareConfig, catalogues: dict[str, Catalogue]) -> str:
     """The tokenizer's JSON: read, or trained on text of all domains."""
     if config.tokenizer is not None:
-        return config.tokenizer.read_text(encoding="utf-8")
+        return tokenizer_file(config.tokenizer).read_text(encoding="utf-8")
     texts = training_text(catalogues, round(config.tokenizer_megabytes * 1e6), config.seed)
     return str(train_tokenizer(texts, config.vocab_size or _VOCABULARY).to_str(pretty=True))
 
@@ -158,21 +167,26 @@ def _write_domain(
     counts = {
         "documents": len(order),
         "dropped_duplicates": documents.duplicates,
+        "without_tokens": 0,
+        "changed_by_tokenizer": 0,
         "tokens": 0,  # stored, end-of-text included, padding not
         "predicted_tokens": 0,
         "padding": 0,
         "samples": 0,
     }
     with tqdm(total=len(order), desc=f"pack {name}", unit="doc") as bar:
-        encoded = _encoded(documents.batches(order), tokenizer, bar)
+        spelling = Spelling(tokenizer)
+        encoded = _encoded(documents.batches(order), spelling, bar)
         samples = pack(encoded, config.seq_len, eot_id(tokenizer))
         write_stream(folder, COLUMNS, _rows(samples, name, counts), config.shard_bytes)
+    spelling.warn(f"domain {name!r}")
+    counts |= {"without_tokens": spelling.empty, "changed_by_tokenizer": spelling.changed}
     return counts
 
 
-def _encoded(batches: Iterable[list[Document]], tokenizer: "Tokenizer", bar: "tqdm[Any]") -> Iterator[Encoded]:
+def _encoded(batches: Iterable[list[Document]], spelling: Spelling, bar: "tqdm[Any]") -> Iterator[Encoded]:
     for batch in batches:
-        for document, (tokens, mask) in zip(batch, encode_many(batch, tokenizer), strict=True):
+        for document, (tokens, mask) in zip(batch, spelling.encode(batch), strict=True):
             yield document.id, tokens, mask
         bar.update(len(batch))
 
@@ -204,6 +218,7 @@ def _facts(folder: Path) -> dict[str, dict[str, int]]:
 def main() -> None:
     """Prepare the data and list the streams."""
     config = parse_command(PrepareConfig, "python -m pipelines.prepare", __doc__ or "")
+    start_logging()
     for name, facts in prepare(config).items():
         counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in facts.items())
         sys.stdout.write(f"{config.out / name}: {counted}\n")

@@ -1,17 +1,20 @@
 """Targets: every token predicted once, documents weigh the same, bad files refused."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from curate.errors import UserError
 from curate.target import check_vocabulary, load_target, loss_gradients, target_loss
-from curate.task import Batch, Task
+from curate.task import Batch, ModelSpec, Task, TaskSpec
 from curate.trajectory.flat import FlatLayout
 from curate.trajectory.run import RunSpec
+from pipelines.vocabulary import train_tokenizer
 from tests.tiny import TASK
 
 SPEC = RunSpec(task=TASK, streams={}, seq_len=8, steps=1, windows={}, optimizers=[], groups=[], clip_norm=None)
@@ -64,7 +67,7 @@ def test_gradients_of_the_halves_average_to_the_gradient_and_ignore_the_batch_si
 
 
 def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(tmp_path):
-    target = load_target(write(tmp_path / "t.jsonl", [{"tokens": [1, 2, 3]}] * 2), SPEC, min_tokens=1)
+    target = load_target(write(tmp_path / "t.jsonl", [{"tokens": [1, 2, 3]}, {"tokens": [4, 5]}]), SPEC, min_tokens=1)
     task = Task(TASK)
     task.model.unused = torch.nn.Parameter(torch.ones(3))
     gradients = loss_gradients(task, FlatLayout(task.model, [["norm.bias", "unused"]]), target.halves, 8)
@@ -76,20 +79,62 @@ def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(tmp_path):
 def test_a_mask_is_honoured(tmp_path):
     tokens = list(range(10, 26))
     masked = {"tokens": tokens, "loss_mask": [0] * 8 + [1] * 8}
-    target = load_target(write(tmp_path / "t.jsonl", [masked, masked]), SPEC, min_tokens=1)
+    other = {**masked, "tokens": tokens[::-1]}
+    target = load_target(write(tmp_path / "t.jsonl", [masked, other]), SPEC, min_tokens=1)
     assert target.tokens == 16
 
 
 @pytest.mark.parametrize("documents", [[{"tokens": [1, 2, 3]}], [{"tokens": [1, 2, 3]}, {"tokens": [7, 8]}]])
 def test_too_small_a_target_is_refused(tmp_path, documents):
-    with pytest.raises(UserError, match=r"predicted tokens in \d documents; at least 100 tokens in 2 documents"):
+    with pytest.raises(
+        UserError, match=r"predicted tokens in \d different documents; at least 100 tokens in 2 documents"
+    ):
         load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=100)
 
 
+def test_a_repeated_document_counts_once(tmp_path, caplog):
+    """Halves that share documents would agree for no reason."""
+    documents = [{"tokens": [1, 2, 3]}, {"id": "again", "tokens": [1, 2, 3]}, {"tokens": [7, 8]}, {"tokens": [9]}]
+    target = load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=1)
+    assert (target.documents, target.tokens) == (2, 3)
+    assert {tuple(tokens.tolist()) for tokens, _ in target.sequences()} == {(1, 2, 3), (7, 8)}
+    assert "2 of 4 documents count; 1 repeat an earlier one, 1 have no token to predict" in caplog.text
+    with pytest.raises(UserError, match="in 1 different documents"):
+        load_target(write(tmp_path / "t.jsonl", documents[:1] * 30), SPEC, min_tokens=1)
+
+
+def test_a_target_is_any_file_of_documents(tmp_path):
+    documents = [{"tokens": [1, 2, 3]}, {"tokens": [7, 8]}]
+    write(tmp_path / "t.jsonl", documents)
+    pl.DataFrame(documents).write_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.json.gz").write_bytes(gzip.compress((tmp_path / "t.jsonl").read_bytes()))
+    targets = [load_target(tmp_path / name, SPEC, min_tokens=1) for name in ("t.jsonl", "t.parquet", "t.json.gz")]
+    assert [target.tokens for target in targets] == [3, 3, 3]
+
+
+def test_a_truncating_tokenizer_leaves_a_target_whole(tmp_path, caplog):
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 9, 270)
+    lengths = []
+    for limit in (None, 2):
+        if limit:
+            tokenizer.enable_truncation(limit)
+            tokenizer.enable_padding(length=99)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        spec = SPEC.model_copy(update={"tokenizer": tmp_path})
+        documents = [{"text": "the cat sat on the mat"}, {"text": "a dog"}]
+        lengths.append(load_target(write(tmp_path / "t.jsonl", documents), spec, min_tokens=1).tokens)
+    assert lengths[0] == lengths[1] > 10
+    assert not caplog.records
+
+
 def test_token_ids_beyond_the_vocabulary_are_named(tmp_path):
-    target = load_target(write(tmp_path / "t.jsonl", [{"tokens": [1, 2, 99]}] * 2), SPEC, min_tokens=1)
+    documents = [{"tokens": [1, 2, 99]}, {"tokens": [4, 5]}]
+    target = load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=1)
     task = Task(TASK)
-    check_vocabulary(target, task)  # this model does not say how many ids it has
+    check_vocabulary(target, task)
+    smaller = TaskSpec(model=ModelSpec(factory="tests.tiny:factory", kwargs={"vocabulary": 60}))
+    with pytest.raises(UserError, match="has token id 99, the model's vocabulary is 60"):
+        check_vocabulary(target, Task(smaller))
     task.model.config = SimpleNamespace(vocab_size=50)
     with pytest.raises(UserError, match="has token id 99, the model's vocabulary is 50"):
         check_vocabulary(target, task)
@@ -97,4 +142,4 @@ def test_token_ids_beyond_the_vocabulary_are_named(tmp_path):
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="tokenizer"):
-        load_target(write(tmp_path / "t.jsonl", [{"text": "some words"}] * 2), SPEC, min_tokens=1)
+        load_target(write(tmp_path / "t.jsonl", [{"text": "some words"}]), SPEC, min_tokens=1)

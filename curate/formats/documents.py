@@ -6,8 +6,7 @@ optional `loss_mask`. An `id` is optional (the default is the file's name and li
 
 import hashlib
 import json
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,10 +54,18 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the columns that are not called `id` and `text`."""
+    """Names of the columns that may have other names than these."""
 
     id: str = "id"
     text: str = "text"
+    tokens: str = "tokens"
+
+    def content(self) -> tuple[str, ...]:
+        """The columns that a document is made of."""
+        return (self.text, "prompt", "completion", self.tokens, "loss_mask")
+
+
+_SHOWN = 12  # columns named in an error
 
 
 def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: Fields | None = None) -> Document:
@@ -71,30 +78,54 @@ def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: 
         fields: column names.
 
     Raises:
-        UserError: no known column, an empty or non-string text, bad token ids, or a mask of another length.
+        UserError: no or several forms of a document, an empty or non-string text, bad token ids, a mask of another
+            length, or a string that is not valid Unicode.
     """
-    fields = fields or Fields()
-    present = {key for key in (fields.text, "prompt", "completion", "tokens", "loss_mask") if row.get(key) is not None}
-    name = row.get(fields.id)
-    if name is not None and not isinstance(name, str | int):
-        raise UserError(f"{where}: {fields.id!r} holds {type(name).__name__}, expected a string")
-    name = default_id if name is None else str(name)
-    if present == {fields.text}:
-        return Document(id=name, text=_string(row, fields.text, where))
+    columns = fields or Fields()
+    present = {key for key in columns.content() if row.get(key) is not None}
+    name = _id(row, columns.id, where, default_id)
+    if present == {columns.text}:
+        return Document(id=name, text=_string(row, columns.text, where))
     if present == {"prompt", "completion"}:
         return Document(id=name, prompt=_string(row, "prompt", where), text=_string(row, "completion", where))
-    if present in ({"tokens"}, {"tokens", "loss_mask"}):
-        tokens = _integers(row, "tokens", where)
-        mask = _integers(row, "loss_mask", where) if "loss_mask" in present else None
+    if present in ({columns.tokens}, {columns.tokens, "loss_mask"}):
+        tokens = _integers(row, columns.tokens, where, (int,))
+        mask = _integers(row, "loss_mask", where, (int, bool)) if "loss_mask" in present else None
         if mask is not None and (len(mask) != len(tokens) or not set(mask) <= {0, 1}):
             raise UserError(
                 f"{where}: 'loss_mask' has {len(mask)} values; expected one 0 or 1 for each of the {len(tokens)} tokens"
             )
         return Document(id=name, tokens=tokens, loss_mask=mask)
-    raise UserError(
-        f"{where}: expected either {fields.text!r}, or 'prompt' and 'completion', or 'tokens' with an optional "
-        f"'loss_mask'; it has {sorted(row)} (text_column and id_column set other names)"
-    )
+    raise UserError(f"{where}: {_wrong_form(row, present, columns, named=fields is not None)}")
+
+
+def _wrong_form(row: Mapping[str, Any], present: set[str], columns: Fields, *, named: bool) -> str:
+    """Why a row is no document; `named`: whether its columns can be named in the settings."""
+    null = [key for key in columns.content() if key in row and row[key] is None]
+    forms = [{columns.text}, {"prompt", "completion"}, {columns.tokens, "loss_mask"}]
+    if sum(bool(form & present) for form in forms) > 1:
+        what = f"{_listed(key for key in columns.content() if key in present)} are more than one form of a document"
+    elif null:
+        what = f"null stands in {_listed(null)}; fill it, or remove the line"
+    else:
+        what = f"it has {_listed(sorted(row)) or 'no columns'}"
+    wanted = f"expected either {columns.text!r}, or 'prompt' and 'completion', or {columns.tokens!r} with an optional "
+    settings = " (text_column, tokens_column and id_column set other names)" if named else ""
+    return f"{wanted}'loss_mask': {what}{settings}"
+
+
+def _listed(keys: Iterable[str]) -> str:
+    names = [repr(key) if len(key) <= 40 else f"{key[:40]!r}..." for key in keys]
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _id(row: Mapping[str, Any], key: str, where: str, default: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str | int):
+        raise UserError(f"{where}: {key!r} holds {type(value).__name__}, expected a string")
+    return _unicode(str(value), key, where)
 
 
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -103,6 +134,11 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key!r} holds {type(value).__name__}, expected a string")
     if not value:
         raise UserError(f"{where}: {key!r} is empty; expected at least one character, remove the line")
+    return _unicode(value, key, where)
+
+
+def _unicode(value: str, key: str, where: str) -> str:
+    """JSON can spell half of a surrogate pair, which no file, table or tokenizer takes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -110,100 +146,31 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _integers(row: Mapping[str, Any], key: str, where: str) -> list[int]:
+def _integers(row: Mapping[str, Any], key: str, where: str, types: tuple[type, ...]) -> list[int]:
     value = row[key]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise UserError(f"{where}: {key!r} must be a list of at least one integer")
-    if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in value):
+    if not all(type(number) in types and 0 <= number < 1 << 31 for number in value):
         raise UserError(f"{where}: {key!r} must hold integers from 0 to {2**31 - 1} only")
     return [int(number) for number in value]
 
 
-class JsonlFile:
-    """Random access to the documents of a JSONL file; memory is 8 bytes a line.
-
-    Args:
-        path: one JSON object per line, UTF-8.
-        fields: column names.
+def tokenizer_file(path: Path) -> Path:
+    """The `tokenizer.json` that a path stands for: itself, or the one in the folder.
 
     Raises:
-        UserError: the file is missing, is a folder or has no line.
+        UserError: there is none.
     """
-
-    def __init__(self, path: Path, fields: Fields | None = None) -> None:
-        self.path = path
-        self.fields = fields
-        self._starts = array("q", [0])
-        try:
-            with path.open("rb") as file:
-                for line in file:
-                    self._starts.append(self._starts[-1] + len(line))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; expected a JSONL file, one document per line") from None
-        except IsADirectoryError:
-            raise UserError(f"{path} is a folder; expected a JSONL file, one document per line") from None
-        if len(self) == 0:
-            raise UserError(f"{path} is empty; expected one JSON object per line, e.g. {_EXAMPLE}")
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return len(self._starts) - 1
-
-    def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked.
-
-        Raises:
-            UserError: a line is not a document; the message names file and line.
-        """
-        documents = []
-        with self.path.open("rb") as file:
-            for index in indices:
-                file.seek(self._starts[index])
-                line = file.read(self._starts[index + 1] - self._starts[index])
-                documents.append(self._parse(line, index + 1))
-        return documents
-
-    def _parse(self, line: bytes, number: int) -> Document:
-        where = f"{self.path} line {number}"
-        return parse_document(_parse_line(line, where), where, f"{self.path.name}:{number}", self.fields)
-
-
-_EXAMPLE = '{"id": "a", "text": "..."}'
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
-        raise UserError(f"{where}: not UTF-8 ({byte}); expected one JSON object per line, e.g. {_EXAMPLE}") from None
-    except (ValueError, RecursionError) as error:
-        found = "an empty line" if not line.strip() else f"not valid JSON ({error})"
-        raise UserError(f"{where}: {found}; expected one JSON object per line, e.g. {_EXAMPLE}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: holds {type(row).__name__}; expected one JSON object per line, e.g. {_EXAMPLE}")
-    return row
-
-
-def iterate_documents(path: Path, fields: Fields | None = None) -> Iterator[Document]:
-    """The documents of a JSONL file in order, a few in memory at a time.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is not a document (the message names file and line).
-    """
-    file = JsonlFile(path, fields)
-    for start in range(0, len(file), 64):
-        yield from file.read(range(start, min(start + 64, len(file))))
-
-
-def read_documents(path: Path, fields: Fields | None = None) -> list[Document]:
-    """All documents of a JSONL file (see `iterate_documents`)."""
-    return list(iterate_documents(path, fields))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"tokenizer {file} does not exist; expected a tokenizer.json of the tokenizers library")
+    return file
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":
-    """Load a `tokenizer.json` of the tokenizers library.
+    """Load a `tokenizer.json` of the tokenizers library, or the one in a folder, to read whole documents with.
 
+    Settings that belong to another use are switched off: truncation, padding and dropped merges (`dropout` of BPE).
     Text that spells a special token, such as `<|endoftext|>`, is read as plain text: no document can end itself.
 
     Raises:
@@ -211,12 +178,15 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
-    if not path.is_file():
-        raise UserError(f"tokenizer {path} does not exist; expected a tokenizer.json of the tokenizers library")
+    file = tokenizer_file(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
-        raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+        raise UserError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -262,19 +232,60 @@ def encode_many(documents: Sequence[Document], tokenizer: "Tokenizer | None") ->
         if text is not None:
             raise UserError(f"document {text!r} is text and there is no tokenizer; set tokenizer, or write tokens")
         return [_encoded(document, [], []) for document in documents]
-    parts = [part for document in documents for part in (document.prompt, document.text) if part is not None]
-    encoded = iter([encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False)])
-    size = tokenizer.get_vocab_size()
+    encoded = iter(_ids(documents, tokenizer))
     result = []
     for document in documents:
-        if document.tokens is not None and max(document.tokens) >= size:
-            raise UserError(
-                f"document {document.id!r} has token id {max(document.tokens)}, the tokenizer has only {size} tokens; "
-                "the documents were made with another tokenizer, set tokenizer to that one"
-            )
+        if document.tokens is not None:
+            _check_ids(document, tokenizer)
         prompt = next(encoded) if document.prompt is not None else []
         result.append(_encoded(document, prompt, next(encoded) if document.text is not None else []))
     return result
+
+
+def _ids(documents: Sequence[Document], tokenizer: "Tokenizer") -> list[list[int]]:
+    """Token ids of every prompt and text, in order."""
+    parts = [part for document in documents for part in (document.prompt, document.text) if part is not None]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False)]
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+        if len(documents) == 1:
+            raise UserError(f"document {documents[0].id!r} cannot be encoded by the tokenizer: {error}") from None
+        return [ids for document in documents for ids in _ids([document], tokenizer)]
+
+
+def _check_ids(document: Document, tokenizer: "Tokenizer") -> None:
+    largest = max(document.tokens or [0])
+    size = tokenizer.get_vocab_size()
+    # A vocabulary can have holes, and then ids beyond its size.
+    if largest >= size and tokenizer.id_to_token(largest) is None:
+        raise UserError(
+            f"document {document.id!r} has token id {largest}, the tokenizer has only {size} tokens; "
+            "the documents were made with another tokenizer, set tokenizer to that one"
+        )
+
+
+def undecodable(
+    documents: Sequence[Document], encoded: Sequence[tuple[Tokens, Mask]], tokenizer: "Tokenizer | None"
+) -> list[str]:
+    """Ids of the documents whose tokens do not decode to their text: some of it was changed, or has no token at all.
+
+    A space in front is not counted: many tokenizers add one and take it away again.
+    """
+    pieces = [
+        (document.id, text, tokens[chosen].tolist())
+        for document, (tokens, mask) in zip(documents, encoded, strict=True)
+        for text, chosen in ((document.prompt, ~mask), (document.text, mask))
+        if text is not None
+    ]
+    if tokenizer is None or not pieces:
+        return []
+    decoded = tokenizer.decode_batch([ids for _, _, ids in pieces], skip_special_tokens=False)
+    wrong = [
+        name
+        for (name, text, _), again in zip(pieces, decoded, strict=True)
+        if again.removeprefix(" ") != text.removeprefix(" ")
+    ]
+    return list(dict.fromkeys(wrong))
 
 
 def _encoded(document: Document, prompt: list[int], text: list[int]) -> tuple[Tokens, Mask]:

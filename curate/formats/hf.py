@@ -4,11 +4,11 @@ Rows are read from memory-mapped Arrow files, so memory does not grow with the d
 converted to such an Arrow file in a cache folder (disk space of about the uncompressed file).
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
-
-import polars as pl
 
 from curate.errors import UserError
 from curate.formats.documents import Document, Fields, parse_document
@@ -16,7 +16,9 @@ from curate.formats.documents import Document, Fields, parse_document
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_log = logging.getLogger(__name__)
 _EXPECTED = "expected one document per row"
+_ROWS = 1024  # of a Parquet file in memory
 
 
 class HfFile:
@@ -27,15 +29,20 @@ class HfFile:
         split: which split of a `DatasetDict` is read.
         cache: where the Arrow copy of a Parquet file goes; the caller removes it when the reader is no longer used.
         fields: column names.
+        name: what the ids of documents without one begin with (the file's name by default).
 
     Raises:
         UserError: it is missing, has no such split, cannot be read, or has no rows.
     """
 
-    def __init__(self, path: Path, split: str, cache: Path, fields: Fields | None = None) -> None:
+    def __init__(
+        self, path: Path, split: str, cache: Path, fields: Fields | None = None, name: str | None = None
+    ) -> None:
         self.path = path
         self.fields = fields
-        self._rows = _open_parquet(path, cache) if path.is_file() else _open_folder(path, split)
+        self.name = name or path.name
+        known = fields or Fields()
+        self._rows = _open_parquet(path, known, cache) if path.is_file() else _open_folder(path, split, known)
         if len(self) == 0:
             raise UserError(f"{path} has no rows; {_EXPECTED}")
 
@@ -49,12 +56,15 @@ class HfFile:
         Raises:
             UserError: a row is not a document; the message names file and row.
         """
-        columns = self._rows[list(indices)]
+        try:
+            columns = self._rows[list(indices)]
+        except (OSError, ValueError, NotImplementedError, ImportError) as error:
+            raise UserError(f"{self.path} cannot be read ({_first_line(error)})") from None
         return [
             parse_document(
                 {name: values[position] for name, values in columns.items()},
                 f"{self.path} row {index + 1}",
-                f"{self.path.name}:{index + 1}",
+                f"{self.name}:{index + 1}",
                 self.fields,
             )
             for position, index in enumerate(indices)
@@ -66,27 +76,37 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _open_parquet(path: Path, cache: Path) -> "Dataset":
+def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
+    """Rows of an Arrow copy; `datasets` itself would read a path as a pattern."""
     import datasets
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
-    try:  # first by polars: datasets logs a damaged file instead of only raising
-        rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file that can be read ({_first_line(error)})") from None
-    if rows == 0:
-        raise UserError(f"{path} has no rows; {_EXPECTED}")
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bar()
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error.__cause__ or error)})") from None
-    finally:
-        if shown:
-            datasets.enable_progress_bar()
+        with (
+            ParquetFile(path, page_checksum_verification=True) as file,
+            NamedTemporaryFile(dir=cache, suffix=".arrow", delete=False) as copy,
+        ):
+            names = _needed(file.schema_arrow.names, fields)
+            schema = pa.schema([file.schema_arrow.field(name) for name in names])
+            with pa.ipc.new_stream(copy, schema) as arrow:
+                for batch in file.iter_batches(_ROWS, columns=names):
+                    arrow.write_batch(batch)
+        return datasets.Dataset.from_file(copy.name)
+    except (OSError, ValueError, LookupError, NotImplementedError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's, not the content's
+        raise UserError(f"{path} is not a Parquet file that can be read ({_first_line(error)})") from None
 
 
-def _open_folder(path: Path, split: str) -> "Dataset":
+def _needed(names: Sequence[str], fields: Fields) -> list[str]:
+    """The columns that documents are made of, or all where there is none: pictures are not decoded for nothing."""
+    needed = [name for name in names if name in (fields.id, *fields.content())]
+    return needed if set(needed) - {fields.id} else list(names)
+
+
+def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
     import datasets
 
     if not path.is_dir():
@@ -95,11 +115,14 @@ def _open_folder(path: Path, split: str) -> "Dataset":
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not a dataset with rows, saved by save_to_disk ({_first_line(error)})") from None
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise UserError(f"{path} has no split {split!r} (it has {', '.join(sorted(found))}); set split")
-    return found[split]
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{path} has no split {split!r} (it has {', '.join(sorted(found))}); set split")
+        if len(found) > 1:
+            _log.info("%s: split %r is read, %s not", path, split, ", ".join(sorted(set(found) - {split})))
+        found = found[split]
+    # A saved format gives rows as tensors or tables, and hides columns.
+    return found.with_format(None).select_columns(_needed(found.column_names, fields))
 
 
 def _first_line(error: BaseException) -> str:

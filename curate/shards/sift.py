@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.errors import UserError
-from curate.formats.documents import encode, load_tokenizer, read_documents
+from curate.formats.documents import encode, load_tokenizer
+from curate.formats.files import read_documents
 from curate.shards.choose import ScreenConfig, ShardsConfig, choose
 from curate.shards.scan import HeldOut, held_out, leaks, scan
 

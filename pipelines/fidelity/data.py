@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from curate.artifacts import file_fingerprint, is_complete, replacing, seal
 from curate.embeddings.anchors import GENERAL
 from curate.errors import UserError
-from curate.formats.documents import read_documents
+from curate.formats.files import read_documents
 from curate.rng import generator
 from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.run import Run

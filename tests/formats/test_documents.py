@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from curate.errors import UserError
 from curate.formats.documents import (
@@ -17,12 +18,14 @@ from curate.formats.documents import (
     encode,
     encode_many,
     eot_id,
-    iterate_documents,
     load_tokenizer,
     parse_document,
-    read_documents,
 )
+from curate.formats.files import read_documents
+from curate.formats.jsonl import JsonlFile
 from pipelines.vocabulary import train_tokenizer
+
+KEYS = st.sampled_from(["id", "text", "prompt", "completion", "tokens", "loss_mask"])
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +58,16 @@ def test_every_kind_of_document_is_read(tmp_path: Path) -> None:
 
 def test_other_column_names(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", '{"body": "b", "key": "k", "text": "t"}')
-    assert read_documents(path, Fields(id="key", text="body")) == [Document(id="k", text="b")]
+    file = JsonlFile(path, tmp_path, Fields(id="key", text="body"))
+    assert file.read([0]) == [Document(id="k", text="b")]
+    path = write_lines(tmp_path / "b.jsonl", '{"input_ids": [4, 2], "tokens": 2}')
+    assert JsonlFile(path, tmp_path, Fields(tokens="input_ids")).read([0]) == [Document(id="b.jsonl:1", tokens=[4, 2])]
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=150))
 def test_texts_survive_the_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_lines(tmp_path_factory.mktemp("t") / "a.jsonl", *(json.dumps({"text": text}) for text in texts))
-    assert [document.text for document in iterate_documents(path)] == texts
+    assert [document.text for document in read_documents(path)] == texts
 
 
 @pytest.mark.parametrize(
@@ -72,18 +78,31 @@ def test_texts_survive_the_file(texts: list[str], tmp_path_factory: pytest.TempP
         (b'{"text": "\xff"}', "line 2: not UTF-8 .byte 0xff at position 10."),
         ("[1]", "line 2: holds list; expected one JSON object"),
         ("[" * 100_000, "line 2: not valid JSON"),
-        ('{"body": "a"}', r"line 2: expected either 'text'.*it has \['body'\]"),
-        ('{"text": "a", "tokens": [1]}', "line 2: expected either 'text'"),
-        ('{"prompt": "a"}', "line 2: expected either 'text'"),
+        ('{"body": "a"}', r"line 2: expected either 'text'.*: it has 'body'$"),
+        ("{}", "line 2: expected either 'text'.*: it has no columns$"),
+        ('{"text": "a", "tokens": 1}', "line 2: expected .*: 'text', 'tokens' are more than one form"),
+        (
+            '{"text": "a", "prompt": "b", "completion": "c"}',
+            "line 2: expected .*: 'text', 'prompt', 'completion' are more",
+        ),
+        ('{"id": "a", "text": null}', "line 2: expected .*: null stands in 'text'"),
+        ('{"prompt": "a", "completion": null}', "line 2: expected .*: null stands in 'completion'"),
+        ('{"prompt": "a"}', "line 2: expected either 'text'.*: it has 'prompt'$"),
+        ('{"text": "a", "text": "b"}', "line 2: not valid JSON .key 'text' stands twice"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
         ('{"text": ""}', "line 2: 'text' is empty"),
         ('{"text": 3}', "line 2: 'text' holds int, expected a string"),
         ('{"text": "\\ud800"}', "line 2: 'text' holds half of a surrogate pair"),
         ('{"text": "a", "id": [1]}', "line 2: 'id' holds list"),
+        ('{"text": "a", "id": "\\ud83d1"}', "line 2: 'id' holds half of a surrogate pair"),
+        ('{"prompt": "\\udc00", "completion": "b"}', "line 2: 'prompt' holds half of a surrogate pair"),
         ('{"prompt": "", "completion": "b"}', "line 2: 'prompt' is empty"),
         ('{"tokens": []}', "line 2: 'tokens' must be a list of at least one integer"),
         ('{"tokens": "abc"}', "line 2: 'tokens' must be a list"),
         ('{"tokens": [1.5]}', "line 2: 'tokens' must hold integers"),
         ('{"tokens": [-1]}', "line 2: 'tokens' must hold integers"),
+        ('{"tokens": [true]}', "line 2: 'tokens' must hold integers"),
+        ('{"tokens": [1, null]}', "line 2: 'tokens' must hold integers"),
         (
             '{"tokens": [1, 2], "loss_mask": [1]}',
             "line 2: 'loss_mask' has 1 values; expected one 0 or 1 for each of the 2",
@@ -97,10 +116,31 @@ def test_a_bad_line_names_file_line_and_expectation(tmp_path: Path, line: str | 
         read_documents(path)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(line=st.binary(max_size=60) | st.dictionaries(KEYS, JSON, max_size=5) | JSON)
+def test_any_line_is_a_document_or_is_named(line: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    content = line.replace(b"\n", b" ") if isinstance(line, bytes) else json.dumps(line)
+    path = write_lines(tmp_path_factory.mktemp("t") / "a.jsonl", '{"text": "good"}', content)
+    try:
+        document = read_documents(path)[1]
+    except UserError as error:
+        assert str(error).startswith(f"{path} line 2: ")  # noqa: PT017 - either is right
+        str(error).encode()
+        return
+    assert (document.text is None) == (document.tokens is not None)
+    f"{document.id}{document.text}{document.prompt}".encode()
+
+
 def test_a_file_that_is_missing_empty_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.jsonl does not exist; expected a JSONL file"):
+    with pytest.raises(UserError, match=r"none.jsonl does not exist; expected .jsonl"):
         read_documents(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a folder; expected a JSONL file"):
+    with pytest.raises(UserError, match="is a folder; expected one file of documents"):
         read_documents(tmp_path)
     with pytest.raises(UserError, match=r"a.jsonl is empty; expected one JSON object per line"):
         read_documents(write_lines(tmp_path / "a.jsonl"))
@@ -163,13 +203,48 @@ def test_text_that_spells_end_of_text_does_not_end_the_document(tokenizer: Token
     assert eot_id(tokenizer) not in tokens
 
 
+def test_a_tokenizer_that_truncates_pads_or_adds_tokens_reads_whole_documents(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text = "the cat sat on the mat, and the dog sat on the log"
+    documents = [Document(id="a", text=text), Document(id="b", prompt="the", text=" cat")]
+    wanted = [tokens.tolist() for tokens, _ in encode_many(documents, tokenizer)]
+    path = tmp_path / "tokenizer.json"
+    altered = Tokenizer.from_str(tokenizer.to_str())
+    altered.enable_truncation(3)
+    altered.enable_padding(length=50)
+    altered.model.dropout = 0.9
+    altered.post_processor = processors.TemplateProcessing(single=f"{EOT} $A {EOT}", special_tokens=[(EOT, 0)])
+    altered.save(str(path))
+    assert [tokens.tolist() for tokens, _ in encode_many(documents, load_tokenizer(path))] == wanted
+
+
+def test_a_folder_stands_for_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json does not exist"):
+        load_tokenizer(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
+
+
+def test_ids_behind_a_hole_of_the_vocabulary_are_known() -> None:
+    sparse = Tokenizer(models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+    assert encode(Document(id="x", tokens=[9]), sparse)[0].tolist() == [9]
+    with pytest.raises(UserError, match="document 'x' has token id 10"):
+        encode(Document(id="x", tokens=[9, 10]), sparse)
+
+
+def test_a_document_that_the_tokenizer_refuses_is_named() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="document 'y' cannot be encoded by the tokenizer"):
+        encode_many([Document(id="x", text="a"), Document(id="y", text="b")], words)
+
+
 def test_bad_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer .*none.json does not exist"):
         load_tokenizer(tmp_path / "none.json")
     with pytest.raises(UserError, match=r"is not a tokenizer.json of the tokenizers library"):
         load_tokenizer(write_lines(tmp_path / "tokenizer.json", "{}"))
-    from tokenizers import models
-
     with pytest.raises(UserError, match=r"no end-of-text token; add one of <\|endoftext\|>"):
         eot_id(Tokenizer(models.BPE()))
 

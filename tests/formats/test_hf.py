@@ -4,6 +4,8 @@ from pathlib import Path
 
 import datasets
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curate.errors import UserError
@@ -34,6 +36,55 @@ def test_saved_dataset_with_splits(tmp_path: Path) -> None:
     assert len(HfFile(tmp_path / "saved", "small", tmp_path / "cache")) == 1
     with pytest.raises(UserError, match=r"saved has no split 'train' \(it has big, small\); set split"):
         HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow", "polars"])
+def test_a_saved_dataset_with_a_format_is_read_as_any_other(tmp_path: Path, kind: str) -> None:
+    rows = {"id": ["a"], "tokens": [[1, 2]], "n": [1]}
+    dataset = datasets.Dataset.from_dict(rows).with_format(kind)
+    dataset.save_to_disk(tmp_path / "whole")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "split")
+    dataset.with_format(kind, columns=["n"]).save_to_disk(tmp_path / "hidden")
+    for name in ("whole", "split", "hidden"):
+        assert HfFile(tmp_path / name, "train", tmp_path / "cache").read([0]) == [Document(id="a", tokens=[1, 2])]
+
+
+def test_columns_that_no_document_has_are_not_decoded(tmp_path: Path) -> None:
+    """Sound would need a package that is not installed."""
+    rows = {"text": ["x"], "sound": [{"bytes": b"no sound", "path": None}]}
+    features = datasets.Features({"text": datasets.Value("string"), "sound": datasets.Audio()})
+    dataset = datasets.Dataset.from_dict({"text": rows["text"], "sound": rows["sound"]}).cast(features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "a.parquet")
+    for name in ("saved", "a.parquet"):
+        assert HfFile(tmp_path / name, "train", tmp_path / "cache").read([0]) == [Document(id=f"{name}:1", text="x")]
+
+
+def test_types_of_parquet_columns(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {
+            "text": pl.Series(["x", "y"], dtype=pl.Categorical),
+            "id": pl.Series([2**63, None], dtype=pl.UInt64),
+            "meta": [{"a": [1]}, None],
+        }
+    )
+    frame.write_parquet(tmp_path / "a.parquet")
+    file = HfFile(tmp_path / "a.parquet", "train", tmp_path / "cache")
+    assert file.read([1, 0]) == [Document(id="a.parquet:2", text="y"), Document(id=str(2**63), text="x")]
+    pl.DataFrame({"text": [b"x"]}).write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet row 1: 'text' holds bytes"):
+        HfFile(tmp_path / "b.parquet", "train", tmp_path / "cache").read([0])
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"text": [f"some text {number}" for number in range(1000)]})
+    pq.write_table(rows, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"text 500")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a.parquet is not a Parquet file that can be read \(.*checksum"):
+        HfFile(path, "train", tmp_path / "cache")
 
 
 def test_token_columns(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Preparing data: what the streams hold, bytes that repeat, resuming, and every kind of bad input."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import datasets
 import polars as pl
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from curate.artifacts import read_json
 from curate.config import parse_command
@@ -72,6 +74,8 @@ def test_streams_hold_every_document(corpus: Path) -> None:
         assert facts[name] == {
             "documents": len(texts),
             "dropped_duplicates": 0,
+            "without_tokens": 0,
+            "changed_by_tokenizer": 0,
             "tokens": sum(len(tokens) + 1 for tokens in documents.values()),
             "predicted_tokens": catalogue["tokens"].sum(),
             "padding": catalogue["length"].sum() - sum(len(tokens) + 1 for tokens in documents.values()),
@@ -208,9 +212,13 @@ def test_what_stands_in_the_output_folder_is_not_overwritten(corpus: Path) -> No
         ({"domains": {"a": []}}, "domain 'a' has no files; set domains.a"),
         ({"domains": {"a/b": "x"}}, "domain 'a/b' cannot name a folder"),
         ({"domains": {"tokenizer.json": "x"}}, "domain 'tokenizer.json' cannot name a folder"),
-        ({"domains": {"a": "none.jsonl"}}, "none.jsonl does not exist; expected .jsonl, .parquet or a dataset"),
+        ({"domains": {"a.part": "x"}}, "domain 'a.part' cannot name a folder"),
+        ({"domains": {"a": "s3://b/a.jsonl"}}, "domains.a: s3://b/a.jsonl is a URL"),
+        ({"domains": {"a": "~nobody-here/a.jsonl"}}, "domains.a: ~nobody-here/a.jsonl names the home folder"),
+        ({"domains": "gs://b/a"}, "domains: gs://b/a is a URL"),
+        ({"domains": {"a": "none.jsonl"}}, "none.jsonl does not exist; expected .jsonl.* or .parquet, or a dataset"),
         ({"domains": "nowhere"}, "nowhere is not a folder; set domains"),
-        ({"text_column": "body"}, r"cats.jsonl line 1: expected either 'body'.*it has \['id', 'text'\]"),
+        ({"text_column": "body"}, r"cats.jsonl line 1: expected either 'body'.*it has 'id', 'text'"),
     ],
 )
 def test_bad_settings(corpus: Path, options: dict[str, Any], message: str) -> None:
@@ -245,15 +253,76 @@ def test_bad_documents(corpus: Path) -> None:
 
 def test_bad_folders(corpus: Path) -> None:
     (corpus / "birds").mkdir()
-    with pytest.raises(UserError, match=r"birds holds no .jsonl or .parquet file"):
+    with pytest.raises(UserError, match=r"birds holds no file of documents"):
         prepare(config(corpus))
     (corpus / "birds").rmdir()
     pl.DataFrame({"text": ["x"]}).write_parquet(corpus / "cats.parquet")
     with pytest.raises(UserError, match="several entries called 'cats'"):
         prepare(config(corpus))
     (corpus / "cats.parquet").rename(corpus / "fish.txt")
-    with pytest.raises(UserError, match=r"fish.txt is of an unknown kind"):
+    with pytest.raises(UserError, match=r"fish.txt: hidden, or of an unknown kind"):
         prepare(config(corpus))
+
+
+def test_a_folder_domain_is_read_whole_or_refused(corpus: Path) -> None:
+    folder = corpus / "birds"
+    (folder / "sub").mkdir(parents=True)
+    rows = [{"text": f"bird {number}"} for number in range(30)]
+    write_rows(folder / "0.jsonl", rows[:10])
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(write_rows(folder / "x", rows[10:20]).read_bytes()))
+    (folder / "x").unlink()
+    write_rows(folder / "sub" / "0.JSONL", rows[20:])
+    (corpus / "cats.jsonl").rename(corpus / "cats.NDJSON")
+    (corpus / ".DS_Store").write_bytes(b"")
+    facts = prepare(config(corpus))
+    assert {name: counts["documents"] for name, counts in facts.items()} == {"birds": 30, "cats": 60, "dogs": 40}
+    names = [f"{file}:{line}" for file in ("0.jsonl", "1.jsonl.gz", "sub/0.JSONL") for line in range(1, 11)]
+    assert sorted(stored_documents(corpus.parent / "data" / "birds")) == sorted(names)
+    (folder / "sub" / "notes.txt").write_text("what is this?")
+    with pytest.raises(UserError, match=r"sub/notes.txt: hidden, or of an unknown kind"):
+        prepare(config(corpus, out="other"))
+    assert not (corpus.parent / "other").exists()
+
+
+def test_a_tokenizer_that_truncates_and_pads_stores_whole_documents(corpus: Path) -> None:
+    facts = prepare(config(corpus, "good"))
+    tokenizer = load_tokenizer(corpus.parent / "good")
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding()
+    tokenizer.save(str(corpus.parent / "tokenizer.json"))
+    assert prepare(config(corpus, tokenizer=corpus.parent)) == facts
+    for name in TEXTS:
+        assert stored_documents(corpus.parent / "data" / name) == stored_documents(corpus.parent / "good" / name)
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_counted_and_said(
+    corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(config(corpus, "good"))
+    assert not caplog.records
+    vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *"abdgkors "])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(corpus.parent / "tokenizer.json"))
+    write_rows(corpus / "dogs.jsonl", [{"text": "dog barks"}, {"id": "zh", "text": "\u72d7"}, {"text": "dog 1"}])
+    domains = {"dogs": str(corpus / "dogs.jsonl")}
+    facts = prepare(config(corpus, tokenizer=corpus.parent / "tokenizer.json", domains=domains))
+    assert (facts["dogs"]["changed_by_tokenizer"], facts["dogs"]["without_tokens"]) == (2, 1)
+    assert facts["dogs"]["documents"] == 3
+    assert stored_documents(corpus.parent / "data" / "dogs")["zh"] == [0]
+    (record,) = caplog.records
+    assert "domain 'dogs'" in record.getMessage()
+    assert "2 of 3 documents" in record.getMessage()
+
+
+def test_columns_with_other_names(corpus: Path) -> None:
+    prepare(config(corpus, "good"))
+    rows = [{"input_ids": [5, 6, 7], "tokens": 3}, {"input_ids": [8], "loss_mask": [True]}]
+    path = str(write_rows(corpus / "ids.jsonl", rows))
+    given = config(corpus, domains={"ids": path}, tokenizer=corpus.parent / "good", tokens_column="input_ids")
+    eot = eot_id(load_tokenizer(corpus.parent / "good"))
+    prepare(given)
+    assert stored_documents(corpus.parent / "data" / "ids") == {"ids.jsonl:1": [5, 6, 7, eot], "ids.jsonl:2": [8, eot]}
 
 
 def test_the_shipped_config_is_valid() -> None:
