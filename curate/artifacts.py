@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import UserError
+from curate.reading import parse_json, read_text
 
 MANIFEST = "manifest.json"
 STARTED = "settings.json"
@@ -61,12 +62,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or is not a JSON object.
     """
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it was truncated or edited by hand") from None
+        value = parse_json(text, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; it was truncated or edited by hand") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value

@@ -1,26 +1,48 @@
-"""Configuration and command lines: frozen pydantic models, read from YAML and dotted flags by jsonargparse.
+"""Configuration: frozen pydantic models, and the line between a command and what a user can meet.
 
 A config class sits beside the code that it configures; its attribute docstrings are the command's `--help`.
 """
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
+from curate.arguments import parse
 from curate.errors import UserError
+from curate.paths import local_path
+from curate.validation import is_list, kinds_of
 
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_INTEGERS = range(-(2**63), 2**63)
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, and an unknown key is an error."""
+    """Base of every configuration: frozen, and an unknown key is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    One value where a list is expected is a list of one; paths are of this machine and may start with `~`; numbers are
+    finite (a field that may be infinite says so) and no truth values; integers fit into 64 bits.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, given: Any, info: ValidationInfo) -> Any:
+        return as_meant(cls.model_fields[str(info.field_name)].annotation, given)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        if not all(number in _INTEGERS for number in _integers(value)):
+            raise ValueError("is an integer of more than 64 bits")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -33,57 +55,59 @@ def parse_tokens(value: int | str) -> int:
         ValueError: the text is not a positive token count.
     """
     match = _TOKENS.fullmatch(str(value).replace("_", "").strip())
-    count = round(float(match["number"]) * _UNITS[match["unit"].upper()]) if match else 0
-    if count < 1:
-        raise ValueError(f"{value!r} is not a token count; write for example 500000, 50M or 1.5B")
+    count = round(float(match["number"][:99]) * _UNITS[match["unit"].upper()]) if match else 0
+    if count < 1 or count not in _INTEGERS:
+        raise ValueError(f"{str(value)[:99]!r} is not a token count; write for example 500000, 50M or 1.5B")
     return count
 
 
 TokenCount = Annotated[int | str, BeforeValidator(parse_tokens)]
+FileName = Annotated[str, AfterValidator(lambda name: str(local_path(Path(name))))]
+"""A path that stays text."""
+
+
+def as_meant(annotation: Any, given: Any) -> Any:
+    """A value for a field as its user meant it, see `Config`; what does not fit at all is left to the validation.
+
+    Raises:
+        ValueError: a path or number that cannot be meant.
+    """
+    kinds = kinds_of(annotation)
+    if isinstance(given, bool) and bool not in kinds and (int in kinds or float in kinds):
+        raise ValueError(f"is {str(given).lower()}, expected a number")
+    if len(kinds) != 1 or given is None:
+        return given
+    kind, inner = kinds[0], get_args(kinds[0])
+    if kind is Path and isinstance(given, str | Path):
+        return local_path(Path(given))
+    if is_list(kind):
+        items = given if isinstance(given, list | tuple | set | frozenset) else [given]
+        return [as_meant(inner[0], item) for item in items]
+    if get_origin(kind) is tuple and isinstance(given, list | tuple) and len(given) == len(inner):
+        return [as_meant(each, item) for each, item in zip(inner, given, strict=True)]
+    if get_origin(kind) is dict and isinstance(given, Mapping):
+        return {key: as_meant(inner[1], item) for key, item in given.items()}
+    return given
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Those in a value, but for those in groups of settings, which have been seen."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for member in value.values() if isinstance(value, dict) else value:
+            yield from _integers(member)
 
 
 def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config` from the command line: `--config FILE.yaml`, then dotted overrides; `--print_config` shows it.
 
-    Dashes and underscores in option names are the same (`--budget-tokens`, `--budget_tokens`); a top-level option of
-    type bool needs no value (`--once`).
+    See `curate.arguments`.
 
     Raises:
         UserError: an option is unknown, missing, or its value is not valid.
     """
-    from argparse import ArgumentError
-
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
-    parser.add_class_arguments(config, None)
-    given = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    switches = {f"--{name}" for name, field in config.model_fields.items() if field.annotation is bool}
-    arguments = [
-        f"{argument}=true" if argument in switches and (after is None or after.startswith("--")) else argument
-        for argument, after in zip_longest(given, given[1:])
-    ]
-    try:
-        namespace = parser.parse_args(arguments)
-        namespace.pop("config", None)
-        return config(**vars(parser.instantiate(namespace)))
-    except ValidationError as error:
-        raise UserError(f"--{first_problem(error)}; see --help") from None
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see --help") from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing that a validation found wrong, as "field.inner: what"."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _underscored(argument: str) -> str:
-    """`--budget-tokens=5` -> `--budget_tokens=5`; values, and what follows a dot (a domain's name), stay."""
-    option = re.match(r"--[\w-]+", argument)
-    return option[0][:2] + option[0][2:].replace("-", "_") + argument[option.end() :] if option else argument
+    return parse(config, prog, description, sys.argv[1:] if argv is None else argv)
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
-from curate.config import Config, parse_command, run_command
+from curate.config import Config, FileName, parse_command, run_command
 from curate.embeddings.estimators import (
     AdjointConfig,
     BaselineConfig,
@@ -61,18 +61,18 @@ class EmbedConfig(Config):
     grad-dot, less, shapley: baselines, see `curate.embeddings.baselines`."""
     target: Path | None = None
     """Target documents (JSONL); required by adjoint and the baselines."""
-    more_targets: dict[str, Annotated[float, Field(gt=0)]] = {}
+    more_targets: dict[FileName, Annotated[float, Field(gt=0)]] = {}
     """More targets (JSONL), valued in the same pass, each with the weight of its scores; that of `target` is 1."""
     guard: Path | None = None
     """Documents (JSONL) of what must not be lost, valued in the same pass; see mixture.guard_drop
     and shards.guard_weight."""
-    min_target_tokens: int = 1000
+    min_target_tokens: int = Field(default=1000, ge=1)
     """Fewest predicted tokens of a target."""
-    target_batch_size: int = 16
+    target_batch_size: int = Field(default=16, ge=1)
     """Sequences per pass over the target."""
     device: str = "cpu"
     """Device of replay and estimator, for example cuda."""
-    tolerance: float = 1e-3
+    tolerance: float = Field(default=1e-3, gt=0)
     """Largest relative difference between recorded and replayed losses."""
     adjoint: AdjointConfig = AdjointConfig()
     """Settings of adjoint."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import polars as pl
+from pydantic import Field
 
 from curate.config import Config
 
@@ -33,7 +34,7 @@ class TrackingConfig(Config):
     """W&B user or team; none: the key's default."""
     tags: list[str] = []
     """W&B tags."""
-    timeout_seconds: float = 20.0
+    timeout_seconds: float = Field(default=20.0, gt=0)
     """How long to wait for the W&B server at the start, and for uploads at the end, before going on without it."""
 
 

@@ -42,9 +42,9 @@ class VerifyConfig(Config):
     """Where the run's streams lie now, by domain, if they were moved since."""
     target: tuple[Path, ...] = ()
     """Target documents (JSONL), one or several files; none: samples of each domain that the run did not train on."""
-    min_target_tokens: int = 500
+    min_target_tokens: int = Field(default=500, ge=1)
     """Fewest predicted tokens of a target."""
-    target_batch_size: int = 16
+    target_batch_size: int = Field(default=16, ge=1)
     """Sequences per pass over a target."""
     out: Path | None = None
     """Folder to write to; none: a folder inside the run."""
@@ -60,7 +60,7 @@ class VerifyConfig(Config):
     """Seed of the draws."""
     device: str = "cpu"
     """Device of reruns and estimator."""
-    tolerance: float = 1e-3
+    tolerance: float = Field(default=1e-3, gt=0)
     """Largest relative difference between recorded and replayed losses."""
     adjoint: AdjointConfig = AdjointConfig()
     """Settings of adjoint."""

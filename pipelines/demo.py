@@ -16,12 +16,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.mixture.apportion import apportion
 from curate.progress import progress, start_logging
+from curate.reading import read_yaml
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.write import write_reweight
@@ -114,7 +113,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def _load(config: DemoConfig, name: str, kind: type[ConfigT], **changes: Any) -> ConfigT:
-    raw = yaml.safe_load((config.configs / f"{name}.yaml").read_text(encoding="utf-8"))
+    raw = read_yaml(config.configs / f"{name}.yaml")
     return kind(**{**raw, **changes})
 
 

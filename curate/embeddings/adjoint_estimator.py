@@ -78,7 +78,7 @@ class AdjointConfig(Config):
     """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice."""
     disk_bytes: int = Field(default=50 * 10**9, ge=0)
     """Disk for checkpoints of the steps that do not fit into memory, and for the influence checkpoint."""
-    save_seconds: float = 60.0
+    save_seconds: float = Field(default=60.0, ge=0)
     """Time between saves of the progress that an interrupted window continues from."""
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class DvembConfig(Config):
     """Settings of `dvemb`."""
 
-    width: int = 16
+    width: int = Field(default=16, ge=1)
     """Projected size of each side of a layer; a layer contributes up to width^2 dimensions."""
     operator: Literal["block", "full"] = "block"
     """One operator per layer (as published), or one for all layers."""

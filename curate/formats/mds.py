@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import yaml
 
 from curate.artifacts import replacing
 from curate.config import Config
@@ -28,6 +27,7 @@ from curate.errors import UserError
 from curate.formats.ngrams import NgramMemory
 from curate.formats.phases import load_schedule
 from curate.progress import progress
+from curate.reading import read_yaml
 
 if TYPE_CHECKING:
     from streaming import StreamingDataset
@@ -364,7 +364,7 @@ def load_streams(data: Path) -> list[dict[str, Any]]:
     """
     if data.suffix in (".yaml", ".yml"):
         schedule = load_schedule(data)
-        streams: Any = schedule.totals() if schedule else yaml.safe_load(data.read_text(encoding="utf-8"))
+        streams: Any = schedule.totals() if schedule else read_yaml(data)
         if not isinstance(streams, list) or not all(
             isinstance(stream, dict) and "local" in stream for stream in streams
         ):

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from curate.config import Config, first_problem
+from curate.config import Config
 from curate.errors import UserError
+from curate.reading import read_yaml
+from curate.validation import first_problem
 
 
 class PhaseStream(Config):
@@ -126,10 +127,9 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
         UserError: an entry lacks something, or the entries do not follow each other.
     """
     try:
-        entries = tuple(Entry(**entry) for entry in value)
-    except (ValidationError, TypeError) as error:
-        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{path} is not a schedule of streams: {problem}") from None
+        entries = tuple(map(Entry.model_validate, value))
+    except ValidationError as error:
+        raise UserError(f"{path} is not a schedule of streams: {first_problem(error)}") from None
     here = path.resolve().parent
     return Schedule(
         tuple(
@@ -153,8 +153,5 @@ def load_schedule(path: Path) -> Schedule | None:
     """
     if path.suffix not in (".yaml", ".yml"):
         return None
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
+    value = read_yaml(path)
     return parse_schedule(value, path) if is_schedule(value) else None

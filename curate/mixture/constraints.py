@@ -6,7 +6,7 @@ counts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +18,9 @@ from curate.mixture.weights import Floats, Problem, roomiest
 Lower = Literal["floor", "max_change"]
 Upper = Literal["ceiling", "max_epochs", "max_change"]
 _ROUNDING = 1e-9
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MixtureConfig(Config):
@@ -45,12 +48,12 @@ class MixtureConfig(Config):
     """No domain gets more than this weight."""
     max_epochs: float = Field(default=4.0, gt=0)
     """No domain's data is used more often than this, what earlier stages consumed included."""
-    decay_epochs: float = Field(default=15.4, gt=0)
+    decay_epochs: float = Field(default=15.4, gt=0, allow_inf_nan=True)
     """Data used for the e-th time is worth exp(-(e - 1) / decay_epochs) of new data (arXiv 2305.16264); .inf: as
     much."""
-    floors: dict[str, float] = {}
+    floors: dict[str, Share] = {}
     """Least weight of single domains, e.g. {"general": 0.2}; stands above min_share_of_prior."""
-    ceilings: dict[str, float] = {}
+    ceilings: dict[str, Share] = {}
     """Largest weight of single domains; stands beside max_weight, the smaller one holds."""
     replay_domains: tuple[str, ...] = ()
     """Domains of general data that keep at least replay_share together."""
@@ -237,10 +240,6 @@ def check_names(config: MixtureConfig, facts: Facts) -> None:
         unknown = sorted(set(names) - set(prior))
         if unknown:
             raise UserError(f"mixture.{setting} names {', '.join(unknown)}; the domains are {', '.join(sorted(prior))}")
-    for setting, limits in (("floors", config.floors), ("ceilings", config.ceilings)):
-        outside = {domain: limit for domain, limit in limits.items() if not 0 <= limit <= 1}
-        if outside:
-            raise UserError(f"mixture.{setting} must be weights from 0 to 1, got {outside}")
     if config.replay_share > 0 and not config.replay_domains:
         raise UserError("mixture.replay_share needs mixture.replay_domains: the domains of general data")
 

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from curate.artifacts import SIGN, replacing
-from curate.config import Config, first_problem
+from curate.config import Config
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
 from curate.mixture.weights import divergence, effective_number
+from curate.reading import dump_yaml, read_yaml
+from curate.validation import first_problem
 
 _TOTALS = {"tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
 
@@ -193,7 +194,7 @@ def _facts(mixture: Mixture) -> dict[str, Any]:
 def write_mixture(path: Path, mixture: Mixture) -> None:
     """Write `mixture.yaml` atomically."""
     with replacing(path) as part:
-        part.write_text(yaml.safe_dump(mixture.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        part.write_text(dump_yaml(mixture.model_dump(mode="json")), encoding="utf-8")
 
 
 def read_mixture(path: Path) -> Mixture:
@@ -202,14 +203,12 @@ def read_mixture(path: Path) -> Mixture:
     Raises:
         UserError: it is missing, not YAML, or a field is missing, unknown or of another type.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; `python -m curate.select` writes it")
     try:
-        return Mixture(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
+        return Mixture.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path} is not a mixture ({' '.join(str(error).split())}); select again") from None
+        raise UserError(f"{path} is not a mixture ({first_problem(error)}); select again") from None
 
 
 def with_totals(domains: Mapping[str, DomainMixture], facts: Mapping[str, Any]) -> Mixture:

@@ -30,11 +30,11 @@ class GroupConfig(Config):
 
     names: str = ".*"
     """Regular expression that the whole name must match."""
-    min_dim: int = 0
+    min_dim: int = Field(default=0, ge=0)
     """Fewest dimensions of its parameters; 2: matrices and embeddings."""
     arguments: dict[str, Any] = {}
     """Arguments of this group, over the optimizer's, e.g. {weight_decay: 0.0}."""
-    lr_scale: float = 1.0
+    lr_scale: float = Field(default=1.0, gt=0)
     """Its lr, as a multiple of the lr of each step."""
 
 
@@ -100,7 +100,7 @@ class ReconstructConfig(Config):
     """From samples to the step's loss."""
     optimizers: tuple[OptimizerConfig, ...] = Field(min_length=1)
     """One optimizer, or several over different parameters."""
-    clip_norm: float | None = None
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Threshold given to `clip_grad_norm_`; none: no clipping."""
     lr: LrSchedule | None = None
     """Learning rate by formula; none: the log's."""

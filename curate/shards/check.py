@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream
 from curate.formats.phases import load_schedule
 from curate.mixture.record import Mixture
+from curate.reading import read_yaml
 
 
 def check_filter(folder: Path, mixture: Mixture, columns: Columns | None = None) -> None:
@@ -43,7 +42,7 @@ def check_reweight(path: Path, streams: Mapping[str, Path], mixture: Mixture) ->
     Raises:
         UserError: a stream is missing or corrupted, or a count differs.
     """
-    found = {Path(entry["local"]): entry["choose"] for entry in yaml.safe_load(path.read_text(encoding="utf-8"))}
+    found = {Path(entry["local"]): entry["choose"] for entry in read_yaml(path)}
     expected = {streams[name].resolve(): domain.samples for name, domain in mixture.domains.items() if domain.samples}
     if found != expected:
         raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.config import Config
+from curate.config import Config, FileName
 from curate.deviation import EQUAL
 from curate.index.clusters import clusters
 from curate.rng import generator
@@ -27,7 +27,7 @@ _FEW = 8  # n-grams, of those that are kept, from which a sample can be compared
 class ScreenConfig(Config):
     """What must not be trained on."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[FileName, ...] = ()
     """Held-out documents (JSONL) besides the targets and the guard, such as the benchmarks that the model is tested
     on."""
     overlap: float = Field(default=0.2, gt=0, le=1)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import yaml
 from tqdm import tqdm
 
 from curate.artifacts import replacing
 from curate.formats.mds import MdsStream, merge_indexes, write_stream
 from curate.mixture.record import Phase
+from curate.reading import dump_yaml
 from curate.rng import generator
 from curate.shards.plan import Plan
 
@@ -38,7 +38,7 @@ def write_reweight(path: Path, streams: Mapping[str, Path], samples: Mapping[str
         {"local": str(streams[name].resolve()), "choose": samples[name]} for name in sorted(samples) if samples[name]
     ]
     with replacing(path) as part:
-        part.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+        part.write_text(dump_yaml(entries), encoding="utf-8")
 
 
 def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phase]) -> None:
@@ -58,8 +58,7 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
     ]
     with replacing(path) as part:
         part.write_text(
-            "# start_step counts samples; served by curate.formats.dataset.open_dataset\n"
-            + yaml.safe_dump(entries, sort_keys=False),
+            "# start_step counts samples; served by curate.formats.dataset.open_dataset\n" + dump_yaml(entries),
             encoding="utf-8",
         )
 

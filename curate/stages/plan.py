@@ -14,18 +14,22 @@ The trainer is the user's own command: a template, split as a shell would and ru
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from curate.config import Config, TokenCount
 from curate.errors import UserError
+from curate.mixture.schedule import StageSchedule
+from curate.reading import read_yaml
 from curate.shards.write import SCHEDULE, STREAMS
+from curate.trajectory.recorder import window_steps
+from curate.validation import first_problem
 
 Data = Literal["streams", "mds"]
 _DEFAULTS: dict[str, Any] = {"schedule": {"kind": "early-late"}}  # a stage of known length has phases
@@ -71,6 +75,8 @@ class StageConfig(Config):
     def _complete(self) -> Self:
         if self.steps is None and self.tokens is None:
             raise ValueError(f"stage {self.name} needs steps or tokens")
+        if self.windows is not None and self.steps is not None:
+            window_steps(self.windows, self.steps)
         twice = sorted(set(self.settings) & set(self.words(own=False)))
         if twice:
             raise ValueError(f"settings.{twice[0]} of stage {self.name} is filled in by the plan itself; rename it")
@@ -110,17 +116,40 @@ class PlanConfig(Config):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]}")
-        for index, stage in enumerate(self.stages):
-            known = {"out", "data", *stage.words()}
-            if index:
-                known |= {"checkpoint", "previous"}
-            unknown = sorted(_placeholders(self.command(index)) - known)
-            if unknown:
-                raise ValueError(
-                    f"the command of stage {stage.name} asks for {{{unknown[0]}}}; there are {', '.join(sorted(known))}"
-                    + ("" if index else " (the first stage has no checkpoint: give it a train_first)")
-                )
+        if Path(self.checkpoint).is_absolute() or ".." in Path(self.checkpoint).parts:
+            raise ValueError(f"checkpoint {self.checkpoint!r} does not lie in {{out}}; write its place there")
+        for index in range(len(self.stages) - 1):
+            self._schedule(index)
+        for index in range(len(self.stages)):
+            self._check_command(index)
         return self
+
+    def _check_command(self, index: int) -> None:
+        stage = self.stages[index]
+        known = {"out", "data", *stage.words()}
+        if index:
+            known |= {"checkpoint", "previous"}
+        unknown = sorted(_placeholders(self.command(index)) - known)
+        if unknown:
+            raise ValueError(
+                f"the command of stage {stage.name} asks for {{{unknown[0]}}}; there are {', '.join(sorted(known))}"
+                + ("" if index else " (the first stage has no checkpoint: give it a train_first)")
+            )
+        try:
+            words = self.arguments(index)
+        except (ValueError, LookupError) as error:
+            raise ValueError(f"the command of stage {stage.name} cannot be filled in: {error}") from None
+        if not "".join(words[:1]).strip():
+            raise ValueError(f"the command of stage {stage.name} is blank; write the program that trains it")
+        if any("\0" in word for word in words):
+            raise ValueError(f"the command of stage {stage.name} has a NUL character in a word; leave it out")
+
+    def _schedule(self, index: int) -> StageSchedule:
+        try:
+            return StageSchedule.model_validate(self.selection_settings(index)["schedule"])
+        except ValidationError as error:
+            where = f"selection.schedule after stage {self.stages[index].name}"
+            raise ValueError(f"{where}: {first_problem(error)}") from None
 
     def target_of(self, index: int) -> Path:
         """Target of the selection after a stage."""
@@ -148,7 +177,7 @@ class PlanConfig(Config):
         if index == 0:
             return self.data
         settings, data = self.selection_settings(index - 1), self.selection_folder(index - 1) / "data"
-        phases = settings["schedule"]["kind"] != "throughout"
+        phases = self._schedule(index - 1).kind != "throughout"
         if settings.get("mode") == "filter":
             return data / "mds" / SCHEDULE if phases else data / "mds"
         return data / (SCHEDULE if phases else STREAMS)
@@ -175,9 +204,13 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 def _placeholders(template: str) -> set[str]:
     try:
-        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        fields = [(field, form or "") for _, field, form, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise ValueError(f"the command {template!r} is not a template ({error}); write braces twice") from None
+    for field, form in fields:
+        if "{" in form or re.search(r"\d{4}", form):  # a width of any size would be filled with spaces
+            raise ValueError(f"the command {template!r} fills in {{{field}:{form}}}; a format has three digits at most")
+    return {field for field, _ in fields}
 
 
 def load_plan(path: Path) -> PlanConfig:
@@ -186,17 +219,10 @@ def load_plan(path: Path) -> PlanConfig:
     Raises:
         UserError: the file is missing, is not YAML, or does not hold together.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping with folder, data, target, train and stages")
     try:
-        return PlanConfig(**raw)
+        return PlanConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise UserError(f"{path}: {first_problem(error)}") from None

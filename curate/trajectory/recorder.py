@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
+from pydantic import Field
 
 from curate.artifacts import replacing, write_json
 from curate.config import Config, TokenCount
@@ -48,13 +49,13 @@ class RecorderConfig(Config):
     windows: dict[str, tuple[Border, Border]] | None = None
     """Windows to value, `early` and `late`: first step and step after the last; an integer is a step, a decimal a
     fraction of the stage. None: the first and the last tenth of the stage, at most 50 steps each."""
-    cadence_snapshots: int = 8
+    cadence_snapshots: int = Field(default=8, ge=0)
     """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too
     small.
     """
     snapshot_bytes: TokenCount = "8B"
     """Byte budget of all snapshots (8B = 8 GB); those at window borders come first."""
-    flush_steps: int = 100
+    flush_steps: int = Field(default=100, ge=1)
     """Steps between writes of the step records."""
 
 

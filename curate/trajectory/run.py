@@ -16,11 +16,12 @@ import polars as pl
 from pydantic import Field, ValidationError
 
 from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
-from curate.config import Config, first_problem
+from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
+from curate.validation import first_problem
 
 _log = logging.getLogger(__name__)
 _NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening", "ns_a", "ns_b", "ns_c")
@@ -61,9 +62,9 @@ class RunSpec(Config):
     """Columns of the streams."""
     tokenizer: Path | None = None
     """`tokenizers` JSON file that made the tokens; needed for targets and examples given as text."""
-    seq_len: int
+    seq_len: int = Field(ge=1)
     """Tokens of a training sequence; long target documents are split to it."""
-    steps: int
+    steps: int = Field(ge=1)
     """Optimizer steps of the stage."""
     windows: dict[str, tuple[int, int]]
     """Name -> first step and step after the last."""
@@ -71,7 +72,7 @@ class RunSpec(Config):
     """Class name of each parameter group's optimizer, in `torch.optim`."""
     groups: list[list[str]]
     """Parameter names of each group."""
-    clip_norm: float | None
+    clip_norm: float | None = Field(gt=0, allow_inf_nan=True)
     """Clipping threshold of the global gradient norm; none: no clipping."""
     previous: Path | None = None
     """Run of the stage that this one continued from; what it consumed counts too (`trajectory.ledger`)."""

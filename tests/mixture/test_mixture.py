@@ -122,7 +122,6 @@ def test_feasible_or_told_what_would_be(max_epochs, tokens, budget, max_weight, 
     ("config", "message"),
     [
         ({"floors": {"x": 0.1}}, "floors names x; the domains are a, b, c"),
-        ({"ceilings": {"a": 1.5}}, "ceilings must be weights"),
         (
             {"floors": {"a": 0.6, "b": 0.6}},
             r"floors.a 0.6, mixture.floors.b 0.6 together; .*floors.a at most 0.38, or mixture.floors.b at most 0.38$",
@@ -173,7 +172,6 @@ def test_domains_must_be_those_of_the_run():
         ({"a": 1, "b": 1, "web": 1}, "names web and lacks c; the domains are a, b, c"),
         ({"a": 1, "b": 1}, "lacks c"),
         ({"a": 1, "b": -1, "c": 1}, "positive numbers, got {'b': -1.0}"),
-        ({"a": 1, "b": math.inf, "c": 1}, "positive numbers"),
     ],
 )
 def test_a_prior_that_is_not_the_domains(prior, message):
@@ -334,7 +332,7 @@ def test_round_trip(tmp_path):
     [
         (None, "does not exist"),
         ("- 1", "is not a mixture"),
-        ("a: [", "is not a mixture"),
+        ("a: [", r"mixture.yaml line 1: "),
         ("target: t", "targets: Field required"),
         ("extra: t", "Field required|Extra"),
     ],

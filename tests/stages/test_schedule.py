@@ -407,5 +407,5 @@ def test_settings_that_are_the_plans_own_or_nobodys_are_named(inputs, tmp_path):
         with pytest.raises(UserError, match=message):
             selection_config(load_plan(write_plan(tmp_path, inputs, selection=selection)), 0)
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"cannot be read as a plan"):
+    with pytest.raises(UserError, match=r"bad.yaml line 1: "):
         load_plan(tmp_path / "bad.yaml")

@@ -1,0 +1,207 @@
+"""The command line of every command: `--config FILE.yaml`, dotted flags over it, `--help` and `--print_config`.
+
+    --mixture.max_epochs 3     a setting; dashes and underscores of its name are the same
+    --mixture '{prior: ...}'   a group of settings or a mapping, as YAML; a group's other settings stay
+    --earlier '[a, b]'         a list; one value is a list of one
+    --once                     a setting of type bool needs no value
+    --guard null               none, where a setting may be none
+
+Later ones override earlier ones, files and flags alike. Files are read by `curate.reading`, flags too where they are
+lists or mappings; everything else is text until the config's own validation.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
+
+from curate.errors import UserError
+from curate.reading import dump_yaml, parse_yaml, read_yaml, shortened
+from curate.validation import first_problem, is_list, kinds_of, setting_of
+
+Model = TypeVar("Model", bound=BaseModel)
+
+Keys = tuple[str, ...]
+_HELP, _PRINT = "help", "print_config"
+
+
+def parse(config: type[Model], prog: str, description: str, argv: Sequence[str]) -> Model:
+    """Build a config; `--help` and `--print_config` print and exit.
+
+    Raises:
+        UserError: an option is unknown, missing, or its value is not valid.
+        SystemExit: 0 after `--help` or `--print_config`.
+    """
+    options = list(_options(config, argv))
+    if any(name == _HELP for name, _ in options):
+        _print_help(config, prog, description)
+    given: dict[str, Any] = {}
+    files: dict[Keys, str] = {}  # where each setting of a file is from
+    for name, text in options:
+        if name == "config":
+            _take_file(config, Path(text), given, files)
+        elif name != _PRINT:
+            keys, annotation = _place(config, name)
+            _put(config, given, keys, _value(annotation, text, name))
+            files = {place: file for place, file in files.items() if place[: len(keys)] != keys}
+    shown = any(name == _PRINT for name, _ in options)
+    try:
+        made = config.model_validate(given)
+    except ValidationError as error:
+        if not shown or any(each["type"] != "missing" for each in error.errors()):
+            raise UserError(_told(error, files)) from None
+    if shown:
+        sys.stdout.write(dump_yaml(_shown(config, given)))
+        raise SystemExit(0)
+    return made
+
+
+def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and text of each option."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word == "-h" or name == _HELP:
+            yield _HELP, ""
+        elif not word.startswith("--") or not name:
+            raise UserError(f"{shortened(repr(word))} stands where an option is expected; see --help")
+        elif equals or name.replace("-", "_") == _PRINT:
+            yield name if equals and name != _PRINT else _PRINT, text
+        elif words and not words[0].startswith("--"):
+            yield name, words.pop(0)
+        elif name != "config" and kinds_of(_place(config, name)[1]) == [bool]:
+            yield name, "true"
+        else:
+            raise UserError(f"--{name} needs a value; see --help")
+
+
+def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
+    """The keys that lead to a setting, and its type; a mapping's key may have dots where its values have no keys.
+
+    Raises:
+        UserError: there is no such setting.
+    """
+    keys: list[str] = []
+    annotation: Any = config
+    rest = name.split(".")
+    while rest:
+        groups = [kind for kind in kinds_of(annotation) if _is_group(kind) or get_origin(kind) is dict]
+        if annotation is Any:
+            keys, rest = [*keys, *rest], []
+        elif groups and _is_group(groups[0]):
+            field = groups[0].model_fields.get(rest[0].replace("-", "_"))
+            if field is None:
+                raise UserError(f"there is no option --{shortened(name.replace('-', '_'))}; see --help")
+            keys.append(rest.pop(0).replace("-", "_"))
+            annotation = field.annotation
+        elif groups:
+            annotation = get_args(groups[0])[1]
+            flat = not any(kind is Any or _is_group(kind) or get_origin(kind) is dict for kind in kinds_of(annotation))
+            keys.append(".".join(rest) if flat else rest[0])
+            rest = [] if flat else rest[1:]
+        else:
+            raise UserError(f"--{shortened('.'.join(keys))} has no settings of its own; see --help")
+    return tuple(keys), annotation
+
+
+def _value(annotation: Any, text: str, name: str) -> Any:
+    """What a flag's text stands for: YAML where only that can be, else the text, which the validation reads."""
+    kinds = kinds_of(annotation)
+    if text == "null" and NoneType in get_args(annotation):
+        return None
+    nested = [kind for kind in kinds if _is_group(kind) or get_origin(kind) in (dict, list, tuple)]
+    only = all(kind is Any or (kind in nested and not is_list(kind)) for kind in kinds)
+    return parse_yaml(text, f"--{name}") if only or (nested and text.lstrip()[:1] in ("[", "{")) else text
+
+
+def _take_file(config: type[BaseModel], path: Path, given: dict[str, Any], files: dict[Keys, str]) -> None:
+    """Put a file's settings over what is there.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, expected a mapping of settings")
+    for key, value in raw.items():
+        _put(config, given, (key,), value)
+    files |= dict.fromkeys(_leaves(raw), str(path))
+
+
+def _put(config: type[BaseModel], given: dict[str, Any], keys: Keys, value: Any) -> None:
+    """Set one value; where it is a group of settings, one by one over those that there are."""
+    key, rest = keys[0], keys[1:]
+    field = config.model_fields.get(key)
+    groups = [kind for kind in kinds_of(field.annotation) if _is_group(kind)] if field else []
+    if groups and (rest or isinstance(value, Mapping)):
+        inner = _started(given.get(key, field.default if field else None))
+        given[key] = inner
+        for each, one in {rest: value}.items() if rest else [((name,), one) for name, one in value.items()]:
+            _put(groups[0], inner, each, one)
+    elif rest:
+        given[key] = dict(given[key]) if isinstance(given.get(key), Mapping) else {}
+        _put_plain(given[key], rest, value)
+    else:
+        given[key] = value
+
+
+def _put_plain(given: dict[str, Any], keys: Keys, value: Any) -> None:
+    for key in keys[:-1]:
+        given[key] = dict(given[key]) if isinstance(given.get(key), Mapping) else {}
+        given = given[key]
+    given[keys[-1]] = value
+
+
+def _started(there: Any) -> dict[str, Any]:
+    """A group of settings to put others over: as given so far, or as its default has it."""
+    if isinstance(there, BaseModel):
+        return there.model_dump(exclude_unset=True)
+    return dict(there) if isinstance(there, Mapping) else {}
+
+
+def _leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
+    for key, value in raw.items():
+        place = (*above, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, place)
+        else:
+            yield place
+
+
+def _told(error: ValidationError, files: Mapping[Keys, str]) -> str:
+    where = setting_of(error)
+    near = [file for place, file in files.items() if place == where[: len(place)] or where == place[: len(where)]]
+    if where and near:
+        return f"{near[-1]}: {first_problem(error)}"
+    return f"{'--' if where else ''}{first_problem(error)}; see --help"
+
+
+def _shown(config: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings: as given, else the default; null where there is none."""
+    found: dict[str, Any] = {}
+    for name, field in config.model_fields.items():
+        value = given.get(name, None if field.is_required() else field.default)
+        groups = [kind for kind in kinds_of(field.annotation) if _is_group(kind)]
+        if groups and isinstance(value, BaseModel | Mapping):
+            value = _shown(groups[0], value if isinstance(value, Mapping) else dict(value))
+        found[name] = to_jsonable_python(value)
+    return found
+
+
+def _print_help(config: type[BaseModel], prog: str, description: str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    parser.add_class_arguments(config, None)
+    parser.print_help()
+    raise SystemExit(0)
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
