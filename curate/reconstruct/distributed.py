@@ -72,7 +72,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_distributed(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder of `torch.distributed.checkpoint`, by key; other values, which are pickled, are left out.
+    """Every tensor of a folder of `torch.distributed.checkpoint`, by key; pickled values are left out.
 
     Raises:
         UserError: it is damaged, or its index names what is no part of one.
@@ -80,7 +80,7 @@ def read_distributed(path: Path) -> dict[str, Tensor]:
     import torch
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
     class Reader(FileSystemReader):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from curate.errors import UserError
 from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, judge
-from curate.reconstruct.checkpoints import CheckpointKeys, read_checkpoint, snapshot_tensors
+from curate.reconstruct.checkpoints import CheckpointKeys, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
 from curate.select import select
 from curate.selection import SelectConfig
