@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from curate.errors import UserError
+from curate.trust import OPTION, take_option
 
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -57,8 +58,9 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    parser.add_argument(OPTION, metavar="MODULE", help="a module, or package, whose code a run's model may run")
     parser.add_class_arguments(config, None)
-    given = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    given = take_option([_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     switches = {f"--{name}" for name, field in config.model_fields.items() if field.annotation is bool}
     arguments = [
         f"{argument}=true" if argument in switches and (after is None or after.startswith("--")) else argument
@@ -67,6 +69,8 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
     try:
         namespace = parser.parse_args(arguments)
         namespace.pop("config", None)
+        if namespace.pop("trust", None):
+            raise UserError(f"trust stands in a config file; only the command line can say {OPTION} MODULE")
         return config(**vars(parser.instantiate(namespace)))
     except ValidationError as error:
         raise UserError(f"--{first_problem(error)}; see --help") from None
