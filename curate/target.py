@@ -16,6 +16,7 @@ import numpy as np
 
 from curate.artifacts import file_fingerprint
 from curate.errors import UserError
+from curate.escape import name_of
 from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
 from curate.formats.mds import Sample
 from curate.rng import generator
@@ -79,7 +80,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
         )
     first, second = shuffled_parts(documents, 2)
     return Target(
-        name=path.stem,
+        name=name_of(path),
         fingerprint=file_fingerprint(path),
         documents=len(documents),
         tokens=tokens,

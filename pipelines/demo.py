@@ -21,7 +21,7 @@ import yaml
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.mixture.apportion import apportion
-from curate.progress import progress, start_logging
+from curate.progress import progress, say, start_logging
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.write import write_reweight
@@ -207,7 +207,7 @@ def main() -> None:
     )
     start_logging()
     show(demo(config))
-    sys.stdout.write(f"wrote {config.out / 'summary.json'}\n")
+    say(f"wrote {config.out / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ result.
 """
 
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.formats.documents import Document, Fields, encode_many, eot_id, load_tokenizer
 from curate.formats.mds import COLUMNS, Sample, write_stream
+from curate.progress import say
 from curate.rng import generator
 from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains, open_reader
 from pipelines.packing import Encoded, pack
@@ -206,8 +206,8 @@ def main() -> None:
     config = parse_command(PrepareConfig, "python -m pipelines.prepare", __doc__ or "")
     for name, facts in prepare(config).items():
         counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in facts.items())
-        sys.stdout.write(f"{config.out / name}: {counted}\n")
-    sys.stdout.write(f"{config.out / TOKENIZER}\n")
+        say(f"{config.out / name}: {counted}")
+    say(f"{config.out / TOKENIZER}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import UserError
+from curate.escape import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -165,7 +166,7 @@ class JsonlFile:
 
     def _parse(self, line: bytes, number: int) -> Document:
         where = f"{self.path} line {number}"
-        return parse_document(_parse_line(line, where), where, f"{self.path.name}:{number}", self.fields)
+        return parse_document(_parse_line(line, where), where, f"{visible(self.path.name)}:{number}", self.fields)
 
 
 _EXAMPLE = '{"id": "a", "text": "..."}'
