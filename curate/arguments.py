@@ -21,6 +21,7 @@ from pydantic_core import to_jsonable_python
 
 from curate.errors import UserError
 from curate.reading import dump_yaml, parse_yaml, read_yaml, shortened
+from curate.trust import OPTION
 from curate.validation import first_problem, is_list, kinds_of, setting_of
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -198,6 +199,7 @@ def _print_help(config: type[BaseModel], prog: str, description: str) -> None:
 
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    parser.add_argument(OPTION, metavar="MODULE", help="a module, or package, whose code a run's model may run")
     parser.add_class_arguments(config, None)
     parser.print_help()
     raise SystemExit(0)

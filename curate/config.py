@@ -13,7 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from curate.arguments import parse
 from curate.errors import UserError
+from curate.escape import terminal
 from curate.paths import local_path
+from curate.trust import take_option
 from curate.validation import is_list, kinds_of
 
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
@@ -107,7 +109,7 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
     Raises:
         UserError: an option is unknown, missing, or its value is not valid.
     """
-    return parse(config, prog, description, sys.argv[1:] if argv is None else argv)
+    return parse(config, prog, description, take_option(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -119,7 +121,7 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {terminal(str(error))}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing is lost; run the same command again to continue\n")

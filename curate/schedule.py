@@ -42,6 +42,7 @@ from curate.stages.plan import PlanConfig, load_plan
 from curate.trajectory.recorder import default_windows, window_steps
 from curate.trajectory.run import Run
 from curate.trajectory.samples import stored_bytes_per_token, trained_tokens
+from curate.trust import trust
 
 _log = logging.getLogger(__name__)
 MORE, TRAINER_FAILED, BUSY = 3, 4, 5
@@ -300,6 +301,7 @@ def main() -> None:
     )
     start_logging()
     plan = load_plan(config.plan)
+    trust(plan.trust)
     if config.dry_run:
         for line in describe(plan):
             _log.info("%s", line)

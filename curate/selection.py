@@ -11,6 +11,7 @@ from curate.artifacts import MANIFEST, file_fingerprint, read_json
 from curate.config import TokenCount
 from curate.embed import EmbedConfig, other_targets
 from curate.errors import UserError
+from curate.escape import name_of
 from curate.fidelity.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import StageSchedule
@@ -210,8 +211,8 @@ def aims_of(config: SelectConfig, target: Target) -> Aims:
     """What the mixture is for: targets by the names of their files."""
     from curate.mixture.decide import Aims
 
-    weights = {target.name: 1.0} | {Path(path).stem: weight for path, weight in config.more_targets.items()}
-    return Aims(targets=weights, guard=None if config.guard is None else config.guard.stem)
+    weights = {target.name: 1.0} | {name_of(Path(path)): weight for path, weight in config.more_targets.items()}
+    return Aims(targets=weights, guard=None if config.guard is None else name_of(config.guard))
 
 
 def sample_weights(config: SelectConfig, target: Target) -> dict[str, float]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from curate.artifacts import file_fingerprint
 from curate.errors import UserError
+from curate.escape import name_of
 from curate.formats.documents import find_eot, load_tokenizer
 from curate.formats.files import read_documents
 from curate.formats.mds import Sample
@@ -83,7 +84,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
         )
     first, second = shuffled_parts(documents, 2)
     return Target(
-        name=path.stem,
+        name=name_of(path),
         fingerprint=file_fingerprint(path),
         documents=len(documents),
         tokens=tokens,

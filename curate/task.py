@@ -5,8 +5,7 @@ Shapes: B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
+from curate.trust import trusted_function
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,7 +32,8 @@ class ModelSpec(Config):
     hf_config: Path | None = None
     """Folder or JSON file with the config of a Hugging Face causal LM."""
     factory: str | None = None
-    """`module:function` that returns any `nn.Module` mapping token ids (B, T) to logits (B, T, V), alone or first."""
+    """`module:function` that returns any `nn.Module` mapping token ids (B, T) to logits (B, T, V), alone or first. It
+    is run only where the module is trusted (`curate.trust`)."""
     kwargs: dict[str, Any] = {}
     """Arguments of the factory."""
 
@@ -194,24 +196,53 @@ def refuse_dropout(model: nn.Module) -> None:
         raise UserError(f"{active[0]} is a dropout with p > 0: replay could not repeat it; train with dropout 0")
 
 
+_ATTENTION = (None, "eager", "sdpa")
+_ELSEWHERE = ("configuration_files", "quantization_config")
+
+
 def _from_hugging_face(path: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    attention = _attention(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
     except (OSError, ValueError) as error:
         raise UserError(f"model.hf_config {path} is not a Hugging Face config: {error}") from None
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 
+def _attention(path: Path) -> str | None:
+    """The attention that a config asks for; none: transformers' default.
+
+    Raises:
+        UserError: the config asks, at any depth, for what transformers would fetch or import.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    config = read_json(file)
+    for key, value in _entries(config):
+        if "attn_implementation" in key and value not in _ATTENTION:
+            raise UserError(
+                f"{file} sets {key} to {value!r}; curate builds eager and sdpa only and fetches no kernel: set one of "
+                "them, or leave it out"
+            )
+        if key in _ELSEWHERE and value:
+            raise UserError(f"{file} sets {key}, which a replayed model cannot have; leave it out")
+    named: str | None = config.get("attn_implementation") or config.get("_attn_implementation")
+    return named
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON value at any depth, with what it holds."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _entries(inner)
+
+
 def _from_factory(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    module, _, function = source.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.factory {source!r} cannot be loaded ({error}); write module:function") from None
-    model: nn.Module = factory(**kwargs)
+    model: nn.Module = trusted_function(source, "model.factory")(**kwargs)
     return model
 
 

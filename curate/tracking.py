@@ -1,5 +1,8 @@
 """Experiment tracking behind one protocol: nothing, or Weights & Biases (the only module that imports wandb).
 
+It is told numbers and names: no text of a sample unless `tracking.texts` is set, and nothing of the machine (its name,
+its user, absolute paths, the command line).
+
 A tracker never stops a job: what goes wrong inside it (no network, a full disk, a refused key) is logged as a warning
 once, and the job goes on without it. The run's files, not the tracker, are the record.
 """
@@ -34,6 +37,8 @@ class TrackingConfig(Config):
     """W&B user or team; none: the key's default."""
     tags: list[str] = []
     """W&B tags."""
+    texts: bool = False
+    """Whether texts of training samples go there too (the examples of a report)."""
     timeout_seconds: float = Field(default=20.0, gt=0)
     """How long to wait for the W&B server at the start, and for uploads at the end, before going on without it."""
 
@@ -42,7 +47,7 @@ class Tracker(Protocol):
     """What a job tells the outside. No method raises."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """The resolved settings of the job (JSON values)."""
+        """The resolved settings of the job (JSON values); see `without_places`."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers of one training step; steps never go back. Numbers that are not finite are left out."""
@@ -50,8 +55,8 @@ class Tracker(Protocol):
     def log_table(self, name: str, table: pl.DataFrame) -> None:
         """A table, all of its rows and columns."""
 
-    def log_html(self, name: str, path: Path) -> None:
-        """A self-contained HTML file."""
+    def log_html(self, name: str, page: str) -> None:
+        """A self-contained HTML page."""
 
     def log_artifact(self, name: str, kind: str, path: Path) -> None:
         """A file as a versioned artifact of a kind, e.g. "mixture"."""
@@ -72,7 +77,7 @@ class NoTracker:
     def log_table(self, name: str, table: pl.DataFrame) -> None:
         """Keep nothing."""
 
-    def log_html(self, name: str, path: Path) -> None:
+    def log_html(self, name: str, page: str) -> None:
         """Keep nothing."""
 
     def log_artifact(self, name: str, kind: str, path: Path) -> None:
@@ -95,7 +100,7 @@ class WandbTracker:
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """The job's settings as the run's config."""
-        self._attempt(lambda: self._run.config.update(dict(config), allow_val_change=True))
+        self._attempt(lambda: self._run.config.update(without_places(dict(config)), allow_val_change=True))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers of one step."""
@@ -109,9 +114,9 @@ class WandbTracker:
             LOGGER.warning("W&B shows the first %d of %d rows of %s", MAX_TABLE_ROWS, table.height, name)
         self._attempt(lambda: self._run.log({name: _table(table.head(MAX_TABLE_ROWS))}))
 
-    def log_html(self, name: str, path: Path) -> None:
+    def log_html(self, name: str, page: str) -> None:
         """A page that W&B shows in its workspace."""
-        self._attempt(lambda: self._run.log({name: _html(path)}))
+        self._attempt(lambda: self._run.log({name: _html(page)}))
 
     def log_artifact(self, name: str, kind: str, path: Path) -> None:
         """A `wandb.Artifact` with one file."""
@@ -152,6 +157,18 @@ def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> T
     return NoTracker()
 
 
+def without_places(value: Any) -> Any:
+    """JSON values with absolute paths below the working folder relative to it, and of others only their last name."""
+    if isinstance(value, Mapping):
+        return {without_places(key): without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(inner) for inner in value]
+    if not isinstance(value, str) or not value.startswith(("/", "~")):
+        return value
+    path, here = Path(value), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+
 def has_key() -> bool:
     """Whether a W&B key is set: `WANDB_API_KEY`, or an entry for its host in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
@@ -177,6 +194,11 @@ def _start(config: TrackingConfig, mode: str, folder: Path, name: str, job: str)
         disable_git=True,
         disable_code=True,
         x_disable_stats=True,
+        # else it records the machine: host, user, command line, program, places, processors
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        host="",
+        program="",
     )
     return wandb.init(
         project=config.project,
@@ -198,10 +220,10 @@ def _table(table: pl.DataFrame) -> Any:
     return wandb.Table(columns=columns, data=[list(row) for row in table.iter_rows()])
 
 
-def _html(path: Path) -> Any:
+def _html(page: str) -> Any:
     import wandb
 
-    return wandb.Html(str(path), inject=False)
+    return wandb.Html(page, inject=False, data_is_not_path=True)
 
 
 def _artifact(name: str, kind: str, path: Path) -> Any:

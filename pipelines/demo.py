@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.mixture.apportion import apportion
-from curate.progress import progress, start_logging
+from curate.progress import progress, say, start_logging
 from curate.reading import read_yaml
 from curate.select import select
 from curate.selection import SelectConfig
@@ -206,7 +206,7 @@ def main() -> None:
     )
     start_logging()
     show(demo(config))
-    sys.stdout.write(f"wrote {config.out / 'summary.json'}\n")
+    say(f"wrote {config.out / 'summary.json'}")
 
 
 if __name__ == "__main__":

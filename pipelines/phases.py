@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from pydantic import Field
 from curate.artifacts import SIGN, write_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
-from curate.progress import start_logging
+from curate.progress import say, start_logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -233,8 +232,8 @@ def main() -> None:
     )
     start_logging()
     for name, phases in measure(config)["phases"].items():
-        sys.stdout.write(f"{name}: {phases['line']}\n")
-    sys.stdout.write(f"wrote {_out(config) / 'phases.json'} and {_out(config) / 'phases.html'}\n")
+        say(f"{name}: {phases['line']}")
+    say(f"wrote {_out(config) / 'phases.json'} and {_out(config) / 'phases.html'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ result.
 """
 
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from curate.formats.documents import Document, Fields, eot_id, load_tokenizer, t
 from curate.formats.files import open_reader
 from curate.formats.mds import COLUMNS, Sample, write_stream
 from curate.formats.spelling import Spelling
-from curate.progress import start_logging
+from curate.progress import say, start_logging
 from curate.rng import generator
 from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains
 from pipelines.packing import Encoded, pack
@@ -221,8 +220,8 @@ def main() -> None:
     start_logging()
     for name, facts in prepare(config).items():
         counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in facts.items())
-        sys.stdout.write(f"{config.out / name}: {counted}\n")
-    sys.stdout.write(f"{config.out / TOKENIZER}\n")
+        say(f"{config.out / name}: {counted}")
+    say(f"{config.out / TOKENIZER}")
 
 
 if __name__ == "__main__":

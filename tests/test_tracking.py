@@ -2,13 +2,14 @@
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from curate.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker
+from curate.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker, without_places
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +22,13 @@ def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def log_all(tracker: Tracker, folder: Path) -> None:
-    page = folder / "report.html"
-    page.write_text("<p>hello</p>", encoding="utf-8")
+    page = folder / "mixture.yaml"
+    page.write_text("a: 1", encoding="utf-8")
     tracker.log_config({"budget_tokens": 5, "model": {"layers": 2}})
     tracker.log_metrics({"loss": 1.5, "diverged": float("nan")}, step=0)
     tracker.log_metrics({"loss": 1.25}, step=7)
     tracker.log_table("domains", pl.DataFrame({"domain": ["a", None], "score": [1.0, None]}))
-    tracker.log_html("report", page)
+    tracker.log_html("report", "<p>hello</p>")
     tracker.log_artifact("mixture", "mixture", page)
     tracker.finish()
 
@@ -56,6 +57,42 @@ def test_offline_files_hold_everything_that_was_logged(tmp_path: Path) -> None:
     assert json.loads(table.read_text(encoding="utf-8"))["data"] == [["a", 1.0], [None, None]]
     (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report_*.html")
     assert page.read_text(encoding="utf-8") == "<p>hello</p>"
+
+
+def test_the_machine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {name: f"secret-{name}" for name in ("host", "folder", "program", "argument", "user")}
+    (tmp_path / secrets["folder"]).mkdir()
+    monkeypatch.chdir(tmp_path / secrets["folder"])
+    monkeypatch.setattr("platform.node", lambda: secrets["host"])
+    monkeypatch.setattr("socket.gethostname", lambda: secrets["host"])
+    monkeypatch.setattr("sys.argv", [f"/opt/{secrets['program']}.py", f"--out={secrets['argument']}"])
+    monkeypatch.setenv("USER", secrets["user"])
+    monkeypatch.setenv("LOGNAME", secrets["user"])
+    folder = Path.cwd() / "run"
+    tracker = open_tracker(TrackingConfig(mode="offline"), folder, "run", "select")
+    tracker.log_config(
+        {"target": str(Path.cwd() / "t.jsonl"), "runs": ["/opt/secret-user/r", {"/opt/secret-user/d": 1}]}
+    )
+    log_all(tracker, tmp_path)
+    content = logged(folder, last=b"mixture")
+    assert b"t.jsonl" in content
+    told = [file.read_bytes() for file in folder.glob("wandb/offline-run-*/files/**/*") if file.is_file()]
+    assert told
+    for secret in (*secrets.values(), sys.executable, str(Path.home())):
+        assert not [secret for file in (content, *told) if secret.encode() in file]
+
+
+def test_places_are_told_from_the_working_folder_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "a": str(tmp_path / "b" / "c"),
+        "d": ["/home/x/e", "~/f", 1, None],
+        "/g/h": "i/j",
+        "k": "text / text",
+        "l": "/",
+    }
+    wanted = {"a": "b/c", "d": ["e", "f", 1, None], "h": "i/j", "k": "text / text", "l": ""}
+    assert without_places(given) == wanted
 
 
 def test_auto_is_offline_without_a_key(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import polars as pl
 
 from curate.artifacts import fingerprint
 from curate.errors import UserError
+from curate.escape import name_of
 from curate.rng import generator
 from curate.target import loss_gradients, predicted_tokens, read_pieces, shuffled_parts, weighted
 from curate.trajectory.samples import SampleReader
@@ -112,7 +113,7 @@ def document_anchors(path: Path, spec: RunSpec, parts: int, min_tokens: int = 10
             f"noise; {f'{fitting} anchors fit' if fitting else 'not even one fits'}, or add documents"
         )
     return AnchorSet(
-        names=[f"{path.stem}_{number}" for number in range(parts)], batches=[weighted(part) for part in dealt]
+        names=[f"{name_of(path)}_{number}" for number in range(parts)], batches=[weighted(part) for part in dealt]
     )
 
 

@@ -11,6 +11,7 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from curate.errors import UserError
+from curate.escape import visible
 from curate.formats.documents import Document, Fields, parse_document
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class HfFile:
             parse_document(
                 {name: values[position] for name, values in columns.items()},
                 f"{self.path} row {index + 1}",
-                f"{self.name}:{index + 1}",
+                f"{visible(self.name)}:{index + 1}",
                 self.fields,
             )
             for position, index in enumerate(indices)

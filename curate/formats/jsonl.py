@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UserError
+from curate.escape import visible
 from curate.formats.documents import Document, Fields, parse_document
 
 _EXAMPLE = '{"id": "a", "text": "..."}'
@@ -72,7 +73,7 @@ class JsonlFile:
 
     def _parse(self, line: bytes, number: int) -> Document:
         where = f"{self.path} line {number}"
-        return parse_document(_parse_line(line, where), where, f"{self.name}:{number}", self.fields)
+        return parse_document(_parse_line(line, where), where, f"{visible(self.name)}:{number}", self.fields)
 
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 
 from curate.config import parse_command, run_command
 from curate.progress import start_logging
@@ -22,7 +23,9 @@ def main() -> None:
     from curate.reconstruct.build import reconstruct
 
     out = reconstruct(config)
-    _log.info("reconstructed -> %s; now: python -m curate.select --run %s --target FILE.jsonl", out, out)
+    _log.info(
+        "reconstructed -> %s; now: python -m curate.select --run %s --target FILE.jsonl", out, shlex.quote(str(out))
+    )
 
 
 if __name__ == "__main__":

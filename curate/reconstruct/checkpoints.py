@@ -1,8 +1,8 @@
 """Checkpoints of other programs, as tensors under the keys of a snapshot (`curate.trajectory.snapshots`).
 
 Three kinds are read: files of `torch.save` (with `weights_only=True`), safetensors (a file, or a folder with
-`model.safetensors` or its index), and folders of `torch.distributed.checkpoint`. No object is unpickled but tensors,
-containers and, for a distributed checkpoint, the classes of its own index.
+`model.safetensors` or its index), and folders of `torch.distributed.checkpoint`. No object is unpickled but tensors and
+containers; the index of a distributed checkpoint is read as data (`curate.reconstruct.distributed`).
 
 Optimizer state may be that of `optimizer.state_dict()` (numbered parameters, in the order of the groups) or of
 `torch.distributed.checkpoint.state_dict` (parameters by name).
@@ -12,27 +12,20 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
 from curate.optimizers.settings import BUFFERS, GroupSettings
+from curate.reconstruct.distributed import read_distributed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
-_INDEX_CLASSES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_INDEX_OTHERS = {
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("torch.serialization", "_get_layout"),
-}
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
@@ -57,7 +50,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"checkpoint {path} is not there; correct `checkpoints`")
     if path.is_dir() and (path / ".metadata").exists():
-        return _read_distributed(path)
+        return dict(read_distributed(path))
     if path.is_dir() or path.suffix == ".safetensors":
         return _read_safetensors(path)
     return dict(_flat(_read_torch(path)))
@@ -105,59 +98,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {file} cannot be read ({error})") from None
     return tensors
-
-
-def _read_distributed(path: Path) -> dict[str, Any]:
-    """Every tensor of a folder of `torch.distributed.checkpoint`, in this process; pickled values are left out."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    class Reader(FileSystemReader):
-        """Reads the index without running what somebody may have pickled into it."""
-
-        def read_metadata(self, *arguments: Any, **settings: Any) -> Metadata:
-            with (path / ".metadata").open("rb") as file:
-                metadata: Metadata = _IndexUnpickler(file).load()
-            metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
-    try:
-        reader = Reader(path)
-        entries = reader.read_metadata().state_dict_metadata
-        tensors = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # says that it loads in a single process, as we mean it to
-            load(dict(tensors), storage_reader=reader, no_dist=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError) as error:
-        raise UserError(
-            f"distributed checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from None
-    return dict(tensors)
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles the index of a distributed checkpoint: its own classes, and torch's types and sizes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        own = module in _INDEX_CLASSES and "." not in name
-        kinds = (torch.dtype, torch.layout, torch.memory_format)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), kinds)):
-            return getattr(torch, name)
-        if own or (module, name) in _INDEX_OTHERS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
 
 
 def snapshot_tensors(

@@ -1,10 +1,11 @@
 """`python -m curate.report --run RUN`: render the report of a finished selection again and log it."""
 
-import sys
+import shlex
 from pathlib import Path
 
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
+from curate.progress import say
 from curate.tracking import TrackingConfig
 
 
@@ -36,16 +37,13 @@ def render_again(config: ReportConfig) -> Path:
     from curate.report.data import load_data
     from curate.report.page import write_report
     from curate.report.track import log_report
-    from curate.tracking import open_tracker
 
     selection = config.select or newest_selection(config.run)
     data = load_data(selection)
     path = config.out or selection / "report.html"
     write_report(path, data)
-    tracker = open_tracker(config.tracking, config.run, f"{data.run}-{data.target}", "report")
-    log_report(tracker, data, path, selection / "mixture.yaml")
-    tracker.finish()
-    sys.stdout.write(f"report: {path}\n")
+    log_report(data, selection / "mixture.yaml", config.tracking, config.run, f"{data.run}-{data.target}", "report")
+    say(f"report: {path}")
     return path
 
 
@@ -59,7 +57,8 @@ def newest_selection(run: Path) -> Path:
 
     found = sorted(run.glob(f"**/{FOLDER}/{FACTS}"), key=lambda path: (path.stat().st_mtime_ns, path))
     if not found:
-        raise UserError(f"{run} holds no selection with report data; run `python -m curate.select --run {run}` first")
+        command = f"python -m curate.select --run {shlex.quote(str(run))}"
+        raise UserError(f"{run} holds no selection with report data; run `{command}` first")
     return found[-1].parent.parent
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from curate.escape import plot_label
 from curate.report.charts import Section, write_sections
 from curate.report.figures import finished
 from curate.report.style import QUIET, colours, count, decimal, listed, percent, signed
@@ -128,6 +129,7 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
     methods = sorted({row["method"] for row in rows} - {_BASE})
     figure = go.Figure()
     for method, colour in colours(methods).items():
+        label = plot_label(method)
         points = _curve([row for row in mine if row["method"] == method], base)
         figure.add_trace(
             go.Scatter(
@@ -137,19 +139,21 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
                 mode="lines+markers",
                 line={"color": colour, "width": 1.6},
                 marker={"size": 7},
-                hovertemplate=f"{method}, %{{customdata[0]}}<br>KL %{{customdata[1]:.3f}}<br>target %{{y:+.4f}}, "
+                hovertemplate=f"{label}, %{{customdata[0]}}<br>KL %{{customdata[1]:.3f}}<br>target %{{y:+.4f}}, "
                 "general %{x:+.4f}<extra></extra>",
             )
         )
         if points:
             figure.add_annotation(
-                x=points[-1]["general"], y=points[-1]["target"], text=method, showarrow=False, xanchor="left",
+                x=points[-1]["general"], y=points[-1]["target"], text=label, showarrow=False, xanchor="left",
                 xshift=6, font={"size": 11, "color": colour},
             )  # fmt: skip
     if base:
         limit = 0.01 * sum(row["general_loss"] for row in base.values()) / len(base)
         figure.add_vline(x=limit, line={"color": QUIET, "width": 1, "dash": "dot"})
-    figure.update_xaxes(title=f"general loss minus proportional's, nats per token; case {case}", showgrid=True)
+    figure.update_xaxes(
+        title=f"general loss minus proportional's, nats per token; case {plot_label(case)}", showgrid=True
+    )
     figure.update_yaxes(title="target loss minus proportional's")
     return finished(figure, 380, {"l": 64, "r": 80, "t": 16, "b": 46})
 

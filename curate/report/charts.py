@@ -10,8 +10,9 @@ from typing import Any
 import polars as pl
 
 from curate.artifacts import replacing
-from curate.report.figures import finished, line, name_cell
-from curate.report.page import resource
+from curate.escape import plot_label
+from curate.report.figures import categories, finished, line, name_cell
+from curate.report.page import fill
 from curate.report.style import HELPED, QUIET
 from curate.report.tables import Table
 
@@ -60,20 +61,8 @@ def write_sections(path: Path, title: str, sentences: Sequence[str], sections: S
         sentences: the finding first, then what else must be known before reading on.
         sections: figures and tables.
     """
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(resource("charts.html")).render(
-        title=title,
-        sentences=sentences,
-        sections=sections,
-        style=resource("page.css"),
-        script=resource("page.js"),
-        plotly=get_plotlyjs(),
-    )
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(fill("charts.html", title=title, sentences=sentences, sections=sections), encoding="utf-8")
 
 
 def fidelity_figure(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -104,9 +93,7 @@ def fidelity_figure(summary: Sequence[Mapping[str, Any]]) -> str:
             name_cell(figure, row, column, f"{removal}; {activation}, lr {lr:g}")
     figure.update_xaxes(range=[-0.45, 1.05], tickvals=[0, 0.5, 1], showgrid=True)
     figure.update_xaxes(title="Spearman", row=len(settings), col=1)
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=methods[::-1], automargin=True, range=[-0.6, len(methods) - 0.4]
-    )
+    figure.update_yaxes(**categories(methods[::-1]), automargin=True, range=[-0.6, len(methods) - 0.4])
     return finished(figure, 70 + (30 + 22 * len(methods)) * len(settings), {"l": 8, "r": 8, "t": 24, "b": 44})
 
 
@@ -115,7 +102,7 @@ def _marks(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     return go.Scatter(
         x=[row["spearman"] for row in rows],
-        y=[row["method"] for row in rows],
+        y=[plot_label(row["method"]) for row in rows],
         mode="markers",
         marker={"size": 8, "color": HELPED},
         hovertemplate="%{y}: %{x:.2f}<extra></extra>",

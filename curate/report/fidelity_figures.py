@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from curate.report.figures import finished, name_cell
+from curate.escape import plot_label
+from curate.report.figures import categories, finished, name_cell
 from curate.report.style import HELPED, HURT, QUIET, colours, number
 
 Row = Mapping[str, Any]
@@ -94,9 +95,7 @@ def spearman_figure(rows: Sequence[Row], labels: Sequence[str]) -> str:
     lowest = min([0.0, *ends])
     figure.update_xaxes(range=[lowest - 0.04, 1.04], showgrid=True, nticks=8)
     figure.update_xaxes(title="Spearman of estimates and retraining", row=max(1, len(cells)), col=1)
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=names[::-1], automargin=True, range=[-0.6, len(names) - 0.4]
-    )
+    figure.update_yaxes(**categories(names[::-1]), automargin=True, range=[-0.6, len(names) - 0.4])
     return finished(figure, 72 + height * len(cells), {"l": 8, "r": 8, "t": 24, "b": 48})
 
 
@@ -106,7 +105,7 @@ def _spearman_traces(pairs: Sequence[tuple[Row, str]]) -> list[Any]:
     shown = [(row, label) for row, label in pairs if known(row["spearman"])]
     marks = go.Scatter(
         x=[row["spearman"] for row, _ in shown],
-        y=[label for _, label in shown],
+        y=[plot_label(label) for _, label in shown],
         customdata=[[number(row["low"]), number(row["high"]), number(row["n"], 4)] for row, _ in shown],
         mode="markers",
         marker={"size": 9, "color": HELPED},
@@ -117,7 +116,7 @@ def _spearman_traces(pairs: Sequence[tuple[Row, str]]) -> list[Any]:
     capped = [(row, label) for row, label in pairs if known(row["noise_cap"])]
     caps = go.Scatter(
         x=[row["noise_cap"] for row, _ in capped],
-        y=[label for _, label in capped],
+        y=[plot_label(label) for _, label in capped],
         mode="markers",
         marker={"size": 15, "color": HURT, "symbol": "line-ns-open", "line": {"width": 2}},
         hovertemplate="%{y}: noise lets Spearman reach %{x:.3f}<extra></extra>",
@@ -161,7 +160,7 @@ def scatter_figure(pairs: Sequence[Row], cell: Cell, targets: Sequence[str]) -> 
                 customdata=[[number(row["value"]), number(row["estimate"]), row["step"]] for row in mine],
                 mode="markers",
                 marker={"size": 8, "color": colour, "symbol": symbol, "opacity": 0.75},
-                hovertemplate=f"{target}, step %{{customdata[2]}}<br>real %{{customdata[0]}}<br>"
+                hovertemplate=f"{plot_label(target)}, step %{{customdata[2]}}<br>real %{{customdata[0]}}<br>"
                 "estimate %{customdata[1]}<extra></extra>",
             )
         )
@@ -219,7 +218,7 @@ def smoothness_figure(rows: Sequence[Row], cell: Cell, targets: Sequence[str]) -
                 mode="lines+markers",
                 line={"color": colour, "width": 1.6},
                 marker={"size": 8, "symbol": symbol},
-                hovertemplate=f"{target}<br>%{{x:.0%}} of the weight removed<br>slope differs by %{{y:.3g}}"
+                hovertemplate=f"{plot_label(target)}<br>%{{x:.0%}} of the weight removed<br>slope differs by %{{y:.3g}}"
                 "<extra></extra>",
             )
         )
@@ -242,7 +241,7 @@ def smoothness_figure(rows: Sequence[Row], cell: Cell, targets: Sequence[str]) -
 
 def _name_panel(figure: Any, cell: Cell) -> None:
     name = {"x": 0, "y": 1, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
-    figure.add_annotation(**name, text=cell_name(cell), showarrow=False, font={"size": 12})
+    figure.add_annotation(**name, text=plot_label(cell_name(cell)), showarrow=False, font={"size": 12})
 
 
 def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
@@ -260,7 +259,7 @@ def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
     points = go.Scatter(
         x=[row["cost"] for row in shown],
         y=[row["spearman"] for row in shown],
-        customdata=[[row["estimator"], number(row["lowest"]), number(row["highest"])] for row in shown],
+        customdata=[[plot_label(row["estimator"]), number(row["lowest"]), number(row["highest"])] for row in shown],
         mode="markers",
         marker={"size": 9, "color": [HELPED if row in best else QUIET for row in shown]},
         hovertemplate="%{customdata[0]}<br>mean Spearman %{y:.3f}, %{customdata[1]} to %{customdata[2]}<br>"
@@ -329,7 +328,7 @@ def _label(figure: Any, row: Row, place: tuple[float, float]) -> None:
         ayref="y",
         ax=place[0],
         ay=place[1],
-        text=row["estimator"],
+        text=plot_label(row["estimator"]),
         xanchor="left",
         yanchor="middle",
         arrowhead=0,
@@ -358,10 +357,11 @@ def bars_figure(means: Sequence[Row], cells: Sequence[Cell], estimators: Sequenc
         name_cell(figure, 1, column, cell[0])
         figure.add_vline(x=0, line={"color": QUIET, "width": 1}, row=1, col=column)
     figure.update_xaxes(range=[min([0.0, *values]) - 0.02, 1.05], showgrid=True, tickvals=[-0.5, 0, 0.5, 1])
-    figure.update_xaxes(title=f"Spearman, at {horizon_name(cells[0][1])}", row=1, col=1 + (len(cells) - 1) // 2)
+    figure.update_xaxes(
+        title=f"Spearman, at {plot_label(horizon_name(cells[0][1]))}", row=1, col=1 + (len(cells) - 1) // 2
+    )
     figure.update_yaxes(
-        categoryorder="array",
-        categoryarray=list(estimators)[::-1],
+        **categories(list(estimators)[::-1]),
         automargin=True,
         range=[-0.6, len(estimators) - 0.4],
         showgrid=False,
@@ -378,7 +378,7 @@ def _bars(rows: Mapping[str, Row], estimators: Sequence[str]) -> list[Any]:
         shown = [estimator for estimator in estimators if known(rows.get(estimator, {}).get(name))]
         traces.append(
             go.Bar(
-                y=shown,
+                y=[plot_label(estimator) for estimator in shown],
                 x=[rows[estimator][name] for estimator in shown],
                 orientation="h",
                 marker={"color": colour},

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from curate.escape import plot_label, script_json
 from curate.report.style import HELPED, HURT, QUIET, Scale, percent
 
 _GRID = "rgba(128,128,128,0.22)"
@@ -69,7 +70,7 @@ def value_figure(
         figure.update_yaxes(range=limits, tickvals=_ticks(limits), col=column)
         figure.update_yaxes(range=None, tickvals=None, rangemode="tozero", nticks=3, row=rows, col=column)
         figure.update_xaxes(range=[first - 0.7, last + 0.7], col=column)
-        figure.update_xaxes(title=f"step ({window})", row=rows, col=column)
+        figure.update_xaxes(title=f"step ({plot_label(window)})", row=rows, col=column)
     figure.update_yaxes(tickfont={"size": 10}, exponentformat="power")
     return finished(figure, 44 + 62 * rows, {"l": 40, "r": 8, "t": 18, "b": 44}, bargap=0.25)
 
@@ -77,6 +78,7 @@ def value_figure(
 def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scale: Scale) -> list[Any]:
     from plotly import graph_objects as go
 
+    domain = plot_label(domain)
     bars = go.Bar(
         x=cell["step"].to_list(),
         y=cell[value].to_list(),
@@ -107,7 +109,11 @@ def score_figure(
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
-        rows=1, cols=len(windows), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=list(windows)
+        rows=1,
+        cols=len(windows),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[plot_label(window) for window in windows],
     )
     for column, window in enumerate(windows, 1):
         rows = {row["domain"]: row for row in domains.filter(window=window).to_dicts()}
@@ -118,25 +124,23 @@ def score_figure(
     low, high = (domains.select("score", "shrunk", bound).to_numpy() for bound in ("score_low", "score_high"))
     limits = _limits(pl.Series([*low.ravel().tolist(), *high.ravel().tolist()], dtype=pl.Float64))
     figure.update_xaxes(range=limits, nticks=6, title="score", showgrid=True)
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=list(reversed(order)), automargin=True, range=[-0.6, len(order) - 0.4]
-    )
+    figure.update_yaxes(**categories(list(reversed(order))), automargin=True, range=[-0.6, len(order) - 0.4])
     return finished(figure, 96 + 30 * len(order), {"l": 8, "r": 8, "t": 28, "b": 48})
 
 
 def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
     from plotly import graph_objects as go
 
-    known = row["score_low"] is not None
+    known, domain = row["score_low"] is not None, plot_label(row["domain"])
     interval = (
         f"<br>95 % interval {row['score_low']:+.3f} to {row['score_high']:+.3f}" if known else "<br>interval not known"
     )
     mark = go.Scatter(
         x=[row["score"]],
-        y=[row["domain"]],
+        y=[domain],
         mode="markers",
         marker={"size": 9, "color": colour, "symbol": "circle" if known else "circle-open"},
-        hovertemplate=f"{row['domain']}<br>score %{{x:+.3f}}{interval}<extra></extra>",
+        hovertemplate=f"{domain}<br>score %{{x:+.3f}}{interval}<extra></extra>",
         error_x={
             "type": "data",
             "symmetric": False,
@@ -149,10 +153,10 @@ def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
     )
     shrunk = go.Scatter(
         x=[row["shrunk"]],
-        y=[row["domain"]],
+        y=[domain],
         mode="markers",
         marker={"size": 13, "color": colour, "symbol": "line-ns-open", "line": {"width": 2}},
-        hovertemplate=f"{row['domain']}<br>shrunk score %{{x:+.3f}}<extra></extra>",
+        hovertemplate=f"{domain}<br>shrunk score %{{x:+.3f}}<extra></extra>",
     )
     return [mark, shrunk]
 
@@ -171,17 +175,21 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
     rows = {row["domain"]: row for row in mixture.to_dicts()}
     shown = [rows[domain] for domain in order if domain in rows]
     names = [row["domain"] for row in shown]
+    labels = [plot_label(name) for name in names]
     old = go.Bar(
-        y=names,
+        y=labels,
         x=[row["prior"] for row in shown],
         orientation="h",
         marker={"color": QUIET},
         opacity=0.55,
         hovertemplate=f"%{{y}}, {before}: %{{x:.2%}}<extra></extra>",
     )
-    notes = [percent(row["weight"]) + (f"  {bound_name(row['binding'])}" if row["binding"] else "") for row in shown]
+    notes = [
+        percent(row["weight"]) + (f"  {plot_label(bound_name(row['binding']))}" if row["binding"] else "")
+        for row in shown
+    ]
     new = go.Bar(
-        y=names,
+        y=labels,
         x=[row["weight"] for row in shown],
         orientation="h",
         marker={"color": [colours[name] for name in names]},
@@ -193,7 +201,7 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
     figure = go.Figure([new, old])
     largest = max((max(row["prior"] * 1.05, row["weight"] * _room(row["binding"])) for row in shown), default=1.0)
     figure.update_xaxes(range=[0, largest], tickformat=".0%", title="share of tokens", showgrid=True)
-    figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(names)), automargin=True, showgrid=False)
+    figure.update_yaxes(**categories(list(reversed(names))), automargin=True, showgrid=False)
     return finished(figure, 72 + 40 * len(shown), {"l": 8, "r": 8, "t": 8, "b": 48}, barmode="group", bargap=0.3)
 
 
@@ -233,7 +241,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
             y=1,
             yref="paper",
             yanchor="bottom",
-            text=window,
+            text=plot_label(window),
             showarrow=False,
             font={"size": 11},
             yshift=14,
@@ -251,6 +259,11 @@ def window_range(curve: pl.DataFrame, window: str) -> tuple[int, int]:
 def _range(frame: pl.DataFrame) -> tuple[int, int]:
     low, high = frame.select(pl.col("step").min(), pl.col("step").max().alias("last")).row(0)
     return (0, 0) if low is None else (int(low), int(high))
+
+
+def categories(names: Sequence[str]) -> dict[str, Any]:
+    """An axis of names in this order; without its type, names like 2024 would become numbers or dates."""
+    return {"type": "category", "categoryorder": "array", "categoryarray": [plot_label(name) for name in names]}
 
 
 def line(frame: pl.DataFrame, column: str, colour: str, hover: str) -> Any:
@@ -277,7 +290,7 @@ def name_cell(figure: Any, row: int, column: int, text: str) -> None:
         yref="y domain",
         xanchor="left",
         yanchor="bottom",
-        text=text,
+        text=plot_label(text),
         showarrow=False,
         font={"size": 11},
     )
@@ -316,5 +329,4 @@ def finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) ->
     axis = {"gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": QUIET, "zerolinewidth": 1, "fixedrange": True}
     figure.update_xaxes(showgrid=None, zeroline=False, **axis)
     figure.update_yaxes(zeroline=True, **axis)
-    text: str = figure.to_json(engine="json")
-    return text.replace("</", "<\\/")
+    return script_json(figure.to_json(engine="json"))

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from curate.artifacts import replacing
+from curate.escape import page_text
 from curate.pools.slopes import NEXT
 from curate.report import figures, tables
 from curate.report.data import ReportData
@@ -35,19 +36,25 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render(data: ReportData) -> str:
     """The report as HTML text."""
+    return fill("template.html", data=data, **_content(data))
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page of this package's templates with the looks and scripts that all pages have; every text is escaped."""
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": count, "percent": percent, "signed": signed, "number": number}
-    template = environment.from_string(resource("template.html"))
-    return template.render(
-        data=data,
-        style=resource("page.css"),
-        script=resource("page.js"),
-        plotly=get_plotlyjs(),
-        **_content(data),
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
+    environment.filters |= {"count": count, "percent": percent, "signed": signed, "number": number}
+    looks = {"style": resource("page.css"), "script": resource("page.js"), "plotly": get_plotlyjs()}
+    return environment.from_string(resource(template)).render(**looks, **values)
+
+
+def _shown(value: Any) -> Any:
+    """Text as a page shows it; what is marked as HTML is our own."""
+    return page_text(value) if type(value) is str else value
 
 
 def resource(name: str) -> str:

@@ -1,41 +1,60 @@
 """The report's numbers in a tracker."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
 from curate.report.data import ReportData, save_data
-from curate.report.page import write_report
-from curate.tracking import Tracker, TrackingConfig, open_tracker
+from curate.report.page import render, write_report
+from curate.tracking import Tracker, TrackingConfig, open_tracker, without_places
+
+_NAME = 128  # characters that W&B allows
 
 
 def publish(selection: Path, data: ReportData, config: TrackingConfig) -> None:
     """Write the report of a selection into its folder, and log it."""
     save_data(selection, data)
     write_report(selection / "report.html", data)
-    tracker = open_tracker(config, selection, f"select {data.target}", "select")
-    log_report(tracker, data, selection / "report.html", selection / "mixture.yaml")
-    tracker.finish()
+    log_report(data, selection / "mixture.yaml", config, selection, f"select {data.target}", "select")
 
 
-def log_report(tracker: Tracker, data: ReportData, html_path: Path, mixture_path: Path) -> None:
+def log_report(data: ReportData, mixture: Path, config: TrackingConfig, folder: Path, name: str, job: str) -> None:
     """Log what a report shows: settings, curves by step, every table, the HTML page, the mixture as an artifact.
 
     Args:
-        tracker: a started tracker; it is not finished here.
         data: the report's data.
-        html_path: the page that `write_report` wrote.
-        mixture_path: `mixture.yaml`.
+        mixture: `mixture.yaml`.
+        config: which tracker, and whether it is told texts.
+        folder: that the tracker writes below.
+        name: of the tracker's run.
+        job: what the run does.
     """
+    if config.mode == "none":
+        return
+    tracker = open_tracker(config, folder, name[:_NAME], job)
+    tell(tracker, told(data, texts=config.texts), mixture)
+    tracker.finish()
+
+
+def told(data: ReportData, *, texts: bool) -> ReportData:
+    """What a tracker is told of a report: no places of this machine, and texts of samples where they are asked for."""
+    examples = data.examples if texts else data.examples.with_columns(text=pl.lit("set tracking.texts to log texts"))
+    return replace(data, examples=examples, settings=without_places(data.settings), loader=_moved(data.loader))
+
+
+def tell(tracker: Tracker, data: ReportData, mixture: Path) -> None:
+    """Log everything to a started tracker."""
     tracker.log_config({**data.settings, "estimator": data.estimator, "target": data.target, "sign": data.sign})
     for step, metrics in sorted(curves(data).items()):
         tracker.log_metrics(metrics, step)
     for name in ("reliability", "domains", "mixture", "sweep", "targets", "examples", "shards", "costs"):
         tracker.log_table(f"report/{name}", getattr(data, name))
-    tracker.log_html("report/page", html_path)
-    tracker.log_artifact(f"mixture-{_plain(data.run)}-{_plain(data.target)}", "mixture", mixture_path)
+    tracker.log_html("report/page", render(data))
+    tracker.log_artifact(f"mixture-{_plain(data.run)}-{_plain(data.target)}"[:_NAME], "mixture", mixture)
 
 
 def curves(data: ReportData) -> Mapping[int, dict[str, float]]:
@@ -47,6 +66,11 @@ def curves(data: ReportData) -> Mapping[int, dict[str, float]]:
     for row in data.curve.filter(pl.col("value").is_not_null()).to_dicts():
         metrics[row["step"]][f"value/{row['window']}/{row['domain']}"] = row["value"]
     return metrics
+
+
+def _moved(loader: str) -> str:
+    """Python lines with places as `without_places` has them."""
+    return re.sub(r'"((?:[^"\\]|\\.)*)"', lambda found: f'"{without_places(found[1])}"', loader)
 
 
 def _plain(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.errors import UserError
+from curate.escape import visible
 from curate.formats.documents import encode, load_tokenizer
 from curate.formats.files import read_documents
 from curate.shards.choose import ScreenConfig, ShardsConfig, choose
@@ -36,7 +37,9 @@ def read_held_out(aimed: Sequence[Path], config: ScreenConfig, spec: RunSpec) ->
     files = [] if config.mode == "none" else [*aimed, *map(Path, config.files)]
     documents: list[tuple[str, str, npt.NDArray[np.int32]]] = []
     for path in files:
-        documents += [(path.name, document.id, encode(document, tokenizer)[0]) for document in read_documents(path)]
+        documents += [
+            (visible(path.name), document.id, encode(document, tokenizer)[0]) for document in read_documents(path)
+        ]
     return held_out(documents)
 
 

@@ -9,6 +9,7 @@ import polars as pl
 from tqdm import tqdm
 
 from curate.artifacts import replacing
+from curate.escape import python_string
 from curate.formats.mds import MdsStream, merge_indexes, write_stream
 from curate.mixture.record import Phase
 from curate.reading import dump_yaml
@@ -105,8 +106,9 @@ def _rows(stream: MdsStream, order: list[int], progress: "tqdm[Any]") -> Iterato
 
 def loader_line(kind: str, path: Path) -> str:
     """The line of Python that loads what was written, `kind` "filter" or "reweight"."""
+    place = python_string(str(path.resolve()))
     if path.name == "schedule.yaml":
-        return f'curate.formats.dataset.open_dataset(Path("{path.resolve()}"), batch_size=..., seed=0)'
+        return f"curate.formats.dataset.open_dataset(Path({place}), batch_size=..., seed=0)"
     if kind == "filter":
-        return f'StreamingDataset(local="{path.resolve()}", batch_size=...)'
-    return f'StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open("{path.resolve()}"))], batch_size=...)'
+        return f"StreamingDataset(local={place}, batch_size=...)"
+    return f"StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open({place}))], batch_size=...)"

@@ -107,6 +107,8 @@ class PlanConfig(Config):
     """File or folder that a stage leaves in its run for the next one to start from."""
     selection: dict[str, Any] = {}
     """Settings of `python -m curate.select`, but for run, target and out; `schedule.kind` is early-late by default."""
+    trust: tuple[str, ...] = ()
+    """Modules whose code the model of a run may run (`curate.trust`); none are needed for Hugging Face configs."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """In the order of training."""
 

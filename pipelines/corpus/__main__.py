@@ -1,8 +1,7 @@
 """`python -m pipelines.corpus --out DIR`: build the demo corpus from the text of the installed packages."""
 
-import sys
-
 from curate.config import parse_command, run_command
+from curate.progress import say
 from pipelines.corpus.build import CorpusConfig, build
 
 
@@ -11,7 +10,7 @@ def main() -> None:
     config = parse_command(CorpusConfig, "python -m pipelines.corpus", __doc__ or "")
     for file, facts in build(config).items():
         counted = f"{facts['documents']} documents, {facts['bytes'] / 1e6:.2f} MB"
-        sys.stdout.write(f"{config.out / file}: {counted} ({facts['dropped_duplicates']} duplicates dropped)\n")
+        say(f"{config.out / file}: {counted} ({facts['dropped_duplicates']} duplicates dropped)")
 
 
 if __name__ == "__main__":

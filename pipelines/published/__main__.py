@@ -20,7 +20,7 @@ from pydantic import Field
 from curate.artifacts import SIGN, read_json, start, write_json
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
-from curate.progress import progress, start_logging
+from curate.progress import progress, say, start_logging
 from curate.rng import generator
 from pipelines.published.agreement import bootstrap_ranks, interval
 
@@ -232,7 +232,7 @@ def main() -> None:
     )
     start_logging()
     show(published(config))
-    sys.stdout.write(f"wrote {config.out / 'published.json'} and {config.out / 'published.html'}\n")
+    say(f"wrote {config.out / 'published.json'} and {config.out / 'published.html'}")
 
 
 if __name__ == "__main__":

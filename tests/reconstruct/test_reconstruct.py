@@ -1,8 +1,6 @@
 """A run rebuilt from a description is the run that a recorder wrote beside the training: records, states, selection."""
 
 import json
-import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from curate.errors import UserError
 from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, judge
-from curate.reconstruct.checkpoints import CheckpointKeys, read_checkpoint, snapshot_tensors
+from curate.reconstruct.checkpoints import CheckpointKeys, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
 from curate.select import select
 from curate.selection import SelectConfig
@@ -173,12 +171,6 @@ def test_an_object_in_a_checkpoint_is_not_unpickled(loop, tmp_path):
     torch.save({**state(loop, 6), "trainer": Loop}, tmp_path / "6.pt")
     with pytest.raises(UserError, match="holds more than tensors"):
         rebuild(loop, out=tmp_path / "run", checkpoints={6: tmp_path / "6.pt"}, windows={"late": (18, 24)})
-
-
-def test_a_pickle_in_the_index_of_a_distributed_checkpoint_is_not_run(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
-    with pytest.raises(UserError, match=r"names (posix|nt).getcwd"):
-        read_checkpoint(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -1,5 +1,6 @@
 """`python -m curate.report`, and the report's numbers in a tracker."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,9 +15,9 @@ from curate.errors import UserError
 from curate.report.__main__ import ReportConfig, newest_selection, render_again
 from curate.report.data import FOLDER, load_data, save_data
 from curate.report.page import render, write_report
-from curate.report.track import log_report
-from curate.tracking import NoTracker, TrackingConfig, open_tracker
-from tests.report.synthetic import report_data
+from curate.report.track import log_report, tell
+from curate.tracking import NoTracker, TrackingConfig
+from tests.report.synthetic import TEXTS, report_data
 
 
 class Recorded(NoTracker):
@@ -27,6 +28,7 @@ class Recorded(NoTracker):
         self.metrics: list[tuple[int | None, Mapping[str, float]]] = []
         self.tables: dict[str, pl.DataFrame] = {}
         self.files: dict[str, Path] = {}
+        self.pages: dict[str, str] = {}
 
     def log_config(self, config):
         self.config |= config
@@ -37,8 +39,8 @@ class Recorded(NoTracker):
     def log_table(self, name, table):
         self.tables[name] = table
 
-    def log_html(self, name, path):
-        self.files[name] = path
+    def log_html(self, name, page):
+        self.pages[name] = page
 
     def log_artifact(self, name, kind, path):
         self.files[name] = path
@@ -90,7 +92,8 @@ def test_the_newest_selection_is_found_at_any_depth(tmp_path: Path) -> None:
 
 def test_the_tracker_gets_every_number(tmp_path: Path) -> None:
     data, tracker = report_data(), Recorded()
-    log_report(tracker, data, tmp_path / "report.html", tmp_path / "mixture.yaml")
+    tell(tracker, data, tmp_path / "mixture.yaml")
+    assert tracker.pages["report/page"] == render(data)
     assert tracker.config["mixture"] == {"temperature": 0.5}
     assert tracker.config["sign"] == data.sign
     steps = [step for step, _ in tracker.metrics]
@@ -111,11 +114,31 @@ def test_wandb_offline_files_hold_the_page_and_the_mixture(
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     write_report(tmp_path / "report.html", report_data())
     (tmp_path / "mixture.yaml").write_text("domains: {}\n", encoding="utf-8")
-    tracker = open_tracker(TrackingConfig(mode="offline"), tmp_path / "run", "demo", "select")
-    log_report(tracker, report_data(), tmp_path / "report.html", tmp_path / "mixture.yaml")
-    tracker.finish()
+    config = TrackingConfig(mode="offline", texts=True)
+    log_report(report_data(), tmp_path / "mixture.yaml", config, tmp_path / "run", "demo" * 99, "select")
     assert not [record for record in caplog.records if record.name.startswith("curate")]
     (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report/page_*.html")
     assert page.read_bytes() == (tmp_path / "report.html").read_bytes()
     tables = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/report/*.table.json"))
     assert len(tables) == 8
+
+
+def test_no_text_and_no_place_is_told_unless_it_is_asked_for(tmp_path, monkeypatch):
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    (tmp_path / "secret-folder").mkdir()
+    monkeypatch.chdir(tmp_path / "secret-folder")
+    (tmp_path / "mixture.yaml").write_text("domains: {}\n", encoding="utf-8")
+    here = Path.cwd()
+    loader = f'StreamingDataset(local="{here}/selection/data/mds", batch_size=...)\nPath("/opt/secret-place/x.yaml")'
+    data = dataclasses.replace(report_data(), loader=loader, settings={"target": str(here / "t.jsonl"), "seed": 0})
+    log_report(data, tmp_path / "mixture.yaml", TrackingConfig(mode="offline"), here / "run", "demo", "select")
+    files = [
+        file for file in (here / "run").glob("wandb/offline-run-*/**/*") if file.is_file() and file.suffix != ".log"
+    ]
+    (page,) = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".html"]
+    assert "selection/data/mds" in page
+    assert "t.jsonl" in page
+    for secret in ("secret", TEXTS["most"][:20], TEXTS["least"][:20], "Average along an axis"):
+        assert not [file for file in files if secret.encode() in file.read_bytes()], secret
+    assert "Average along an axis" in render(data)  # the report in the run's own folder has them
