@@ -20,6 +20,7 @@ import yaml
 
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
+from curate.lock import locked
 from curate.mixture.apportion import apportion
 from curate.progress import progress, start_logging
 from curate.select import select
@@ -206,7 +207,8 @@ def main() -> None:
         DemoConfig, "python -m pipelines.demo", "The whole line on real text, about ten minutes on two cores."
     )
     start_logging()
-    show(demo(config))
+    with locked(config.out):
+        show(demo(config))
     sys.stdout.write(f"wrote {config.out / 'summary.json'}\n")
 
 
