@@ -3,6 +3,8 @@
 A config class sits beside the code that it configures; its attribute docstrings are the command's `--help`.
 """
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +16,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from curate.arguments import parse
 from curate.errors import UserError
 from curate.escape import terminal
+from curate.interrupts import Interrupted, raise_on_signals
 from curate.paths import local_path
 from curate.trust import take_option
 from curate.validation import is_list, kinds_of
 
+_ADVICE = (
+    ((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again to continue"),
+    ((errno.EFBIG,), "raise the limit on the size of a file (ulimit -f) and run the same command again to continue"),
+    ((errno.EROFS, errno.EACCES, errno.EPERM), "make it accessible to this user, or set another path"),
+    ((errno.EEXIST, errno.ENOTDIR), "there is a file where a folder is needed: set another path"),
+    ((errno.EISDIR,), "there is a folder where a file is needed: set another path"),
+    ((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+)
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _INTEGERS = range(-(2**63), 2**63)
@@ -116,13 +127,28 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a command's main function and turn what a user can meet into one sentence and an exit status.
 
     Raises:
-        SystemExit: 2 for bad input (`UserError`), 130 for Ctrl-C.
+        SystemExit: 2 for bad input (`UserError`) and for what the system refuses (`OSError`: a full disk, a folder that
+            is read-only), 128 + signal for Ctrl-C, SIGTERM and SIGHUP.
     """
+    raise_on_signals()
     try:
         command()
     except UserError as error:
         sys.stderr.write(f"error: {terminal(str(error))}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing is lost; run the same command again to continue\n")
-        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.stderr.write(f"error: {terminal(system_refusal(error))}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as error:
+        interrupted = error if isinstance(error, Interrupted) else Interrupted()
+        sys.stderr.write(f"{interrupted}\n")
+        raise SystemExit(interrupted.status) from None
+
+
+def system_refusal(error: OSError) -> str:
+    """What the system refused, where, and what to do: one sentence."""
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    advice = next((text for numbers, text in _ADVICE if error.errno in numbers), "make it available, or set another")
+    return f"{place}{(error.strerror or str(error)).lower()}; {advice}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +22,7 @@ from curate.embeddings.estimators import (
 )
 from curate.errors import UserError
 from curate.index.build import IndexConfig
+from curate.lock import locked
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
@@ -253,7 +255,9 @@ def _index(embedding: Embedding, config: IndexConfig) -> None:
 
     queries = np.zeros((0, embedding.vectors.shape[1]), np.float32) if embedding.targets is None else embedding.targets
     parents = {"embeddings": read_json(embedding.folder / MANIFEST)["fingerprint"]}
-    build(embedding.vectors, index_folder(embedding, config), config, queries=queries, seed=0, parents=parents)
+    folder = index_folder(embedding, config)
+    with nullcontext() if (folder / MANIFEST).exists() else locked(embedding.folder, wait=True):
+        build(embedding.vectors, folder, config, queries=queries, seed=0, parents=parents)
 
 
 def index_folder(embedding: Embedding, config: IndexConfig) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-import subprocess
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from curate.artifacts import folder_bytes, read_json
 from curate.config import Config, parse_command, run_command
 from curate.embed import cost_units, embed, is_embedded, read_target
 from curate.errors import UserError
+from curate.lock import BusyError, Lock, locked
 from curate.mixture.record import read_mixture
 from curate.progress import start_logging
 from curate.select import is_selected, select
@@ -37,9 +38,9 @@ from curate.stages.check import (
     next_tokens,
     open_stage,
 )
-from curate.stages.lock import BusyError, locked
 from curate.stages.plan import PlanConfig, load_plan
-from curate.trajectory.recorder import default_windows, window_steps
+from curate.stages.trainer import TrainerError, run_trainer
+from curate.trajectory.recorder import default_windows, remove_parts, window_steps
 from curate.trajectory.run import Run
 from curate.trajectory.samples import stored_bytes_per_token, trained_tokens
 from curate.trust import trust
@@ -67,10 +68,6 @@ class Piece:
 
     kind: Kind
     stage: int
-
-
-class TrainerError(Exception):
-    """The user's command exited with another status than 0."""
 
 
 def pieces(plan: PlanConfig) -> Iterator[Piece]:
@@ -135,8 +132,13 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
     return config
 
 
-def work(plan: PlanConfig, piece: Piece) -> None:
+def work(plan: PlanConfig, piece: Piece, lock: Lock) -> None:
     """Do one piece, or go on with it.
+
+    Args:
+        plan: the plan.
+        piece: of it.
+        lock: of the plan; a trainer holds it too.
 
     Raises:
         TrainerError: the command of a stage failed.
@@ -146,7 +148,7 @@ def work(plan: PlanConfig, piece: Piece) -> None:
     _log.info("stage %s: %s", stage.name, piece.kind)
     if piece.kind == "train":
         check_data(plan, piece.stage)
-        _train(plan, piece.stage)
+        _train(plan, piece.stage, lock)
         return
     run = open_stage(plan, piece.stage)
     config = selection_config(plan, piece.stage, run)
@@ -159,18 +161,15 @@ def work(plan: PlanConfig, piece: Piece) -> None:
         select(config, run)
 
 
-def _train(plan: PlanConfig, index: int) -> None:
-    arguments, folder = plan.arguments(index), plan.run_folder(index)
+def _train(plan: PlanConfig, index: int, lock: Lock) -> None:
+    arguments, folder, name = plan.arguments(index), plan.run_folder(index), plan.stages[index].name
     _log.info("%s", shlex.join(arguments))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        status = subprocess.run(arguments, check=False).returncode  # noqa: S603
-    except OSError as error:
-        raise TrainerError(f"{arguments[0]} cannot be started ({error})") from None
+    status = run_trainer(arguments, name, lock)
     if status:
+        how = f"exited with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
         raise TrainerError(
-            f"the command of stage {plan.stages[index].name} exited with status {status}; what it wrote stays, and "
-            "running the schedule again runs it again"
+            f"the command of stage {name} {how}; what it wrote stays, and running the schedule again runs it again"
         )
     if not (folder / "steps.parquet").exists():
         raise UserError(
@@ -197,15 +196,19 @@ def carry_out(plan: PlanConfig, *, once: bool) -> int:
     """Do what is left of a plan; returns the exit status.
 
     Raises:
-        UserError: see `work`.
+        BusyError: another runner works on it, or the trainer that one left behind as it was killed.
+        TrainerError, UserError: see `work`.
     """
     check_plan(plan)
-    for piece in pieces(plan):
-        if is_done(plan, piece):
-            continue
-        work(plan, piece)
-        if once:
-            return MORE if piece != list(pieces(plan))[-1] else 0
+    with locked(plan.folder) as lock:
+        for piece in pieces(plan):
+            if is_done(plan, piece):
+                if piece.kind == "train":
+                    remove_parts(plan.run_folder(piece.stage))
+                continue
+            work(plan, piece, lock)
+            if once:
+                return MORE if piece != list(pieces(plan))[-1] else 0
     return 0
 
 
@@ -307,10 +310,9 @@ def main() -> None:
             _log.info("%s", line)
         return
     try:
-        with locked(plan.folder / "lock"):
-            status = carry_out(plan, once=config.once)
-    except BusyError:
-        _log.error("another runner works on %s", plan.folder)
+        status = carry_out(plan, once=config.once)
+    except BusyError as error:
+        _log.error("%s", error)
         status = BUSY
     except TrainerError as error:
         _log.error("%s", error)

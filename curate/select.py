@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
+from curate.artifacts import check_startable, fingerprint, is_complete, making, replacing, seal, start
 from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
@@ -56,21 +56,29 @@ def select(config: SelectConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
     """
+    target = _target(config, run)
+    settings = settings_of(config, run, target)
+    data = None if config.pool is not None else samples_fingerprint(run.catalogue.sort("domain", "sample_id"))
+    out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint({**settings, 'data': data})[:8]}"
+    if not is_complete(out, settings):
+        check_startable(out, settings)
+    with making(out, settings) as missing:
+        if missing:
+            _make(config, run, target, out, settings, data)
+        else:
+            check_data(out, data)
+            _log.info("this selection is complete already")
+    return out
+
+
+def _make(config: SelectConfig, run: Run, target: Target, out: Path, settings: Json, data: str | None) -> None:
+    """Everything from the values to the manifest."""
     from curate.mixture.record import write_mixture
     from curate.report.collect import cost_table
     from curate.report.track import publish
     from curate.scores.likeness import with_likeness
 
     begin = perf_counter()
-    target = _target(config, run)
-    settings = settings_of(config, run, target)
-    data = None if config.pool is not None else samples_fingerprint(run.catalogue.sort("domain", "sample_id"))
-    out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint({**settings, 'data': data})[:8]}"
-    if is_complete(out, settings):
-        check_data(out, data)
-        _log.info("this selection is complete already")
-        return out
-    check_startable(out, settings)
     valued, ledger = config.method in VALUED, uses(stages(run, config.earlier))
     used = consumed(ledger)
     stock = open_stock(config, run, used)
@@ -109,7 +117,6 @@ def select(config: SelectConfig, run: Run) -> Path:
     facts["mixture_fingerprint"] = fingerprint(mixture.model_dump(mode="json"))
     seal(out, "selection", settings, data=data, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - begin)
-    return out
 
 
 def is_selected(config: SelectConfig, run: Run) -> bool:

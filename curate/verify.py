@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from curate.artifacts import SIGN, fingerprint, is_complete, read_json, seal, start, write_json
+from curate.artifacts import SIGN, fingerprint, making, read_json, seal, start, write_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
 from curate.errors import UserError
 from curate.fidelity.draw import DrawConfig
 from curate.fidelity.measure import HorizonName
+from curate.lock import locked
 from curate.progress import start_logging
 from curate.trajectory.run import Run, find_run
 
@@ -80,11 +81,6 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     Raises:
         UserError: bad run, target or settings.
     """
-    from curate.fidelity.draw import draw
-    from curate.fidelity.measure import compare
-    from curate.fidelity.reruns import Reruns
-    from curate.fidelity.truth import collect
-    from curate.report.fidelity import verify_page
     from curate.target import check_vocabulary
     from curate.trajectory.replay import Replay
 
@@ -94,10 +90,24 @@ def verify(config: VerifyConfig, run: Run) -> Path:
         check_vocabulary(target, replay.task)
     settings = _settings(config, run, targets)
     out = config.out or run.folder / "verify" / fingerprint(settings)[:8]
-    if is_complete(out, settings):
-        _log.info("this verification is complete already")
-        return out
-    start(out, settings)
+    with making(out, settings) as missing:
+        if missing:
+            start(out, settings)
+            _make(config, replay, targets, out, settings)
+        else:
+            _log.info("this verification is complete already")
+    return out
+
+
+def _make(config: VerifyConfig, replay: Replay, targets: list[Target], out: Path, settings: dict[str, Any]) -> None:
+    """Everything from the draw to the manifest."""
+    from curate.fidelity.draw import draw
+    from curate.fidelity.measure import compare
+    from curate.fidelity.reruns import Reruns
+    from curate.fidelity.truth import collect
+    from curate.report.fidelity import verify_page
+
+    run = replay.run
     windows = named_windows(run, config.windows)
     horizons = horizon_steps(run, windows, config.horizons)
     removals = draw(run, windows, config.draw, config.seed)
@@ -110,7 +120,8 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     reruns = Reruns(replay, targets, config.target_batch_size)
     steps = {window: sorted(set(found.values())) for window, found in horizons.items()}
     kept = run.folder / "verify" / f"truth-{fingerprint([settings['targets'], steps])[:8]}.parquet"
-    truth = collect(kept, reruns, removals, steps, [target.name for target in targets])
+    with locked(kept.parent, f".{kept.name}.lock", wait=True):
+        truth = collect(kept, reruns, removals, steps, [target.name for target in targets])
     estimates = estimate(config, replay, targets, windows, horizons)
     result: dict[str, Any] = {**compare(truth, estimates, horizons, config.seed)}
     result["cost"] = {
@@ -120,7 +131,6 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     write_json(out / "verify.json", {"sign": SIGN, **result})
     verify_page(out / "verify.html", result)
     seal(out, "verification", settings)
-    return out
 
 
 def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import read_json, write_json
 from curate.errors import UserError
+from curate.trajectory.recorder import remove_parts
 from curate.trajectory.snapshots import load_state, save_state
 
 if TYPE_CHECKING:
@@ -30,15 +31,20 @@ def save(
     """Write the state after `step` steps, then the file that makes it current; a crash between them loses nothing."""
     save_state(_path(out, step), model, optimizers)
     write_json(out / _TRAINER, {"step": step, "data": loader.state_dict(), "settings": settings})
-    for path in out.glob(f"step-*.{FINAL}"):
-        if path != _path(out, step):
-            path.unlink()
+    _remove_older(out, step)
 
 
 def finish(out: Path, step: int) -> None:
-    """Give the last checkpoint its final name."""
+    """Give the last checkpoint its final name, and leave no other."""
     if _path(out, step).exists():
         _path(out, step).replace(out / FINAL)
+    _remove_older(out, step)
+
+
+def _remove_older(out: Path, step: int) -> None:
+    for path in out.glob(f"step-*.{FINAL}"):
+        if path != _path(out, step):
+            path.unlink()
 
 
 def finished(out: Path, settings: dict[str, Any]) -> bool:
@@ -54,7 +60,10 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     if differing:
         raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
     recorded = settings["recorder"] is None or (out / "steps.parquet").exists()
-    return recorded and (out / FINAL).exists()
+    complete = recorded and (out / FINAL).exists()
+    if complete:
+        remove_parts(out)
+    return complete
 
 
 def resume(out: Path, model: nn.Module, optimizers: Sequence[Optimizer], loader: StreamingDataLoader) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
+from curate.lock import locked
 from curate.mixture.apportion import apportion
 from curate.progress import progress, say, start_logging
 from curate.reading import read_yaml
@@ -205,7 +206,8 @@ def main() -> None:
         DemoConfig, "python -m pipelines.demo", "The whole line on real text, about ten minutes on two cores."
     )
     start_logging()
-    show(demo(config))
+    with locked(config.out):
+        show(demo(config))
     say(f"wrote {config.out / 'summary.json'}")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, is_complete, read_json, replacing, seal
+from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, is_complete, making, read_json, replacing, seal
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.formats.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+_CACHE = ".cache.part"  # no domain may be called so
 _VOCABULARY = 32_768  # where neither a tokenizer nor a size is given
 
 
@@ -85,16 +86,16 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
     domains = find_domains(config.domains)
     inputs = {domain.name: domain.inputs() for domain in domains}
     settings = {**_common_settings(config), "domains": inputs}
-    if is_complete(config.out, settings):
-        return _facts(config.out)
-    cache = config.out / "cache.part"
-    shutil.rmtree(cache, ignore_errors=True)
-    try:
-        facts = _write(config, domains, inputs, cache)
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
-    seal(config.out, "data", settings, domains=facts)
-    return facts
+    with making(config.out, settings) as missing:
+        if missing:
+            cache = config.out / _CACHE
+            shutil.rmtree(cache, ignore_errors=True)
+            try:
+                facts = _write(config, domains, inputs, cache)
+            finally:
+                shutil.rmtree(cache, ignore_errors=True)
+            seal(config.out, "data", settings, domains=facts)
+    return _facts(config.out)
 
 
 def _write(
@@ -125,7 +126,7 @@ def _write(
 
 def _refuse_strangers(out: Path, domains: set[str], done: set[str], tokenizer: str) -> None:
     """Refuse an output folder with anything in the way that this command did not write for these domains."""
-    sealed = {path.parent.name for path in out.glob(f"*/{MANIFEST}")}
+    sealed = {path.parent.name for path in out.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")}
     in_the_way = [name for name in sorted(domains - done) if (out / name).exists()]
     if (out / TOKENIZER).exists() and (out / TOKENIZER).read_text(encoding="utf-8") != tokenizer:
         in_the_way.append(TOKENIZER)

@@ -20,6 +20,7 @@ from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams, release
 from curate.formats.phases import load_schedule
+from curate.lock import locked
 from curate.optimizers.schedule import LrSchedule
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
@@ -115,6 +116,7 @@ def train(config: PretrainConfig) -> list[float]:
         _log.info("%s is complete already", config.out)
         return []
     with ExitStack() as stack:
+        stack.enter_context(locked(config.out))
         return _train(config, settings, stack)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import read_arrays, read_json, write_arrays, write_json
+from curate.artifacts import create_memmap, read_arrays, read_json, write_arrays, write_json
 from curate.config import Config
 from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb import carry, joined, recursion
@@ -198,11 +198,10 @@ class DvembEstimator:
         if marker.exists():
             done = read_json(marker)
             first, row = int(done["step"]), int(done["row"])
-        mode: Literal["r+", "w+"] = "r+" if row else "w+"
-        shape = (rows, capture.size)
+        places = {name: job.scratch / f"{name}.npy" for name in self._stored()}
         arrays: dict[str, np.memmap[Any, Any]] = {
-            name: np.lib.format.open_memmap(job.scratch / f"{name}.npy", mode, np.float32, None if row else shape)
-            for name in self._stored()
+            name: np.lib.format.open_memmap(path, "r+") if row else create_memmap(path, (rows, capture.size))
+            for name, path in places.items()
         }
         if first == job.horizon:
             return dict(arrays)

@@ -16,8 +16,9 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import (
+    create_memmap,
     fingerprint,
-    is_complete,
+    making,
     read_arrays,
     read_json,
     replacing,
@@ -27,6 +28,7 @@ from curate.artifacts import (
 )
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
+from curate.lock import locked
 from curate.trajectory.samples import window_rows
 
 if TYPE_CHECKING:
@@ -128,21 +130,27 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
     """
     folder, settings = embedding_folder(job, window, horizon, estimator)
     job = replace(job, folder=folder)
-    if not is_complete(folder, settings):
-        job.scratch.mkdir(parents=True, exist_ok=True)
-        begin = perf_counter()
-        rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon), job.every)
-        with replacing(folder / "rows.parquet") as part:
-            rows.write_parquet(part)
-        vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
-        try:
-            facts = estimator.embed(job, vectors)
-        finally:
-            add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
-        vectors.flush()
-        seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
+    with making(folder, settings) as missing:
+        if missing:
+            _make(job, window, horizon, estimator, settings)
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     return _open(folder, job, estimator)
+
+
+def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, settings: Json) -> None:
+    folder = job.folder
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    begin = perf_counter()
+    rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon), job.every)
+    with replacing(folder / "rows.parquet") as part:
+        rows.write_parquet(part)
+    vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
+    try:
+        facts = estimator.embed(job, vectors)
+    finally:
+        add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
+    vectors.flush()
+    seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
 
 
 def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
@@ -162,9 +170,10 @@ def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
 def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
     """The target's vectors, made once."""
     if not path.exists():
-        encoded = estimator.encode(job)
-        residual = np.nan if encoded.residual is None else encoded.residual
-        write_arrays(path, {"vectors": encoded.vectors, "residual": np.float64(residual)})
+        with locked(path.parent, wait=True):
+            encoded = estimator.encode(job)
+            residual = np.nan if encoded.residual is None else encoded.residual
+            write_arrays(path, {"vectors": encoded.vectors, "residual": np.float64(residual)})
     stored = read_arrays(path)
     residual = float(stored["residual"])
     return Encoded(vectors=stored["vectors"], residual=None if np.isnan(residual) else residual)
@@ -176,8 +185,7 @@ def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
         found: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "r+")
         if found.shape == shape:
             return found
-    created: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    return created
+    return create_memmap(path, shape)
 
 
 def add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:

@@ -370,7 +370,7 @@ def load_streams(data: Path) -> list[dict[str, Any]]:
         ):
             raise UserError(f"{data} must hold a list of Stream arguments, each with `local`")
     else:
-        streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
+        streams = [{"local": str(index.parent)} for index in sorted(data.glob("[!.]*/index.json"))]
     if not streams:
         raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
     return list(streams)

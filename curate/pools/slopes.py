@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
+from curate.artifacts import fingerprint, making, read_arrays, read_json, replacing, seal, write_arrays
 from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time
@@ -140,28 +140,30 @@ def value_next(
     }
     identity = fingerprint(settings)
     folder = run.folder / "pools" / f"next-{targets[0].name}-{identity[:8]}"
-    if not is_complete(folder, settings):
-        replay = replay_ahead(run, targets, ahead, config.lr_share, device, tolerance)
-        looking, passes = look_ahead_units(run, targets, ahead, adjoint), slope_units(run, len(targets), len(probes))
-        _log.info(
-            "looking ahead will cost about %.0f forward+backward passes: %.0f for what the targets ask of the next "
-            "step, %.0f to value %s samples for each",
-            looking + passes, looking, passes, f"{len(probes):,}",
-        )  # fmt: skip
-        with timed(folder, replay) as scratch:
-            losses = [half for target in targets for half in target.halves]
-            outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
-            directions = target_directions(replay, outlook, each_target(targets).tolist())
-            found = linear_values(
-                replay, outlook.state.parameters, directions, probes, "part", read=partial(read_together, run, run),
-                scratch=scratch, by_token=True,
-            ) / (step_tokens(run) * config.lr_share)  # fmt: skip
-            write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
-            write_arrays(folder / _TOKENS, {"values": found.astype(np.float32)})
-            whole = means(found, probes["tokens"].to_numpy())
-            with replacing(folder / "values.parquet") as part:
-                pl.concat(_of_target(probes, place, own) for place, own in enumerate(whole.T)).write_parquet(part)
-        seal(folder, "next step", settings, targets=[target.name for target in targets])
+    with making(folder, settings) as missing:
+        if missing:
+            replay = replay_ahead(run, targets, ahead, config.lr_share, device, tolerance)
+            looking = look_ahead_units(run, targets, ahead, adjoint)
+            passes = slope_units(run, len(targets), len(probes))
+            _log.info(
+                "looking ahead will cost about %.0f forward+backward passes: %.0f for what the targets ask of the next "
+                "step, %.0f to value %s samples for each",
+                looking + passes, looking, passes, f"{len(probes):,}",
+            )  # fmt: skip
+            with timed(folder, replay) as scratch:
+                losses = [half for target in targets for half in target.halves]
+                outlook = look_ahead(replay, run.spec.steps, losses, adjoint, batch_size=batch_size, scratch=scratch)
+                directions = target_directions(replay, outlook, each_target(targets).tolist())
+                found = linear_values(
+                    replay, outlook.state.parameters, directions, probes, "part", read=partial(read_together, run, run),
+                    scratch=scratch, by_token=True,
+                ) / (step_tokens(run) * config.lr_share)  # fmt: skip
+                write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
+                write_arrays(folder / _TOKENS, {"values": found.astype(np.float32)})
+                whole = means(found, probes["tokens"].to_numpy())
+                with replacing(folder / "values.parquet") as part:
+                    pl.concat(_of_target(probes, place, own) for place, own in enumerate(whole.T)).write_parquet(part)
+            seal(folder, "next step", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     return NextStep(
         folder=folder,
@@ -208,24 +210,25 @@ def value_all(
         "weights": list(aimed.values()),
     }
     folder = run.folder / "pools" / f"slopes-{targets[0].name}-{fingerprint(settings)[:8]}"
-    if not is_complete(folder, settings):
-        replay = replay_ahead(run, targets, min(config.steps, run.spec.steps), config.lr_share, device, tolerance)
-        _log.info(
-            "valuing %s samples for the next step will cost about %.0f forward+backward passes",
-            f"{len(rest):,}", slope_units(run, 1, len(rest)),
-        )  # fmt: skip
-        with timed(folder, replay) as scratch:
-            parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-            own = [_places(ahead)[name] for name in aimed]  # a guard may have no say here
-            directions = parameters.new_tensor(read_arrays(ahead.folder / _DIRECTIONS)["directions"][own])
-            shares = parameters.new_tensor(list(target_shares(ahead.values, aimed).values()))
-            value = linear_values(
-                replay, parameters, shares[None] @ directions, rest, "slopes",
-                read=partial(read_together, run, stock), scratch=scratch,
-            ) / (step_tokens(run) * config.lr_share)  # fmt: skip
-            with replacing(folder / "values.parquet") as part:
-                rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
-        seal(folder, "slopes", settings, targets=[target.name for target in targets])
+    with making(folder, settings) as missing:
+        if missing:
+            replay = replay_ahead(run, targets, min(config.steps, run.spec.steps), config.lr_share, device, tolerance)
+            _log.info(
+                "valuing %s samples for the next step will cost about %.0f forward+backward passes",
+                f"{len(rest):,}", slope_units(run, 1, len(rest)),
+            )  # fmt: skip
+            with timed(folder, replay) as scratch:
+                parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
+                own = [_places(ahead)[name] for name in aimed]  # a guard may have no say here
+                directions = parameters.new_tensor(read_arrays(ahead.folder / _DIRECTIONS)["directions"][own])
+                shares = parameters.new_tensor(list(target_shares(ahead.values, aimed).values()))
+                value = linear_values(
+                    replay, parameters, shares[None] @ directions, rest, "slopes",
+                    read=partial(read_together, run, stock), scratch=scratch,
+                ) / (step_tokens(run) * config.lr_share)  # fmt: skip
+                with replacing(folder / "values.parquet") as part:
+                    rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
+            seal(folder, "slopes", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     found = rest.join(pl.read_parquet(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     found = found.with_columns(pl.col("value") * pl.col("tokens"))

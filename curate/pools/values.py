@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, is_complete, replacing, seal
+from curate.artifacts import fingerprint, making, replacing, seal
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError
@@ -162,13 +162,14 @@ def value_pool(
     work = _Work(run, pool, targets, config, adjoint, seed)
     settings = work.settings
     folder = run.folder / "pools" / f"{targets[0].name}-{fingerprint(settings)[:8]}"
-    if not is_complete(folder, settings):
-        replay = replay_ahead(run, targets, config.steps, config.lr_share, device, tolerance)
-        work.say_cost(replay)
-        with timed(folder, replay) as scratch:
-            work.make(replay, folder, scratch, batch_size)
-        seal(folder, "pool values", settings, targets=[target.name for target in targets])
-        _log.info("valuing the pool took %.0f forward+backward passes", timings_of(folder)["cost_units"])
+    with making(folder, settings) as missing:
+        if missing:
+            replay = replay_ahead(run, targets, config.steps, config.lr_share, device, tolerance)
+            work.say_cost(replay)
+            with timed(folder, replay) as scratch:
+                work.make(replay, folder, scratch, batch_size)
+            seal(folder, "pool values", settings, targets=[target.name for target in targets])
+            _log.info("valuing the pool took %.0f forward+backward passes", timings_of(folder)["cost_units"])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     found = work.open(folder)
     _say_domains(found.domains, config)
@@ -306,15 +307,16 @@ class _Work:
             return None
         settings = {"run": self.run.fingerprint, "samples": samples_fingerprint(self.pool.samples)}
         folder = self.run.folder / "pools" / f"hidden-{fingerprint(settings)[:8]}"
-        if not is_complete(folder, settings):
-            replay.horizon_model(self.run.spec.steps)
-            blocks = blocks_of(self.pool.samples)
-            for number, block in enumerate(progress(blocks, total=len(blocks), what="hidden states", unit="block")):
-                if not block_file(folder, number).exists():
-                    made = [mean_hidden_states(replay.task, samples) for samples in self._read(block)]
-                    with replacing(block_file(folder, number)) as part, part.open("wb") as file:
-                        np.save(file, np.concatenate(made))
-            seal(folder, "hidden states", settings, samples=len(self.pool.samples))
+        with making(folder, settings) as missing:
+            if missing:
+                replay.horizon_model(self.run.spec.steps)
+                blocks = blocks_of(self.pool.samples)
+                for number, block in enumerate(progress(blocks, total=len(blocks), what="hidden states", unit="block")):
+                    if not block_file(folder, number).exists():
+                        made = [mean_hidden_states(replay.task, samples) for samples in self._read(block)]
+                        with replacing(block_file(folder, number)) as part, part.open("wb") as file:
+                            np.save(file, np.concatenate(made))
+                seal(folder, "hidden states", settings, samples=len(self.pool.samples))
         return folder
 
     def open(self, folder: Path) -> PoolValues:

@@ -13,6 +13,7 @@ from curate.artifacts import file_fingerprint, read_json, replacing, versions, w
 from curate.errors import UserError
 from curate.formats.mds import MdsStream
 from curate.formats.order import SampleOrder, stream_folder, streaming_version
+from curate.lock import locked
 from curate.reconstruct.check import compare, judge
 from curate.reconstruct.checkpoints import check_settings, read_checkpoint, snapshot_tensors
 from curate.reconstruct.description import build_optimizers, group_settings
@@ -50,9 +51,16 @@ def reconstruct(config: ReconstructConfig) -> Path:
         **config.model_dump(mode="json", exclude=_ELSEWHERE),
         "log_file": file_fingerprint(config.log.file) if config.log.file.is_file() else None,
     }
-    if _is_complete(config.out, settings):
+    if not _is_complete(config.out, settings):
+        with locked(config.out.parent, f".{config.out.name}.lock", wait=True):
+            if not _is_complete(config.out, settings):
+                _make(config, settings)
+    else:
         _log.info("this run is reconstructed already")
-        return config.out
+    return config.out
+
+
+def _make(config: ReconstructConfig, settings: dict[str, Any]) -> None:
     _say_version(config)
     with replacing(config.out) as part:
         part.mkdir(parents=True)
@@ -74,7 +82,6 @@ def reconstruct(config: ReconstructConfig) -> Path:
             "versions": versions(),
         }
         write_json(part / FACTS, facts)
-    return config.out
 
 
 def _is_complete(out: Path, settings: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from curate.artifacts import replacing, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
+from curate.lock import LOCK, Lock
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -155,6 +156,7 @@ class TrajectoryRecorder:
         world: number of ranks.
 
     Raises:
+        BusyError: another process records there; it does as long as its recorder is in use.
         UserError: the folder holds a finished run, replay could not repeat this training, or windows or byte budget do
             not fit.
     """
@@ -180,6 +182,7 @@ class TrajectoryRecorder:
         _check_replayable(model, self.optimizers)
         self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self.rank, self.world = _rank_and_world()
+        self._lock = Lock(self.folder, LOCK if self.rank == 0 else f".rank-{self.rank:05d}.lock")
         self._observers: list[StepObserver] = []
         self._rows: list[dict[str, Any]] = []
         self._step = -1
@@ -212,6 +215,7 @@ class TrajectoryRecorder:
 
     def _open(self, first_step: int) -> None:
         if (self.folder / "steps.parquet").exists():
+            remove_parts(self.folder)
             raise UserError(f"{self.folder} holds a finished run; choose another output folder")
         self._parts = self.folder / "steps.parts" / f"rank-{self.rank:05d}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -309,7 +313,8 @@ class TrajectoryRecorder:
             merged = pl.concat([pl.read_parquet(part) for part in parts]).sort("step", "rank", "micro_batch")
             with replacing(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
-            shutil.rmtree(self.folder / "steps.parts")
+            remove_parts(self.folder)
+        self._lock.release()
 
     def _snapshot(self, step: int) -> None:
         if self.rank == 0:
@@ -318,6 +323,11 @@ class TrajectoryRecorder:
     def _write(self, frame: pl.DataFrame) -> None:
         with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
             frame.write_parquet(part)
+
+
+def remove_parts(run: Path) -> None:
+    """Remove what a process that was killed as it finished a run left beside `steps.parquet`."""
+    shutil.rmtree(run / "steps.parts", ignore_errors=True)
 
 
 def _check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

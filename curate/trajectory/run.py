@@ -19,6 +19,7 @@ from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
+from curate.lock import locked
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 from curate.validation import first_problem
@@ -254,10 +255,16 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
     indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in streams.items()}
     path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
     if not path.exists():
-        frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
-        with replacing(path) as part:
-            pl.concat(frames).write_parquet(part)
+        with locked(folder, f".{path.name}.lock", wait=True):
+            if not path.exists():
+                _write_catalogue(path, streams)
     return pl.read_parquet(path)
+
+
+def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:
+    frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
+    with replacing(path) as part:
+        pl.concat(frames).write_parquet(part)
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import SIGN, write_json
 from curate.config import parse_command, run_command
+from curate.lock import locked
 from curate.progress import start_logging
 from pipelines.branches.config import (
     GUARD,
@@ -172,7 +173,8 @@ def main() -> None:
     )
     start_logging()
     config = small(config) if config.small else config
-    result = bench(config)
+    with locked(config.folder):
+        result = bench(config)
     show(result)
     from curate.report.branches import branches_page
 

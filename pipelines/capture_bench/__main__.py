@@ -15,6 +15,7 @@ from typing import Any
 from curate.artifacts import write_json
 from curate.config import parse_command, run_command
 from curate.errors import UserError
+from curate.lock import locked
 from curate.progress import start_logging
 from pipelines.capture_bench.config import MODELS, CaptureBenchConfig
 from pipelines.capture_bench.contenders import Bench, write_data
@@ -80,7 +81,8 @@ def main() -> None:
         CaptureBenchConfig, "python -m pipelines.capture_bench", "What recording and capturing cost in a training step."
     )
     start_logging()
-    found = bench(config)
+    with locked(config.folder.parent, f".{config.folder.name}.lock"):
+        found = bench(config)
     if config.out is not None:
         write_json(config.out, found)
         _log.info("wrote %s", config.out)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from curate.artifacts import is_complete, replacing, seal
 from curate.config import Config
 from curate.errors import UserError
+from curate.lock import locked
 from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, Source
 from pipelines.corpus.sources import Text, package_version
 
@@ -78,12 +79,13 @@ def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, 
         return _facts(config.out)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"{config.out} exists and is not a corpus; set out to a folder that does not exist yet")
-    pools = _read_sources(recipe)
-    chosen, dropped = choose(pools, config)
-    with replacing(config.out) as part:
-        facts = {file: _write(part / file, rows, dropped[file]) for file, rows in chosen.items()}
-        seal(part, "corpus", settings, files=facts)
-    return facts
+    with locked(config.out.parent, f".{config.out.name}.lock", wait=True):
+        if not is_complete(config.out, settings):
+            chosen, dropped = choose(_read_sources(recipe), config)
+            with replacing(config.out) as part:
+                facts = {file: _write(part / file, rows, dropped[file]) for file, rows in chosen.items()}
+                seal(part, "corpus", settings, files=facts)
+    return _facts(config.out)
 
 
 def choose(pools: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[_Row]], dict[str, int]]:

@@ -20,6 +20,7 @@ from curate.fidelity.draw import draw
 from curate.fidelity.measure import HorizonName, compare
 from curate.fidelity.reruns import Reruns
 from curate.fidelity.truth import collect
+from curate.lock import locked
 from curate.progress import start_logging
 from curate.report.fidelity import pareto_page
 from curate.target import load_target
@@ -128,7 +129,8 @@ def main() -> None:
     )
     start_logging()
     config = small(config) if config.small else config
-    result = bench(config)
+    with locked(config.folder):
+        result = bench(config)
     lines = table(result["rows"])
     show(lines)
     target = config.out or config.folder / "fidelity.json"

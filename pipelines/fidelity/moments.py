@@ -18,6 +18,7 @@ from curate.config import Config, parse_command, run_command
 from curate.embed import EmbedConfig, embed
 from curate.errors import UserError
 from curate.fidelity.measure import spearman
+from curate.lock import locked
 from curate.progress import start_logging
 from curate.reconstruct.moments import estimate_moments
 from curate.scores.values import embedded_values
@@ -90,7 +91,8 @@ def main() -> None:
         MomentsConfig, "python -m pipelines.fidelity.moments", "How far values move with estimated optimizer state."
     )
     start_logging()
-    found = agreement(config)
+    with locked(config.out.parent, f".{config.out.name}.lock"):
+        found = agreement(config)
     sys.stdout.write(f"Spearman pooled {found['pooled']:.3f}, within a step {found['within_step']:.3f}\n")
 
 

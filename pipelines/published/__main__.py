@@ -20,6 +20,7 @@ from pydantic import Field
 from curate.artifacts import SIGN, read_json, start, write_json
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
+from curate.lock import locked
 from curate.progress import progress, say, start_logging
 from curate.rng import generator
 from pipelines.published.agreement import bootstrap_ranks, interval
@@ -231,7 +232,8 @@ def main() -> None:
         PublishedConfig, "python -m pipelines.published", "The published experiment, held against retraining."
     )
     start_logging()
-    show(published(config))
+    with locked(config.out):
+        show(published(config))
     say(f"wrote {config.out / 'published.json'} and {config.out / 'published.html'}")
 
 

@@ -16,6 +16,7 @@ import yaml
 from curate.artifacts import file_fingerprint, write_json
 from curate.config import parse_command
 from curate.errors import UserError
+from curate.lock import locked
 from curate.mixture.constraints import MixtureConfig
 from curate.schedule import (
     BUSY,
@@ -30,7 +31,6 @@ from curate.schedule import (
     selection_config,
 )  # fmt: skip
 from curate.stages.check import check_data, check_stage, check_states, check_supply, open_stage
-from curate.stages.lock import locked
 from curate.stages.plan import load_plan
 from curate.trajectory.ledger import stages
 from curate.trajectory.run import Run
@@ -218,12 +218,12 @@ def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch)
 
 
 def test_two_runners_do_not_both_work(whole):
-    with locked(whole / "plan" / "lock"):
+    with locked(whole / "plan"):
         runner = start(whole / "plan.yaml")
         _, errors = runner.communicate(timeout=100)
     assert runner.returncode == BUSY
     assert "another runner" in errors
-    with locked(whole / "plan" / "lock"):
+    with locked(whole / "plan"):
         pass  # released
 
 

@@ -1,0 +1,62 @@
+"""Signals that end a command: one sentence and status 128 + signal, from its first import to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks the command to end; raised where the command stands, so that it puts things in order.
+
+    Attributes:
+        status: exit status, 128 + signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+
+    def __str__(self) -> str:
+        name = "interrupted" if self.status == 128 + signal.SIGINT else f"ended by {signal.Signals(self.args[0]).name}"
+        return f"{name}: nothing is lost; run the same command again to continue"
+
+
+def raise_on_signals() -> None:
+    """Raise `Interrupted` at the signals that end a process; one that is ignored (nohup) stays so."""
+    process = os.getpid()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Interrupted(number)
+        signal.signal(number, signal.SIG_DFL)  # a worker that was forked: whoever ends it waits for that
+        os.kill(os.getpid(), number)
+
+    _install(handle)
+
+
+def guard_imports(package: str) -> None:
+    """Where `python -m` starts a command of the package: say the sentence and leave at once, as nothing has begun.
+
+    Until `raise_on_signals`; the interpreter imports the package before the command.
+    """
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+    if sys.argv[:1] == ["-m"] and module and module[0].startswith(f"{package}."):
+        _install(_leave)
+
+
+def _install(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.stderr.write(f"{Interrupted(number)}\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
