@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from curate.artifacts import checked
 from curate.errors import UserError
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def load_tokenizer(path: Path) -> "Tokenizer":
 
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; expected a tokenizer.json of the tokenizers library")
+    checked(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the library raises nothing more precise

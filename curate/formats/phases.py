@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
+from curate.artifacts import checked
 from curate.config import Config, first_problem
 from curate.errors import UserError
 
@@ -154,7 +155,7 @@ def load_schedule(path: Path) -> Schedule | None:
     if path.suffix not in (".yaml", ".yml"):
         return None
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(checked(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as a list of streams: {' '.join(str(error).split())}") from None
     return parse_schedule(value, path) if is_schedule(value) else None

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from curate.artifacts import SIGN, replacing
+from curate.artifacts import SIGN, checked, replacing
 from curate.config import Config, first_problem
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
@@ -203,7 +203,7 @@ def read_mixture(path: Path) -> Mixture:
         UserError: it is missing, not YAML, or a field is missing, unknown or of another type.
     """
     try:
-        return Mixture(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Mixture(**yaml.safe_load(checked(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
     except ValidationError as error:
