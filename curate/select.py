@@ -13,7 +13,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import check_startable, fingerprint, is_complete, making, replacing, seal, start
+from curate.artifacts import (
+    check_contents,
+    check_startable,
+    fingerprint,
+    is_complete,
+    making,
+    replacing,
+    seal,
+    start,
+)
 from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
@@ -66,6 +75,7 @@ def select(config: SelectConfig, run: Run) -> Path:
         if missing:
             _make(config, run, target, out, settings, data)
         else:
+            check_contents(out)
             check_data(out, data)
             _log.info("this selection is complete already")
     return out

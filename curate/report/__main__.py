@@ -34,6 +34,7 @@ def render_again(config: ReportConfig) -> Path:
     Raises:
         UserError: there is no selection, or its report data is incomplete.
     """
+    from curate.artifacts import checked, list_files, listed
     from curate.report.data import load_data
     from curate.report.page import write_report
     from curate.report.track import log_report
@@ -42,7 +43,10 @@ def render_again(config: ReportConfig) -> Path:
     data = load_data(selection)
     path = config.out or selection / "report.html"
     write_report(path, data)
-    log_report(data, selection / "mixture.yaml", config.tracking, config.run, f"{data.run}-{data.target}", "report")
+    if path == selection / "report.html" and path.name in listed(selection):
+        list_files(selection, [path])
+    mixture = checked(selection / "mixture.yaml")
+    log_report(data, mixture, config.tracking, config.run, f"{data.run}-{data.target}", "report")
     say(f"report: {path}")
     return path
 
