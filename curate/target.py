@@ -18,6 +18,7 @@ from curate.artifacts import file_fingerprint
 from curate.errors import UserError
 from curate.formats.documents import encode, find_eot, load_tokenizer, read_documents
 from curate.formats.mds import Sample
+from curate.model import all_parameters
 from curate.rng import generator
 from curate.task import Batch, Task, collate
 
@@ -174,7 +175,7 @@ def loss_gradients(task: Task, layout: FlatLayout, batches: Sequence[Batch], bat
     """
     import torch
 
-    parameters = dict(task.model.named_parameters())
+    parameters = all_parameters(task.model)
     wanted = [parameters[name] for name in layout.names]
     gradients = wanted[0].new_zeros(len(batches), layout.size)
     for batch, gradient in zip(batches, gradients, strict=True):

@@ -43,7 +43,7 @@ def estimate_moments(replay: Replay, step: int, state: Path, steps: int) -> None
         replay.update(frozen, optimizers)
         groups = record.groups
     _scale(optimizers, groups, step - first, step)
-    save_state(state, replay.model, optimizers)
+    save_state(state, replay.model, optimizers, estimated=True)
 
 
 def _scale(optimizers: Sequence[Optimizer], groups: Sequence[GroupSettings], made: int, updates: int) -> None:
