@@ -22,6 +22,7 @@ from curate.formats.documents import find_eot, load_tokenizer
 from curate.formats.files import read_documents
 from curate.formats.mds import Sample
 from curate.formats.spelling import Spelling
+from curate.model import all_parameters
 from curate.rng import generator
 from curate.task import Batch, Task, collate
 
@@ -197,7 +198,7 @@ def loss_gradients(task: Task, layout: FlatLayout, batches: Sequence[Batch], bat
     """
     import torch
 
-    parameters = dict(task.model.named_parameters())
+    parameters = all_parameters(task.model)
     wanted = [parameters[name] for name in layout.names]
     gradients = wanted[0].new_zeros(len(batches), layout.size)
     for batch, gradient in zip(batches, gradients, strict=True):

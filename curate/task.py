@@ -16,6 +16,7 @@ import numpy as np
 from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
+from curate.model import refuse_random, unwrapped_name
 from curate.trust import trusted_function
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Task:
         self.device = torch.device(device)
         self.dtype = dtype or torch.float32
         self.model = build_model(spec.model).to(device=self.device, dtype=self.dtype)
+        self._wrapped_names = {unwrapped_name(name): name for name, _ in self.model.named_parameters()}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context that the run trained in."""
@@ -151,7 +153,8 @@ class Task:
             if parameters is None:
                 output = self.model(batch.tokens, **arguments)
             else:
-                output = torch.func.functional_call(self.model, dict(parameters), (batch.tokens,), arguments)
+                given = {self._wrapped_names.get(name, name): value for name, value in parameters.items()}
+                output = torch.func.functional_call(self.model, given, (batch.tokens,), arguments)
         output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
         logits: Tensor = output[:, :-1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -173,27 +176,13 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """An untrained model in training mode.
 
     Raises:
-        UserError: no or two sources, a source that cannot be loaded, or a model with dropout (replay could not repeat
-            it).
+        UserError: no or two sources, a source that cannot be loaded, or a model that replay could not repeat.
     """
     if (spec.hf_config is None) == (spec.factory is None):
         raise UserError("the model needs exactly one of model.hf_config and model.factory")
     model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
-    refuse_dropout(model)
+    refuse_random(model)
     return model.train()
-
-
-def refuse_dropout(model: nn.Module) -> None:
-    """Refuse a model whose replay could not repeat it.
-
-    Raises:
-        UserError: names the first dropout with p > 0.
-    """
-    active = [
-        name for name, part in model.named_modules() if "Dropout" in type(part).__name__ and getattr(part, "p", False)
-    ]
-    if active:
-        raise UserError(f"{active[0]} is a dropout with p > 0: replay could not repeat it; train with dropout 0")
 
 
 _ATTENTION = (None, "eager", "sdpa")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from curate.embeddings.own_step import before_step, embedding_corrections, exact_values
 from curate.embeddings.products import Hessian, difference_products, directional_products, exact_slopes
 from curate.errors import UserError
+from curate.model import all_parameters
 from curate.optimizers.step import update_vjp
 from curate.rng import generator
 
@@ -77,7 +78,8 @@ def adjoint_step(
         options: how.
 
     Returns:
-        (B_k, R) embeddings of the step's samples in record order, or None where they are not valued.
+        (B_k, R) embeddings of the step's samples in record order, or None where they are not valued; 0 of a step whose
+        update was skipped.
         `lambda_k`.
 
     Raises:
@@ -85,6 +87,9 @@ def adjoint_step(
     """
     import torch
 
+    if not state.record.updated:  # its gradient may even be NaN
+        rows = cotangent.parameters.new_zeros(state.record.size, len(cotangent.parameters))
+        return (rows if options.rows else None), cotangent
     groups = layout.groups(state.record.groups)
     u, pulled = update_vjp(before_step(state), state.gradient, state.updates, groups, clip_norm, cotangent)
     linear = options.rows and options.own_step != "exact"
@@ -154,18 +159,18 @@ def sample_slopes(
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:
-    """Weights of the model's token embeddings, by their names in the layout.
+    """Trained weights of the model's token embeddings, by their names in the layout.
 
     Raises:
-        UserError: the model has none.
+        UserError: there are none.
     """
     from torch import nn
 
     held = {id(module.weight) for module in task.model.modules() if isinstance(module, nn.Embedding)}
-    named = dict(task.model.named_parameters())
+    named = all_parameters(task.model)
     names = [name for name in layout.names if id(named[name]) in held]
     if not names:
-        raise UserError("the model has no nn.Embedding; set adjoint.own_step to exact or linear")
+        raise UserError("the model trains no nn.Embedding; set adjoint.own_step to exact or linear")
     return names
 
 

@@ -23,12 +23,12 @@ from curate.config import Config
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.embeddings.products import sample_gradients
 from curate.errors import UserError
+from curate.model import named_parameters
 from curate.optimizers.state import TrainingState
 from curate.optimizers.step import update_pieces
 from curate.progress import progress
 from curate.target import loss_gradients
 from curate.trajectory.replay import records
-from curate.trajectory.snapshots import named_parameters
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -90,7 +90,7 @@ def less(replay: Replay, targets: Tensor, window: tuple[int, int], optimizers: S
     moments = TrainingState(parameters=first.new_zeros(first.shape), momentum=first, second_moment=second)
 
     def direction(gradients: Tensor, record: StepRecord) -> Tensor:
-        settings = [replace(group, lr=1.0, weight_decay=0.0) for group in record.groups]
+        settings = [replace(group, lr=1.0, weight_decay=0.0, updated=True) for group in record.groups]
         found = gradients.new_empty(gradients.shape)
         groups = replay.layout.groups(settings)
         for rule, group, done in update_pieces(groups, updates, len(gradients), gradients.device):
@@ -141,7 +141,10 @@ def along_trajectory(
         record = replayed.record
         if (record.step - window[0]) % every == 0:
             targets = loss_gradients(task, layout, losses, batch_size)
-        lr = torch.cat([targets.new_full((g.place.stop - g.place.start,), g.settings.lr)
+        if not record.updated:
+            rows.append(targets.new_zeros(record.size, len(targets)))
+            continue
+        lr = torch.cat([targets.new_full((g.place.stop - g.place.start,), g.settings.lr * g.settings.updated)
                         for g in layout.groups(record.groups)])  # fmt: skip
         theta = layout.flatten(named_parameters(replay.model)).detach().clone()
         for batch in replayed.batches:

@@ -97,7 +97,7 @@ class DvembAdamEstimator(DvembEstimator):
         out: npt.NDArray[np.float32],
         **options: Any,
     ) -> list[Tensor]:
-        per_step = [[group.lr * group.weight_decay for group in groups] for groups in settings]
+        per_step = [[group.lr * group.weight_decay * group.updated for group in groups] for groups in settings]
         return recursion(
             stored["gradients"],
             stored[self._stored()[-1]],

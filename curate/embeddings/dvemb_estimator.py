@@ -220,10 +220,18 @@ class DvembEstimator:
     def _step_rows(
         self, job: WindowJob, capture: GradientCapture, first: int
     ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]]]]:
-        """Each step from `first` to the horizon with its stored arrays: read where the run has them, else replayed."""
+        """Each step from `first` to the horizon with its stored arrays: read where the run has them, else replayed.
+
+        They are 0 of a step whose update was skipped: it moved nothing, and its gradients may not be finite.
+        """
         in_run, step = self._in_run(job, capture), first
+        skipped = {one.step: one.size for one in records(job.replay.run, first, job.horizon) if not one.updated}
+
+        def nothing(step: int) -> list[npt.NDArray[np.float32]]:
+            return [np.zeros((skipped[step], capture.size), np.float32) for _ in self._stored()]
+
         while step < job.horizon:
-            found = in_run and in_run.read(step)
+            found = nothing(step) if step in skipped else in_run and in_run.read(step)
             if found:
                 yield step, found
                 step += 1
@@ -231,7 +239,9 @@ class DvembEstimator:
             later = range(step + 1, job.horizon) if in_run else ()
             stop = next((one for one in later if in_run and in_run.has(one)), job.horizon)
             for replayed in job.replay.steps(step, stop, self._taker(capture)):
-                yield replayed.record.step, [rows.cpu().numpy() for rows in self._rows(job, capture, replayed)]
+                at = replayed.record.step
+                rows = [] if at in skipped else self._rows(job, capture, replayed)
+                yield at, [one.cpu().numpy() for one in rows] or nothing(at)
             step = stop
 
     def _in_run(self, job: WindowJob, capture: GradientCapture) -> CapturedRows | None:
@@ -285,11 +295,13 @@ def row_steps(step_records: Sequence[StepRecord]) -> npt.NDArray[np.int64]:
 def row_scales(
     step_records: Sequence[StepRecord], settings: Sequence[Sequence[GroupSettings]]
 ) -> npt.NDArray[np.float64]:
-    """(N, blocks) `clip_k lr_k c_z`."""
+    """(N, blocks) `clip_k lr_k c_z`; 0 where no update was taken."""
     weights = [np.concatenate([np.asarray(part) for _, part in record.micro_batches]) for record in step_records]
     return np.concatenate(
         [
-            np.outer(own * record.clipped, [group.lr for group in groups])
+            np.outer(own * record.clipped, [group.lr * group.updated for group in groups])
+            if record.updated
+            else np.zeros((len(own), len(groups)))
             for own, record, groups in zip(weights, step_records, settings, strict=True)
         ]
     )

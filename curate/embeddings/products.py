@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UserError
+from curate.model import all_parameters
 from curate.task import Batch
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def check_curvature(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessi
     Raises:
         UserError: an operation has no second derivative, or no forward-mode one; names the module.
     """
-    flat = layout.flatten(dict(task.model.named_parameters())).detach()
+    flat = layout.flatten(all_parameters(task.model)).detach()
     one = batch.split(1)[0]
     try:
         with warnings.catch_warnings():

@@ -33,6 +33,7 @@ from curate.artifacts import (
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
 from curate.lock import locked
+from curate.trajectory.replay import records
 from curate.trajectory.samples import window_rows
 
 if TYPE_CHECKING:
@@ -151,10 +152,17 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
     vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
     try:
         facts = estimator.embed(job, vectors)
+        vectors[_skipped_rows(job, rows)] = 0
     finally:
         add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
     vectors.flush()
     seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
+
+
+def _skipped_rows(job: WindowJob, rows: pl.DataFrame) -> npt.NDArray[np.bool_]:
+    """(N,) rows of steps whose update was skipped: whatever their gradients say, they moved nothing."""
+    skipped = [record.step for record in records(job.replay.run, job.start, job.stop) if not record.updated]
+    return rows["step"].is_in(skipped).to_numpy()
 
 
 def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:

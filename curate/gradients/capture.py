@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from curate.errors import UserError
 from curate.gradients.projection import LayerProjection
-from curate.trajectory.snapshots import unwrapped_name
+from curate.model import unwrapped_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -36,6 +36,7 @@ class GroupSettings:
         ns_b: second.
         ns_c: third.
         adjust_lr_fn: how Muon scales lr by a matrix's shape.
+        updated: whether the optimizer took the step; a GradScaler or a loop may skip it.
     """
 
     optimizer: str
@@ -52,6 +53,7 @@ class GroupSettings:
     ns_b: float = 0.0
     ns_c: float = 0.0
     adjust_lr_fn: str = ""
+    updated: bool = True
 
     @classmethod
     def read(cls, optimizer: str, group: Mapping[str, Any]) -> GroupSettings:
@@ -68,7 +70,7 @@ class GroupSettings:
         )  # fmt: skip
 
     def as_group(self) -> dict[str, Any]:
-        """What `read` read, for an entry of `param_groups` of the same optimizer."""
+        """The hyper-parameters that `read` read, for an entry of `param_groups` of the same optimizer."""
         shared = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer in ("AdamW", "Adam"):
             return {**shared, "betas": (self.beta1, self.beta2), "eps": self.eps}
@@ -91,7 +93,7 @@ def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         name = supported_class(type(optimizer))
         for group in optimizer.param_groups:
-            _refuse_variant(name, group)
+            refuse_variant(name, group)
             own = {id(parameter) for parameter in group["params"]}
             if own & seen:
                 raise UserError(f"{name} holds a parameter that another optimizer holds too; give each to one of them")
@@ -115,7 +117,12 @@ def supported_class(kind: type) -> str:
     return name
 
 
-def _refuse_variant(name: str, group: Mapping[str, Any]) -> None:
+def refuse_variant(name: str, group: Mapping[str, Any]) -> None:
+    """Refuse a form of an optimizer that replay does not know.
+
+    Raises:
+        UserError: names the flag.
+    """
     for flag in _FLAGS:
         if group.get(flag):
             raise UserError(f"{name} with {flag} cannot be replayed; set {flag}=False")

@@ -47,7 +47,7 @@ def clip_factor(norm: Tensor, clip_norm: float | None) -> Tensor:
 def update_pieces(
     groups: Sequence[Group], updates: Sequence[int], rows: int, device: torch.device
 ) -> Iterator[tuple[Rule, Group, int]]:
-    """Groups cut to about `piece_numbers`, where their optimizer allows.
+    """The groups that were updated, cut to about `piece_numbers` where their optimizer allows.
 
     Args:
         groups: places and settings.
@@ -60,6 +60,8 @@ def update_pieces(
     """
     width = max(1, piece_numbers(device) // rows)
     for group, done in zip(groups, updates, strict=True):
+        if not group.settings.updated:
+            continue
         rule = _RULES[group.settings.optimizer]
         for piece in rule.pieces(group, width):
             yield rule, piece, done
@@ -132,6 +134,11 @@ def update_vjp(
         place = group.place
         part, ghat = state.part(place), factor * gradient[place]
         rule.vjp(part, ghat, done, group, cotangent.part(place), u[:, place], before.part(place))
+    for group in groups:
+        if not group.settings.updated:  # its step was skipped: the state went through as it was
+            u[:, group.place] = 0
+            for name, through in vars(cotangent.part(group.place)).items():
+                getattr(before, name)[:, group.place] = through
     return _unclip(u, gradient, factor), before
 
 

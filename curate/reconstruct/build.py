@@ -14,6 +14,7 @@ from curate.errors import UserError
 from curate.formats.mds import MdsStream
 from curate.formats.order import SampleOrder, stream_folder, streaming_version
 from curate.lock import locked
+from curate.model import named_parameters
 from curate.reconstruct.check import compare, judge
 from curate.reconstruct.checkpoints import check_settings, read_checkpoint, snapshot_tensors
 from curate.reconstruct.description import build_optimizers, group_settings
@@ -24,7 +25,7 @@ from curate.task import build_model
 from curate.trajectory.recorder import clip_factor, default_windows, window_steps
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run, RunSpec, keep_model_config, read_catalogue
-from curate.trajectory.snapshots import named_parameters, put_state, save_snapshot, snapshot_path
+from curate.trajectory.snapshots import put_state, save_snapshot, snapshot_path
 
 if TYPE_CHECKING:
     from torch import nn

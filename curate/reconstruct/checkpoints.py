@@ -11,7 +11,6 @@ Optimizer state may be that of `optimizer.state_dict()` (numbered parameters, in
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
+from curate.model import unwrapped_name
 from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.reconstruct.distributed import read_distributed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 class CheckpointKeys(Config):
@@ -137,16 +134,14 @@ def _below(found: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
 
 
-def _clean(name: str) -> str:
-    return _WRAPPERS.sub("", _PREFIXES.sub("", name))
-
-
 def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dict[str, Tensor]:
     import torch
 
-    own = model.state_dict(keep_vars=True)
-    nested = {_clean(key): value for key, value in _below(found, prefix).items() if isinstance(value, torch.Tensor)}
-    top = {_clean(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    own = {unwrapped_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    nested = {
+        unwrapped_name(key): value for key, value in _below(found, prefix).items() if isinstance(value, torch.Tensor)
+    }
+    top = {unwrapped_name(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
     there = nested if set(own) & set(nested) else top  # a model's own names may begin like the prefix ("model.")
     names: dict[int, list[str]] = {}
     for name, tensor in own.items():
@@ -178,7 +173,7 @@ def _optimizer_state(found: Mapping[str, Any], prefix: str, names: Sequence[str]
     numbered = {str(index): name for index, name in enumerate(names)}
     for key, value in _below(found, f"{prefix}.state").items():
         owner, _, buffer = key.rpartition(".")
-        name = numbered.get(owner, _clean(owner))
+        name = numbered.get(owner, unwrapped_name(owner))
         if name not in names:
             raise UserError(
                 f"{prefix}.state of the checkpoint has {key}, but the description gives that optimizer "

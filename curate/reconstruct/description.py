@@ -12,13 +12,13 @@ from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.formats.order import LoaderConfig
+from curate.model import named_parameters
 from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
 from curate.task import TaskSpec
 from curate.trajectory.recorder import Border
 from curate.trajectory.run import DOMAIN
-from curate.trajectory.snapshots import named_parameters
 
 if TYPE_CHECKING:
     from torch import nn

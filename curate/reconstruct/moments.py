@@ -44,7 +44,7 @@ def estimate_moments(replay: Replay, step: int, state: Path, steps: int) -> None
         replay.update(frozen, optimizers)
         groups = record.groups
     _scale(optimizers, groups, step - first, step)
-    save_state(state, replay.model, optimizers)
+    save_state(state, replay.model, optimizers, estimated=True)
     list_files(replay.run.folder, [state])
 
 

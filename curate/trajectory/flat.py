@@ -1,6 +1,6 @@
-"""All trainable parameters as one vector, ordered by optimizer parameter group.
+"""All trained parameters as one vector, ordered by optimizer parameter group.
 
-P is the number of trainable parameters. Group order makes each group's hyper-parameters scalars on one slice.
+P is the number of trained parameters. Group order makes each group's hyper-parameters scalars on one slice.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from curate.model import all_parameters
 from curate.optimizers.state import Group
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class FlatLayout:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in all_parameters(model).items()}
         self.names = [name for group in groups for name in group]
         self.shapes = {name: shapes[name] for name in self.names}
         self.group_slices: list[slice] = []

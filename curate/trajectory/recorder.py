@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from math import ceil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,10 +32,16 @@ from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.lock import LOCK, Lock
-from curate.optimizers.settings import GroupSettings, refuse_unsupported
-from curate.task import TaskSpec, refuse_dropout
+from curate.task import TaskSpec
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
-from curate.trajectory.snapshots import as_sequence, named_parameters, save_snapshot, state_bytes
+from curate.trajectory.snapshots import (
+    as_sequence,
+    save_snapshot,
+    snapshot_budget,
+    snapshot_schedule,
+    state_bytes,
+)
+from curate.trajectory.watch import BufferWatch, OptimizerWatch, check_replayable, groups_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,8 +60,8 @@ class RecorderConfig(Config):
     """Snapshots spread evenly over the stage beside those at window borders; fewer where `snapshot_bytes` is too
     small.
     """
-    snapshot_bytes: TokenCount = "8B"
-    """Byte budget of all snapshots (8B = 8 GB); those at window borders come first."""
+    snapshot_bytes: TokenCount | None = None
+    """Byte budget of all snapshots (8B = 8 GB); those at window borders come first. None: what is free on the disk."""
     flush_steps: int = Field(default=100, ge=1)
     """Steps between writes of the step records."""
 
@@ -83,32 +88,6 @@ def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[
             )
         resolved[name] = (start, stop)
     return resolved
-
-
-def snapshot_schedule(
-    windows: dict[str, tuple[int, int]], steps: int, cadence: int, snapshot_bytes: int, budget_bytes: int
-) -> set[int]:
-    """Steps to snapshot before: all window borders and the stage's end, then an even cadence within the byte budget.
-
-    Args:
-        windows: step ranges.
-        steps: steps of the stage.
-        cadence: snapshots wanted beside those at the borders.
-        snapshot_bytes: size of one snapshot.
-        budget_bytes: size of all of them.
-
-    Raises:
-        UserError: the borders alone exceed the budget.
-    """
-    borders = {step for window in windows.values() for step in window} | {steps}
-    needed = len(borders) * snapshot_bytes
-    if needed > budget_bytes:
-        raise UserError(
-            f"{len(borders)} snapshots of {snapshot_bytes:,} bytes at the window borders exceed "
-            f"recorder.snapshot_bytes = {budget_bytes:,}; set it to at least {needed}"
-        )
-    spare = min(cadence, (budget_bytes - needed) // snapshot_bytes)
-    return borders | (set(range(0, steps, ceil(steps / spare))) if spare else set())
 
 
 class StepObserver(Protocol):
@@ -180,7 +159,7 @@ class TrajectoryRecorder:
         previous: Path | None = None,
     ) -> None:
         self.folder, self.model, self.optimizers = Path(folder), model, as_sequence(optimizer)
-        _check_replayable(model, self.optimizers)
+        check_replayable(model, self.optimizers)
         self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self.rank, self.world = _rank_and_world()
         self._lock = Lock(self.folder, LOCK if self.rank == 0 else f".rank-{self.rank:05d}.lock")
@@ -189,30 +168,21 @@ class TrajectoryRecorder:
         self._step = -1
         self.first_step = first_step
         self.windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
-        names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+        self._watch = OptimizerWatch(self.optimizers, model)
+        self._buffers: BufferWatch | None = None
         task = keep_model_config(self.folder, task, write=self.rank == 0)
         self._spec = RunSpec(
             task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
             columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
             steps=steps, windows=self.windows,
-            optimizers=[name for name, _ in self._groups()], clip_norm=clip_norm,
-            groups=[[names[id(p)] for p in group["params"] if id(p) in names] for _, group in self._groups()],
+            optimizers=[name for name, _ in groups_of(self.optimizers)], clip_norm=clip_norm, groups=self._watch.names,
             previous=previous and Path(previous).resolve(),
         )  # fmt: skip
         self._snapshot_steps = snapshot_schedule(
-            self.windows,
-            steps,
-            config.cadence_snapshots,
-            state_bytes(model, self.optimizers),
-            int(config.snapshot_bytes),
-        )
+            self.windows, steps, config.cadence_snapshots, state_bytes(model, self.optimizers),
+            snapshot_budget(self.folder, None if config.snapshot_bytes is None else int(config.snapshot_bytes)),
+        )  # fmt: skip
         self._open(first_step)
-
-    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every parameter group, with the class name of its optimizer."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield type(optimizer).__name__, group
 
     def _open(self, first_step: int) -> None:
         if (self.folder / "steps.parquet").exists():
@@ -247,6 +217,8 @@ class TrajectoryRecorder:
         """Call before the first micro-batch of a step: takes the snapshot where one is due."""
         for observer in self._observers:
             observer.begin_step(step)
+        self._watch.begin()
+        self._buffers = BufferWatch(self.model) if self._step < 0 else None
         self._step = step
         self._first_row = len(self._rows)
         if step in self._snapshot_steps:
@@ -283,14 +255,23 @@ class TrajectoryRecorder:
             }
         )
 
-    def end_step(self, loss: Tensor | float, grad_norm: Tensor | float | None = None) -> None:
+    def end_step(
+        self, loss: Tensor | float, grad_norm: Tensor | float | None = None, updated: bool | None = None
+    ) -> None:
         """Call after the optimizer's step and before the schedule's.
 
         Args:
             loss: `L_k` of the whole step (all micro-batches and ranks), nats per token.
             grad_norm: global gradient norm before clipping, as `clip_grad_norm_` returns it.
+            updated: False where the step took no update (a GradScaler found an infinity, the batch was bad); None:
+                whether `optimizer.step()` was called, which is enough but where it is compiled.
+
+        Raises:
+            UserError: the step is none that replay could repeat.
         """
-        groups = [vars(GroupSettings.read(name, group)) for name, group in self._groups()]
+        groups = self._watch.end(self._step, updated)
+        if self._buffers is not None:
+            self._buffers.check()
         for row in self._rows[self._first_row :]:
             row.update(loss=_detached(loss), grad_norm=_detached(grad_norm), groups=groups)
         for observer in self._observers:
@@ -307,6 +288,7 @@ class TrajectoryRecorder:
         rows = [{key: _host(value) for key, value in row.items()} for row in self._rows]
         for row in rows:
             row["clip_factor"] = clip_factor(row["grad_norm"], self.clip_norm)
+            row["groups"] = [{**group, "updated": bool(group["updated"])} for group in row["groups"]]
         self._write(pl.DataFrame(rows, schema=STEPS))
         self._rows = []
         self._first_row = 0
@@ -314,6 +296,7 @@ class TrajectoryRecorder:
     def finish(self) -> None:
         """Write the last snapshot and merge all ranks' records into `steps.parquet`; the run is then complete."""
         self.flush()
+        self._watch.close()
         for observer in self._observers:
             observer.finish()
         self._snapshot(self._spec.steps)
@@ -356,19 +339,6 @@ def remove_parts(run: Path) -> None:
     shutil.rmtree(run / "steps.parts", ignore_errors=True)
 
 
-def _check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse before training what replay could not repeat after it.
-
-    Raises:
-        UserError: dropout, sparse gradients, or optimizers that are not supported.
-    """
-    refuse_dropout(model)
-    refuse_unsupported(optimizers)
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
-    if sparse:
-        raise UserError(f"{sparse[0]} has sparse gradients, which cannot be replayed; build it with sparse=False")
-
-
 class NoRecorder:
     """Stands where a loop may run without recording; every call does nothing."""
 
@@ -384,7 +354,9 @@ class NoRecorder:
     ) -> None:
         """Nothing is kept."""
 
-    def end_step(self, loss: Tensor | float, grad_norm: Tensor | float | None = None) -> None:
+    def end_step(
+        self, loss: Tensor | float, grad_norm: Tensor | float | None = None, updated: bool | None = None
+    ) -> None:
         """Nothing is kept."""
 
     def flush(self) -> None:

@@ -21,11 +21,13 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UserError
+from curate.model import named_parameters, train_only
 from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.task import Batch, Task, collate
+from curate.trajectory.drift import check_drift
 from curate.trajectory.flat import FlatLayout
 from curate.trajectory.samples import SampleReader
-from curate.trajectory.snapshots import load_state, named_parameters, put_state, state_tensors
+from curate.trajectory.snapshots import load_state, put_state, state_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,11 @@ class StepRecord:
                 "pass it to end_step (or log it), or use the adjoint estimator, which measures it"
             )
         return self.clip_factor
+
+    @property
+    def updated(self) -> bool:
+        """Whether any optimizer took the step."""
+        return any(group.updated for group in self.groups)
 
     @property
     def size(self) -> int:
@@ -139,6 +146,8 @@ class Replay:
                 )
         self.reader = SampleReader(run)
         self.task = Task(run.spec.task, self.device)
+        trained = {name for group in run.spec.groups for name in group}
+        train_only(self.task.model, trained, f"run {run.folder}")
         self.layout = FlatLayout(self.task.model, run.spec.groups)
         self._pass_seconds: list[float] = []
 
@@ -154,6 +163,7 @@ class Replay:
 
     def load(self, step: int) -> None:
         """Put the model into its state before `step`, which must have a snapshot."""
+        self._refuse_diverged(step)
         load_state(self.run.snapshot(step), self.model)
 
     def horizon_model(self, step: int) -> nn.Module:
@@ -190,9 +200,10 @@ class Replay:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
         Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
-        Snapshots on the way are loaded, so that rounding differences (other hardware, other thread counts) do not grow
-        over a long replay; a change that the caller makes to gradients would be undone there: what trains differently
-        goes by `restore`, `backward` and `update`.
+        At each snapshot on the way, and at the end where there is one, the replayed state is held against it. It is
+        loaded then, so that rounding differences (other hardware, other thread counts) do not grow over a long replay.
+        A change that the caller makes to gradients would be refused there: what trains differently goes by `restore`,
+        `backward` and `update`.
 
         Args:
             start: first step.
@@ -201,13 +212,16 @@ class Replay:
             checkpoint: state before `start` as `save_state` wrote it, to start from instead of a snapshot.
 
         Raises:
-            UserError: loss or gradient norm differ from the recorded ones; the message names the step and both numbers.
+            UserError: loss, gradient norm or state differ from the recorded ones, or the training had diverged; the
+                message names the step and the numbers.
         """
+        self._refuse_diverged(stop)
         first = self.run.snapshot_before(start) if checkpoint is None else start
         optimizers = self.restore(first, checkpoint)
         snapshots = {step for step in self.run.snapshots if step > first}
         for record in records(self.run, first, stop):
             if record.step in snapshots:
+                check_drift(self.run, record.step, self.model, self.tolerance)
                 load_state(self.run.snapshot(record.step), self.model, optimizers)
             batches = self.batches(record)
             begin = perf_counter()
@@ -217,6 +231,8 @@ class Replay:
             if record.step >= start:
                 yield ReplayedStep(record=record, batches=batches, captured=captured, optimizers=optimizers)
             self.update(record, optimizers)
+        if stop in snapshots:
+            check_drift(self.run, stop, self.model, self.tolerance)
 
     def states(self, start: int, stop: int, checkpoint: Path | None = None) -> Iterator[State]:
         """Like `steps`, with copies of everything the update reads: 4 P numbers per step."""
@@ -258,6 +274,7 @@ class Replay:
         """
         import torch
 
+        self._refuse_diverged(step)
         parameters, spec = named_parameters(self.model), self.run.spec
         named = zip(spec.optimizers, spec.groups, strict=True)
         optimizers: list[torch.optim.Optimizer] = [
@@ -298,14 +315,18 @@ class Replay:
         return loss, captured
 
     def update(self, record: StepRecord, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Clip and step as the training did, with the recorded hyper-parameters."""
+        """Clip and step as the training did, with the recorded hyper-parameters; nothing where it skipped the step."""
         from torch.nn.utils import clip_grad_norm_
 
+        if not record.updated:
+            return
         if self.run.spec.clip_norm is not None:
             clip_grad_norm_(named_parameters(self.model).values(), self.run.spec.clip_norm)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, settings in zip(groups, record.groups, strict=True):
             group.update(settings.as_group())
+            for parameter in group["params"] if not settings.updated else ():
+                parameter.grad = None  # this optimizer alone skipped the step
         for optimizer in optimizers:
             optimizer.step()
 
@@ -319,17 +340,37 @@ class Replay:
     def check(self, record: StepRecord, loss: float) -> None:
         """Hold a step's loss and the norm of what is in `.grad` against the record.
 
+        What is not finite in the record of a skipped step is not compared: it may be why it was skipped.
+
         Raises:
             UserError: one differs by more than the tolerance; a NaN differs from everything.
         """
         norm = self.gradient_norm()
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
-            if recorded is not None and not math.isclose(replayed, recorded, rel_tol=self.tolerance):
+            if recorded is None or (not record.updated and not math.isfinite(recorded)):
+                continue
+            if not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(
                     f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely "
                     "causes are dropout or other randomness, another autocast type, streams or snapshots changed "
-                    "since, or sample weights that are not those of the loss; on other hardware raise --tolerance"
+                    "since, sample weights that are not those of the loss, or an update before it that was not "
+                    "optimizer.step() on the clipped gradient; on other hardware raise --tolerance"
                 )
+
+    def _refuse_diverged(self, stop: int) -> None:
+        """Refuse steps whose numbers mean nothing.
+
+        Raises:
+            UserError: names the step from which on the training was not finite, and the windows before it.
+        """
+        first = self.run.diverged
+        if first is not None and first < stop:
+            finite = [name for name, (_, end) in self.run.spec.windows.items() if end <= first]
+            raise UserError(
+                f"the training of {self.run.folder} diverged at step {first} (loss or gradient norm is not finite), so "
+                f"steps up to {stop} have no values; "
+                + (f"use a window before it (--window {finite[-1]})" if finite else "no declared window lies before it")
+            )
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Any]]:

@@ -41,6 +41,7 @@ _SETTINGS = {  # the fields of `GroupSettings`
     "nesterov": pl.Boolean,
     "ns_steps": pl.Int64,
     "adjust_lr_fn": pl.String,
+    "updated": pl.Boolean,  # whether the group's optimizer took the step
 }
 STEPS = pl.Schema(
     [
@@ -57,6 +58,7 @@ STEPS = pl.Schema(
     ]
 )
 
+_UPDATED = pl.col("groups").list.eval(pl.element().struct.field("updated")).list.any()
 
 DOMAIN = r"^\w[\w.-]*$"
 
@@ -215,31 +217,44 @@ class Run:
         return self._changed(spec=spec, streams=dict(streams), catalogue=catalogue)
 
     def continued(self, steps: int, lr_share: float = 1.0) -> Run:
-        """The run as if it went on: its last batches once more, with the optimizers' settings of the step of median lr.
+        """The run as if it went on: the batches of its last updates once more, with the settings of the usual step.
 
         The added steps have neither loss nor gradient norm.
 
         Args:
-            steps: how many; at most as many as the run has.
+            steps: how many; at most as many as the run was updated in.
             lr_share: factor of that step's lr.
+
+        Raises:
+            UserError: it was updated in fewer.
         """
-        last = self.steps.filter(pl.col("step") >= self.spec.steps - steps)
+        updated = self.steps.filter(_UPDATED)["step"].unique().sort().tail(steps)
+        if len(updated) < steps:
+            raise UserError(f"run {self.folder} was updated in {len(updated)} steps, {steps} are to be repeated")
+        places = pl.DataFrame({"step": updated, "place": range(self.spec.steps, self.spec.steps + steps)})
+        last = self.steps.join(places, on="step", maintain_order="left").with_columns(step="place").drop("place")
         lr = (pl.element().struct.field("lr") * lr_share).alias("lr")
         settings = pl.col("groups").list.eval(pl.element().struct.with_fields(lr))
         usual = self.steps.filter(pl.col("step") == self.usual_step).head(1).select(settings)
         unknown = pl.lit(None, pl.Float64)
-        added = last.drop("groups").with_columns(
-            pl.col("step") + steps, loss=unknown, grad_norm=unknown, clip_factor=unknown
-        )
+        added = last.drop("groups").with_columns(loss=unknown, grad_norm=unknown, clip_factor=unknown)
         longer = self.spec.model_copy(update={"steps": self.spec.steps + steps})
         steps_of_both = pl.concat([self.steps, added.join(usual, how="cross").select(STEPS.names())])
         return self._changed(spec=longer, steps=steps_of_both)
 
+    @cached_property
+    def diverged(self) -> int | None:
+        """The first updated step whose loss or gradient norm is not finite; what follows it means nothing."""
+        wrong = ~(pl.col("loss").is_finite() & pl.col("grad_norm").is_finite())  # unknown where they are not logged
+        found = self.steps.filter(wrong & _UPDATED)["step"]
+        return int(found[0]) if len(found) else None
+
     @property
     def usual_step(self) -> int:
-        """The step of median lr (of the first group): what is to stand for the steps of another stage."""
+        """The updated step of median lr (of the first group): what is to stand for the steps of another stage."""
         lr = pl.col("groups").list.first().struct.field("lr")
-        rates = self.steps.unique("step", keep="first", maintain_order=True).select("step", lr=lr).sort("lr", "step")
+        steps = self.steps.filter(_UPDATED).unique("step", keep="first", maintain_order=True)
+        rates = steps.select("step", lr=lr).sort("lr", "step")
         return int(rates["step"][len(rates) // 2])
 
     def _changed(self, **parts: Any) -> Run:

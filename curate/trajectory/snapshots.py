@@ -7,17 +7,24 @@ device-to-host transfer needs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import checked, list_files, replacing
 from curate.errors import UserError
+from curate.machine import free_disk
+from curate.model import all_parameters, named_parameters, unwrapped_name
 from curate.optimizers.settings import BUFFERS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+_ESTIMATED = {"optimizer": "estimated"}
 
 
 def snapshot_path(run: Path, step: int) -> Path:
@@ -28,16 +35,6 @@ def snapshot_path(run: Path, step: int) -> Path:
 def snapshot_steps(run: Path) -> list[int]:
     """Steps that have a complete snapshot, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / "snapshots").glob("step-*.safetensors"))
-
-
-def unwrapped_name(name: str) -> str:
-    """Without the prefixes `module.` (DDP) and `_orig_mod.` (torch.compile)."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.")
-
-
-def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name, see `unwrapped_name`."""
-    return {unwrapped_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
@@ -59,6 +56,46 @@ def _vectors(optimizer: Optimizer, group: dict[str, Any]) -> int:
     return 2
 
 
+def snapshot_schedule(
+    windows: dict[str, tuple[int, int]], steps: int, cadence: int, snapshot_bytes: int, budget_bytes: int
+) -> set[int]:
+    """Steps to snapshot before: all window borders and the stage's end, then an even cadence within the byte budget.
+
+    Args:
+        windows: step ranges.
+        steps: steps of the stage.
+        cadence: snapshots wanted beside those at the borders.
+        snapshot_bytes: size of one snapshot.
+        budget_bytes: size of all of them.
+
+    Raises:
+        UserError: the borders alone exceed the budget.
+    """
+    borders = {step for window in windows.values() for step in window} | {steps}
+    needed = len(borders) * snapshot_bytes
+    if needed > budget_bytes:
+        raise UserError(
+            f"{len(borders)} snapshots of {snapshot_bytes:,} bytes at the window borders need {needed:,} bytes, "
+            f"{budget_bytes:,} are there (recorder.snapshot_bytes, or free on the disk); allow that many, or declare "
+            "fewer recorder.windows"
+        )
+    spare = min(cadence, (budget_bytes - needed) // snapshot_bytes)
+    if spare < cadence:
+        _log.warning(
+            "%d of %d snapshots between the windows fit into %s bytes; each takes %s",
+            spare, cadence, f"{budget_bytes:,}", f"{snapshot_bytes:,}",
+        )  # fmt: skip
+    return borders | (set(range(0, steps, ceil(steps / spare))) if spare else set())
+
+
+def snapshot_budget(run: Path, snapshot_bytes: int | None) -> int:
+    """Bytes for snapshots: as set, or what is free where the run lies, with those that are there already."""
+    if snapshot_bytes is not None:
+        return snapshot_bytes
+    there = sum(path.stat().st_size for path in (run / "snapshots").glob("*.safetensors"))
+    return free_disk(run) + there
+
+
 def as_sequence(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
     """One or several optimizers as several."""
     return optimizers if isinstance(optimizers, Sequence) else (optimizers,)
@@ -67,7 +104,7 @@ def as_sequence(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimiz
 def state_tensors(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> dict[str, Tensor]:
     """The state itself, not a copy, under the keys of a snapshot. Tied tensors come once."""
     tensors = dict(_model_tensors(model))
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    names = {id(parameter): name for name, parameter in all_parameters(model).items()}
     for optimizer in as_sequence(optimizers):
         for parameter, buffers in optimizer.state.items():
             for key, value in buffers.items():
@@ -75,12 +112,46 @@ def state_tensors(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer])
     return {key: value.detach() for key, value in tensors.items()}
 
 
-def save_state(path: Path, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
-    """Write the state atomically."""
+def save_state(
+    path: Path, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], *, estimated: bool = False
+) -> None:
+    """Write the state atomically.
+
+    Args:
+        path: file.
+        model: the model.
+        optimizers: its optimizers.
+        estimated: the optimizers' state is not that of the training, see `is_estimated`.
+    """
     from safetensors.torch import save_file
 
+    tensors = {key: value.contiguous() for key, value in state_tensors(model, optimizers).items()}
     with replacing(path) as part:
-        save_file({key: value.contiguous() for key, value in state_tensors(model, optimizers).items()}, str(part))
+        save_file(tensors, str(part), _ESTIMATED if estimated else None)
+
+
+def is_estimated(path: Path) -> bool:
+    """Whether the optimizer state of a snapshot was estimated: what is replayed from it is near the training only."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata() == _ESTIMATED
+
+
+def read_tensors(path: Path, prefix: str, names: Sequence[str]) -> Iterator[Tensor]:
+    """Some tensors of a snapshot, one after the other; each is read when it is asked for.
+
+    Raises:
+        UserError: the file is damaged, or lacks one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name in names:
+                yield file.get_tensor(prefix + name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"snapshot {path} is corrupted ({error}); restore it or train the stage again") from None
 
 
 def save_snapshot(run: Path, step: int, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
@@ -139,7 +210,7 @@ def put_state(
 
 
 def _put_optimizers(
-    tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizers: Sequence[Optimizer], what: str
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], what: str
 ) -> None:
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in optimizers:
@@ -155,7 +226,7 @@ def _put_optimizers(
     _refuse_other_buffers(parameters, optimizers, what)
 
 
-def _refuse_other_buffers(parameters: dict[str, Tensor], optimizers: Sequence[Optimizer], what: str) -> None:
+def _refuse_other_buffers(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], what: str) -> None:
     """An optimizer takes up foreign state silently, or fails at its first step; nothing is done about unknown ones.
 
     Raises:

@@ -12,17 +12,17 @@ from pydantic import ValidationError
 from curate.artifacts import list_files
 from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, write_stream
+from curate.model import named_parameters
 from curate.trajectory.recorder import (
     RecorderConfig,
     TrajectoryRecorder,
     default_windows,
-    snapshot_schedule,
     window_steps,
 )
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.run import STEPS, Run, find_run
 from curate.trajectory.samples import window_rows
-from curate.trajectory.snapshots import load_state, named_parameters
+from curate.trajectory.snapshots import load_state, snapshot_schedule
 from tests import tiny
 from tests.tiny import Training, record_tiny_run, write_tiny_streams
 
@@ -244,5 +244,5 @@ def test_snapshots_at_borders_first_then_a_cadence_within_the_budget():
     windows = {"early": (0, 10), "late": (90, 100)}
     assert snapshot_schedule(windows, 100, 8, 10, 40) == {0, 10, 90, 100}
     assert snapshot_schedule(windows, 100, 4, 10, 1000) == {0, 10, 25, 50, 75, 90, 100}
-    with pytest.raises(UserError, match=r"exceed recorder.snapshot_bytes = 39; set it to at least 40"):
+    with pytest.raises(UserError, match=r"need 40 bytes, 39 are there"):
         snapshot_schedule(windows, 100, 8, 10, 39)
