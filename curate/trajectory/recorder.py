@@ -31,6 +31,7 @@ from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
+from curate.formats.streams import check_domain
 from curate.lock import LOCK, Lock
 from curate.task import TaskSpec
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -160,6 +161,8 @@ class TrajectoryRecorder:
     ) -> None:
         self.folder, self.model, self.optimizers = Path(folder), model, as_sequence(optimizer)
         check_replayable(model, self.optimizers)
+        for domain in streams:
+            check_domain(domain)
         self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self.rank, self.world = _rank_and_world()
         self._lock = Lock(self.folder, LOCK if self.rank == 0 else f".rank-{self.rank:05d}.lock")
