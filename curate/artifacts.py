@@ -401,7 +401,7 @@ def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
 def _passing(path: Path) -> bool:
     """Whether a file is no part of an artifact: its list and manifest, locks, and what an interrupted job leaves."""
     left = any(part == SCRATCH or part.endswith(".part") for part in path.parts)
-    return left or path.as_posix() in (SUMS, MANIFEST) or path.name == "lock" or path.suffix == ".lock"
+    return left or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
 
 
 def is_complete(folder: Path, settings: Json) -> bool:
