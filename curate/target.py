@@ -111,10 +111,10 @@ def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     start = find_eot(tokenizer) if tokenizer else None
     documents = read_documents(path)
     different = list({document.content_hash: document for document in reversed(documents)}.values())[::-1]
-    spelling = Spelling(tokenizer)
+    spelling = Spelling(str(path), tokenizer)
     split = [split_document(*encoded, spec.seq_len, start) for encoded in spelling.encode(different)]
     pieces = [parts for parts in split if parts]
-    spelling.warn(str(path))
+    spelling.warn()
     if len(pieces) < len(documents):
         _log.warning(
             "%s: %d of %d documents count; %d repeat an earlier one, %d have no token to predict",

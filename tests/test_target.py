@@ -141,5 +141,5 @@ def test_token_ids_beyond_the_vocabulary_are_named(tmp_path):
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match=r"t.jsonl: document 't.jsonl:1' is text and there is no tokenizer"):
         load_target(write(tmp_path / "t.jsonl", [{"text": "some words"}]), SPEC, min_tokens=1)

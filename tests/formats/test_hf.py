@@ -30,10 +30,12 @@ def test_saved_dataset(tmp_path: Path) -> None:
     assert HfFile(tmp_path / "saved", "train", tmp_path / "cache").read([2, 0]) == DOCUMENTS
 
 
-def test_saved_dataset_with_splits(tmp_path: Path) -> None:
+def test_saved_dataset_with_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     dataset = datasets.Dataset.from_dict(ROWS)
     datasets.DatasetDict({"big": dataset, "small": dataset.select([0])}).save_to_disk(tmp_path / "saved")
     assert len(HfFile(tmp_path / "saved", "small", tmp_path / "cache")) == 1
+    assert "split 'small' is read, big not" in caplog.text
     with pytest.raises(UserError, match=r"saved has no split 'train' \(it has big, small\); set split"):
         HfFile(tmp_path / "saved", "train", tmp_path / "cache")
 
