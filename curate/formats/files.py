@@ -109,13 +109,10 @@ def open_reader(file: DocumentFile, fields: Fields | None, split: str, cache: Pa
     Raises:
         UserError: the file cannot be read, or has no documents.
     """
-    try:
-        file.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the name of {file.path} is not UTF-8; rename the file") from None
+    name = file.name.encode(errors="backslashreplace").decode()  # bytes that are not UTF-8 are surrogates here
     if file.path.is_dir() or suffix_of(file.path).lower() in _PARQUET:
-        return HfFile(file.path, split, cache, fields, file.name)
-    return JsonlFile(file.path, cache, fields, file.name)
+        return HfFile(file.path, split, cache, fields, name)
+    return JsonlFile(file.path, cache, fields, name)
 
 
 def read_documents(path: Path) -> list[Document]:

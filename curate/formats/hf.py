@@ -114,7 +114,7 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
         raise UserError(f"{path} does not exist; expected a Parquet file or a dataset saved by save_to_disk")
     try:
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the library checks little of what it reads
         raise UserError(f"{path} is not a dataset with rows, saved by save_to_disk ({_first_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -123,7 +123,12 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
             _log.info("%s: split %r is read, %s not", path, split, ", ".join(sorted(set(found) - {split})))
         found = found[split]
     # A saved format gives rows as tensors or tables, and hides columns.
-    return found.with_format(None).select_columns(_needed(found.column_names, fields))
+    rows = found.with_format(None).select_columns(_needed(found.column_names, fields))
+    try:
+        rows.data.validate(full=True)  # reading a damaged Arrow file can end the process
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}); write it again") from None
+    return rows
 
 
 def _first_line(error: BaseException) -> str:
