@@ -1,32 +1,65 @@
-"""What makes a file or folder on disk trustworthy: atomic replacement and a manifest with a fingerprint.
+"""What makes a file or folder on disk trustworthy: atomic replacement, a manifest with a fingerprint, a list of hashes.
 
 A folder artifact is complete exactly when it holds `manifest.json`, which is written last. The manifest names the
 settings and the parents (fingerprints) that it was made from; asked for again with the same settings it is reused,
 with others it is refused with the settings that differ. Nothing in a manifest depends on the time or the machine.
+
+`sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`). `checked`
+holds a file against the list that names it before its content is used; files that no list names are taken as they are.
+One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing and can
+be made from the rest is made again.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from curate.errors import UserError
 from curate.reading import parse_json, read_text
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import polars as pl
+
 MANIFEST = "manifest.json"
+SUMS = "sums.json"
 STARTED = "settings.json"
+SCRATCH = "scratch"
 SIGN = "positive = removing the sample would raise the target's loss = the sample helped"
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "polars", "mosaicml-streaming", "transformers")
 
+UNREADABLE = (  # what NumPy raises for damaged npy and npz files, by where they are damaged
+    ValueError, EOFError, BadZipFile, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError, SyntaxError,
+    struct.error,
+)  # fmt: skip
+_LEVELS = 4  # folders above a file that may list it
+_CHUNK = 1 << 20
+_HASH = "hash"  # of a JSON file, in itself
+
 Json = Mapping[str, Any]
+Sum = tuple[int, str]
+"""Bytes of a file, and their xxh3_128."""
+
+State = tuple[int, int, int]
+"""What changes when a file is written or replaced: its place on disk, its size, its time."""
+
+_lists: dict[Path, tuple[State, dict[str, Sum]]] = {}  # what this process read, by folder
+_hashes: dict[tuple[Path, State], str] = {}  # that this process computed
 
 
 @contextmanager
@@ -53,22 +86,47 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Json) -> None:
     """Replace `path` atomically with `value` as indented JSON, keys in the order given."""
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(_text(value), encoding="utf-8")
+
+
+def _text(value: Json) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing or is not a JSON object.
+        UserError: the file is missing, is not what its list says, or is not a JSON object.
     """
+    return _parsed(checked(path))
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = parse_json(text, str(path))
     except UserError as error:
-        raise UserError(f"{error}; it was truncated or edited by hand") from None
+        raise UserError(f"{error}: it was truncated or edited by hand; restore it") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_hashed(path: Path, value: Json) -> None:
+    """`write_json` of a file that is written again and again: its hash stands in it."""
+    write_json(path, {**value, _HASH: fingerprint(value)})
+
+
+def read_hashed(path: Path) -> dict[str, Any]:
+    """What `write_hashed` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    value = read_json(path)
+    if value.pop(_HASH, None) != fingerprint(value):
+        raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(path.parent)}")
     return value
 
 
@@ -79,9 +137,62 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """What `write_arrays` wrote; nothing is unpickled."""
-    with np.load(path) as stored:
-        return {name: stored[name] for name in stored.files}
+    """What `write_arrays` wrote; nothing is unpickled.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with np.load(checked(path)) as stored:
+            return {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """The array in an npy file, memory-mapped; nothing is unpickled.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        found: npt.NDArray[Any] = np.load(checked(path), mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
+    return found
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """The table in a Parquet file.
+
+    Args:
+        path: the file.
+        columns: those that are read; none: all.
+
+    Raises:
+        UserError: the file is missing or damaged, or lacks a column.
+    """
+    import polars as pl
+
+    try:
+        return pl.read_parquet(checked(path), columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
+
+
+def _short(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(value: Any) -> str:
@@ -94,6 +205,133 @@ def file_fingerprint(path: Path) -> str:
     """16 hex digits of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def hash_of(data: bytes) -> str:
+    """The xxh3_128 of some bytes."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def sum_of(path: Path) -> Sum:
+    """Size and hash of a file, read once."""
+    state, digest = xxhash.xxh3_128(), bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(digest):
+            state.update(memoryview(digest)[:count])
+    return path.stat().st_size, state.hexdigest()
+
+
+def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] | None = None) -> None:
+    """Add files to the list of a folder, or renew what it says of them; call it when they are written.
+
+    Args:
+        folder: theirs, or one above it.
+        paths: the files.
+        sums: of files that are not yet there, by their name in the folder.
+    """
+    new = {path.relative_to(folder).as_posix(): sum_of(path) for path in paths} | dict(sums or {})
+    write_json(folder / SUMS, dict(sorted({**listed(folder), **new}.items())))
+
+
+def listed(folder: Path) -> dict[str, Sum]:
+    """The files that a folder lists, by name; none where it has no list.
+
+    Raises:
+        UserError: the list is damaged.
+    """
+    path = folder / SUMS
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    state = _state(status)
+    known = _lists.get(folder)
+    if known is None or known[0] != state:
+        try:
+            known = state, {name: (int(size), str(digest)) for name, (size, digest) in _parsed(path).items()}
+        except (TypeError, ValueError):
+            raise UserError(f"{path} is corrupted: {_remedy(folder)}") from None
+        _lists[folder] = known
+    return known[1]
+
+
+def checked(path: Path, by: Path | None = None) -> Path:
+    """A file that may be read: where a list above it names it, it is what was written.
+
+    A file is hashed once in a process, and again when its size or time changed.
+
+    Args:
+        path: the file.
+        by: folder that must list it; none: the nearest one above that does, if any.
+
+    Raises:
+        UserError: it is not what the list says, is missing although a list names it, or has to be listed and is not.
+    """
+    folders = [by] if by is not None else list(path.absolute().parents)[:_LEVELS]
+    for folder in folders:
+        name = (path if by is not None else path.absolute()).relative_to(folder).as_posix()
+        wanted = listed(folder).get(name)
+        if wanted is not None:
+            _hold(path, wanted, folder)
+            return path
+    if by is not None:
+        if not (by / SUMS).exists():
+            raise UserError(f"{by / SUMS}, which lists what was written, is missing: {_remedy(by)}")
+        what = "is missing" if not path.exists() else f"is not in {by / SUMS}, which lists what was written"
+        raise UserError(f"{path} {what}: {_remedy(by)}")
+    return path
+
+
+def check_sizes(folder: Path) -> None:
+    """Ask whether all files of a folder's list are there and have the size that they had; reads no content.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, wanted in listed(folder).items():
+        _size(folder / name, wanted, folder)
+
+
+def check_contents(folder: Path) -> None:
+    """Hold every file of a folder against its list; reads all that this process did not read yet.
+
+    Raises:
+        UserError: one is not what was written.
+    """
+    for name, wanted in listed(folder).items():
+        _hold(folder / name, wanted, folder)
+
+
+def _hold(path: Path, wanted: Sum, folder: Path) -> None:
+    status = _size(path, wanted, folder)
+    key = path.absolute(), _state(status)
+    if key not in _hashes:
+        _hashes[key] = sum_of(path)[1]
+    if _hashes[key] != wanted[1]:
+        raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(folder)}")
+
+
+def _size(path: Path, wanted: Sum, folder: Path) -> os.stat_result:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is missing: {_remedy(folder)}") from None
+    if status.st_size != wanted[0]:
+        raise UserError(
+            f"{path} is corrupted: it has {status.st_size:,} bytes, {wanted[0]:,} were written; {_remedy(folder)}"
+        )
+    return status
+
+
+def _state(status: os.stat_result) -> State:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a damaged file of a folder."""
+    if (folder / MANIFEST).exists():
+        return f"restore it, or delete {folder} and run the same command again"
+    return "restore it, or delete it and run the command that wrote it again"
 
 
 def folder_bytes(folder: Path) -> int:
@@ -113,7 +351,7 @@ def versions() -> dict[str, str]:
 
 
 def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
-    """Write the manifest that makes `folder` complete.
+    """List the files of `folder` and write the manifest that makes it complete.
 
     Args:
         folder: the artifact.
@@ -122,18 +360,34 @@ def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
         facts: what is worth knowing and was not an input (counts, recall, residuals; no times).
     """
     manifest = {"kind": kind, "fingerprint": fingerprint(settings), "sign": SIGN, "settings": dict(settings)}
-    write_json(folder / MANIFEST, {**manifest, **facts, "versions": versions()})
+    text = _text({**manifest, **facts, "versions": versions()})
+    paths = [path for path in folder.rglob("*") if path.is_file() and not _passing(path.relative_to(folder))]
+    (folder / SUMS).unlink(missing_ok=True)
+    list_files(folder, paths, sums={MANIFEST: (len(text.encode()), hash_of(text.encode()))})
+    with replacing(folder / MANIFEST) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _passing(path: Path) -> bool:
+    """Whether a file is no part of an artifact: its list and manifest, locks, and what an interrupted job leaves."""
+    left = any(part == SCRATCH or part.endswith(".part") for part in path.parts)
+    return left or path.as_posix() in (SUMS, MANIFEST) or path.name == "lock" or path.suffix == ".lock"
 
 
 def is_complete(folder: Path, settings: Json) -> bool:
     """Whether `folder` holds a complete artifact made with exactly `settings`; False where there is none yet.
 
+    Contents are held against their hashes where they are read; here that all files are there, in their size.
+
     Raises:
-        UserError: it is complete but was made with other settings; the message names those that differ.
+        UserError: it is complete but was made with other settings (the message names those that differ), or a file of
+            it is missing or has another size.
     """
     if not (folder / MANIFEST).exists():
         return False
-    _same_settings(folder, "is complete but was made", read_json(folder / MANIFEST).get("settings", {}), settings)
+    manifest = _parsed(checked(folder / MANIFEST, by=folder))
+    _same_settings(folder, "is complete but was made", manifest.get("settings", {}), settings)
+    check_sizes(folder)
     return True
 
 

@@ -166,7 +166,7 @@ def _by_the_next_step(
         run, _samples_of(run, config, used), known.ahead, {target.name: weights[target.name] for target in targets},
         config.probe.min_rank_correlation, config.seed,
     )  # fmt: skip
-    per_token = predicted.unique("sample_id").select("sample_id", "value")
+    per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value")
     told = samples.join(per_token, on="sample_id").with_columns(pl.col("value") * pl.col("tokens"))
     values, slopes, seconds = values_frame(told, NEXT, targets[0].name), None, 0.0
     likely = samples.clear()
@@ -216,7 +216,7 @@ def candidates(
     Returns:
         Those rows, in their order.
     """
-    per_token = values.select("sample_id", value=pl.col("value") / pl.col("tokens")).unique("sample_id")
+    per_token = values.select("sample_id", value=pl.col("value") / pl.col("tokens")).unique("sample_id", keep="first")
     told = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
     if texts is None:
         told, share = told.with_columns(likeness=pl.lit(None, pl.Float64)), 0.0

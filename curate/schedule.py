@@ -20,9 +20,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from curate.artifacts import folder_bytes, read_json
+from curate.artifacts import folder_bytes
 from curate.config import Config, parse_command, run_command
 from curate.embed import cost_units, embed, is_embedded, read_target
+from curate.embeddings.store import read_timings
 from curate.errors import UserError
 from curate.mixture.record import read_mixture
 from curate.progress import start_logging
@@ -239,7 +240,7 @@ def measured(plan: PlanConfig, piece: Piece) -> str:
         return f"{run.spec.steps:,} steps, {tokens:,} tokens, {states / 1e6:,.1f} MB of states"
     if piece.kind == "embed":
         size = folder_bytes(run.folder / "embeddings")
-        times = [read_json(path) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
+        times = [read_timings(path.parent) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
         seconds = sum(one["seconds"] for one in times)
         units = sum(one["cost_units"] or 0.0 for one in times)
         share = 100 * units / run.spec.steps
@@ -287,7 +288,7 @@ def _expected_embedding(plan: PlanConfig, index: int, run: Run, steps: int) -> s
         units[name] * (windows[name][1] - windows[name][0]) / (run.window(name)[1] - run.window(name)[0])
         for name in units
     )
-    timed = [read_json(path)["unit_seconds"] for path in sorted(run.folder.glob("embeddings/*/timings.json"))]
+    timed = [read_timings(path.parent)["unit_seconds"] for path in sorted(run.folder.glob("embeddings/*/timings.json"))]
     seconds = [each for each in timed if each]
     time = f", about {total * sum(seconds) / len(seconds):,.0f} s" if seconds else ""
     return f"about {total:,.0f} forward+backward passes, {100 * total / steps:.0f} % of the stage{time}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import check_startable, fingerprint, is_complete, replacing, seal, start
+from curate.artifacts import check_contents, check_startable, fingerprint, is_complete, replacing, seal, start
 from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
@@ -67,6 +67,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     data = None if config.pool is not None else samples_fingerprint(run.catalogue.sort("domain", "sample_id"))
     out = config.out or run.folder / "selections" / f"{target.name}-{fingerprint({**settings, 'data': data})[:8]}"
     if is_complete(out, settings):
+        check_contents(out)
         check_data(out, data)
         _log.info("this selection is complete already")
         return out

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import read_json, write_json
+from curate.artifacts import list_files, read_hashed, sum_of, write_hashed
 from curate.errors import UserError
 from curate.trajectory.snapshots import load_state, save_state
 
@@ -29,7 +29,8 @@ def save(
 ) -> None:
     """Write the state after `step` steps, then the file that makes it current; a crash between them loses nothing."""
     save_state(_path(out, step), model, optimizers)
-    write_json(out / _TRAINER, {"step": step, "data": loader.state_dict(), "settings": settings})
+    state = list(sum_of(_path(out, step)))
+    write_hashed(out / _TRAINER, {"step": step, "state": state, "data": loader.state_dict(), "settings": settings})
     for path in out.glob(f"step-*.{FINAL}"):
         if path != _path(out, step):
             path.unlink()
@@ -38,6 +39,7 @@ def save(
 def finish(out: Path, step: int) -> None:
     """Give the last checkpoint its final name."""
     if _path(out, step).exists():
+        list_files(out, [], sums={FINAL: sum_of(_path(out, step))})
         _path(out, step).replace(out / FINAL)
 
 
@@ -49,7 +51,7 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     """
     if not (out / _TRAINER).exists():
         return False
-    found = read_json(out / _TRAINER)["settings"]
+    found = read_hashed(out / _TRAINER)["settings"]
     differing = [key for key, value in settings.items() if found.get(key) != value]
     if differing:
         raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
@@ -62,12 +64,18 @@ def resume(out: Path, model: nn.Module, optimizers: Sequence[Optimizer], loader:
 
     Returns:
         The first step to train; 0 without a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged.
     """
     if not (out / _TRAINER).exists():
         return 0
-    trainer = read_json(out / _TRAINER)
+    trainer = read_hashed(out / _TRAINER)
     step = int(trainer["step"])
-    load_state(_path(out, step) if _path(out, step).exists() else out / FINAL, model, optimizers)
+    state = _path(out, step) if _path(out, step).exists() else out / FINAL
+    if state.exists() and list(sum_of(state)) != trainer["state"]:
+        raise UserError(f"{state} is corrupted: restore it, or delete {out} and train the stage again")
+    load_state(state, model, optimizers)
     loader.load_state_dict(trainer["data"])
     return step
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
+from curate.embeddings.store import read_timings
 from curate.mixture.apportion import apportion
 from curate.progress import progress, start_logging
 from curate.reading import read_yaml
@@ -156,7 +157,7 @@ def _summary(
     config: DemoConfig, run: Run, root: Path, losses: dict[str, dict[str, float]], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Losses, tokens, costs (forward+backward passes of a training batch) and paths."""
-    timings = [read_json(path) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
+    timings = [read_timings(path.parent) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
     embed_seconds = sum(timing["seconds"] for timing in timings)
     embed_units = sum(timing["cost_units"] for timing in timings)
     select_seconds = max(seconds["select"] - embed_seconds, 0.0)

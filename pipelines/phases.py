@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from curate.artifacts import SIGN, write_json
+from curate.artifacts import SIGN, write_hashed
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.progress import start_logging
+from curate.sums import row_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,7 +119,7 @@ def measure(config: PhasesConfig) -> dict[str, Any]:
         "curve": curve.to_dicts(),
     }
     out = _out(config)
-    write_json(out / "phases.json", result)
+    write_hashed(out / "phases.json", result)
     lede = (
         f"Values of the samples of each step of {run.folder.name} for {config.target.stem} at the end of the stage, by "
         f"{config.estimator}. As they are: {found['mean_abs'].line}. Per unit of lr: {found['mean_abs_per_lr'].line}."
@@ -166,9 +167,9 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
     value = pl.col("value")
     grouped = values.group_by("step").agg(
         pl.len().alias("samples"),
-        value.mean().alias("mean"),
-        value.abs().mean().alias("mean_abs"),
-        value.std(ddof=0).alias("std"),
+        row_mean(value).alias("mean"),
+        row_mean(value.abs()).alias("mean_abs"),
+        value.implode().list.std(ddof=0).alias("std"),
     )
     per_lr = [(pl.col(name) / pl.col("lr")).alias(f"{name}_per_lr") for name in ("mean_abs", "std")]
     return grouped.join(rates, on="step").sort("step").with_columns(per_lr)

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, is_complete, read_json, replacing, seal
+from curate.artifacts import (
+    MANIFEST,
+    check_contents,
+    file_fingerprint,
+    fingerprint,
+    is_complete,
+    read_json,
+    replacing,
+    seal,
+)
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.formats.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
@@ -87,6 +96,7 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
     inputs = {domain.name: domain.inputs() for domain in domains}
     settings = {**_common_settings(config), "domains": inputs}
     if is_complete(config.out, settings):
+        check_contents(config.out)
         return _facts(config.out)
     cache = config.out / "cache.part"
     shutil.rmtree(cache, ignore_errors=True)
@@ -110,6 +120,8 @@ def _write(
     common = {**_common_settings(config), "tokenizer_fingerprint": fingerprint(serialised)}
     settings = {name: {**common, "inputs": files} for name, files in inputs.items()}
     done = {name for name in catalogues if is_complete(config.out / name, settings[name])}
+    for name in done:
+        check_contents(config.out / name)
     _refuse_strangers(config.out, set(catalogues), done, serialised)
     with replacing(config.out / TOKENIZER) as part:
         part.write_text(serialised, encoding="utf-8")

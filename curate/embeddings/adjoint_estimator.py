@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import MANIFEST, read_json, replacing
+from curate.artifacts import MANIFEST, checked, read_json, replacing
 from curate.config import Config
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step, bridge_curvature
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
@@ -325,7 +325,7 @@ def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
     if not path.exists():
         return None
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(checked(path)), framework="pt", device=str(device)) as file:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             return int(file.metadata()["step"]), TrainingState(**tensors)
     except (SafetensorError, KeyError, TypeError) as error:

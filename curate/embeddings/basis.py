@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from curate.artifacts import replacing
+from curate.artifacts import checked, replacing
 from curate.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def load_basis(folder: Path) -> AnchorBasis:
 
     path = folder / FILE
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(checked(path)), framework="pt") as file:
             names = json.loads(file.metadata()["names"])
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         return AnchorBasis(names=names, gradients=tensors["gradients"], diagonal=tensors.get("diagonal"))

@@ -14,12 +14,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import polars as pl
 
-from curate.artifacts import fingerprint, read_json, write_arrays, write_json
+from curate.artifacts import UNREADABLE, fingerprint, read_json, write_arrays, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -191,7 +190,7 @@ class CapturedRows:
             found = [np.concatenate([file[name] for file in files]) for name in self._names]
             rows = found[0] if self._names[0] == "gradients" else np.concatenate([file["gradients"] for file in files])
             totals = [file["gradient"] for file in files if "gradient" in file]
-        except (OSError, ValueError, BadZipFile) as error:
+        except (OSError, *UNREADABLE) as error:
             self._refuse(step, f"its file is damaged ({error})")
             return None
         weights = np.concatenate([file["weights"] for file in files])
@@ -216,7 +215,7 @@ class CapturedRows:
                     np.array_equal(file[key], rows[column].explode().to_numpy())
                     for key, column in (("sample_ids", "sample_ids"), ("weights", "weights"))
                 )
-            except (OSError, ValueError, BadZipFile):
+            except (OSError, *UNREADABLE):
                 return None
             if not same:
                 return None

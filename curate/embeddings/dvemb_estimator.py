@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import read_arrays, read_json, write_arrays, write_json
+from curate.artifacts import read_arrays, read_hashed, write_arrays, write_hashed
 from curate.config import Config
 from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb import carry, joined, recursion
@@ -196,7 +196,7 @@ class DvembEstimator:
         marker = job.scratch / "captured.json"
         first, row = job.start, 0
         if marker.exists():
-            done = read_json(marker)
+            done = read_hashed(marker)
             first, row = int(done["step"]), int(done["row"])
         mode: Literal["r+", "w+"] = "r+" if row else "w+"
         shape = (rows, capture.size)
@@ -215,7 +215,7 @@ class DvembEstimator:
                 if (step + 1) in {*job.replay.run.snapshots, job.horizon}:
                     for array in arrays.values():
                         array.flush()
-                    write_json(marker, {"step": step + 1, "row": row})
+                    write_hashed(marker, {"step": step + 1, "row": row})
         return dict(arrays)
 
     def _step_rows(

@@ -18,12 +18,16 @@ import polars as pl
 from curate.artifacts import (
     fingerprint,
     is_complete,
+    list_files,
+    listed,
+    read_array,
     read_arrays,
-    read_json,
+    read_hashed,
+    read_table,
     replacing,
     seal,
     write_arrays,
-    write_json,
+    write_hashed,
 )
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
@@ -146,12 +150,12 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
 
 
 def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
-    timings = read_json(folder / "timings.json")
+    timings = read_timings(folder)
     encoded = None if job.target is None else _encode(folder / f"target-{job.target.fingerprint}.npz", job, estimator)
     return Embedding(
         folder=folder,
-        vectors=np.load(folder / "embeddings.npy", mmap_mode="r"),
-        rows=pl.read_parquet(folder / "rows.parquet"),
+        vectors=read_array(folder / "embeddings.npy"),
+        rows=read_table(folder / "rows.parquet"),
         targets=None if encoded is None else encoded.vectors,
         residual=None if encoded is None else encoded.residual,
         seconds=timings["seconds"],
@@ -161,10 +165,11 @@ def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
 
 def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
     """The target's vectors, made once."""
-    if not path.exists():
+    if not path.exists() or path.name not in listed(path.parent):
         encoded = estimator.encode(job)
         residual = np.nan if encoded.residual is None else encoded.residual
         write_arrays(path, {"vectors": encoded.vectors, "residual": np.float64(residual)})
+        list_files(path.parent, [path])
     stored = read_arrays(path)
     residual = float(stored["residual"])
     return Encoded(vectors=stored["vectors"], residual=None if np.isnan(residual) else residual)
@@ -180,10 +185,19 @@ def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     return created
 
 
+def read_timings(folder: Path) -> dict[str, Any]:
+    """What `add_time` wrote: `seconds`, `cost_units`, `unit_seconds` (null where nothing was replayed).
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return read_hashed(folder / "timings.json")
+
+
 def add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
     """Add the time of one attempt; an attempt without a replay is counted in the unit that an earlier one measured."""
     path = folder / "timings.json"
-    before: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
+    before: dict[str, Any] = read_timings(folder) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
     unit = unit_seconds or before["unit_seconds"]
     total = before["seconds"] + seconds
-    write_json(path, {"seconds": total, "cost_units": total / unit if unit else 0.0, "unit_seconds": unit})
+    write_hashed(path, {"seconds": total, "cost_units": total / unit if unit else 0.0, "unit_seconds": unit})

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, read_json, write_json
+from curate.artifacts import fingerprint, read_hashed, write_hashed
 from curate.config import Config
 from curate.errors import UserError
 from curate.fidelity.measure import spearman, spearman_interval
@@ -104,7 +104,7 @@ def realised_changes(
     run = replay.run
     settings = [run.fingerprint, target.fingerprint, config.model_dump(), seed]
     path = run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}.json"
-    losses: dict[str, float] = read_json(path) if path.exists() else {}
+    losses: dict[str, float] = read_hashed(path) if path.exists() else {}
     names = ["base", *sorted(prior)]
     missing = [(repeat, name) for repeat in range(config.repeats) for name in names if f"{repeat}/{name}" not in losses]
     if missing:
@@ -121,7 +121,7 @@ def realised_changes(
                 replay.backward([batch], optimizers)
                 replay.update(record, optimizers)
             losses[f"{repeat}/{name}"] = target_loss(replay.task, target, batch_size)
-            write_json(path, losses)
+            write_hashed(path, losses)
     return {
         name: [losses[f"{repeat}/base"] - losses[f"{repeat}/{name}"] for repeat in range(config.repeats)]
         for name in names[1:]

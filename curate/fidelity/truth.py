@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import replacing
+from curate.artifacts import read_table, replacing
 from curate.progress import progress
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def collect(
     Returns:
         One row per (removal, horizon, target), see `TRUTH`.
     """
-    table = pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=TRUTH)
+    table = read_table(path) if path.exists() else pl.DataFrame(schema=TRUTH)
     done = set(table["removal"])
     missing = [removal for removal in removals if removal.name not in done]
     saved = monotonic()

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from streaming import Stream, StreamingDataset
 from streaming.base.shuffle import get_shuffle
 
-from curate.artifacts import fingerprint
+from curate.artifacts import checked, fingerprint
 from curate.errors import UserError
-from curate.formats.mds import construct, load_streams
+from curate.formats.mds import construct, load_streams, verify_shard
 from curate.formats.phases import load_schedule, stream_key
 from curate.rng import derive_seed, generator
 
@@ -38,17 +38,44 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
         UserError: there are no streams, or the schedule does not hold together.
     """
     schedule = load_schedule(data)
+    for stream in load_streams(data):
+        checked(Path(stream["local"]) / (stream.get("split") or "") / "index.json")
     if schedule is not None:
         return construct(lambda: ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options))
     return construct(
-        lambda: StreamingDataset(
+        lambda: CheckedDataset(
             streams=[Stream(**stream) for stream in load_streams(data)], batch_size=batch_size, shuffle=True,
             shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
         )
     )  # fmt: skip
 
 
-class ScheduledDataset(StreamingDataset):  # type: ignore[misc]
+class CheckedDataset(StreamingDataset):  # type: ignore[misc]
+    """A `StreamingDataset` that holds each shard against its index before its samples are used, once in a process.
+
+    Streaming itself checks hashes of what it downloads only.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._verified: set[int] = set()
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A sample; called by StreamingDataset.
+
+        Raises:
+            UserError: its shard is damaged.
+        """
+        shard = int(self.spanner[sample_id][0])
+        if shard not in self._verified:
+            self.prepare_shard(shard)
+            reader = self.shards[shard]
+            verify_shard(Path(reader.dirname) / (reader.split or "") / reader.raw_data.basename, reader)
+            self._verified.add(shard)
+        return super().get_item(sample_id, retry)
+
+
+class ScheduledDataset(CheckedDataset):
     """A `StreamingDataset` that serves the phases of a schedule in order, once.
 
     Everything but the order is StreamingDataset's own: download, cache, ranks, data workers, `StreamingDataLoader`,

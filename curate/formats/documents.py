@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from curate.artifacts import checked
 from curate.errors import UserError
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
-    file = tokenizer_file(path)
+    file = checked(tokenizer_file(path))
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises nothing more precise

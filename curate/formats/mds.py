@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from curate.artifacts import replacing
+from curate.artifacts import checked, replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.ngrams import NgramMemory
@@ -150,7 +150,7 @@ class MdsStream:
         self.columns = columns or Columns()
         self._verified: set[int] = set()
         try:
-            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            index = json.loads(checked(folder / "index.json").read_text(encoding="utf-8"))
             self._readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
         except FileNotFoundError:
             raise UserError(
@@ -179,23 +179,7 @@ class MdsStream:
                 else "restore it"
             )
             raise UserError(f"shard {path} is missing: {hint}")
-        if path.stat().st_size != reader.raw_data.bytes:
-            raise UserError(
-                f"shard {path} has {path.stat().st_size} bytes, its index says {reader.raw_data.bytes}: "
-                "it is corrupted; restore it or write the stream again"
-            )
-
-    def _verify(self, reader: Any) -> None:
-        """Compare a shard's bytes with the hashes of its index, once, when it is first read."""
-        from streaming.base.hashing import get_hash
-
-        path = self.folder / reader.raw_data.basename
-        for algorithm, recorded in reader.raw_data.hashes.items():
-            if get_hash(algorithm, path.read_bytes()) != recorded:
-                raise UserError(
-                    f"shard {path} is corrupted: its {algorithm} is not that of its index; "
-                    "restore it or write the stream again"
-                )
+        _check_size(path, reader)
 
     @cached_property
     def shard_sizes(self) -> list[int]:
@@ -225,7 +209,7 @@ class MdsStream:
         shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
         reader = self._readers[shard]
         if shard not in self._verified:
-            self._verify(reader)
+            verify_shard(self.folder / reader.raw_data.basename, reader)
             self._verified.add(shard)
         try:
             row: dict[str, Any] = reader[int(index - self._shard_starts[shard])]
@@ -262,6 +246,35 @@ class MdsStream:
             counts = memory.count(sample.tokens)
             rows.append((index, shard, sample.sample_id, len(sample.tokens), sample.predicted_tokens, *counts))
         return pl.DataFrame(rows, schema=list(CATALOGUE), orient="row")
+
+
+def verify_shard(path: Path, reader: Any) -> None:
+    """Hold a shard's bytes against what its index says of them, before any of its samples is used.
+
+    Args:
+        path: the shard.
+        reader: streaming's reader of it; a writer that was told none left no hashes, and then size alone is compared.
+
+    Raises:
+        UserError: they differ.
+    """
+    from streaming.base.hashing import get_hash
+
+    _check_size(path, reader)
+    for algorithm, recorded in reader.raw_data.hashes.items():
+        if get_hash(algorithm, path.read_bytes()) != recorded:
+            raise UserError(
+                f"shard {path} is corrupted: its {algorithm} is not that of its index; "
+                "restore it or write the stream again"
+            )
+
+
+def _check_size(path: Path, reader: Any) -> None:
+    if path.stat().st_size != reader.raw_data.bytes:
+        raise UserError(
+            f"shard {path} has {path.stat().st_size} bytes, its index says {reader.raw_data.bytes}: "
+            "it is corrupted; restore it or write the stream again"
+        )
 
 
 def write_stream(
@@ -364,7 +377,7 @@ def load_streams(data: Path) -> list[dict[str, Any]]:
     """
     if data.suffix in (".yaml", ".yml"):
         schedule = load_schedule(data)
-        streams: Any = schedule.totals() if schedule else read_yaml(data)
+        streams: Any = schedule.totals() if schedule else read_yaml(checked(data))
         if not isinstance(streams, list) or not all(
             isinstance(stream, dict) and "local" in stream for stream in streams
         ):

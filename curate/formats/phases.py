@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from curate.artifacts import checked
 from curate.config import Config
 from curate.errors import UserError
 from curate.paths import local_path
@@ -155,5 +156,5 @@ def load_schedule(path: Path) -> Schedule | None:
     """
     if path.suffix not in (".yaml", ".yml"):
         return None
-    value = read_yaml(path)
+    value = read_yaml(checked(path))
     return parse_schedule(value, path) if is_schedule(value) else None

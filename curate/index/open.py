@@ -75,7 +75,7 @@ def open_index(folder: Path) -> Index:
     # Two ways of mapping: the lists of a k-means, or one flat array of codes.
     flag = faiss.IO_FLAG_MMAP if manifest["lists"] else faiss.IO_FLAG_MMAP_IFC
     try:
-        index = faiss.read_index(str(folder / INDEX_FILE), flag)
+        index = faiss.read_index(str(artifacts.checked(folder / INDEX_FILE)), flag)
     except RuntimeError as error:
         raise UserError(
             f"{folder / INDEX_FILE} cannot be read ({str(error).splitlines()[0]}); delete {folder}"

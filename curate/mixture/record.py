@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from curate.artifacts import SIGN, replacing
+from curate.artifacts import SIGN, checked, replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
@@ -206,7 +206,7 @@ def read_mixture(path: Path) -> Mixture:
     if not path.exists():
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it")
     try:
-        return Mixture.model_validate(read_yaml(path))
+        return Mixture.model_validate(read_yaml(checked(path)))
     except ValidationError as error:
         raise UserError(f"{path} is not a mixture ({first_problem(error)}); select again") from None
 

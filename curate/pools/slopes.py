@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.artifacts import fingerprint, is_complete, read_arrays, read_json, replacing, seal, write_arrays
+from curate.artifacts import fingerprint, is_complete, read_arrays, read_table, replacing, seal, write_arrays
 from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
-from curate.embeddings.store import add_time
+from curate.embeddings.store import add_time, read_timings
 from curate.pools.draw import VALUES, draw_probes, probe_frame, values_frame
 from curate.pools.ngram_slopes import fit, means, ngrams_of
 from curate.pools.probe import forward_slopes, look_ahead, moves_along, target_directions, token_slopes
@@ -227,7 +227,7 @@ def value_all(
                 rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
         seal(folder, "slopes", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
-    found = rest.join(pl.read_parquet(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
+    found = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     found = found.with_columns(pl.col("value") * pl.col("tokens"))
     again = samples.join(known.select("sample_id", "value"), on="sample_id", maintain_order="left")
     values = values_frame(pl.concat([found, again]), NEXT, targets[0].name)
@@ -278,7 +278,7 @@ def _of_target(probes: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame
 
 def _part_frame(run: Run, folder: Path, probes: pl.DataFrame, targets: Sequence[Target], steps: int) -> pl.DataFrame:
     names = pl.DataFrame({"of": range(len(targets)), "target": [target.name for target in targets]})
-    stored = pl.read_parquet(folder / "values.parquet").join(names, on="of", maintain_order="left")
+    stored = read_table(folder / "values.parquet").join(names, on="of", maintain_order="left")
     probed = stored.join(probes, on=["domain", "sample_id"], maintain_order="left").with_columns(
         *((pl.col("value") * pl.col("tokens")).alias(name) for name in VALUES)
     )
@@ -298,7 +298,7 @@ def timed(folder: Path, replay: Replay) -> Iterator[Path]:
 
 def timings_of(folder: Path) -> dict[str, float]:
     """`seconds` and `cost_units` that an artifact took."""
-    timings = read_json(folder / "timings.json")
+    timings = read_timings(folder)
     return {"seconds": timings["seconds"], "cost_units": timings["cost_units"]}
 
 

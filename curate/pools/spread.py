@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from curate.artifacts import read_array
 from curate.fidelity.measure import spearman, spearman_interval
 from curate.pools.draw import VALUES
 from curate.pools.features import likeness, ngram_features
@@ -94,7 +95,7 @@ class FeatureReader:
         if self._hidden is not None:
             block = self._blocks[number].with_row_index("at")
             at = block.join(rows, on=["domain", "sample_id"], how="semi", maintain_order="left")["at"].to_numpy()
-            found.append(np.load(block_file(self._hidden, number), mmap_mode="r")[at])
+            found.append(read_array(block_file(self._hidden, number))[at])
         texts = [self._of_texts(samples) for samples in self._read(rows)]
         return [*found, *(np.concatenate(part) for part in zip(*texts, strict=True))]
 

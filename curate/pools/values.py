@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, is_complete, replacing, seal
+from curate.artifacts import fingerprint, is_complete, read_table, replacing, seal
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError
@@ -322,7 +322,7 @@ class _Work:
         names = pl.DataFrame({"of": range(len(self.targets)), "target": [target.name for target in self.targets]})
         places = self.pool.samples
         values, domains = settled(
-            pl.read_parquet(folder / "values.parquet"), pl.read_parquet(folder / "domains.parquet"),
+            read_table(folder / "values.parquet"), read_table(folder / "domains.parquet"),
             self.config.min_rank_correlation,
         )  # fmt: skip
         every = values.join(names, on="of", maintain_order="left").join(

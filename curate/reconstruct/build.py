@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, read_json, replacing, versions, write_json
+from curate.artifacts import file_fingerprint, list_files, read_json, replacing, versions, write_json
 from curate.errors import UserError
 from curate.formats.mds import MdsStream
 from curate.formats.order import SampleOrder, stream_folder, streaming_version
@@ -23,7 +23,7 @@ from curate.task import build_model
 from curate.trajectory.recorder import clip_factor, default_windows, window_steps
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run, RunSpec, keep_model_config, read_catalogue
-from curate.trajectory.snapshots import named_parameters, put_state, save_state, snapshot_path
+from curate.trajectory.snapshots import named_parameters, put_state, save_snapshot, snapshot_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,6 +120,7 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     write_json(part / "run.json", spec.model_dump(mode="json"))
     with replacing(part / "steps.parquet") as path:
         frame.write_parquet(path)
+    list_files(part, [part / "run.json", part / "steps.parquet"])
     return order
 
 
@@ -161,7 +162,7 @@ def _write_states(
             left = left[len(own) :]
         tensors, whole = snapshot_tensors(found, config.checkpoint_keys, model, groups)
         put_state(tensors, model, optimizers, f"checkpoint {path}")
-        save_state(snapshot_path(part, step), model, optimizers)
+        save_snapshot(part, step, model, optimizers)
         complete[step] = whole or stateless or step == 0
     return complete
 
@@ -249,4 +250,5 @@ def _fill_norms(part: Path, replay: Replay) -> int:
         )
         with replacing(part / "steps.parquet") as path:
             filled.drop("norm", "factor").write_parquet(path)
+        list_files(part, [part / "steps.parquet"])
     return len(norms)

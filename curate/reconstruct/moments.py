@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from curate.artifacts import list_files
 from curate.progress import progress
 from curate.trajectory.replay import records
 from curate.trajectory.snapshots import save_state
@@ -44,6 +45,7 @@ def estimate_moments(replay: Replay, step: int, state: Path, steps: int) -> None
         groups = record.groups
     _scale(optimizers, groups, step - first, step)
     save_state(state, replay.model, optimizers)
+    list_files(replay.run.folder, [state])
 
 
 def _scale(optimizers: Sequence[Optimizer], groups: Sequence[GroupSettings], made: int, updates: int) -> None:

@@ -33,6 +33,7 @@ def render_again(config: ReportConfig) -> Path:
     Raises:
         UserError: there is no selection, or its report data is incomplete.
     """
+    from curate.artifacts import checked, list_files, listed
     from curate.report.data import load_data
     from curate.report.page import write_report
     from curate.report.track import log_report
@@ -42,8 +43,10 @@ def render_again(config: ReportConfig) -> Path:
     data = load_data(selection)
     path = config.out or selection / "report.html"
     write_report(path, data)
+    if path == selection / "report.html" and path.name in listed(selection):
+        list_files(selection, [path])
     tracker = open_tracker(config.tracking, config.run, f"{data.run}-{data.target}", "report")
-    log_report(tracker, data, path, selection / "mixture.yaml")
+    log_report(tracker, data, path, checked(selection / "mixture.yaml"))
     tracker.finish()
     sys.stdout.write(f"report: {path}\n")
     return path

@@ -9,6 +9,7 @@ import polars as pl
 
 from curate.artifacts import folder_bytes
 from curate.formats.documents import load_tokenizer
+from curate.sums import row_sum
 from curate.trajectory.samples import SampleReader
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def training_curve(run: Run) -> pl.DataFrame:
 
 def value_curve(values: pl.DataFrame, training: pl.DataFrame) -> pl.DataFrame:
     """Mean value per predicted token of each (window, step, domain), raw and divided by the step's lr."""
-    sums = values.group_by("window", "step", "domain").agg(value=pl.col("value").sum() / pl.col("tokens").sum())
+    sums = values.group_by("window", "step", "domain").agg(value=row_sum(pl.col("value")) / pl.col("tokens").sum())
     joined = sums.join(training.select("step", "lr"), on="step", how="left").sort("window", "step", "domain")
     return joined.select("window", "step", "domain", "value", value_per_lr=pl.col("value") / pl.col("lr"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from curate.artifacts import read_json, replacing
+from curate.artifacts import read_json, read_table, replacing
 from curate.errors import UserError
 
 FOLDER = "report_data"  # inside a selection folder
@@ -135,8 +135,10 @@ def load_data(selection: Path) -> ReportData:
     """
     folder = selection / FOLDER
     try:
-        frames: dict[str, Any] = {name: pl.read_parquet(folder / f"{name}.parquet") for name in COLUMNS}
+        frames: dict[str, Any] = {name: read_table(folder / f"{name}.parquet") for name in COLUMNS}
         return ReportData(**read_json(folder / FACTS), **frames)
+    except UserError:
+        raise
     except (OSError, pl.exceptions.PolarsError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{selection} holds no complete report data ({reason}); select again to write it") from None

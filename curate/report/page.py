@@ -13,6 +13,7 @@ from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
 from curate.scores.reliability import LENGTH_BIAS
+from curate.sums import row_mean
 
 # Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
 MAX_WINDOW_STEPS = 150
@@ -136,7 +137,11 @@ def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFram
     if size <= 1:
         return frame, 1
     start = pl.col("step").min().over(apart)
-    grouped = frame.with_columns(step=start + (pl.col("step") - start) // size * size).group_by("step", *keys).mean()
+    grouped = (
+        frame.with_columns(step=start + (pl.col("step") - start) // size * size)
+        .group_by("step", *keys)
+        .agg(row_mean(pl.all()))
+    )
     return grouped.select(frame.columns).sort("step", *keys), size
 
 

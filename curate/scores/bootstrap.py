@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from curate.sums import row_sum
+
 Floats = npt.NDArray[np.float64]
 
 INTERVAL = (0.025, 0.975)
@@ -33,7 +35,7 @@ def step_sums(frame: pl.DataFrame, domains: list[str], column: str) -> Floats:
     Returns:
         float64 [S, D], steps ascending, 0 where a domain has no sample in a step.
     """
-    sums = frame.group_by("step", "domain").agg(pl.col(column).sum().cast(pl.Float64))
+    sums = frame.group_by("step", "domain").agg(row_sum(pl.col(column)).cast(pl.Float64))
     steps = sums["step"].unique().sort()
     dense = np.zeros((len(steps), len(domains)))
     place = {domain: position for position, domain in enumerate(domains)}

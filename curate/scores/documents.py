@@ -2,6 +2,8 @@
 
 import polars as pl
 
+from curate.sums import row_sum
+
 
 def document_values(values: pl.DataFrame) -> pl.DataFrame:
     """Sum, for each document, its share of the samples that it is part of.
@@ -17,8 +19,7 @@ def document_values(values: pl.DataFrame) -> pl.DataFrame:
         each use counted), `value`, `value_per_token`.
     """
     spans = (
-        values.lazy()
-        .filter(pl.col("tokens") > 0)
+        values.filter(pl.col("tokens") > 0)
         .select("window", "target", "domain", pl.col("value") / pl.col("tokens"), pl.col("documents"))
         .explode("documents", empty_as_null=False)
         .unnest("documents")
@@ -29,9 +30,8 @@ def document_values(values: pl.DataFrame) -> pl.DataFrame:
         .agg(
             samples=pl.len().cast(pl.Int64),
             tokens=pl.col("tokens").sum(),
-            value=(pl.col("value") * pl.col("tokens")).sum(),
+            value=row_sum(pl.col("value") * pl.col("tokens")),
         )
         .with_columns(value_per_token=pl.col("value") / pl.col("tokens"))
         .sort("window", "target", "domain", "document")
-        .collect()
     )

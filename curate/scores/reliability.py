@@ -8,6 +8,7 @@ import polars as pl
 
 from curate.rng import generator
 from curate.scores.bootstrap import Floats, spread, step_weights
+from curate.sums import row_sum
 
 LENGTH_BIAS = 0.3
 """Rank correlation with length from which a choice of samples is said to be one by length too."""
@@ -102,7 +103,7 @@ def _moments(frame: pl.DataFrame, a: str, b: str) -> Floats:
     """Per step: n, sum a, sum b, sum a^2, sum b^2, sum ab; float64 [S, 6], steps ascending."""
     x, y = pl.col(a), pl.col(b)
     sums = frame.group_by("step").agg(
-        n=pl.len().cast(pl.Float64), x=x.sum(), y=y.sum(), xx=(x * x).sum(), yy=(y * y).sum(), xy=(x * y).sum()
+        n=pl.len().cast(pl.Float64), x=row_sum(x), y=row_sum(y), xx=row_sum(x * x), yy=row_sum(y * y), xy=row_sum(x * y)
     )
     return sums.sort("step").drop("step").to_numpy()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import dataframely as dy
 import polars as pl
 
-from curate.artifacts import replacing
+from curate.artifacts import checked, replacing
 from curate.errors import UserError
 
 
@@ -52,7 +52,7 @@ def read_scores(path: Path) -> pl.DataFrame:
         UserError: it is missing, truncated, or does not hold the columns of `Scores`.
     """
     try:
-        values = pl.read_parquet(path)
+        values = pl.read_parquet(checked(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
     except (pl.exceptions.PolarsError, OSError) as error:

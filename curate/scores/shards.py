@@ -6,6 +6,8 @@ variance between shards is tested first.
 
 import polars as pl
 
+from curate.sums import row_mean, row_sum
+
 _KEYS = ["window", "target", "domain"]
 _ALPHA = 0.01
 _WORTH_IT = 0.05  # share of variance below which shard weights cannot do much, however significant
@@ -26,7 +28,7 @@ def shard_scores(values: pl.DataFrame) -> pl.DataFrame:
         .agg(
             samples=pl.col("sample_id").n_unique().cast(pl.Int64),
             tokens=pl.col("tokens").sum(),
-            value=pl.col("value").sum(),
+            value=row_sum(pl.col("value")),
         )
         .with_columns(value_per_token=pl.when(pl.col("tokens") > 0).then(pl.col("value") / pl.col("tokens")))
         .sort(*_KEYS, "shard")
@@ -52,26 +54,24 @@ def between_shards(values: pl.DataFrame) -> pl.DataFrame:
     per_token = pl.col("value") / pl.col("tokens")
     step = ["window", "target", "step"]
     ranks = (
-        values.lazy()
-        .filter(pl.col("tokens") > 0)
+        values.filter(pl.col("tokens") > 0)
         .with_columns(rank=per_token.rank().over(step) / (pl.len().over(step) + 1))
-        .group_by(*_KEYS, "shard", "index")
-        .agg(pl.col("rank").mean())
+        .group_by(*_KEYS, "shard", "index", maintain_order=True)
+        .agg(row_mean(pl.col("rank")))
         .with_columns(pl.col("rank") - pl.col("rank").mean().over(_KEYS))
     )
-    by_shard = ranks.group_by(*_KEYS, "shard").agg(
-        n=pl.len().cast(pl.Float64), total=pl.col("rank").sum(), squares=(pl.col("rank") ** 2).sum()
+    by_shard = ranks.group_by(*_KEYS, "shard", maintain_order=True).agg(
+        n=pl.len().cast(pl.Float64), total=row_sum(pl.col("rank")), squares=row_sum(pl.col("rank") ** 2)
     )
     sums = (
-        by_shard.group_by(_KEYS)
+        by_shard.group_by(_KEYS, maintain_order=True)
         .agg(
             shards=pl.len().cast(pl.Int64),
             samples=pl.col("n").sum().cast(pl.Int64),
-            between=(pl.col("total") ** 2 / pl.col("n")).sum(),
-            around=pl.col("squares").sum(),
+            between=row_sum(pl.col("total") ** 2 / pl.col("n")),
+            around=row_sum(pl.col("squares")),
         )
         .sort(_KEYS)
-        .collect()
     )
     tests = [_kruskal(*row) for row in sums.select("shards", "samples", "between", "around").iter_rows()]
     return sums.select(

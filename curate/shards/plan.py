@@ -10,6 +10,7 @@ import polars as pl
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
 from curate.rng import generator
+from curate.sums import row_sum
 
 VALUES = ("value", "value_a", "value_b")
 
@@ -65,7 +66,7 @@ def make_pool(
     samples = pl.concat([table.with_columns(domain=pl.lit(name)).select(columns) for name, table in catalogues.items()])
     _check_same(samples, values.select("domain", "index", "sample_id").unique())
     per_token = [
-        pl.when(pl.col("tokens").sum() > 0).then(pl.col(name).sum() / pl.col("tokens").sum()).alias(name)
+        pl.when(pl.col("tokens").sum() > 0).then(row_sum(pl.col(name)) / pl.col("tokens").sum()).alias(name)
         for name in VALUES
     ]
     valued = values.group_by("sample_id").agg(per_token)

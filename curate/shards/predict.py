@@ -16,6 +16,7 @@ from curate.pools.draw import VALUES
 from curate.pools.features import ratios_of
 from curate.pools.spread import FeatureReader, settled, spread
 from curate.rng import generator
+from curate.sums import row_sum
 from curate.trajectory.samples import read_batches, usable_samples
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def predict_rest(
 
 def _per_token(values: pl.DataFrame) -> pl.DataFrame:
     """`domain`, `sample_id`, the values per token over all uses, and `step`, where there is one."""
-    sums = (pl.col(name).sum() / pl.col("tokens").sum() for name in VALUES)
+    sums = (row_sum(pl.col(name)) / pl.col("tokens").sum() for name in VALUES)
     steps = [pl.col("step").min()] if "step" in values.columns else []
     return values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(*steps, *sums)
 

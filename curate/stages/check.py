@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import read_json
+from curate.artifacts import checked, read_json
 from curate.errors import UserError
 from curate.formats.mds import MdsStream, load_streams
 from curate.stages.plan import PlanConfig
@@ -32,7 +32,8 @@ def open_stage(plan: PlanConfig, index: int) -> Run:
         UserError: see `Run`.
     """
     folder = plan.run_folder(index)
-    recorded = {domain: Path(place) for domain, place in read_json(folder / "run.json").get("streams", {}).items()}
+    streams = read_json(checked(folder / "run.json", by=folder))["streams"]
+    recorded = {domain: Path(place) for domain, place in streams.items()}
     lost = {domain: place for domain, place in recorded.items() if not place.exists()}
     if not lost:
         return Run(folder)
@@ -158,6 +159,8 @@ def check_checkpoint(plan: PlanConfig, index: int) -> None:
             f"{checkpoint} is not the state that {run.folder} ended with ({found}): it is of another model, stage or "
             f"step; the command of stage {plan.stages[index].name} must leave its last state there"
         )
+    if checkpoint.is_file():
+        checked(checkpoint)  # what no snapshot can tell, where the trainer listed it
     if not readable(last, checkpoint):
         _log.warning("%s is in no form that can be held against the recorded state; it is taken as it is", checkpoint)
 

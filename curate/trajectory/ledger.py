@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, read_json
+from curate.artifacts import file_fingerprint, read_json, read_table
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging
@@ -84,10 +84,7 @@ def uses(folders: Sequence[Path]) -> pl.DataFrame:
     """
     frames = []
     for stage, folder in enumerate(folders):
-        try:
-            ids = pl.read_parquet(folder / "steps.parquet", columns=["sample_ids"])
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{folder / 'steps.parquet'} is unreadable ({error}); restore it") from None
+        ids = read_table(folder / "steps.parquet", ["sample_ids"])
         frames.append(sample_uses(ids).select(pl.lit(stage).alias("stage"), "sample_id", "uses"))
     return pl.concat(frames).sort("stage", "sample_id")
 

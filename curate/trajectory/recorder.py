@@ -17,6 +17,7 @@ synchronisation per step. Rows since the last flush are lost in a crash; call `f
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
@@ -27,14 +28,14 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import replacing, write_json
+from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
-from curate.trajectory.snapshots import as_sequence, named_parameters, save_state, snapshot_path, state_bytes
+from curate.trajectory.snapshots import as_sequence, named_parameters, save_snapshot, state_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -217,13 +218,22 @@ class TrajectoryRecorder:
         self._parts.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             write_json(self.folder / "run.json", self._spec.model_dump(mode="json"))
+            list_files(self.folder, [self.folder / "run.json"])
+        reached = 0
         for path in sorted(self._parts.glob("*.parquet")):
-            rows = pl.read_parquet(path)
-            kept = rows.filter(pl.col("step") < first_step)
-            if kept.is_empty():
+            rows = _part_rows(path)
+            kept = rows.filter(pl.col("step").is_between(reached, first_step, closed="left"))
+            if len(kept) < len(rows):
+                if len(kept):
+                    self._write(kept)
                 path.unlink()
-            elif len(kept) < len(rows):
-                self._write(kept)
+            for step in kept["step"].unique().sort():
+                reached += step == reached
+        if reached < first_step:
+            raise UserError(
+                f"{self._parts} has no record of step {reached}, so training cannot go on at step {first_step}: call "
+                "recorder.flush() where you write a checkpoint, and start this stage anew in another folder"
+            )
 
     def attach(self, observer: StepObserver) -> None:
         """Let another take part from the next step on, such as `curate.embeddings.run_capture.RunCapture`."""
@@ -306,18 +316,34 @@ class TrajectoryRecorder:
         _barrier(self.world)
         if self.rank == 0:
             parts = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
-            merged = pl.concat([pl.read_parquet(part) for part in parts]).sort("step", "rank", "micro_batch")
+            merged = pl.concat([_part_rows(part) for part in parts]).sort("step", "rank", "micro_batch")
             with replacing(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
+                list_files(self.folder, [], sums={"steps.parquet": sum_of(part)})
             shutil.rmtree(self.folder / "steps.parts")
 
     def _snapshot(self, step: int) -> None:
         if self.rank == 0:
-            save_state(snapshot_path(self.folder, step), self.model, self.optimizers)
+            save_snapshot(self.folder, step, self.model, self.optimizers)
 
     def _write(self, frame: pl.DataFrame) -> None:
-        with replacing(self._parts / f"{frame['step'][0]:08d}.parquet") as part:
-            frame.write_parquet(part)
+        """Write a part, whose name ends in its hash: a list beside it could not be replaced together with it."""
+        content = io.BytesIO()
+        frame.write_parquet(content)
+        with replacing(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
+            part.write_bytes(content.getvalue())
+
+
+def _part_rows(path: Path) -> pl.DataFrame:
+    """Read a part.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = path.read_bytes()
+    if hash_of(content) != path.stem.rpartition("-")[2]:
+        raise UserError(f"{path} is corrupted: restore it, or start this stage anew in another folder")
+    return pl.read_parquet(content)
 
 
 def _check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

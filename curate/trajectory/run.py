@@ -15,7 +15,16 @@ from typing import Annotated, Any
 import polars as pl
 from pydantic import Field, ValidationError
 
-from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
+from curate.artifacts import (
+    checked,
+    file_fingerprint,
+    fingerprint,
+    list_files,
+    listed,
+    read_json,
+    read_table,
+    replacing,
+)
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
@@ -86,7 +95,7 @@ class Run:
         streams: where streams lie now, by domain, if they were moved since.
 
     Raises:
-        UserError: no run there, not finished, unreadable, or without snapshots.
+        UserError: no run there, not finished, damaged, or without snapshots.
     """
 
     def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None) -> None:
@@ -99,6 +108,9 @@ class Run:
             raise UserError(f"{folder / 'run.json'} does not describe a run: {first_problem(error)}") from None
         if not (folder / "steps.parquet").exists():
             raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
+        config = self.spec.task.model.hf_config
+        for path in (folder / "run.json", folder / "steps.parquet", *([config] if config else [])):
+            checked(path, by=folder)
         if not self.snapshots:
             raise UserError(
                 f"{folder} has no snapshots: values need the states at the window borders; "
@@ -143,12 +155,7 @@ class Run:
             UserError: the file is truncated, has other columns, or steps are missing.
         """
         path = self.folder / "steps.parquet"
-        try:
-            frame = pl.read_parquet(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(
-                f"{path} is corrupted or truncated ({error}); restore it or train the stage again"
-            ) from None
+        frame = read_table(path)
         if frame.schema != STEPS:
             raise UserError(
                 f"{path} has columns {list(frame.schema)}, expected {list(STEPS)}; it was not written by the recorder"
@@ -185,8 +192,12 @@ class Run:
         return earlier[-1]
 
     def snapshot(self, step: int) -> Path:
-        """File of the snapshot at `step`."""
-        return snapshot_path(self.folder, step)
+        """File of the snapshot at `step`.
+
+        Raises:
+            UserError: it is missing, or is not what the recorder wrote.
+        """
+        return checked(snapshot_path(self.folder, step), by=self.folder)
 
     def over(self, streams: Mapping[str, Path]) -> Run:
         """The same training with other data in the place of its streams, as far as these are read."""
@@ -253,11 +264,12 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
     """Every sample of some streams, by domain; kept in the folder of their run. See `Run.catalogue`."""
     indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in streams.items()}
     path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
-    if not path.exists():
+    if not path.exists() or path.name not in listed(folder):
         frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
         with replacing(path) as part:
             pl.concat(frames).write_parquet(part)
-    return pl.read_parquet(path)
+        list_files(folder, [path])
+    return read_table(path)
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:
@@ -278,6 +290,7 @@ def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> Ta
     if write:
         with replacing(copy) as part:
             part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
+        list_files(folder, [copy])
     model = task.model.model_copy(update={"hf_config": copy.relative_to(folder)})
     return task.model_copy(update={"model": model})
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import replacing
+from curate.artifacts import checked, list_files, replacing
 from curate.errors import UserError
 from curate.optimizers.settings import BUFFERS
 
@@ -81,6 +81,13 @@ def save_state(path: Path, model: nn.Module, optimizers: Optimizer | Sequence[Op
 
     with replacing(path) as part:
         save_file({key: value.contiguous() for key, value in state_tensors(model, optimizers).items()}, str(part))
+
+
+def save_snapshot(run: Path, step: int, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+    """Write the state before `step` as a snapshot of a run, and list it there."""
+    path = snapshot_path(run, step)
+    save_state(path, model, optimizers)
+    list_files(run, [path])
 
 
 def load_state(path: Path, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] = ()) -> None:
@@ -180,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(path))
+        return load_file(str(checked(path)))
     except FileNotFoundError:
         raise UserError(f"snapshot {path} is missing") from None
     except SafetensorError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from curate.artifacts import read_json
+from curate.artifacts import read_hashed
 from curate.trajectory.recorder import default_windows
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _residual(places: Curve, scaled: Curve, knots: Sequence[int]) -> float:
 def _value_curve(run: Run) -> pl.DataFrame | None:
     """step, value (mean absolute value of its samples) of the first value curve of this very run, by name."""
     for path in sorted(run.folder.glob("phases-*/phases.json")):
-        found = read_json(path)
+        found = read_hashed(path)
         if found.get("run") == run.fingerprint:
             curve = pl.DataFrame([{"step": row["step"], "value": row["mean_abs"]} for row in found["curve"]])
             return curve.filter(pl.col("value") > 0)

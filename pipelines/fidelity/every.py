@@ -15,6 +15,7 @@ import polars as pl
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging
+from curate.sums import row_sum
 
 
 class EveryConfig(Config):
@@ -28,7 +29,7 @@ class EveryConfig(Config):
 
 def domain_values(values: pl.DataFrame) -> pl.DataFrame:
     """Value per predicted token of each domain: domain, value; sorted."""
-    sums = values.group_by("domain").agg(value=pl.col("value").sum() / pl.col("tokens").sum())
+    sums = values.group_by("domain").agg(value=row_sum(pl.col("value")) / pl.col("tokens").sum())
     return sums.sort("domain")
 
 

@@ -78,7 +78,8 @@ def agreement(config: MomentsConfig) -> dict[str, float]:
         frames.append(embedded_values(embed(given, each, target), target).sort("step", "sample_id"))
     real, estimated = frames
     joined = real.select("step", "value").with_columns(estimated=estimated["value"])
-    within = [spearman(part["value"].to_numpy(), part["estimated"].to_numpy()) for _, part in joined.group_by("step")]
+    steps = joined.partition_by("step", maintain_order=True)
+    within = [spearman(part["value"].to_numpy(), part["estimated"].to_numpy()) for part in steps]
     pooled = spearman(joined["value"].to_numpy(), joined["estimated"].to_numpy())
     known = [one for one in within if one is not None]
     return {"pooled": np.nan if pooled is None else pooled, "within_step": float(np.mean(known))}

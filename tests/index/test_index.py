@@ -147,7 +147,7 @@ def test_truncated_index(tmp_path):
     make(tmp_path / "index")
     path = tmp_path / "index" / "index.faiss"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"index.faiss is corrupted"):
         open_index(tmp_path / "index")
     with pytest.raises(UserError, match="does not exist"):
         open_index(tmp_path / "nowhere")

@@ -1,11 +1,10 @@
 """Value over a stage: the curve equals the embeddings it is made of, the phases are what they look like."""
 
-import json
-
 import numpy as np
 import polars as pl
 import pytest
 
+from curate.artifacts import read_hashed
 from pipelines.phases import PhasesConfig, describe, measure, smooth
 from tests.tiny import STEPS, record_tiny_run, write_tiny_target
 
@@ -28,7 +27,7 @@ def test_the_curve_of_a_tiny_run(tmp_path, estimator):
         assert row["lr"] == pytest.approx(1e-2 * (1 - row["step"] / (2 * STEPS)))
         assert row["mean_abs_per_lr"] == pytest.approx(row["mean_abs"] / row["lr"])
     out = run.folder / f"phases-{estimator}"
-    assert json.loads((out / "phases.json").read_text()) == result
+    assert read_hashed(out / "phases.json") == result
     assert "mean absolute value" in (out / "phases.html").read_text()
     thinned = measure(config.model_copy(update={"every": 4, "out": tmp_path / "thinned"}))
     assert [row["step"] for row in thinned["curve"]] == [0, 4, 8]

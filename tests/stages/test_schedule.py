@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from curate.artifacts import file_fingerprint, write_json
+from curate.artifacts import file_fingerprint, list_files, write_json
 from curate.config import parse_command
 from curate.errors import UserError
 from curate.mixture.constraints import MixtureConfig
@@ -299,12 +299,14 @@ def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
     shutil.copytree(inputs / "data", tmp_path / "data")
     recorded = tmp_path / "elsewhere" / "one" / "run" / "run.json"
     recorded.write_text(recorded.read_text().replace(str(inputs / "data"), "/gone/data"))
+    list_files(recorded.parent, [recorded])
     moved = {"folder": str(tmp_path / "elsewhere"), "data": str(tmp_path / "data")}
     plan = load_plan(write_plan(tmp_path, inputs, **moved))
     assert open_stage(plan, 0).spec.streams["json"] == tmp_path / "data" / "json"
     assert all(is_done(plan, piece) for piece in pieces(plan))
     schedule = plan.data_of(1)
     schedule.write_text(schedule.read_text().replace(str(inputs / "data"), "/gone/data"))
+    list_files(plan.selection_folder(0), [schedule])
     with pytest.raises(
         UserError, match=r"schedule.yaml names /gone/data/\w+, which is not there: put it back, or delete"
     ):

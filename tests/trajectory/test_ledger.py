@@ -120,6 +120,6 @@ def test_the_command_prints_domains_and_stages(folder, monkeypatch, caplog):
 def test_an_unreadable_record_is_named(folder, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "steps.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"steps.parquet is unreadable"):
+    with pytest.raises(UserError, match=r"steps.parquet is corrupted"):
         uses([tmp_path / "bad"])
     assert isinstance(uses([folder / "one"]), pl.DataFrame)
