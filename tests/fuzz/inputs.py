@@ -50,6 +50,11 @@ ANY = st.recursive(
 )
 
 
+def mostly(right: st.SearchStrategy[Any], wrong: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Right values, and a wrong one now and then."""
+    return st.integers(0, 15).flatmap(lambda draw: wrong if draw == 15 else right)
+
+
 @st.composite
 def mutated(draw: Any, seeds: list[bytes]) -> bytes:
     """A seed with a few accidents: a flipped byte, a cut, a doubled or lost part, something hostile put in."""

@@ -35,7 +35,7 @@ def document_of(row: Any) -> tuple[Any, ...]:
     return "tokens", tokens, mask
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     demand(len({key for key, _ in pairs}) == len(pairs), "a key that stands twice")
     return dict(pairs)
 
@@ -44,7 +44,7 @@ def rows_of_jsonl(data: bytes) -> list[Any]:
     """Each line's value; a key that stands twice is an objection."""
     lines = data.split(b"\n")
     lines = lines[:-1] if lines[-1] == b"" else lines
-    return [json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once) for line in lines]
+    return [json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_key_twice) for line in lines]
 
 
 def rows_of_parquet(data: bytes) -> list[Any]:
@@ -79,11 +79,7 @@ def once(data: bytes) -> Any:
             stack += [part for pair in node.value for part in pair]
         else:
             stack += node.value
-    return yaml.load(re.sub(r"(?<![\w'\"-])(\d{4}-\d\d?-\d\d?)\b", r"'\1'", text) if False else text, Loader=_Plain)
-
-
-class _Plain(yaml.BaseLoader):
-    """Every scalar as it is written."""
+    return yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as it is written
 
 
 def _number(text: str) -> float | None:
@@ -103,6 +99,8 @@ def said_is_meant(said: Any, made: Any, where: str = "") -> None:
     if isinstance(made, BaseModel):
         demand(isinstance(said, Mapping), f"{where}: {said!r} became {made!r}")
         for key, value in said.items():
+            if key == "<<":  # brings in what stands elsewhere in the file
+                continue
             demand(hasattr(made, key), f"{where}.{key} is no setting")
             said_is_meant(value, getattr(made, key), f"{where}.{key}")
     elif isinstance(made, dict) and isinstance(said, Mapping):
@@ -161,11 +159,10 @@ def numbers_in(value: Any) -> Iterator[int | float]:
 
 
 POSITIVE = re.compile(
-    r"steps$|^batch_size|_batch_size|^seq_len|temperature$|^tolerance|epochs$|_bytes$|^width|^lr$|^peak|min_target_tokens|^pairs$|^clusters$"
+    r"steps$|batch_size|^seq_len|temperature$|^tolerance|epochs$|_bytes$|^width|^lr$|^peak|^min_target_tokens|^pairs$|^clusters$"
 )
 MAY_BE_ZERO = {
-    "warmup_steps", "memory_bytes", "disk_bytes", "sample_temperature", "clusters", "window_steps", "first_epoch", "bridge_steps",
-    "flush_steps" if False else "", "snapshot_bytes" if False else "",
+    "warmup_steps", "memory_bytes", "disk_bytes", "sample_temperature", "clusters", "slopes_passes", "cadence_snapshots",
 }  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import polars as pl
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from curate.artifacts import list_files
 from curate.config import parse_command
 from curate.formats.files import read_documents
 from curate.formats.phases import load_schedule
-from curate.mixture.record import read_mixture
+from curate.mixture.record import Mixture, read_mixture
 from curate.pools.open import pool_streams
 from curate.reconstruct.description import ReconstructConfig
 from curate.reconstruct.records import read_log
@@ -25,7 +26,7 @@ from curate.validation import kinds_of
 from pipelines.vocabulary import train_tokenizer
 from tests.fuzz import inputs, oracles
 from tests.fuzz.corpus import CORPUS
-from tests.fuzz.inputs import ANY, as_yaml, changed, files, mutated, tables
+from tests.fuzz.inputs import ANY, SCALAR, TEXT, as_yaml, changed, files, mostly, mutated, tables
 from tests.fuzz.outcome import FuzzTarget, demand
 from tests.test_config import COMMANDS, NEEDED, is_group
 from tests.tiny import TASK, record_tiny_run
@@ -91,7 +92,7 @@ def _document_targets(folder: Path) -> list[FuzzTarget]:
 
 def value_of(annotation: Any) -> st.SearchStrategy[Any]:
     """Values for a setting: mostly what it may be, sometimes anything."""
-    return st.integers(0, 11).flatmap(lambda draw: ANY if draw == 0 else _right_value(annotation))
+    return mostly(_right_value(annotation), ANY)
 
 
 def _right_value(annotation: Any) -> st.SearchStrategy[Any]:
@@ -128,7 +129,7 @@ def settings_of(draw: Any, config: type[BaseModel], needed: dict[str, Any] | Non
     chosen = {name: draw(value_of(fields[name].annotation)) for name in dict.fromkeys(names)}
     if needed is not None:
         chosen |= {name: value for name, value in needed.items() if draw(st.integers(0, 9))}
-    return {**chosen, **({draw(inputs.TEXT): 1} if draw(st.integers(0, 19)) == 0 else {})}
+    return {**chosen, **({draw(TEXT): 1} if draw(st.integers(0, 19)) == 0 else {})}
 
 
 def _a_command(data: bytes) -> str:
@@ -147,37 +148,40 @@ def _command_files(draw: Any) -> bytes:
     return f"# {command}\n".encode() + as_yaml(draw(settings_of(COMMANDS[command])))
 
 
-TEMPLATES = st.sampled_from(
+GOOD = st.sampled_from(["train --out {out} --data {data}", "train {steps:05d} {name}", "train '{out}' {{}} \\{"])
+BAD = st.sampled_from(
     [
-        "train --out {out} --data {data}", "train {steps} {name}", "train '{lr}'", "train {checkpoint} {previous}", "", " ",
+        "train '{lr}'", "train {checkpoint} {previous}", "", " ",
         "train '", "{steps!q}", "{steps:zz}", "{steps:05d}", "{steps:99999d}", "{}", "{0}", "{steps.real}", "a\0b", "{tokens}",
         "{{x}}", "{", "a \\", "''", "train {windows}", "{out!r:.3}",
     ]
 )  # fmt: skip
+TEMPLATES = mostly(GOOD, BAD)
 STAGE = st.fixed_dictionaries(
-    {"name": st.sampled_from(["one", "two", "three", "a.b"]) | inputs.TEXT, "steps": st.integers(1, 9) | inputs.SCALAR},
+    {"name": mostly(st.sampled_from(["one", "two", "a.b", "c-1"]), TEXT), "steps": mostly(st.integers(1, 9), SCALAR)},
     optional={
-        "tokens": st.sampled_from(["50M", 1000, "x", 0]) | inputs.SCALAR, "train": TEMPLATES, "target": inputs.TEXT,
-        "windows": st.just({"late": [0.5, 1.0]}) | ANY, "settings": st.just({"rate": 0.1}) | ANY,
-        "lr_schedule": st.just({"lr": 0.1}) | ANY, "selection": st.just({"mode": "filter"}) | ANY,
+        "tokens": mostly(st.sampled_from(["50M", 1000]), SCALAR), "train": TEMPLATES,
+        "windows": mostly(st.just({"late": [0.5, 1.0]}), ANY), "settings": mostly(st.just({"rate": 0.1}), ANY),
+        "lr_schedule": mostly(st.just({"lr": 0.1}), ANY), "selection": mostly(st.just({"mode": "filter"}), ANY),
     },
 )  # fmt: skip
 PLAN = st.fixed_dictionaries(
     {
-        "folder": st.just("p") | inputs.TEXT, "data": st.just("d"), "target": st.just("t.jsonl"), "train": TEMPLATES,
-        "stages": st.lists(STAGE, max_size=3),
+        "folder": mostly(st.just("p"), TEXT), "data": st.just("d"), "target": st.just("t.jsonl"), "train": TEMPLATES,
+        "stages": mostly(st.lists(STAGE, min_size=1, max_size=3, unique_by=lambda stage: str(stage["name"])), ANY),
     },
     optional={
-        "train_first": TEMPLATES, "checkpoint": st.sampled_from(["c.pt", "../c.pt", "/c.pt"]) | inputs.TEXT,
-        "selection": st.just({"schedule": {"kind": "late"}}) | st.just({"schedule": "late"}) | ANY, "other": ANY,
+        "train_first": TEMPLATES, "checkpoint": mostly(st.just("c.pt"), st.sampled_from(["../c.pt", "/c.pt"]) | TEXT),
+        "selection": mostly(st.just({"schedule": {"kind": "late"}}), st.just({"schedule": "late"}) | ANY),
+        "target": mostly(st.just("~/t.jsonl"), TEXT),
     },
 )  # fmt: skip
 STREAM = st.fixed_dictionaries(
-    {"local": st.sampled_from(["data/a", "data/b", "~/c"]) | inputs.TEXT, "choose": st.integers(1, 9) | inputs.SCALAR},
-    optional={"split": st.just("train") | inputs.SCALAR, "repeat": inputs.NUMBER, "chose": st.just(3)},
+    {"local": st.sampled_from(["data/a", "data/b", "~/c"]) | TEXT, "choose": st.integers(1, 9) | SCALAR},
+    optional={"split": st.just("train") | SCALAR, "repeat": inputs.NUMBER, "chose": st.just(3)},
 )
 ENTRY = st.fixed_dictionaries(
-    {"start_step": st.sampled_from([0, 3, 6]) | inputs.SCALAR, "streams": st.lists(STREAM, max_size=2)},
+    {"start_step": st.sampled_from([0, 3, 6]) | SCALAR, "streams": st.lists(STREAM, max_size=2)},
     optional={"x": ANY},
 )
 
@@ -254,7 +258,7 @@ def _yaml_targets() -> list[FuzzTarget]:
         ),
         FuzzTarget(
             name="mixture", file="mixture.yaml", read=read_mixture, oracle=_mixture_holds,
-            inputs=files(st.just(MIXTURE) | mutated([MIXTURE]), [MIXTURE]),
+            inputs=settings_of(Mixture).map(as_yaml),
         ),
     ]  # fmt: skip
 
@@ -264,13 +268,6 @@ def _read_schedule(path: Path) -> Any:
     if schedule is not None:
         schedule.totals()
     return schedule
-
-
-_DOMAIN = {
-    "weight": 1.0, "delivered_weight": 1.0, "unconstrained_weight": 1.0, "prior": 1.0, "tokens": 10, "samples": 2, "epochs": 1.0,
-    "epochs_in_all": 2.0, "score": 0.1, "low": None, "high": 0.2, "shrunk": 0.1, "valued": 2, "binding": None,
-}  # fmt: skip
-MIXTURE = as_yaml({"domains": {"web": _DOMAIN}})
 
 
 def _mixture_holds(data: bytes, mixture: Any) -> None:
@@ -285,17 +282,20 @@ def _run_targets(folder: Path) -> list[FuzzTarget]:
     path = next(run.folder.glob("catalogue-*.parquet"))
     log = pl.DataFrame({"step": [0, 1, 2], "loss": [2.0, 1.5, 1.25], "lr": [0.1, 0.1, 0.05]})
 
-    def beside(read: Callable[[Run], Any], name: str, whole: bytes, path: Path) -> Any:
-        """Put the input into the run, read, put back what was there."""
+    def beside(read: Callable[[Run], Any], name: str, whole: bytes, listed: bool, path: Path) -> Any:
+        """Put the input into the run, `listed` as if its writer had written it; read; put back what was there."""
         place = run.folder / name
         place.write_bytes(path.read_bytes())
+        if listed:
+            list_files(run.folder, [place])
         try:
             return read(Run(run.folder))
         finally:
             place.write_bytes(whole)
+            list_files(run.folder, [place])
 
     def same_run(data: bytes, made: Any) -> None:
-        said = json.loads(data, object_pairs_hook=oracles._once)
+        said = json.loads(data, object_pairs_hook=oracles.no_key_twice)
         demand(made.spec.steps == int(said["steps"]) and made.spec.seq_len == int(said["seq_len"]), "other sizes")
         demand(made.spec.seq_len > 0 and set(made.spec.streams) == set(said["streams"]), "other streams")
 
@@ -314,7 +314,7 @@ def _run_targets(folder: Path) -> list[FuzzTarget]:
 
     def target(name: str, place: str, read: Callable[[Run], Any], oracle: Any, whole: bytes, inputs: Any) -> FuzzTarget:
         return FuzzTarget(
-            name=name, file=place, read=partial(beside, read, place, whole), oracle=oracle, inputs=inputs,
+            name=name, file=place, read=partial(beside, read, place, whole, name != "catalogue"), oracle=oracle, inputs=inputs,
             corpus=((whole, "accepted"), (b"", "refused")),
         )  # fmt: skip
 
