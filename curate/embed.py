@@ -52,6 +52,8 @@ class EmbedConfig(Config):
     """Value the samples of every n-th step only (adjoint and anchors); all steps are replayed and walked back."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
+    tokenizer: Path | None = None
+    """`tokenizers` JSON file that made the run's tokens, where the run was recorded without one."""
     horizon: Literal["window_end", "stage_end"] | int = "window_end"
     """State that the target's loss is read at: the end of each window or of the stage, or the state before a step
     from there (a number), for values with respect to any checkpoint in between."""
@@ -276,7 +278,7 @@ def main() -> None:
     start_logging()
     if not config.window_names:
         raise UserError("window none leaves nothing to embed; set window to early, late or both")
-    run = Run(config.run or find_run(config.runs_root), config.streams)
+    run = Run(config.run or find_run(config.runs_root), config.streams, config.tokenizer)
     embeddings = embed(config, run, read_target(config, run))
     for window, embedding in embeddings.items():
         _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)

@@ -341,7 +341,7 @@ def main() -> None:
         "Select the next stage's data: which of the data trained on helped the target?",
     )
     start_logging()
-    run = Run(config.run or find_run(config.runs_root), config.streams)
+    run = Run(config.run or find_run(config.runs_root), config.streams, config.tokenizer)
     out = select(config, run)
     say_mixture(out)
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 # What does not change what is selected.
 _ELSEWHERE: dict[str, Any] = {
-    **dict.fromkeys(("run", "runs_root", "streams", "target", "out", "device", "tracking", "earlier"), True),
+    **dict.fromkeys(
+        ("run", "runs_root", "streams", "tokenizer", "target", "out", "device", "tracking", "earlier"), True
+    ),
     **dict.fromkeys(("more_targets", "guard", "pool", "probe"), True),
     **dict.fromkeys(("tolerance", "target_batch_size"), True),
     "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds"},

@@ -19,6 +19,7 @@ from curate.scores.methods import VALUED
 from curate.selection import aims_of, unvalued_of, window_of
 from curate.shards.grain import divide, mixture_of_parts
 from curate.shards.plan import make_pool, supply_of
+from curate.shards.write import columns_of
 from curate.trajectory.samples import trained_tokens
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def open_stock(config: SelectConfig, run: Run, used: pl.DataFrame) -> Stock:
         config = config.model_copy(update={"mixture": mixture_of_parts(config.mixture, grain)})
         stock = Stock(config=config, run=grain.stock, trained=grain.trained, grain=grain)
     check_settings(stock.config.mixture, stock.trained)
+    for stream in stock.run.streams.values() if config.mode != "reweight" else ():
+        columns_of(stream)  # refuses, before anything is valued, what could not be written after it
     return stock
 
 

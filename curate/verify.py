@@ -40,6 +40,8 @@ class VerifyConfig(Config):
     """Where runs are looked for."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
+    tokenizer: Path | None = None
+    """`tokenizers` JSON file that made the run's tokens, where the run was recorded without one."""
     target: tuple[Path, ...] = ()
     """Target documents (JSONL), one or several files; none: samples of each domain that the run did not train on."""
     min_target_tokens: int = Field(default=500, ge=1)
@@ -246,7 +248,7 @@ def main() -> None:
         VerifyConfig, "python -m curate.verify", "Hold the values of a run against training that is run again."
     )
     start_logging()
-    run = Run(config.run or find_run(config.runs_root), config.streams)
+    run = Run(config.run or find_run(config.runs_root), config.streams, config.tokenizer)
     out = verify(config, run)
     _summarise(out)
 

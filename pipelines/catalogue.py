@@ -5,7 +5,6 @@ line starts, its place among the kept ones, its place in the order; while hashes
 read again where they are needed, by random access.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,9 +18,9 @@ from curate.artifacts import file_fingerprint, fingerprint
 from curate.errors import UserError
 from curate.formats.documents import Document
 from curate.formats.files import DocumentFile, Reader, find_files, passed_over, suffix_of
+from curate.formats.streams import check_domain
 from curate.paths import local_path
 
-RESERVED = frozenset({"tokenizer.json", "manifest.json"})  # names of files beside the streams
 BATCH = 256  # documents read and tokenised at once
 
 
@@ -76,8 +75,7 @@ def find_domains(domains: dict[str, str | list[str]] | str) -> list[Domain]:
         raise UserError("there is no domain; set domains to name: files pairs, or to a folder that holds some")
     found = []
     for name, paths in sorted(named.items()):
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in RESERVED or name.endswith(".part"):
-            raise UserError(f"domain {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'")
+        check_domain(name)
         given = [paths] if isinstance(paths, str) else paths
         if not given:
             raise UserError(f"domain {name!r} has no files; set domains.{name}")

@@ -11,19 +11,25 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import polars as pl
+from pydantic import Field
 
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream, as_sample, domain_folders, load_streams, release
+from curate.formats.mds import Columns, MdsStream, as_sample
+from curate.formats.memory import release
 from curate.formats.phases import load_schedule
+from curate.formats.streams import domain_folders, find_tokenizer, load_streams
 from curate.optimizers.schedule import LrSchedule
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
+from curate.trajectory.fit import check_fit, check_tokens
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
+from curate.trajectory.run import read_catalogue
 from curate.trajectory.snapshots import load_state
 from pipelines.checkpoints import finish, finished, resume, save
 
@@ -35,26 +41,29 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Config):
     """Optimizer with warm-up, cosine decay and clipping."""
 
     name: Literal["AdamW", "Adam", "SGD", "Muon"] = "AdamW"
     """Class in torch.optim. Muon: for the hidden matrices, with lr scaled to AdamW's step size; AdamW for the rest."""
-    lr: float = 3e-3
+    lr: float = Field(default=3e-3, ge=0, allow_inf_nan=False)
     """Peak learning rate."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """lr at the end of the cosine, as a share of the peak."""
-    warmup_steps: int = 20
+    warmup_steps: int = Field(default=20, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = 0.1
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight decay of matrices, as the optimizer means it; vectors (norms, biases) have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the moments of Adam and AdamW."""
-    eps: float = 1e-8
+    eps: float = Field(default=1e-8, ge=0, allow_inf_nan=False)
     """Added to the root of their second moment."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Momentum of SGD and Muon."""
-    clip_norm: float = 1.0
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Largest global gradient norm."""
 
 
@@ -64,26 +73,30 @@ class PretrainConfig(Config):
     out: Path
     """Folder of the run: records, snapshots, checkpoint, final weights."""
     data: Path
-    """Folder of `pipelines.prepare`, or a streams.yaml or schedule.yaml of `curate.select`."""
+    """Folder of MDS folders (of `pipelines.prepare`, say) or an MDS folder, or a streams.yaml or schedule.yaml of
+    `curate.select`."""
     model: Path
     """JSON file or folder with the config of a Hugging Face causal LM."""
-    steps: int
+    steps: int = Field(ge=1)
     """Optimizer steps; more than one pass over the data starts a new epoch (a schedule has but one)."""
-    batch_size: int = 16
+    batch_size: int = Field(default=16, ge=1)
     """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences per forward and backward pass; none: the whole batch."""
     columns: Columns = Columns()
     """Columns of the streams, where another program wrote them."""
+    tokenizer: Path | None = None
+    """`tokenizers` JSON file that made the tokens, for targets given as text; none: the tokenizer.json beside the
+    streams, if there is one."""
     loss_mean: Literal["token", "sample"] = "token"
     """Mean over the step's predicted tokens, or over its samples."""
     init_from: Path | None = None
     """State of an earlier stage to start from (model and optimizer), e.g. RUN/checkpoint.safetensors; none: random
     weights.
     """
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     """Seed of the initial weights and of the sample order."""
-    checkpoint_steps: int = 100
+    checkpoint_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints; an interrupted run continues from the last one."""
     device: str = "cpu"
     """Device to train on."""
@@ -125,13 +138,14 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
     model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
     optimizers = _optimizers(model, config.optimizer)
     streams = load_streams(config.data)
-    seq_len = _check_streams(streams, model, config)
-    loader = _loader(config)
-    stack.callback(release, loader.dataset)
+    catalogue = _read_streams(streams, model, config)
+    tokenizer = _tokenizer(config, streams, catalogue)
+    loader = _loader(config, stack)
     first_step = resume(config.out, model, optimizers, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizers)
-    recorder = _recorder(config, model, optimizers, streams, seq_len, first_step)
+    seq_len = int(catalogue["length"].max())  # type: ignore[arg-type]
+    recorder = _recorder(config, model, optimizers, streams, seq_len, first_step, tokenizer)
     batches = _forever(loader)
     losses = []
     for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
@@ -182,12 +196,12 @@ def _recorder(
     streams: list[dict[str, Any]],
     seq_len: int,
     first_step: int,
+    tokenizer: Path | None,
 ) -> TrajectoryRecorder | NoRecorder:
     if config.recorder is None:
         if config.capture is not None:
             raise UserError("capture needs the recorder, which is off (recorder: null); set recorder, or capture: null")
         return NoRecorder()
-    tokenizer = next((path for path in _tokenizers(config.data, streams) if path.exists()), None)
     recorder = TrajectoryRecorder(
         config.out, config.recorder, model, optimizers, steps=config.steps, first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
@@ -205,35 +219,47 @@ def _previous(config: PretrainConfig) -> Path | None:
     return folder if folder and (folder / "run.json").exists() else None
 
 
-def _tokenizers(data: Path, streams: list[dict[str, Any]]) -> Iterator[Path]:
-    """Places where `pipelines.prepare` or `curate.select` may have left the tokenizer."""
-    yield (data if data.is_dir() else data.parent) / "tokenizer.json"
-    for stream in streams:
-        yield Path(stream["local"]).parent / "tokenizer.json"
-
-
-def _check_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> int:
-    """Open every stream and hold its first sample against the model; returns the tokens of a sequence.
+def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> pl.DataFrame:
+    """Read every sample once, hold it against the model, and keep the catalogue, which `curate.select` needs later.
 
     Raises:
-        UserError: a stream is missing or damaged, too short for a batch, or does not fit the model.
+        UserError: a stream is missing or damaged, has nothing to predict, or does not fit the model.
     """
-    opened = [MdsStream(folder, config.columns) for folder in domain_folders(streams).values()]
-    samples = sum(int(stream.get("choose", len(found))) for stream, found in zip(streams, opened, strict=True))
-    if samples < config.batch_size:
+    opened = {domain: MdsStream(folder, config.columns) for domain, folder in domain_folders(streams).items()}
+    mask = config.columns.loss_mask
+    unmasked = [domain for domain, stream in opened.items() if not any(mask in kind for kind in stream.encodings)]
+    if len(unmasked) == len(opened) and mask != Columns().loss_mask:
+        columns = sorted(next(iter(opened.values())).encodings[0])
+        raise UserError(f"no stream of {config.data} has a column {mask!r} (one has {columns}); set columns.loss_mask")
+    if unmasked:
+        _log.info("no column %r in %s: all tokens but the first are predicted", mask, ", ".join(unmasked))
+    catalogue = read_catalogue(config.out, opened)
+    check_fit(catalogue, domain_folders(streams), model)
+    predicted = dict(catalogue.group_by("domain").agg(pl.col("tokens").sum()).iter_rows())
+    silent = [domain for domain in opened if not predicted[domain]]
+    if silent:
         raise UserError(
-            f"{config.data} holds {samples} samples, fewer than one batch of {config.batch_size}; lower batch_size"
+            f"{opened[silent[0]].folder} has no token to predict: its loss mask is 0 everywhere, or its sequences have "
+            "one token; correct columns.loss_mask, or leave the stream out"
         )
-    first = [found[0].tokens for found in opened]
-    seq_len, largest = max(len(tokens) for tokens in first), max(int(tokens.max()) for tokens in first)
-    shape: Any = model.config
-    vocabulary, positions = int(shape.vocab_size), int(getattr(shape, "max_position_embeddings", seq_len))
-    if largest >= vocabulary or not 2 <= seq_len <= positions:
-        raise UserError(
-            f"the data has token ids up to {largest} at least, in sequences of {seq_len}; {config.model} has a "
-            f"vocabulary of {vocabulary} and {positions} positions: set vocab_size and max_position_embeddings in it"
+    return catalogue
+
+
+def _tokenizer(config: PretrainConfig, streams: list[dict[str, Any]], catalogue: pl.DataFrame) -> Path | None:
+    """What the run is recorded with.
+
+    Raises:
+        UserError: it is not the data's, or lacks some of its token ids.
+    """
+    tokenizer = find_tokenizer(config.data, streams, config.tokenizer)
+    if tokenizer is not None:
+        check_tokens(catalogue, domain_folders(streams), tokenizer)
+    elif config.recorder is not None:
+        _log.warning(
+            "there is no tokenizer.json beside the streams: targets must be token ids, unless the tokenizer that made "
+            "the data is given (--tokenizer, here or to curate.select)"
         )
-    return seq_len
+    return tokenizer
 
 
 def _optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
@@ -272,20 +298,30 @@ def _plain(name: Literal["AdamW", "Adam", "SGD"], parameters: list[nn.Parameter]
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def _loader(config: PretrainConfig) -> StreamingDataLoader:
+def _loader(config: PretrainConfig, stack: ExitStack) -> StreamingDataLoader:
+    """The batches of the stage; the stack gives back what they take.
+
+    Raises:
+        UserError: batch sizes do not go together, or the streams have less than a batch or less than the stage needs.
+    """
     from streaming import StreamingDataLoader
 
     from curate.formats.dataset import open_dataset
 
-    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
-        raise UserError(
-            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
-        )
+    size = config.batch_size
+    if config.micro_batch_size and size % config.micro_batch_size:
+        raise UserError(f"batch_size {size} is not a multiple of micro_batch_size {config.micro_batch_size}")
     _check_length(config)
-    dataset = open_dataset(
-        config.data, batch_size=config.batch_size, seed=config.seed, predownload=8 * config.batch_size
-    )
-    return StreamingDataLoader(dataset, batch_size=config.batch_size, collate_fn=_keep, drop_last=True)
+    dataset = open_dataset(config.data, batch_size=size, seed=config.seed, predownload=8 * size)
+    stack.callback(release, dataset)
+    amounts = ", ".join(f"{stream.choose:,} of {stream.local}" for stream in dataset.streams)
+    if dataset.epoch_size < size:
+        raise UserError(
+            f"an epoch of {config.data} has {dataset.epoch_size} samples ({amounts}), fewer than one batch of {size}; "
+            "lower batch_size, or raise choose, repeat or proportion"
+        )
+    _log.info("%s samples in an epoch: %s", f"{dataset.epoch_size:,}", amounts)
+    return StreamingDataLoader(dataset, batch_size=size, collate_fn=_keep, drop_last=True)
 
 
 def _check_length(config: PretrainConfig) -> None:
@@ -304,9 +340,18 @@ def _keep(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _forever(loader: StreamingDataLoader) -> Iterator[list[dict[str, Any]]]:
-    while True:
+    """Batches of one epoch after the other.
+
+    Raises:
+        UserError: epochs have none.
+    """
+    empty = 0  # epochs in a row; a run that resumes at an epoch's end has one
+    while empty < 2:
+        empty += 1
         for batch in loader:
+            empty = 0
             yield batch["samples"]
+    raise UserError(f"an epoch of the data has no batch of {loader.batch_size} samples; lower batch_size")
 
 
 def _micro_batches(rows: list[dict[str, Any]], config: PretrainConfig) -> Iterator[dict[str, Any]]:

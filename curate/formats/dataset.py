@@ -13,11 +13,15 @@ from streaming.base.shuffle import get_shuffle
 
 from curate.artifacts import checked, fingerprint
 from curate.errors import UserError
-from curate.formats.mds import construct, load_streams, verify_shard
+from curate.formats.mds import check_inside, verify_shard
+from curate.formats.memory import construct
 from curate.formats.phases import load_schedule, stream_key
+from curate.formats.streams import load_streams
 from curate.rng import derive_seed, generator
 
 if TYPE_CHECKING:
+    from streaming.base.world import World
+
     from curate.formats.phases import Schedule
 
 Ints = npt.NDArray[np.int64]
@@ -35,19 +39,49 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
         options: more arguments of `StreamingDataset`.
 
     Raises:
-        UserError: there are no streams, or the schedule does not hold together.
+        UserError: there are no streams, the schedule does not hold together, or streaming refuses them.
     """
     schedule = load_schedule(data)
-    for stream in load_streams(data):
+    streams = load_streams(data)
+    for stream in streams:
         checked(Path(stream["local"]) / (stream.get("split") or "") / "index.json")
-    if schedule is not None:
-        return construct(lambda: ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options))
-    return construct(
-        lambda: CheckedDataset(
-            streams=[Stream(**stream) for stream in load_streams(data)], batch_size=batch_size, shuffle=True,
+
+    def make() -> StreamingDataset:
+        if schedule is not None:
+            return ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options)
+        return CheckedDataset(
+            streams=[LocalStream(**stream) for stream in streams], batch_size=batch_size, shuffle=True,
             shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+
+    try:
+        return construct(make)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:  # what streaming raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"StreamingDataset refuses {data} ({reason}); correct it") from None
+
+
+class LocalStream(Stream):  # type: ignore[misc]
+    """A `Stream` that stays inside its folder and deletes nothing that it cannot fetch again."""
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
+        """Readers of its shards; called by StreamingDataset.
+
+        Raises:
+            UserError: the index names a file that does not lie in the folder.
+        """
+        folder = Path(self.local) / self.split
+        readers: list[Any] = super().get_shards(world, allow_unsafe_types)
+        check_inside(folder, readers)
+        for reader in () if self.remote else readers:
+            # Streaming deletes a shard whose compressed form is gone, to download both again
+            if reader.compression and not any(
+                (folder / info.basename).exists() for _, info in reader.file_pairs if info
+            ):
+                reader.compression, reader.file_pairs = None, [(raw, None) for raw, _ in reader.file_pairs]
+        return readers
 
 
 class CheckedDataset(StreamingDataset):  # type: ignore[misc]
@@ -99,14 +133,14 @@ class ScheduledDataset(CheckedDataset):
         streams = schedule.totals()
         self._schedule, self._seed = schedule, seed
         super().__init__(
-            streams=[Stream(**stream) for stream in streams], batch_size=batch_size, shuffle=False,
+            streams=[LocalStream(**stream) for stream in streams], batch_size=batch_size, shuffle=False,
             num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
         )  # fmt: skip
         keys = [stream_key(stream) for stream in streams]
         self._counts = np.zeros((len(schedule.entries), len(keys)), np.int64)
         for row, entry in enumerate(schedule.entries):
             for part in entry.streams:
-                self._counts[row, keys.index(stream_key(part.model_dump()))] += part.choose
+                self._counts[row, keys.index(stream_key(part.model_dump(exclude_unset=True)))] += part.choose
         self._stamp = fingerprint([self._counts.tolist(), self.samples_per_stream.tolist(), seed])
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Ints, Ints]:

@@ -7,15 +7,11 @@ threads, so it can run beside a training job on the same folder. Training itself
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from tempfile import gettempdir
-from time import sleep
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +20,11 @@ import polars as pl
 from curate.artifacts import checked, replacing
 from curate.config import Config
 from curate.errors import UserError
+from curate.formats.memory import construct, release
 from curate.formats.ngrams import NgramMemory
-from curate.formats.phases import load_schedule
+from curate.formats.stored import loss_mask, token_ids
 from curate.progress import progress
-from curate.reading import read_yaml
-
-if TYPE_CHECKING:
-    from streaming import StreamingDataset
-
-Dataset = TypeVar("Dataset", bound="StreamingDataset")
+from curate.reading import parse_json, read_text
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {
@@ -43,10 +35,8 @@ COLUMNS = {
     "documents": "json",  # [[document id, first token, token after the last], ...]
 }
 
-CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "fresh", "ngrams")
+CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "largest", "fresh", "ngrams")
 
-
-_ATTEMPTS = 50  # at a name in shared memory
 _BYTES_PER_TOKEN = 4  # of a shard, at least; bounds the number of tokens from above
 
 
@@ -58,7 +48,8 @@ class Columns(Config):
     tokens_dtype: str = "int64"
     """Type of the token ids where the column holds raw bytes."""
     loss_mask: str = "loss_mask"
-    """1 where a token's loss counts; a stream without this column predicts every token but the first."""
+    """0 or 1 for each token, 1 where its loss counts (raw bytes are uint8); or labels, -100 where it does not count. A
+    stream without this column predicts every token but the first."""
     documents: str = "documents"
     """JSON list of [document id, first token, token after the last]; may be absent."""
 
@@ -102,33 +93,78 @@ def as_sample(row: Mapping[str, Any], columns: Columns, where: str) -> Sample:
     Args:
         row: column -> value.
         columns: names of the columns; those for the mask and the documents may be absent.
-        where: the stream, for the error.
+        where: stream and sample, for the error.
 
     Raises:
-        UserError: the tokens column is missing.
+        UserError: the tokens column is missing, or a column holds something else than it should.
     """
     if columns.tokens not in row:
         raise UserError(f"{where} has no column {columns.tokens!r} (it has {sorted(row)}); set columns.tokens")
-    tokens = _token_ids(row[columns.tokens], columns, where)
+    tokens = token_ids(row[columns.tokens], columns.tokens_dtype, where)
     mask = row.get(columns.loss_mask)
     return Sample(
         tokens=tokens,
-        loss_mask=np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool),
-        documents=[(str(name), int(start), int(stop)) for name, start, stop in row.get(columns.documents, [])],
+        loss_mask=np.ones(len(tokens), bool) if mask is None else loss_mask(mask, tokens, where),
+        documents=_documents(row.get(columns.documents, []), len(tokens), where),
     )
 
 
-def _token_ids(stored: Any, columns: Columns, where: str) -> npt.NDArray[np.int32]:
-    hint = f"the token ids of {where} do not fit columns.tokens_dtype {columns.tokens_dtype}"
+def _documents(stored: Any, length: int, where: str) -> list[tuple[str, int, int]]:
     try:
-        ids = np.frombuffer(stored, columns.tokens_dtype) if isinstance(stored, bytes) else np.asarray(stored)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{hint} ({error}); set it to the type that the stream was written with") from None
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 31:
+        spans = [(str(name), int(start), int(stop)) for name, start, stop in stored]
+    except (TypeError, ValueError):
+        spans = None
+    if spans is None or not all(0 <= start <= stop <= length for _, start, stop in spans):
         raise UserError(
-            f"{hint} (found {ids.min()} to {ids.max()}); set it to the type that the stream was written with"
+            f"the documents of {where} are no list of [id, first token, token after the last] within {length} tokens; "
+            "correct them, or set columns.documents to a column that is not there"
         )
-    return ids.astype(np.int32)
+    return spans
+
+
+def shard_readers(folder: Path) -> list[Any]:
+    """Streaming's reader of every shard that an MDS folder's index names.
+
+    Raises:
+        UserError: no index, not a valid one, or one that names files outside the folder.
+    """
+    from streaming.base.format import reader_from_json
+    from streaming.base.format.mds.encodings import is_mds_encoding
+
+    path = folder / "index.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)")
+    index = parse_json(read_text(checked(path)), str(path))
+    try:
+        if index["version"] != 2:
+            raise ValueError(f"version {index['version']!r}, expected 2")
+        readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
+        unknown = [kind for reader in readers for kind in reader.column_encodings if not is_mds_encoding(kind)]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path} is not a valid MDS index ({type(error).__name__}: {error}); restore it") from None
+    if unknown:
+        raise UserError(f"{path} is not a valid MDS index (it has columns of {unknown[0]!r}); restore it")
+    check_inside(folder, readers)
+    return readers
+
+
+def check_inside(folder: Path, readers: Iterable[Any]) -> None:
+    """Refuse shards that lie, or would be decompressed, outside their folder; the last name alone may be a link.
+
+    Raises:
+        UserError: an index names a file by an absolute path, by `..`, or in a linked folder that lies elsewhere; or a
+            link stands where streaming writes before it renames.
+    """
+    root = folder.resolve()
+    names = {info.basename for reader in readers for pair in reader.file_pairs for info in pair if info is not None}
+    for name in sorted(names):
+        path = folder / name
+        inside = ".." not in Path(name).parts and path.parent.resolve().is_relative_to(root) and path != folder
+        if not inside or path.with_name(f"{path.name}.tmp").is_symlink():
+            raise UserError(
+                f"{folder / 'index.json'} names the shard {name!r}, which does not lie in {folder}; write the stream "
+                "again, its shards below it"
+            )
 
 
 class MdsStream:
@@ -139,25 +175,15 @@ class MdsStream:
         columns: names of the columns.
 
     Raises:
-        UserError: no index, an unsafe column type (pickle), a shard missing, of another size than the index says,
-            or present only in compressed form.
+        UserError: no index, one that names files outside the folder, an unsafe column type (pickle), a shard missing,
+            of another size than the index says, or present only in compressed form.
     """
 
     def __init__(self, folder: Path, columns: Columns | None = None) -> None:
-        from streaming.base.format import reader_from_json
-
         self.folder = folder
         self.columns = columns or Columns()
         self._verified: set[int] = set()
-        try:
-            index = json.loads(checked(folder / "index.json").read_text(encoding="utf-8"))
-            self._readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)"
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'index.json'} is not a valid MDS index: {error}") from None
+        self._readers = shard_readers(folder)
         if not self._readers:
             raise UserError(f"{folder} is an MDS folder without shards; write samples to it, or leave it out")
         for reader in self._readers:
@@ -195,10 +221,14 @@ class MdsStream:
         return int(self._shard_starts[-1])
 
     @cached_property
-    def encodings(self) -> dict[str, str]:
-        """Column name -> MDS encoding."""
-        first = self._readers[0]
-        return dict(zip(first.column_names, first.column_encodings, strict=True))
+    def encodings(self) -> list[dict[str, str]]:
+        """Column name -> MDS encoding; one entry, or one for each kind of shard that a merged stream has."""
+        kinds: list[dict[str, str]] = []
+        for reader in self._readers:
+            kind = dict(zip(reader.column_names, reader.column_encodings, strict=True))
+            if kind not in kinds:
+                kinds.append(kind)
+        return kinds
 
     def row(self, index: int) -> dict[str, Any]:
         """All columns of the sample at a stream-wide index, as stored.
@@ -226,15 +256,15 @@ class MdsStream:
         Raises:
             UserError: the tokens column is missing, or the shard is corrupted.
         """
-        return as_sample(self.row(index), self.columns, str(self.folder))
+        return as_sample(self.row(index), self.columns, f"{self.folder}, sample {index}")
 
     def catalogue(self) -> pl.DataFrame:
         """Read the whole stream once.
 
         Returns:
             One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens), `tokens`
-            (predicted tokens), `fresh` and `ngrams` (n-grams that no earlier sample of the stream has, of all; see
-            `ngrams`).
+            (predicted tokens), `largest` (token id), `fresh` and `ngrams` (n-grams that no earlier sample of the stream
+            has, of all; see `ngrams`).
         """
         memory = NgramMemory(sum(reader.raw_data.bytes for reader in self._readers) // _BYTES_PER_TOKEN)
         shards = np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist()
@@ -243,8 +273,8 @@ class MdsStream:
             progress(shards, total=len(self), what=f"read {self.folder.name}", unit="sample")
         ):
             sample = self[index]
-            counts = memory.count(sample.tokens)
-            rows.append((index, shard, sample.sample_id, len(sample.tokens), sample.predicted_tokens, *counts))
+            sizes = (len(sample.tokens), sample.predicted_tokens, int(sample.tokens.max()))
+            rows.append((index, shard, sample.sample_id, *sizes, *memory.count(sample.tokens)))
         return pl.DataFrame(rows, schema=list(CATALOGUE), orient="row")
 
 
@@ -321,84 +351,3 @@ def iterate(folder: Path) -> Iterator[dict[str, Any]]:
         yield from dataset
     finally:
         release(dataset)
-
-
-def construct(make: "Callable[[], Dataset]") -> "Dataset":
-    """A `StreamingDataset` (and its `Stream`s), made anew when another process took its name in shared memory first.
-
-    Streaming looks for a free name and takes it later; two trainings that start together on one machine can collide.
-    Not so where ranks wait for each other in between: there the error is raised.
-
-    Raises:
-        UserError: no name can be had, time after time.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return make()
-        except FileExistsError as error:
-            if not str(error.filename).endswith("_locals") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise
-            sleep(0.001 * attempt)
-    raise UserError(
-        "streaming finds no free name in shared memory, where a training that was killed left some: call "
-        "streaming.base.util.clean_stale_shared_memory() while no other training runs on this machine"
-    )
-
-
-def release(dataset: "StreamingDataset") -> None:
-    """Give back the names in shared memory, and the lock files, of a dataset that no rank uses any more.
-
-    Streaming gives back the names when the process ends, and the files never. Until then each new dataset attaches to
-    all that are there, and keeps the file descriptors: a process that opens 140 of them runs out of 20,000.
-    """
-    from streaming.base import constant
-    from streaming.base.shared import _get_path
-
-    prefix = vars(dataset).pop("_shm_prefix_int", -1)
-    if prefix < 0:
-        return  # given back already; the names may be another dataset's by now
-    kinds = ("BARRIER", "CACHE_USAGE", "LOCALS", "NEXT_EPOCH", "RESUME", "SHARD_ACCESS_TIMES", "SHARD_STATES")
-    for kind in kinds:
-        with suppress(FileNotFoundError):
-            block = SharedMemory(_get_path(prefix, getattr(constant, kind)))
-            block.close()
-            block.unlink()
-    for kind in ("BARRIER_FILELOCK", "CACHE_FILELOCK"):
-        (Path(gettempdir()) / _get_path(prefix, getattr(constant, kind))).unlink(missing_ok=True)
-
-
-def load_streams(data: Path) -> list[dict[str, Any]]:
-    """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
-
-    Those of a schedule.yaml have the samples of all its phases.
-
-    Raises:
-        UserError: there are none, or the file cannot be read.
-    """
-    if data.suffix in (".yaml", ".yml"):
-        schedule = load_schedule(data)
-        streams: Any = schedule.totals() if schedule else read_yaml(checked(data))
-        if not isinstance(streams, list) or not all(
-            isinstance(stream, dict) and "local" in stream for stream in streams
-        ):
-            raise UserError(f"{data} must hold a list of Stream arguments, each with `local`")
-    else:
-        streams = [{"local": str(index.parent)} for index in sorted(data.glob("*/index.json"))]
-    if not streams:
-        raise UserError(f"{data} holds no MDS streams; make them with python -m pipelines.prepare")
-    return list(streams)
-
-
-def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:
-    """Domain -> MDS folder: domains are called by their folders, with the parent's name where that is not enough.
-
-    Raises:
-        UserError: two streams would have the same name.
-    """
-    folders = [Path(stream["local"]) / (stream.get("split") or "") for stream in streams]
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [f"{folder.parent.name}.{folder.name}" for folder in folders]
-    if len(set(names)) < len(names):
-        raise UserError(f"two streams are called {max(names, key=names.count)}; give their folders different names")
-    return dict(zip(names, folders, strict=True))

@@ -88,8 +88,9 @@ class SampleOrder:
     """
 
     def __init__(self, streams: Sequence[Mapping[str, Any]], dataset: Mapping[str, Any], loader: LoaderConfig) -> None:
-        from streaming import Stream
         from streaming.base.world import World
+
+        from curate.formats.dataset import LocalStream
 
         if int(os.environ.get("WORLD_SIZE", "1")) != 1:
             raise UserError("the order of all ranks is rebuilt in one process; unset WORLD_SIZE")
@@ -98,7 +99,7 @@ class SampleOrder:
         self._loader = loader
         chosen = {"batch_size": loader.batch_size, **{k: v for k, v in dataset.items() if k not in _ELSEWHERE}}
         try:
-            places = [Stream(**{key: stream[key] for key in PLACE if key in stream}) for stream in streams]
+            places = [LocalStream(**{key: stream[key] for key in PLACE if key in stream}) for stream in streams]
             self._dataset = _dataset(streams=places, predownload=8 * loader.batch_size, **chosen)
             world = World(loader.nodes, loader.world_size // loader.nodes, max(loader.workers, 1), 0)
             self._world = world.replicate(self._dataset.replication) if self._dataset.replication else world
@@ -169,6 +170,8 @@ class SampleOrder:
 
 
 def _refused(error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return UserError(f"StreamingDataset {streaming_version()} refuses the description ({reason}); correct `dataset`")
 

@@ -16,25 +16,52 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from curate.artifacts import checked
-from curate.config import Config
+from curate.config import Config, FileName
 from curate.errors import UserError
-from curate.paths import local_path
 from curate.reading import read_yaml
 from curate.validation import first_problem
 
 
-class PhaseStream(Config):
-    """Arguments of a `Stream`; those that are not named here are passed on."""
+class StreamArguments(Config):
+    """Arguments of one `Stream` of mosaicml-streaming, whose data lies in a local folder."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    local: str
+    local: FileName
     """MDS folder."""
+    split: str | None = None
+    """Folder in it."""
+    remote: str | None = None
+    """Where it is downloaded from."""
+    proportion: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Share of all samples."""
+    repeat: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Times that each sample is used."""
+    choose: int | None = Field(default=None, ge=0)
+    """Samples of it."""
+    download_retry: int | None = Field(default=None, ge=0)
+    """Downloads that are tried again."""
+    download_timeout: float | None = Field(default=None, gt=0)
+    """Seconds of a download."""
+    validate_hash: str | None = None
+    """Hash that downloads are compared by."""
+    keep_zip: bool | None = None
+    """Whether the compressed form stays."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        given = [name for name in ("proportion", "repeat", "choose") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other; set one")
+        return self
+
+
+class PhaseStream(StreamArguments):
+    """A stream of a phase."""
+
     choose: int = Field(ge=1)
     """Samples of it in the phase."""
 
@@ -100,7 +127,7 @@ class Schedule:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for entry in self.entries:
             for stream in entry.streams:
-                arguments = stream.model_dump()
+                arguments = stream.model_dump(exclude_unset=True)
                 known = found.setdefault(stream_key(arguments), {**arguments, "choose": 0})
                 if {**known, "choose": 0} != {**arguments, "choose": 0}:
                     raise UserError(f"the schedule has {stream.local} with other arguments at {entry.start_step}")
@@ -142,9 +169,7 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
 
 def _placed(entry: Entry, here: Path) -> Entry:
     """The entry with its streams' places seen from a folder."""
-    streams = [
-        stream.model_copy(update={"local": str(here / local_path(Path(stream.local)))}) for stream in entry.streams
-    ]
+    streams = [stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams]
     return entry.model_copy(update={"streams": tuple(streams)})
 
 

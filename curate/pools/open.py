@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ import polars as pl
 
 from curate.artifacts import file_fingerprint, fingerprint
 from curate.errors import UserError
-from curate.formats.mds import domain_folders, load_streams
-from curate.trajectory.run import DOMAIN, Run
+from curate.formats.streams import check_same_tokenizer, domain_folders, find_tokenizer, load_streams
+from curate.trajectory.run import Run
 from curate.trajectory.samples import usable_samples
 
 _log = logging.getLogger(__name__)
@@ -58,13 +57,11 @@ def pool_streams(folder: Path) -> dict[str, Path]:
     """
     if not folder.exists():
         raise UserError(f"the pool {folder} does not exist; make one with python -m pipelines.prepare")
-    streams = domain_folders(load_streams(folder))
-    wrong = [domain for domain in streams if not re.match(DOMAIN, domain)]
-    if wrong:
-        raise UserError(
-            f"the pool's domain {wrong[0]!r} has no usable name (letters, digits, '_', '-', '.'): rename it"
-        )
-    return streams
+    streams = load_streams(folder)
+    try:
+        return domain_folders(streams)
+    except UserError as error:
+        raise UserError(f"the pool {folder}: {error}") from None
 
 
 def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> Pool:
@@ -81,7 +78,7 @@ def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> P
             refused.
     """
     streams = pool_streams(folder)
-    _check_tokenizer(folder if folder.is_dir() else folder.parent, run)
+    _check_tokenizer(folder, run)
     stock = run.over(streams)
     places = stock.places
     longest = int(places["length"].max())  # type: ignore[arg-type]
@@ -131,11 +128,6 @@ def _say_overlap(old: pl.DataFrame, places: pl.DataFrame, overlap: Overlap) -> N
 
 
 def _check_tokenizer(folder: Path, run: Run) -> None:
-    own, theirs = run.spec.tokenizer, folder / "tokenizer.json"
-    if own is None or not own.exists() or not theirs.exists():
-        return
-    if file_fingerprint(own) != file_fingerprint(theirs):
-        raise UserError(
-            f"{theirs} is not the tokenizer that the run was trained with ({own}): its token ids mean something else; "
-            f"write the pool again with --tokenizer {own}"
-        )
+    own, theirs = run.spec.tokenizer, find_tokenizer(folder, load_streams(folder))
+    if own is not None and own.exists() and theirs is not None:
+        check_same_tokenizer(theirs, own, "of the run")

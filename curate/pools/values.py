@@ -42,6 +42,7 @@ from curate.pools.slopes import (
 )
 from curate.pools.spread import PREDICTOR, FeatureReader, block_file, blocks_of, from_slopes, settled, spread
 from curate.progress import progress
+from curate.trajectory.fit import check_fit
 from curate.trajectory.replay import Replay
 from curate.trajectory.samples import samples_fingerprint
 
@@ -234,7 +235,7 @@ class _Work:
         """Probe, and value the rest."""
         probes = self.probes
         losses = [half for target in self.targets for half in target.halves]
-        self._check_tokens(probes, replay)
+        check_fit(self.pool.stock.catalogue, self.pool.stock.spec.streams, replay.model)
         outlook = look_ahead(replay, self.run.spec.steps, losses, self.adjoint, batch_size=batch_size, scratch=scratch)
         halves = probe_values(
             replay, outlook, list(self._read(probes)), self.adjoint, step_tokens=step_tokens(self.run), scratch=scratch
@@ -250,15 +251,6 @@ class _Work:
         for name, table in (("values", found), ("domains", domains)):
             with replacing(folder / f"{name}.parquet") as part:
                 table.write_parquet(part)
-
-    def _check_tokens(self, probes: pl.DataFrame, replay: Replay) -> None:
-        vocabulary = getattr(getattr(replay.model, "config", None), "vocab_size", None)
-        largest = max(int(sample.tokens.max()) for samples in self._read(probes) for sample in samples)
-        if vocabulary is not None and largest >= vocabulary:
-            raise UserError(
-                f"the pool has token id {largest}, the model's vocabulary is {vocabulary}: write the pool with the "
-                "run's tokenizer"
-            )
 
     def _read(self, samples: pl.DataFrame) -> Iterable[list[Sample]]:
         """The samples in their order, as many as go through the model together."""

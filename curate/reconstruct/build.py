@@ -20,6 +20,7 @@ from curate.reconstruct.diagnose import diagnose
 from curate.reconstruct.moments import estimate_moments
 from curate.reconstruct.records import read_log, step_records
 from curate.task import build_model
+from curate.trajectory.fit import check_fit, check_tokens
 from curate.trajectory.recorder import clip_factor, default_windows, window_steps
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run, RunSpec, keep_model_config, read_catalogue
@@ -107,6 +108,9 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     log = read_log(config.log, config.steps)
     order = SampleOrder(list(config.streams.values()), config.dataset, config.loader)
     catalogue = read_catalogue(part, streams)
+    check_fit(catalogue, folders, model)
+    if config.tokenizer is not None:
+        check_tokens(catalogue, folders, config.tokenizer)
     frame = step_records(config, order, catalogue, log, group_settings(config, optimizers))
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     spec = RunSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,12 +12,12 @@ from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.formats.order import LoaderConfig
+from curate.formats.streams import DomainName
 from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
 from curate.task import TaskSpec
 from curate.trajectory.recorder import Border
-from curate.trajectory.run import DOMAIN
 from curate.trajectory.snapshots import named_parameters
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ReconstructConfig(Config):
 
     out: Path
     """Folder of the reconstructed run."""
-    streams: dict[Annotated[str, Field(pattern=DOMAIN)], dict[str, Any]] = Field(min_length=1)
+    streams: dict[DomainName, dict[str, Any]] = Field(min_length=1)
     """Domain -> arguments of its `Stream`, in the order of the training."""
     dataset: dict[str, Any]
     """Other arguments of `StreamingDataset`: shuffle, shuffle_algo, shuffle_seed, shuffle_block_size,

@@ -9,7 +9,8 @@ import polars as pl
 from tqdm import tqdm
 
 from curate.artifacts import replacing
-from curate.formats.mds import MdsStream, merge_indexes, write_stream
+from curate.errors import UserError
+from curate.formats.mds import COLUMNS, MdsStream, as_sample, merge_indexes, write_stream
 from curate.mixture.record import Phase
 from curate.reading import dump_yaml
 from curate.rng import generator
@@ -64,7 +65,9 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
 
 
 def write_filter(folder: Path, streams: Mapping[str, MdsStream], plan: Plan, *, seed: int, shard_bytes: int) -> None:
-    """Write `folder/<domain>/` with every planned sample as often as planned, all columns as stored, in random order.
+    """Write `folder/<domain>/` with every planned sample as often as planned, in random order.
+
+    All columns are as stored; where a stream's shards differ in type, see `columns_of`.
 
     Each sub-folder is a valid MDS dataset; `folder/index.json` joins them, so `StreamingDataset(local=folder)` delivers
     the mixture. `folder/dropped.parquet` says which samples were left out and why. The folder appears at once when it
@@ -78,14 +81,14 @@ def write_filter(folder: Path, streams: Mapping[str, MdsStream], plan: Plan, *, 
         shard_bytes: size limit of a shard.
 
     Raises:
-        UserError: a shard cannot be read.
+        UserError: a shard cannot be read, or a stream's shards have different columns.
     """
     domains = plan.uses["domain"].unique().sort().to_list()
     total = int(plan.uses["uses"].sum())
     with replacing(folder) as part, tqdm(total=total, desc="writing", unit="sample", disable=None) as progress:
         for domain in domains:
             stream, order = streams[domain], _order(plan.uses.filter(domain=domain), seed, domain)
-            write_stream(part / domain, stream.encodings, _rows(stream, order, progress), shard_bytes)
+            write_stream(part / domain, columns_of(stream), _rows(stream, order, progress), shard_bytes)
         merge_indexes(part, domains)
         plan.dropped.write_parquet(part / DROPPED)
 
@@ -98,9 +101,50 @@ def _order(uses: pl.DataFrame, seed: int, domain: str) -> list[int]:
 
 
 def _rows(stream: MdsStream, order: list[int], progress: "tqdm[Any]") -> Iterator[dict[str, Any]]:
+    columns, differing = columns_of(stream), len(stream.encodings) > 1
     for index in order:
-        yield stream.row(index)
+        row = stream.row(index)
+        yield row | _unified(row, stream, columns) if differing else row
         progress.update()
+
+
+def columns_of(stream: MdsStream) -> dict[str, str]:
+    """Column name -> MDS encoding that every sample of a stream can be written with.
+
+    As stored; where shards of a merged stream differ in tokens, loss mask or documents, one encoding that holds the
+    numbers of all.
+
+    Raises:
+        UserError: its shards differ in another column.
+    """
+    names = {name for kind in stream.encodings for name in kind}
+    differing = sorted(name for name in names if len({kind.get(name) for kind in stream.encodings}) > 1)
+    wide = {
+        stream.columns.tokens: COLUMNS["tokens"],
+        stream.columns.loss_mask: "ndarray:int64",  # 0 and 1, or labels
+        stream.columns.documents: COLUMNS["documents"],
+    }
+    other = [name for name in differing if name not in wide]
+    if other:
+        kinds = ", ".join(str(kind.get(other[0])) for kind in stream.encodings)
+        raise UserError(
+            f"the shards of {stream.folder} hold column {other[0]!r} as {kinds}, and cannot be written as one stream: "
+            "write it again with one set of columns, or select with --mode reweight"
+        )
+    return {**stream.encodings[0], **{name: wide[name] for name in differing}}
+
+
+def _unified(row: Mapping[str, Any], stream: MdsStream, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Tokens, loss mask and documents of a row in the encodings that `columns_of` gives them."""
+    names, sample = stream.columns, as_sample(row, stream.columns, str(stream.folder))
+    mask = row.get(names.loss_mask, sample.loss_mask)
+    values = {
+        names.tokens: sample.tokens,
+        names.loss_mask: np.asarray(np.frombuffer(mask, np.uint8) if isinstance(mask, bytes) else mask, np.int64),
+        names.documents: [list(span) for span in sample.documents],
+    }
+    differing = {name for kind in stream.encodings for name in columns if kind.get(name) != columns[name]}
+    return {name: value for name, value in values.items() if name in differing}
 
 
 def loader_line(kind: str, path: Path) -> str:

@@ -10,7 +10,8 @@ import polars as pl
 
 from curate.artifacts import checked, read_json
 from curate.errors import UserError
-from curate.formats.mds import MdsStream, load_streams
+from curate.formats.mds import MdsStream
+from curate.formats.streams import load_streams
 from curate.stages.plan import PlanConfig
 from curate.stages.state import difference, readable
 from curate.trajectory.ledger import domain_ledger, uses
@@ -32,13 +33,15 @@ def open_stage(plan: PlanConfig, index: int) -> Run:
         UserError: see `Run`.
     """
     folder = plan.run_folder(index)
+    given = plan.selection_settings(index).get("tokenizer")
+    tokenizer = None if given is None else Path(given)
     streams = read_json(checked(folder / "run.json", by=folder))["streams"]
     recorded = {domain: Path(place) for domain, place in streams.items()}
     lost = {domain: place for domain, place in recorded.items() if not place.exists()}
     if not lost:
-        return Run(folder)
+        return Run(folder, tokenizer=tokenizer)
     now = {place.name: place for place in stream_folders(plan.data_of(index))}
-    return Run(folder, {domain: now[place.name] for domain, place in lost.items() if place.name in now})
+    return Run(folder, {domain: now[place.name] for domain, place in lost.items() if place.name in now}, tokenizer)
 
 
 def check_inputs(plan: PlanConfig) -> None:

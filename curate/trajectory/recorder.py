@@ -32,6 +32,7 @@ from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
+from curate.formats.streams import check_domain
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -179,6 +180,8 @@ class TrajectoryRecorder:
     ) -> None:
         self.folder, self.model, self.optimizers = Path(folder), model, as_sequence(optimizer)
         _check_replayable(model, self.optimizers)
+        for domain in streams:
+            check_domain(domain)
         self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self.rank, self.world = _rank_and_world()
         self._observers: list[StepObserver] = []

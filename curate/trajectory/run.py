@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import polars as pl
 from pydantic import Field, ValidationError
@@ -28,7 +28,9 @@ from curate.artifacts import (
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
+from curate.formats.streams import DomainName, check_same_tokenizer
 from curate.task import TaskSpec
+from curate.trajectory.fit import check_tokens
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 from curate.validation import first_problem
 
@@ -57,15 +59,12 @@ STEPS = pl.Schema(
 )
 
 
-DOMAIN = r"^\w[\w.-]*$"
-
-
 class RunSpec(Config):
     """What a run was, as written by the recorder into `run.json`."""
 
     task: TaskSpec
     """Model and precision."""
-    streams: dict[Annotated[str, Field(pattern=DOMAIN)], Path]
+    streams: dict[DomainName, Path]
     """Domain -> MDS folder that the run trained on. Domains become folder names: letters, digits, '_', '-' and '.'."""
     columns: Columns = Columns()
     """Columns of the streams."""
@@ -93,17 +92,24 @@ class Run:
     Args:
         folder: its directory.
         streams: where streams lie now, by domain, if they were moved since.
+        tokenizer: that made the tokens, for a run that was recorded without one.
 
     Raises:
-        UserError: no run there, not finished, damaged, or without snapshots.
+        UserError: no run there, not finished, damaged, without snapshots, of other streams, or of another tokenizer.
     """
 
-    def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None) -> None:
+    def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> None:
         self.folder = folder
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; name the run's folder, {folder.parent}")
         raw = read_json(folder / "run.json")
-        raw["streams"] = {**raw.get("streams", {}), **(streams or {})}
+        recorded = raw.get("streams", {})
+        unknown = sorted(set(streams or {}) - set(recorded))
+        if unknown:
+            raise UserError(f"run {folder} has no stream {unknown[0]!r} (it has {sorted(recorded)}); correct streams")
+        raw["streams"] = {**recorded, **(streams or {})}
         try:
-            self.spec = _resolved(RunSpec(**raw), folder)
+            self.spec = _resolved(RunSpec.model_validate(raw), folder)
         except ValidationError as error:
             raise UserError(f"{folder / 'run.json'} does not describe a run: {first_problem(error)}") from None
         if not (folder / "steps.parquet").exists():
@@ -116,6 +122,15 @@ class Run:
                 f"{folder} has no snapshots: values need the states at the window borders; "
                 "train with the recorder's windows set"
             )
+        self._added_tokenizer = tokenizer if self.spec.tokenizer is None else None
+        if tokenizer is not None:
+            self._set_tokenizer(tokenizer)
+
+    def _set_tokenizer(self, tokenizer: Path) -> None:
+        if self.spec.tokenizer is not None and self.spec.tokenizer.exists():
+            check_same_tokenizer(tokenizer, self.spec.tokenizer, "of the run")
+        check_tokens(self.catalogue, self.spec.streams, tokenizer)
+        self.spec = self.spec.model_copy(update={"tokenizer": tokenizer})
 
     @cached_property
     def places(self) -> pl.DataFrame:
@@ -145,7 +160,8 @@ class Run:
     def fingerprint(self) -> str:
         """Identity of the recorded trajectory: spec and steps, not the place where it lies."""
         spec = self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task", "previous"})
-        return fingerprint([spec, file_fingerprint(self.folder / "steps.parquet")])
+        added = [] if self._added_tokenizer is None else [file_fingerprint(self._added_tokenizer)]
+        return fingerprint([spec, file_fingerprint(self.folder / "steps.parquet"), *added])
 
     @cached_property
     def steps(self) -> pl.DataFrame:
@@ -262,7 +278,10 @@ class Run:
 
 def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
     """Every sample of some streams, by domain; kept in the folder of their run. See `Run.catalogue`."""
-    indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in streams.items()}
+    indexes = {
+        domain: [file_fingerprint(stream.folder / "index.json"), stream.columns.model_dump()]
+        for domain, stream in streams.items()
+    }
     path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
     if not path.exists() or path.name not in listed(folder):
         frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]

@@ -18,7 +18,8 @@ import yaml
 from curate.embeddings.estimators import AdjointConfig
 from curate.errors import UserError
 from curate.formats.dataset import open_dataset
-from curate.formats.mds import construct, iterate, write_stream
+from curate.formats.mds import iterate, write_stream
+from curate.formats.memory import construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.select import select

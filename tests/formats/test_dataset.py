@@ -14,10 +14,12 @@ from streaming import StreamingDataLoader
 from streaming.base.partition import get_partitions
 
 from curate.errors import UserError
-from curate.formats import mds
+from curate.formats import memory
 from curate.formats.dataset import ScheduledDataset, open_dataset, phase_order, stream_order
-from curate.formats.mds import construct, iterate, load_streams, release
+from curate.formats.mds import iterate
+from curate.formats.memory import construct, release
 from curate.formats.phases import load_schedule
+from curate.formats.streams import load_streams
 from curate.mixture.record import Phase
 from curate.shards.write import write_schedule
 from tests.shards.conftest import SIZES, folders  # noqa: F401
@@ -159,7 +161,9 @@ def test_steps_outside_the_entries_are_refused(path, folders, tmp_path):  # noqa
         (lambda entries: entries[0]["streams"][0].update(choose=2.5), r"streams.0.choose"),
         (lambda entries: entries[0].pop("streams"), r"is not a schedule of streams: streams"),
         (lambda entries: entries[0]["streams"][0].update(split="x"), None),
-        (lambda entries: entries[0]["streams"][0].update(proportion=1), r"with other arguments at 36"),
+        (lambda entries: entries[0]["streams"][0].update(keep_zip=True), r"with other arguments at 36"),
+        (lambda entries: entries[0]["streams"][0].update(proportion=1), r"proportion and choose exclude each other"),
+        (lambda entries: entries[0]["streams"][0].update(chose=3), r"streams.0.chose"),
     ],
 )
 def test_a_schedule_that_does_not_hold_together_is_refused(path, tmp_path, change, message):
@@ -232,7 +236,7 @@ def test_where_a_second_try_cannot_help_the_error_is_raised(monkeypatch, ranks, 
 
 
 def test_a_name_that_is_never_free_is_not_waited_for_without_end(monkeypatch):
-    monkeypatch.setattr(mds, "_ATTEMPTS", 3)
+    monkeypatch.setattr(memory, "_ATTEMPTS", 3)
     tried = []
 
     def taken():

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream, construct
+from curate.formats.mds import MdsStream
+from curate.formats.memory import construct
 from curate.formats.order import LoaderConfig, Resumed, SampleOrder
 from tests.tiny import write_tiny_streams
 

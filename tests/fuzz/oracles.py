@@ -159,11 +159,16 @@ def numbers_in(value: Any) -> Iterator[int | float]:
 
 
 POSITIVE = re.compile(
-    r"steps$|batch_size|^seq_len|temperature$|^tolerance|epochs$|_bytes$|^width|^lr$|^peak|^min_target_tokens|^pairs$|^clusters$"
+    r"steps$|batch_size|^seq_len|temperature$|^tolerance|epochs$|_bytes$|^width|^lr$|^peak|^min_target_tokens|^pairs$"
 )
 MAY_BE_ZERO = {
-    "warmup_steps", "memory_bytes", "disk_bytes", "sample_temperature", "clusters", "slopes_passes", "cadence_snapshots",
-}  # fmt: skip
+    "warmup_steps",
+    "memory_bytes",
+    "disk_bytes",
+    "sample_temperature",
+    "slopes_passes",
+    "cadence_snapshots",
+}
 
 
 def in_range(config: BaseModel, where: str = "") -> None:

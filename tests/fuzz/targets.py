@@ -75,19 +75,29 @@ def _document_targets(folder: Path) -> list[FuzzTarget]:
     rows = ["text", "prompt", "completion", "tokens", "loss_mask", "id"]
     return [
         FuzzTarget(
-            name="documents", file="d.jsonl", read=read_documents, oracle=partial(same_rows, oracles.rows_of_jsonl),
-            inputs=files(inputs.DOCUMENTS, seeds("documents")), corpus=CORPUS["documents"],
+            name="documents",
+            file="d.jsonl",
+            read=read_documents,
+            oracle=partial(same_rows, oracles.rows_of_jsonl),
+            inputs=files(inputs.DOCUMENTS, seeds("documents")),
+            corpus=CORPUS["documents"],
         ),
         FuzzTarget(
-            name="target", file="t.jsonl", read=lambda path: load_target(path, spec, 10), oracle=same_target,
+            name="target",
+            file="t.jsonl",
+            read=lambda path: load_target(path, spec, 10),
+            oracle=same_target,
             inputs=files(st.lists(inputs.DOCUMENT, min_size=2, max_size=6).map(inputs.as_jsonl), seeds("documents")),
             corpus=CORPUS["target"],
         ),
         FuzzTarget(
-            name="parquet", file="d.parquet", read=read_documents, oracle=partial(same_rows, oracles.rows_of_parquet),
+            name="parquet",
+            file="d.parquet",
+            read=read_documents,
+            oracle=partial(same_rows, oracles.rows_of_parquet),
             inputs=files(tables(rows), [inputs.parquet(pl.DataFrame({"text": ["a", "b"], "id": ["1", "2"]}))]),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def value_of(annotation: Any) -> st.SearchStrategy[Any]:
@@ -115,9 +125,12 @@ def _right_value(annotation: Any) -> st.SearchStrategy[Any]:
 
 
 _PLAIN: dict[Any, st.SearchStrategy[Any]] = {
-    bool: st.booleans(), int: st.integers(1, 60), float: st.sampled_from([0.1, 0.5, 1e-3, 1.0]),
-    str: st.sampled_from(["x", "late", "a b"]), Path: st.sampled_from(["x", "~/y", "data/a", "../b"]),
-}  # fmt: skip
+    bool: st.booleans(),
+    int: st.integers(1, 60),
+    float: st.sampled_from([0.1, 0.5, 1e-3, 1.0]),
+    str: st.sampled_from(["x", "late", "a b"]),
+    Path: st.sampled_from(["x", "~/y", "data/a", "../b"]),
+}
 
 
 @st.composite
@@ -151,31 +164,55 @@ def _command_files(draw: Any) -> bytes:
 GOOD = st.sampled_from(["train --out {out} --data {data}", "train {steps:05d} {name}", "train '{out}' {{}} \\{"])
 BAD = st.sampled_from(
     [
-        "train '{lr}'", "train {checkpoint} {previous}", "", " ",
-        "train '", "{steps!q}", "{steps:zz}", "{steps:05d}", "{steps:99999d}", "{}", "{0}", "{steps.real}", "a\0b", "{tokens}",
-        "{{x}}", "{", "a \\", "''", "train {windows}", "{out!r:.3}",
+        "train '{lr}'",
+        "train {checkpoint} {previous}",
+        "",
+        " ",
+        "train '",
+        "{steps!q}",
+        "{steps:zz}",
+        "{steps:05d}",
+        "{steps:99999d}",
+        "{}",
+        "{0}",
+        "{steps.real}",
+        "a\0b",
+        "{tokens}",
+        "{{x}}",
+        "{",
+        "a \\",
+        "''",
+        "train {windows}",
+        "{out!r:.3}",
     ]
-)  # fmt: skip
+)
 TEMPLATES = mostly(GOOD, BAD)
 STAGE = st.fixed_dictionaries(
     {"name": mostly(st.sampled_from(["one", "two", "a.b", "c-1"]), TEXT), "steps": mostly(st.integers(1, 9), SCALAR)},
     optional={
-        "tokens": mostly(st.sampled_from(["50M", 1000]), SCALAR), "train": TEMPLATES,
-        "windows": mostly(st.just({"late": [0.5, 1.0]}), ANY), "settings": mostly(st.just({"rate": 0.1}), ANY),
-        "lr_schedule": mostly(st.just({"lr": 0.1}), ANY), "selection": mostly(st.just({"mode": "filter"}), ANY),
+        "tokens": mostly(st.sampled_from(["50M", 1000]), SCALAR),
+        "train": TEMPLATES,
+        "windows": mostly(st.just({"late": [0.5, 1.0]}), ANY),
+        "settings": mostly(st.just({"rate": 0.1}), ANY),
+        "lr_schedule": mostly(st.just({"lr": 0.1}), ANY),
+        "selection": mostly(st.just({"mode": "filter"}), ANY),
     },
-)  # fmt: skip
+)
 PLAN = st.fixed_dictionaries(
     {
-        "folder": mostly(st.just("p"), TEXT), "data": st.just("d"), "target": st.just("t.jsonl"), "train": TEMPLATES,
+        "folder": mostly(st.just("p"), TEXT),
+        "data": st.just("d"),
+        "target": st.just("t.jsonl"),
+        "train": TEMPLATES,
         "stages": mostly(st.lists(STAGE, min_size=1, max_size=3, unique_by=lambda stage: str(stage["name"])), ANY),
     },
     optional={
-        "train_first": TEMPLATES, "checkpoint": mostly(st.just("c.pt"), st.sampled_from(["../c.pt", "/c.pt"]) | TEXT),
+        "train_first": TEMPLATES,
+        "checkpoint": mostly(st.just("c.pt"), st.sampled_from(["../c.pt", "/c.pt"]) | TEXT),
         "selection": mostly(st.just({"schedule": {"kind": "late"}}), st.just({"schedule": "late"}) | ANY),
         "target": mostly(st.just("~/t.jsonl"), TEXT),
     },
-)  # fmt: skip
+)
 STREAM = st.fixed_dictionaries(
     {"local": st.sampled_from(["data/a", "data/b", "~/c"]) | TEXT, "choose": st.integers(1, 9) | SCALAR},
     optional={"split": st.just("train") | SCALAR, "repeat": inputs.NUMBER, "chose": st.just(3)},
@@ -236,31 +273,53 @@ def _yaml_targets() -> list[FuzzTarget]:
     describe = partial(parse_command, ReconstructConfig, "x", "")
     return [
         FuzzTarget(
-            name="plan", file="plan.yaml", read=load_plan, oracle=_plan_holds, corpus=CORPUS["plan"],
+            name="plan",
+            file="plan.yaml",
+            read=load_plan,
+            oracle=_plan_holds,
+            corpus=CORPUS["plan"],
             inputs=files(PLAN.map(as_yaml), seeds("plan")),
         ),
         FuzzTarget(
-            name="description", file="description.yaml", read=lambda path: describe(["--config", str(path)]),
-            oracle=_settings_hold, corpus=CORPUS["description"],
+            name="description",
+            file="description.yaml",
+            read=lambda path: describe(["--config", str(path)]),
+            oracle=_settings_hold,
+            corpus=CORPUS["description"],
             inputs=files(settings_of(ReconstructConfig, NEEDED).map(as_yaml), seeds("description")),
         ),
         FuzzTarget(
-            name="settings", file="settings.yaml", read=_read_settings, oracle=_settings_hold, corpus=CORPUS["settings"],
+            name="settings",
+            file="settings.yaml",
+            read=_read_settings,
+            oracle=_settings_hold,
+            corpus=CORPUS["settings"],
             inputs=files(_command_files(), seeds("settings")),
         ),
         FuzzTarget(
-            name="streams", file="streams.yaml", read=pool_streams, oracle=_streams_hold, corpus=CORPUS["streams"],
+            name="streams",
+            file="streams.yaml",
+            read=pool_streams,
+            oracle=_streams_hold,
+            corpus=CORPUS["streams"],
             inputs=files(st.lists(STREAM, max_size=3).map(as_yaml), seeds("streams")),
         ),
         FuzzTarget(
-            name="schedule", file="schedule.yaml", read=_read_schedule, oracle=_schedule_holds, corpus=CORPUS["schedule"],
+            name="schedule",
+            file="schedule.yaml",
+            read=_read_schedule,
+            oracle=_schedule_holds,
+            corpus=CORPUS["schedule"],
             inputs=files(st.lists(ENTRY, max_size=3).map(as_yaml), seeds("schedule")),
         ),
         FuzzTarget(
-            name="mixture", file="mixture.yaml", read=read_mixture, oracle=_mixture_holds,
+            name="mixture",
+            file="mixture.yaml",
+            read=read_mixture,
+            oracle=_mixture_holds,
             inputs=settings_of(Mixture).map(as_yaml),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _read_schedule(path: Path) -> Any:
@@ -314,23 +373,34 @@ def _run_targets(folder: Path) -> list[FuzzTarget]:
 
     def target(name: str, place: str, read: Callable[[Run], Any], oracle: Any, whole: bytes, inputs: Any) -> FuzzTarget:
         return FuzzTarget(
-            name=name, file=place, read=partial(beside, read, place, whole, name != "catalogue"), oracle=oracle, inputs=inputs,
+            name=name,
+            file=place,
+            read=partial(beside, read, place, whole, name != "catalogue"),
+            oracle=oracle,
+            inputs=inputs,
             corpus=((whole, "accepted"), (b"", "refused")),
-        )  # fmt: skip
+        )
 
     whole = (run.folder / "steps.parquet").read_bytes()
     return [
         target("run", "run.json", lambda run: run, same_run, run_json, mutated([run_json])),
         target("steps", "steps.parquet", lambda run: run.steps, same_steps, whole, changed(steps) | mutated([whole])),
         target(
-            "catalogue", path.name, lambda run: run.catalogue, same_catalogue, path.read_bytes(),
+            "catalogue",
+            path.name,
+            lambda run: run.catalogue,
+            same_catalogue,
+            path.read_bytes(),
             changed(catalogue) | mutated([path.read_bytes()]),
         ),
         FuzzTarget(
-            name="log", file="log.parquet", read=_read_log, oracle=same_log,
+            name="log",
+            file="log.parquet",
+            read=_read_log,
+            oracle=same_log,
             inputs=changed(log) | mutated([inputs.parquet(log)]) | tables(["step", "loss", "lr"]),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _read_log(path: Path) -> Any:

@@ -8,9 +8,20 @@ from tests.fuzz.outcome import sentences
 from tests.fuzz.targets import all_targets
 
 NAMES = [
-    "documents", "target", "parquet", "plan", "description", "settings", "streams", "schedule", "mixture", "run", "steps", "catalogue",
+    "documents",
+    "target",
+    "parquet",
+    "plan",
+    "description",
+    "settings",
+    "streams",
+    "schedule",
+    "mixture",
+    "run",
+    "steps",
+    "catalogue",
     "log",
-]  # fmt: skip
+]
 EXAMPLES = 60
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.errors import UserError
@@ -234,8 +236,8 @@ def test_other_data_is_refused(run, folder, tmp_path):
 
 def test_a_pool_of_another_tokenizer_is_refused(run, folder, tmp_path):
     reshard(folder / "data", tmp_path / "pool", 4000)
-    (tmp_path / "own.json").write_text("{}")
-    (tmp_path / "pool" / "tokenizer.json").write_text('{"other": 1}')
+    for path, words in ((tmp_path / "own.json", {"a": 0}), (tmp_path / "pool" / "tokenizer.json", {"b": 0})):
+        Tokenizer(WordLevel(words, unk_token="a")).save(str(path))
     named = Run(folder / "run")
     named.spec = run.spec.model_copy(update={"tokenizer": tmp_path / "own.json"})
     with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer .* --tokenizer"):
@@ -247,7 +249,7 @@ def test_token_ids_that_the_model_does_not_have_are_refused(run, folder, tmp_pat
     tokens = np.full(SEQ_LEN, 127, np.int32)
     write_stream(tmp_path / "pool" / "json", COLUMNS, [{**row, "tokens": tokens}])
     monkeypatch.setattr(TinyLM, "config", SimpleNamespace(vocab_size=127), raising=False)
-    with pytest.raises(UserError, match="the pool has token id 127, the model's vocabulary is 127"):
+    with pytest.raises(UserError, match=r"json, sample 0 has token id 127, the model has a vocabulary of 127"):
         valued(run, opened(tmp_path / "pool", run), folder)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import distributed
 
-from curate.formats.mds import Columns, as_sample, construct
+from curate.formats.mds import Columns, as_sample
+from curate.formats.memory import construct
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from tests.tiny import CLIP_NORM, SEQ_LEN, TASK, factory
 

@@ -13,7 +13,8 @@ import yaml
 from streaming import Stream, StreamingDataset
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream, construct
+from curate.formats.mds import MdsStream
+from curate.formats.memory import construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.decide import Aims, decide
 from curate.shards.check import check_filter, check_reweight

@@ -20,11 +20,29 @@ def write(folder, changes):
 @pytest.mark.parametrize(
     "command",
     [
-        "train '{out}", 'train "', "train \\", "", "   ", "''", "' '", "train {steps!q}", "train {steps:zz}",
-        "train {steps:99999d}", "train {steps:{tokens}}", "train {}", "train {0}", "train {steps.real}", "train {steps[0]}", "train {name:d}",
-        "train \0", "train {nobody}", "train {", "train }", "train {out!s:.%}",
+        "train '{out}",
+        'train "',
+        "train \\",
+        "",
+        "   ",
+        "''",
+        "' '",
+        "train {steps!q}",
+        "train {steps:zz}",
+        "train {steps:99999d}",
+        "train {steps:{tokens}}",
+        "train {}",
+        "train {0}",
+        "train {steps.real}",
+        "train {steps[0]}",
+        "train {name:d}",
+        "train \0",
+        "train {nobody}",
+        "train {",
+        "train }",
+        "train {out!s:.%}",
     ],
-)  # fmt: skip
+)
 def test_a_command_that_cannot_be_filled_in_is_refused_for_every_stage(tmp_path, command):
     stages = [{"name": "one", "steps": 8}, {"name": "two", "steps": 8}, {"name": "three", "steps": 8, "train": command}]
     with pytest.raises(UserError, match=r"plan\.yaml: (the|stages|train).*") as refused:
