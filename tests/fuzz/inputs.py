@@ -154,10 +154,17 @@ def as_jsonl(rows: list[Any]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-DOCUMENT = st.one_of(
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
+RIGHT_DOCUMENT = st.one_of(
     st.fixed_dictionaries(
-        {"text": st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)}, optional={"id": TEXT}
+        {"text": WORDS}, optional={"id": WORDS | st.integers(), "other": SCALAR, "prompt": st.none()}
     ),
+    st.fixed_dictionaries({"prompt": WORDS, "completion": WORDS}),
+    st.lists(st.tuples(st.integers(0, 250), st.integers(0, 1)), min_size=1, max_size=9).map(
+        lambda pairs: {"tokens": [token for token, _ in pairs], "loss_mask": [flag for _, flag in pairs]}
+    ),
+)
+WRONG_DOCUMENT = st.one_of(
     st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}),
     st.fixed_dictionaries(
         {"tokens": st.lists(st.integers(-1, 300), max_size=5)},
@@ -169,7 +176,7 @@ DOCUMENT = st.one_of(
     st.fixed_dictionaries({"text": TEXT}, optional={"other": ANY}),
     ANY,
 )
-DOCUMENTS = st.lists(DOCUMENT, max_size=4).map(as_jsonl)
+DOCUMENTS = st.lists(mostly(RIGHT_DOCUMENT, WRONG_DOCUMENT), min_size=1, max_size=6).map(as_jsonl)
 
 
 def parquet(frame: pl.DataFrame) -> bytes:

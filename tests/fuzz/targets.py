@@ -87,7 +87,7 @@ def _document_targets(folder: Path) -> list[FuzzTarget]:
             file="t.jsonl",
             read=lambda path: load_target(path, spec, 10),
             oracle=same_target,
-            inputs=files(st.lists(inputs.DOCUMENT, min_size=2, max_size=6).map(inputs.as_jsonl), seeds("documents")),
+            inputs=files(inputs.DOCUMENTS, seeds("documents")),
             corpus=CORPUS["target"],
         ),
         FuzzTarget(
@@ -202,7 +202,7 @@ PLAN = st.fixed_dictionaries(
     {
         "folder": mostly(st.just("p"), TEXT),
         "data": st.just("d"),
-        "target": st.just("t.jsonl"),
+        "target": mostly(st.sampled_from(["t.jsonl", "~/t.jsonl"]), TEXT),
         "train": TEMPLATES,
         "stages": mostly(st.lists(STAGE, min_size=1, max_size=3, unique_by=lambda stage: str(stage["name"])), ANY),
     },
@@ -210,17 +210,30 @@ PLAN = st.fixed_dictionaries(
         "train_first": TEMPLATES,
         "checkpoint": mostly(st.just("c.pt"), st.sampled_from(["../c.pt", "/c.pt"]) | TEXT),
         "selection": mostly(st.just({"schedule": {"kind": "late"}}), st.just({"schedule": "late"}) | ANY),
-        "target": mostly(st.just("~/t.jsonl"), TEXT),
     },
 )
+AMOUNT = {"choose": mostly(st.integers(1, 9), SCALAR)}
 STREAM = st.fixed_dictionaries(
-    {"local": st.sampled_from(["data/a", "data/b", "~/c"]) | TEXT, "choose": st.integers(1, 9) | SCALAR},
-    optional={"split": st.just("train") | SCALAR, "repeat": inputs.NUMBER, "chose": st.just(3)},
+    {"local": mostly(st.sampled_from(["data/a", "data/b", "~/c"]), TEXT), **AMOUNT},
+    optional={"split": mostly(st.just("train"), SCALAR)},
 )
-ENTRY = st.fixed_dictionaries(
-    {"start_step": st.sampled_from([0, 3, 6]) | SCALAR, "streams": st.lists(STREAM, max_size=2)},
-    optional={"x": ANY},
+STREAMS = st.lists(
+    mostly(STREAM, st.fixed_dictionaries(AMOUNT, optional={"repeat": inputs.NUMBER, "chose": st.just(3)})),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda stream: str(stream.get("local")),
 )
+
+
+@st.composite
+def schedules(draw: Any) -> bytes:
+    """Entries that follow each other, mostly."""
+    entries, at = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        streams = draw(st.lists(STREAM, min_size=1, max_size=2))
+        entries.append({"start_step": draw(mostly(st.just(at), SCALAR)), "streams": streams})
+        at += sum(stream["choose"] for stream in streams if type(stream["choose"]) is int)
+    return as_yaml(entries)
 
 
 def _plan_holds(data: bytes, plan: Any) -> None:
@@ -302,7 +315,7 @@ def _yaml_targets() -> list[FuzzTarget]:
             read=pool_streams,
             oracle=_streams_hold,
             corpus=CORPUS["streams"],
-            inputs=files(st.lists(STREAM, max_size=3).map(as_yaml), seeds("streams")),
+            inputs=files(STREAMS.map(as_yaml), seeds("streams")),
         ),
         FuzzTarget(
             name="schedule",
@@ -310,7 +323,7 @@ def _yaml_targets() -> list[FuzzTarget]:
             read=_read_schedule,
             oracle=_schedule_holds,
             corpus=CORPUS["schedule"],
-            inputs=files(st.lists(ENTRY, max_size=3).map(as_yaml), seeds("schedule")),
+            inputs=files(schedules(), seeds("schedule")),
         ),
         FuzzTarget(
             name="mixture",
