@@ -107,7 +107,7 @@ def parse_json(text: str, where: str) -> Any:
 def json_problem(error: Exception) -> str:
     """What `json.loads` with `unique_keys` found wrong, as a part of a sentence."""
     if isinstance(error, RecursionError):
-        return f"nested deeper than {DEPTH} levels"
+        return "nested too deeply"
     return "an integer of thousands of digits" if "digits" in str(error) else shortened(error)
 
 

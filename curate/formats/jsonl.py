@@ -18,6 +18,7 @@ from typing import Any
 from curate.errors import UserError
 from curate.escape import visible
 from curate.formats.documents import Document, Fields, parse_document
+from curate.reading import json_problem, unique_keys
 
 _EXAMPLE = '{"id": "a", "text": "..."}'
 _EXPECTED = f"expected one JSON object per line, e.g. {_EXAMPLE}"
@@ -78,24 +79,15 @@ class JsonlFile:
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
         raise UserError(f"{where}: not UTF-8 ({byte}); {_EXPECTED}") from None
     except (ValueError, RecursionError) as error:
-        reason = "an empty line" if not line.strip() else f"not valid JSON ({error})"
+        reason = "an empty line" if not line.strip() else f"not valid JSON ({json_problem(error)})"
         raise UserError(f"{where}: {reason}; {_EXPECTED}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}; {_EXPECTED}")
-    return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of doubled keys the first would be lost."""
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in row if keys.count(key) > 1)!r:.60} stands twice in an object")
     return row
 
 

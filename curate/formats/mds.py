@@ -24,6 +24,7 @@ from curate.formats.memory import construct, release
 from curate.formats.ngrams import NgramMemory
 from curate.formats.stored import loss_mask, token_ids
 from curate.progress import progress
+from curate.reading import parse_json, read_text
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {
@@ -131,17 +132,15 @@ def shard_readers(folder: Path) -> list[Any]:
     from streaming.base.format.mds.encodings import is_mds_encoding
 
     path = folder / "index.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)")
+    index = parse_json(read_text(checked(path)), str(path))
     try:
-        index = json.loads(checked(path).read_text(encoding="utf-8"))
         if index["version"] != 2:
             raise ValueError(f"version {index['version']!r}, expected 2")
         readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
         unknown = [kind for reader in readers for kind in reader.column_encodings if not is_mds_encoding(kind)]
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is not a valid MDS index ({type(error).__name__}: {error}); restore it") from None
     if unknown:
         raise UserError(f"{path} is not a valid MDS index (it has columns of {unknown[0]!r}); restore it")

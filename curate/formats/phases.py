@@ -21,7 +21,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from curate.artifacts import checked
-from curate.config import Config
+from curate.config import Config, FileName
 from curate.errors import UserError
 from curate.reading import read_yaml
 from curate.validation import first_problem
@@ -30,7 +30,7 @@ from curate.validation import first_problem
 class StreamArguments(Config):
     """Arguments of one `Stream` of mosaicml-streaming, whose data lies in a local folder."""
 
-    local: str
+    local: FileName
     """MDS folder."""
     split: str | None = None
     """Folder in it."""
@@ -159,19 +159,18 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
         entries = tuple(map(Entry.model_validate, value))
     except ValidationError as error:
         raise UserError(f"{path} is not a schedule of streams: {first_problem(error)}") from None
-    here = path.resolve().parent
-    return Schedule(
-        tuple(
-            entry.model_copy(
-                update={
-                    "streams": tuple(
-                        stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams
-                    )
-                }
-            )
-            for entry in entries
-        )
-    )
+    try:
+        schedule = Schedule(tuple(_placed(entry, path.resolve().parent) for entry in entries))
+        schedule.totals()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return schedule
+
+
+def _placed(entry: Entry, here: Path) -> Entry:
+    """The entry with its streams' places seen from a folder."""
+    streams = [stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams]
+    return entry.model_copy(update={"streams": tuple(streams)})
 
 
 def load_schedule(path: Path) -> Schedule | None:

@@ -76,11 +76,10 @@ def stream_arguments(entry: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: an unknown one, or a value that it cannot have.
     """
     try:
-        return StreamArguments(**entry).model_dump(exclude_unset=True)
-    except (ValidationError, TypeError) as error:
-        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        return StreamArguments.model_validate(entry).model_dump(exclude_unset=True)
+    except ValidationError as error:
         known = ", ".join(StreamArguments.model_fields)
-        raise UserError(f"{where}: {problem}; the arguments of a Stream are {known}") from None
+        raise UserError(f"{where}: {first_problem(error)}; the arguments of a Stream are {known}") from None
 
 
 def _folders(data: Path) -> list[Path]:

@@ -57,7 +57,11 @@ def pool_streams(folder: Path) -> dict[str, Path]:
     """
     if not folder.exists():
         raise UserError(f"the pool {folder} does not exist; make one with python -m pipelines.prepare")
-    return domain_folders(load_streams(folder))
+    streams = load_streams(folder)
+    try:
+        return domain_folders(streams)
+    except UserError as error:
+        raise UserError(f"the pool {folder}: {error}") from None
 
 
 def open_pool(folder: Path, run: Run, used: pl.DataFrame, overlap: Overlap) -> Pool:

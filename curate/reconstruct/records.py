@@ -42,6 +42,9 @@ def read_log(config: LogConfig, steps: int) -> pl.DataFrame:
     for name in (config.step, config.loss):
         if name not in table.columns:
             raise UserError(f"{config.file} has no column {name!r} (it has {table.columns}); set log.step and log.loss")
+    for name in {config.step, config.loss, config.lr, config.grad_norm} & set(table.columns):
+        if not (table.schema[name].is_numeric() or table.schema[name] in (pl.String, pl.Null, pl.Boolean)):
+            raise UserError(f"{config.file} has {table.schema[name]} in column {name!r}; expected numbers")
     columns = [
         (pl.col(own) if own in table.columns else pl.lit(None)).cast(pl.Float64, strict=False).alias(name)
         for name, own in (("loss", config.loss), ("lr", config.lr), ("grad_norm", config.grad_norm))

@@ -160,7 +160,7 @@ class PlanConfig(Config):
     def command(self, index: int) -> str:
         """Template of one stage."""
         first = self.train_first if index == 0 else None
-        return self.stages[index].train or first or self.train
+        return next(each for each in (self.stages[index].train, first, self.train) if each is not None)
 
     def run_folder(self, index: int) -> Path:
         """Where a stage's recorded run lies."""

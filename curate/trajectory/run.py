@@ -113,7 +113,7 @@ class Run:
             raise UserError(f"run {folder} has no stream {unknown[0]!r} (it has {sorted(recorded)}); correct streams")
         raw["streams"] = {**recorded, **(streams or {})}
         try:
-            self.spec = _resolved(RunSpec(**raw), folder)
+            self.spec = _resolved(RunSpec.model_validate(raw), folder)
         except ValidationError as error:
             raise UserError(f"{folder / 'run.json'} does not describe a run: {first_problem(error)}") from None
         if not (folder / "steps.parquet").exists():

@@ -88,7 +88,7 @@ def test_texts_survive_the_file(texts: list[str], tmp_path_factory: pytest.TempP
         ('{"id": "a", "text": null}', "line 2: expected .*: null stands in 'text'"),
         ('{"prompt": "a", "completion": null}', "line 2: expected .*: null stands in 'completion'"),
         ('{"prompt": "a"}', "line 2: expected either 'text'.*: it has 'prompt'$"),
-        ('{"text": "a", "text": "b"}', "line 2: not valid JSON .key 'text' stands twice"),
+        ('{"text": "a", "text": "b"}', "line 2: not valid JSON .the key 'text' stands twice"),
         ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
         ('{"text": ""}', "line 2: 'text' is empty"),
         ('{"text": 3}', "line 2: 'text' holds int, expected a string"),
