@@ -17,6 +17,7 @@ synchronisation per step. Rows since the last flush are lost in a crash; call `f
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
@@ -32,7 +33,7 @@ from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
-from curate.trajectory.run import STEPS, RunSpec, keep_model_config
+from curate.trajectory.run import DOMAIN, STEPS, RunSpec, keep_model_config
 from curate.trajectory.snapshots import as_sequence, named_parameters, save_state, snapshot_path, state_bytes
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[
     """Turn declared windows into step ranges.
 
     Raises:
-        UserError: a window is empty or reaches beyond the stage.
+        UserError: a window is empty or reaches beyond the stage, or its name cannot be that of a folder.
     """
     resolved = {}
     for name, borders in windows.items():
+        if not re.fullmatch(DOMAIN, name):
+            raise UserError(f"window {name!r}: a name has letters, digits, '_', '-' and '.' only; rename it")
         start, stop = (round(border * steps) if isinstance(border, float) else border for border in borders)
         if not 0 <= start < stop <= steps:
             raise UserError(
