@@ -18,6 +18,7 @@ from curate.validation import first_problem
 
 # Names of files that lie beside the folders of domains.
 RESERVED = frozenset({"dropped.parquet", "index.json", "manifest.json", "schedule.yaml", "sums.json", "tokenizer.json"})
+NAME = r"\w[\w.-]*"  # of domains and windows: they become names of files
 _LONGEST = 200  # bytes of a name; parts of a domain and unfinished folders add to it, file systems allow 255
 _SHARD = re.compile(r"\.mds(\.(br|bz2|gz|snappy|zstd))?$")
 
@@ -33,7 +34,7 @@ def check_domain(name: str, where: str = "") -> str:
         UserError: it cannot be one.
     """
     reserved = name in RESERVED or name.endswith(".part") or len(name.encode(errors="replace")) > _LONGEST
-    if reserved or not re.fullmatch(r"\w[\w.-]*", name):
+    if reserved or not re.fullmatch(NAME, name):
         raise UserError(
             f"domain {name!r}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (not the last two "
             f"first), up to {_LONGEST} bytes, no end in .part, and none of {', '.join(sorted(RESERVED))}"

@@ -188,7 +188,7 @@ def _checked(part: Path, config: ReconstructConfig, replay: Replay, complete: di
         if step == config.steps:
             continue
         compared += compare(replay, step, snapshot_path(part, step), config.check_steps if whole else 1)
-    judge(compared, lambda: diagnose(config, replay, replay.run.catalogue, _losses(replay.run)))
+    judge(compared, config.tolerance, lambda: diagnose(config, replay, replay.run.catalogue, _losses(replay.run)))
     for one in compared:
         _log.info("%s", one.line)
     if lacking and config.estimate_moments is None:

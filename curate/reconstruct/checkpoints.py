@@ -1,8 +1,9 @@
 """Checkpoints of other programs, as tensors under the keys of a snapshot (`curate.trajectory.snapshots`).
 
 Three kinds are read: files of `torch.save` (with `weights_only=True`), safetensors (a file, or a folder with
-`model.safetensors` or its index), and folders of `torch.distributed.checkpoint`. No object is unpickled but tensors and
-containers; the index of a distributed checkpoint is read as data (`curate.reconstruct.distributed`).
+`model.safetensors` or its index, and Hugging Face's `optimizer.pt` beside it), and folders of
+`torch.distributed.checkpoint`. No object is unpickled but tensors and containers; the index of a distributed checkpoint
+is read as data (`curate.reconstruct.distributed`).
 
 Optimizer state may be that of `optimizer.state_dict()` (numbered parameters, in the order of the groups) or of
 `torch.distributed.checkpoint.state_dict` (parameters by name).
@@ -11,6 +12,7 @@ Optimizer state may be that of `optimizer.state_dict()` (numbered parameters, in
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
-from curate.model import unwrapped_name
+from curate.model import named_parameters, unwrapped_name
 from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.reconstruct.distributed import read_distributed
 
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_OPTIMIZER = "optimizer.pt"
+_STATE = re.compile(r"(?:(?P<place>.+?)\.)?state\.(?P<parameter>.+)\.(?P<buffer>[^.]+)")
+
+
 class CheckpointKeys(Config):
-    """Where a checkpoint holds what, as dotted keys; an empty one: at its top."""
+    """Where a checkpoint holds what, as dotted keys (`optimizers.0`: first of a list); an empty one: at its top."""
 
     model: str = "model"
     """The model's `state_dict()`."""
@@ -72,7 +78,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}{key}.")
-    elif isinstance(value, list | tuple) and prefix.endswith("param_groups."):
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value):
         for index, inner in enumerate(value):
             yield from _flat(inner, f"{prefix}{index}.")
     else:
@@ -83,12 +89,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = [path]
+    files, beside = [path], {}
     if path.is_dir():
+        if (path / _OPTIMIZER).exists():
+            beside = dict(_flat(_read_torch(path / _OPTIMIZER), "optimizer."))
         index = path / "model.safetensors.index.json"
         names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         files = [path / name for name in names]
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Any] = beside
     for file in files:
         try:
             tensors |= load_file(str(file))
@@ -119,10 +127,40 @@ def snapshot_tensors(
     ):
         return dict(found), True
     state = _model_state(found, keys.model, model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(model).items()}
     kept: dict[str, Any] = {}
     for prefix, groups in zip(keys.optimizers, optimizers, strict=False):
-        kept |= _optimizer_state(found, prefix, [name for group in groups for name in group])
+        kept |= _optimizer_state(found, prefix, {name: shapes[name] for group in groups for name in group})
+    _refuse_unread(found, keys, len(optimizers))
     return {**state, **kept}, bool(kept)
+
+
+def _state_place(key: str) -> str | None:
+    """The key of the optimizer's state_dict that an entry belongs to; none where it is no optimizer state."""
+    match = _STATE.fullmatch(key)
+    return (match["place"] or "") if match and match["buffer"] in _BUFFERS else None
+
+
+def _refuse_unread(found: Mapping[str, Any], keys: CheckpointKeys, optimizers: int) -> None:
+    """Optimizer state that lies elsewhere than the description says is not lost: it is to be named.
+
+    Raises:
+        UserError: says where it lies.
+    """
+    import torch
+
+    tensors = [key for key, value in found.items() if isinstance(value, torch.Tensor)]
+    places = {place for place in map(_state_place, tensors) if place is not None}
+    named = keys.optimizers[:optimizers]
+    unread = sorted(places - set(named))
+    if len(keys.optimizers) > optimizers or (unread and not (set(named) <= places and len(named) == optimizers)):
+        where = (
+            f"optimizer state lies at {', '.join(repr(place) for place in unread) or 'no other key'} of the checkpoint"
+        )
+        raise UserError(
+            f"checkpoint_keys.optimizers is {list(keys.optimizers)} and the description has {optimizers} optimizers, "
+            f"but {where}: set one key for each optimizer, in their order"
+        )
 
 
 _BUFFERS = frozenset().union(*BUFFERS.values())
@@ -130,7 +168,7 @@ _BUFFERS = frozenset().union(*BUFFERS.values())
 
 def _below(found: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Entries below a dotted key, without it."""
-    start = f"{prefix}." if prefix else ""
+    start = f"{prefix.removeprefix('.')}." if prefix else ""
     return {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
 
 
@@ -152,7 +190,7 @@ def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dic
             f"the checkpoint lacks {len(missing)} of the model's {len(names)} tensors, first {missing[0]} (it has "
             f"{', '.join(sorted(found)[:4])}, ...); set checkpoint_keys.model to the key of model.state_dict()"
         )
-    unknown = sorted(set(there) - set(own))
+    unknown = sorted(key for key in set(there) - set(own) if _state_place(key) is None)
     if unknown and there is nested:
         raise UserError(f"the checkpoint is of another model: it has {unknown[0]}, which the description's has not")
     taken = {each[0]: next(there[name] for name in each if name in there) for each in names.values()}
@@ -165,24 +203,29 @@ def _model_state(found: Mapping[str, Any], prefix: str, model: nn.Module) -> dic
     return {f"model.{name}": tensor for name, tensor in taken.items()}
 
 
-def _optimizer_state(found: Mapping[str, Any], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """State by snapshot key; empty where there is none."""
+def _optimizer_state(found: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """State by snapshot key, of parameters with these shapes in the groups' order; empty where there is none."""
     import torch
 
     state: dict[str, Tensor] = {}
-    numbered = {str(index): name for index, name in enumerate(names)}
+    numbered = {str(index): name for index, name in enumerate(shapes)}
     for key, value in _below(found, f"{prefix}.state").items():
         owner, _, buffer = key.rpartition(".")
         name = numbered.get(owner, unwrapped_name(owner))
-        if name not in names:
+        if name not in shapes:
             raise UserError(
                 f"{prefix}.state of the checkpoint has {key}, but the description gives that optimizer "
-                f"{len(names)} parameters, none of that name or number: correct optimizers.groups"
+                f"{len(shapes)} parameters, none of that name or number: correct optimizers.groups"
             )
-        if buffer in _BUFFERS and value is not None:
-            state[f"optimizer.{name}.{buffer}"] = (
-                value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        if buffer not in _BUFFERS or value is None:
+            continue
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        if buffer != "step" and tuple(tensor.shape) != shapes[name]:
+            raise UserError(
+                f"{prefix}.state.{key} of the checkpoint is {tuple(tensor.shape)}, {name} of the model {shapes[name]}: "
+                "its parameters were in another order; correct optimizers.groups"
             )
+        state[f"optimizer.{name}.{buffer}"] = tensor
     return state
 
 

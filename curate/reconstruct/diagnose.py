@@ -7,14 +7,15 @@ compared with the log: forward passes only. What fits is proposed, never taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curate.errors import UserError
 from curate.formats.order import SampleOrder
-from curate.reconstruct.check import batch_loss, telling
+from curate.reconstruct.check import Digits, batch_loss, telling
 from curate.reconstruct.records import content, micro_batches, sample_weights
 from curate.trajectory.replay import StepRecord
 
@@ -88,20 +89,29 @@ def diagnose(config: ReconstructConfig, replay: Replay, catalogue: pl.DataFrame,
             replayed[name][step] = batch_loss(replay, replay.batches(records[step]))
     wanted: dict[int, float | None] = {step: losses[step] for step in steps}
     base = replayed.pop("as described")
-    hints = [name for name, found in replayed.items() if _fits(found, wanted, base, replay.tolerance)]
+    agrees = _Agreement(replay.tolerance, Digits.of(replay.run.steps["loss"]))
+    hints = [name for name, found in replayed.items() if agrees.fits(found, wanted, base)]
     # a log that is off by one: the described order, other steps' losses
-    return hints + [name for name, logged in shifted.items() if _fits(base, logged, None, replay.tolerance)]
+    return hints + [name for name, logged in shifted.items() if agrees.fits(base, logged, wanted)]
 
 
-def _fits(
-    found: dict[int, float], logged: dict[int, float | None], base: dict[int, float] | None, tolerance: float
-) -> bool:
-    """Whether all losses agree, and at least one of them did not as described."""
-    pairs = [(found[step], value, step) for step, value in logged.items() if value is not None]
-    agree = all(math.isclose(loss, value, rel_tol=tolerance) for loss, value, _ in pairs)
-    return (
-        bool(pairs) and agree and (base is None or any(telling(base[step], loss, value) for loss, value, step in pairs))
-    )
+@dataclass(frozen=True)
+class _Agreement:
+    """When a replayed loss is the logged one."""
+
+    tolerance: float
+    digits: Digits
+
+    def fits(
+        self, found: dict[int, float], logged: dict[int, float | None], before: Mapping[int, float | None]
+    ) -> bool:
+        """Whether all losses agree, and at least one of them clearly better than before (`before`: as described)."""
+        pairs = [(found[step], value, before[step]) for step, value in logged.items() if value is not None]
+        agree = all(
+            math.isclose(loss, value, rel_tol=self.tolerance) or abs(loss - value) <= self.digits.rounding(value)
+            for loss, value, _ in pairs
+        )
+        return agree and any(other is not None and telling(other, loss, value) for loss, value, other in pairs)
 
 
 def _batches(config: ReconstructConfig, catalogue: pl.DataFrame, steps: list[int]) -> dict[int, StepRecord]:

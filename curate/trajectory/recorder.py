@@ -18,6 +18,7 @@ synchronisation per step. Rows since the last flush are lost in a crash; call `f
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
-from curate.formats.streams import check_domain
+from curate.formats.streams import NAME, check_domain
 from curate.lock import LOCK, Lock
 from curate.task import TaskSpec
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -77,10 +78,12 @@ def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[
     """Turn declared windows into step ranges.
 
     Raises:
-        UserError: a window is empty or reaches beyond the stage.
+        UserError: a window is empty or reaches beyond the stage, or its name cannot be that of a folder.
     """
     resolved = {}
     for name, borders in windows.items():
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"window {name!r}: a name has letters, digits, '_', '-' and '.' only; rename it")
         start, stop = (round(border * steps) if isinstance(border, float) else border for border in borders)
         if not 0 <= start < stop <= steps:
             raise UserError(

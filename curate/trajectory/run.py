@@ -78,8 +78,8 @@ class RunSpec(Config):
     """Tokens of a training sequence; long target documents are split to it."""
     steps: int = Field(ge=1)
     """Optimizer steps of the stage."""
-    windows: dict[str, tuple[int, int]]
-    """Name -> first step and step after the last."""
+    windows: dict[Annotated[str, Field(pattern=DOMAIN)], tuple[int, int]]
+    """Name -> first step and step after the last. Names become folder names, as domains do."""
     optimizers: list[str]
     """Class name of each parameter group's optimizer, in `torch.optim`."""
     groups: list[list[str]]

@@ -1,6 +1,7 @@
 """A run rebuilt from a description is the run that a recorder wrote beside the training: records, states, selection."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from curate.errors import UserError
 from curate.reconstruct.build import FACTS, reconstruct
-from curate.reconstruct.check import Compared, judge
+from curate.reconstruct.check import Compared, Digits, judge
 from curate.reconstruct.checkpoints import CheckpointKeys, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
 from curate.select import select
@@ -117,7 +118,7 @@ def state(loop: Loop, step: int) -> dict:
     [
         ("dataset", {"shuffle_seed": 8}, r"first step after a checkpoint.*agree with .*dataset.shuffle_seed 7"),
         ("dataset", {"shuffle": False}, r"agree with dataset.shuffle True"),
-        ("dataset", {"shuffle_seed": 3001}, r"Likely causes.*num_canonical_nodes.*Not predownload"),
+        ("dataset", {"shuffle_seed": 3001}, r"Likely causes.*num_canonical_nodes.*not predownload"),
         ("loader", {"resumed": [{"step": 10, "epoch": 0, "sample_in_epoch": 0}]}, r"agree with .*loader.resumed"),
         ("loader", {"first_epoch": 5}, r"Likely causes.*first_epoch"),
         ("loss", {"mean": "sample"}, r"agree with .*loss.mean token and loss.over"),
@@ -245,6 +246,63 @@ def test_estimated_moments_are_close_to_those_that_were(loop, tmp_path):
     assert len(list(Replay(rebuilt, tolerance=0.02).steps(12, 24))) == 12
 
 
+def rounded_log(loop: Loop, path: Path, **decimals: int) -> Path:
+    log = pl.read_csv(Path(loop.folder) / "log.csv")
+    log.with_columns(pl.col(name).round(places) for name, places in decimals.items()).write_csv(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("decimals", "tolerance", "remedy"),
+    [
+        ({"loss": 2}, 2e-4, "tolerance"),
+        ({"grad_norm": 2}, 1e-3, "log.grad_norm"),
+        ({"loss": 2, "grad_norm": 2}, 1e-4, "tolerance"),
+    ],
+)
+def test_a_log_that_was_rounded_says_so_and_what_it_says_helps(loop, tmp_path, decimals, tolerance, remedy):
+    said = {
+        "log": {"file": rounded_log(loop, tmp_path / "log.csv", **decimals)}, "tolerance": tolerance,
+        "checkpoints": {step: Path(loop.folder) / f"{step}.pt" for step in (0, 6, 18)}, "out": tmp_path / "run",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"by its rounding only.*significant digits") as refused:
+        rebuild(loop, **said)
+    assert "first_step" not in str(refused.value)
+    if "log.grad_norm" in str(refused.value):
+        said["log"]["grad_norm"] = ""
+    named = re.search(r"set tolerance to ([\d.e-]+) here", str(refused.value))
+    if named:
+        said["tolerance"] = float(named[1])
+    assert remedy in str(refused.value)
+    run = rebuild(loop, **said)
+    assert len(list(Replay(run, tolerance=said["tolerance"]).steps(18, 24))) == 6  # as curate.select replays it
+
+
+def test_a_log_with_the_digits_that_are_asked_for_is_enough(loop, tmp_path):
+    log = pl.read_csv(Path(loop.folder) / "log.csv")
+    log = log.with_columns(pl.col("loss", "grad_norm").map_elements(lambda value: float(f"{value:.4g}"), pl.Float64))
+    log.write_csv(tmp_path / "log.csv")
+    assert rebuild(loop, out=tmp_path / "run", log={"file": tmp_path / "log.csv"}).snapshots == sorted(loop.saved)
+
+
+def test_in_a_rounded_log_the_wrong_setting_is_still_found(loop, tmp_path):
+    log = {"file": rounded_log(loop, tmp_path / "log.csv", loss=2, grad_norm=2)}
+    said = loop.description(out=tmp_path / "run", log=log, dataset={**SHUFFLED, "shuffle_seed": 8})
+    with pytest.raises(UserError, match=r"They would agree with dataset.shuffle_seed 7: correct") as refused:
+        reconstruct(ReconstructConfig(**said))
+    assert "first_step" not in str(refused.value)
+
+
+def test_digits_are_those_of_the_whole_column():
+    written = Digits.of(pl.Series([5.23, 4.0, 10.5, None, float("nan"), 0.87]))
+    assert (written.decimals, written.significant) == (2, 3)
+    assert written.rounding(4.0) == pytest.approx(0.005)
+    assert written.rounding(104.0) == pytest.approx(0.5)
+    assert written.coarsest == pytest.approx(0.005 / 0.87)
+    assert Digits.of(pl.Series([0.1 + 0.2, 1 / 3])).rounding(0.3) < 1e-16
+    assert Digits.of(pl.Series([None], dtype=pl.Float64)).coarsest == 0
+
+
 def test_norms_that_were_not_logged_are_replayed_in_the_windows(loop, tmp_path):
     rebuilt = rebuild(loop, out=tmp_path / "run", log={"file": Path(loop.folder) / "log.csv", "grad_norm": "unlogged"})
     recorded = Run(Path(loop.folder) / "recorded").steps.select("step", "clip_factor")
@@ -259,10 +317,10 @@ def test_norms_that_were_not_logged_are_replayed_in_the_windows(loop, tmp_path):
 def test_a_comparison_that_cannot_fail_is_no_proof():
     same = Compared(checkpoint=0, step=0, what="loss", logged=5.0, replayed=5.0, agrees=True, tells=False)
     with pytest.raises(UserError, match="says nothing about the order"):
-        judge([same], list)
+        judge([same], 1e-3, list)
     with pytest.raises(UserError, match="nothing can be checked"):
-        judge([], list)
-    judge([same, Compared(**{**vars(same), "tells": True})], list)
+        judge([], 1e-3, list)
+    judge([same, Compared(**{**vars(same), "tells": True})], 1e-3, list)
 
 
 class Named(torch.nn.Module):
