@@ -125,6 +125,20 @@ class Run:
             )
         return first
 
+    @cached_property
+    def unknown(self) -> pl.DataFrame:
+        """Samples that the run trained on and that are in none of its streams: sample_id, uses; they are said."""
+        trained = sample_uses(self.steps)
+        unknown = trained.join(self.catalogue, on="sample_id", how="anti").sort("sample_id")
+        if len(unknown):
+            _log.warning(
+                "%s of %s samples that run %s trained on (%s of %s uses) are in none of its streams and count nowhere: "
+                "the streams were changed since, or other rows than theirs were trained on (labels, special tokens)",
+                f"{len(unknown):,}", f"{len(trained):,}", self.folder, f"{unknown['uses'].sum():,}",
+                f"{trained['uses'].sum():,}",
+            )  # fmt: skip
+        return unknown
+
     @property
     def snapshots(self) -> list[int]:
         """Steps whose state is stored."""
@@ -261,6 +275,12 @@ class Run:
     def catalogue(self) -> pl.DataFrame:
         """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
         return read_catalogue(self.folder, self.streams)
+
+
+def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
+    """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
+    counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    return counted.with_columns(pl.col("uses").cast(pl.Int64))
 
 
 def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
