@@ -4,7 +4,8 @@
 
 A sample is known by its content: a row of `input_ids` (where `attention_mask` is 1) and which of its `labels` are not
 -100 give the id that prepared MDS streams have, so nothing has to be added to the data set or the collator. The streams
-named here are what replay reads; they must hold the same samples.
+named here are what replay reads; they must hold the same samples. They are read once before the first step, and batches
+are held against them; the loss of the first step is held against the one that the record describes.
 
 `Trainer` shows a callback neither batches nor the gradient's norm before clipping. They are read where they pass: from
 the arguments of the model's forward pass, and from `backward` and `clip_grad_norm_` of the trainer's accelerator, which
@@ -13,6 +14,7 @@ are wrapped for the time of the training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +26,15 @@ from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.errors import UserError
 from curate.formats.mds import Columns, content_id
 from curate.task import ModelSpec, TaskSpec
+from curate.trajectory.known import KnownSamples
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+_INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch"})
+_LOSS_TOLERANCE = 2e-2  # half precision; an auxiliary loss or a smoothed one is further off
 
 
 class RecorderCallback(TrainerCallback):
@@ -70,6 +76,8 @@ class RecorderCallback(TrainerCallback):
         }  # fmt: skip
         self._recorder: TrajectoryRecorder | None = None
         self._batch: dict[str, Any] = {}
+        self._logits: Tensor | None = None
+        self._checked = False  # whether a step's loss has been held against its record
         self._loss: Tensor | None = None
         self._norm: Tensor | float | None = None
         self._undo: list[Any] = []
@@ -79,6 +87,7 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Start the recorder, and see batches and norms from now on."""
         trainer = self._trainer
+        self._unwrap()  # auto_find_batch_size begins again
         _refuse(trainer, args)
         model = given["model"]
         config = self._folder / "model" / "config.json"
@@ -91,10 +100,13 @@ class RecorderCallback(TrainerCallback):
             steps=state.max_steps, clip_norm=args.max_grad_norm or None, first_step=state.global_step,
             **self._settings,
         )  # fmt: skip
+        self._known = KnownSamples(self._folder, self._settings["streams"], self._settings["columns"])
+        self._checked = False
         if self._capture is not None:
             self._recorder.attach(RunCapture(self._recorder, self._capture))
         self._undo = [
             model.register_forward_pre_hook(self._forward, with_kwargs=True).remove,
+            model.register_forward_hook(self._output).remove,
             _wrap(trainer.accelerator, "backward", self._backward),
             _wrap(trainer.accelerator, "clip_grad_norm_", self._clipped),
         ]
@@ -113,6 +125,7 @@ class RecorderCallback(TrainerCallback):
         if self._loss is None:
             raise UserError("this Trainer takes its steps without accelerator.backward, so it cannot be recorded")
         self._running.end_step(self._loss, self._norm)
+        self._checked = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """A checkpoint was written."""
@@ -120,13 +133,17 @@ class RecorderCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Finish the run where all its steps were taken; otherwise a resumed training will."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        self._unwrap()
+        self._known.say()
         if state.global_step == state.max_steps:
             self._running.finish()
         else:
             self._running.flush()
+
+    def _unwrap(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     @property
     def _running(self) -> TrajectoryRecorder:
@@ -137,6 +154,11 @@ class RecorderCallback(TrainerCallback):
         """Keep what is needed of a batch; evaluation goes by."""
         if model.training:
             self._batch = inputs
+
+    def _output(self, model: Any, arguments: Any, output: Any) -> None:
+        """Keep the logits until the first step has been checked."""
+        if model.training and not self._checked:
+            self._logits = getattr(output, "logits", None)
 
     def _backward(self, loss: Tensor) -> None:
         """A micro-batch's backward pass has just been.
@@ -149,6 +171,7 @@ class RecorderCallback(TrainerCallback):
         inputs, self._batch = self._batch, {}
         if inputs.get("labels") is None or inputs.get("input_ids") is None:
             raise UserError("RecorderCallback needs batches with input_ids and labels, and a model that makes the loss")
+        _refuse_batch(inputs)
         predicted = (inputs["labels"][:, 1:] != -100).sum(1)
         items = inputs.get("num_items_in_batch")
         if items is None:
@@ -156,8 +179,13 @@ class RecorderCallback(TrainerCallback):
         divisor = self._trainer.accelerator.gradient_accumulation_steps
         part = loss.detach() / divisor
         self._loss = part if self._loss is None else self._loss + part
-        weights = predicted / (torch.as_tensor(items, device=predicted.device) * divisor)
-        self._running.micro_batch(_sample_ids(inputs), weights, predicted)
+        share = 1 / (torch.as_tensor(items, device=predicted.device) * divisor)
+        if self._logits is not None:
+            _check_loss(self._logits, inputs["labels"], share, part)
+            self._logits = None
+        sample_ids = _sample_ids(inputs)
+        self._known.check(sample_ids)
+        self._running.micro_batch(sample_ids, predicted * share, predicted)
 
     def _clipped(self, norm: Tensor | float) -> None:
         self._norm = norm
@@ -187,6 +215,55 @@ def _sample_ids(inputs: Mapping[str, Any]) -> Sequence[int]:
     return [content_id(row[keep], label[keep] != -100) for row, label, keep in zip(tokens, labels, kept, strict=True)]
 
 
+def _refuse_batch(inputs: Mapping[str, Any]) -> None:
+    """A batch whose rows are not what their ids say, or that the model reads otherwise than replay would.
+
+    Raises:
+        UserError: says what of it.
+    """
+    import torch
+
+    tokens, labels = inputs["input_ids"], inputs["labels"]
+    attended, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    kept = torch.ones_like(tokens, dtype=torch.bool) if attended is None else attended.bool()
+    found = {
+        f"an input {name}": isinstance(value, torch.Tensor) for name, value in inputs.items() if name not in _INPUTS
+    }
+    whole = kept.shape == tokens.shape
+    found |= {
+        "padding that is not at the end of a row (padding_side 'right' would do)": (
+            not whole or bool((kept[:, 1:] & ~kept[:, :-1]).any())
+        ),
+        "position_ids other than 0, 1, 2, ... (rows that a collator joined)": (
+            positions is not None and not bool((positions == torch.arange(tokens.shape[1], device=tokens.device)).all())
+        ),
+        "labels that are neither the input_ids nor -100": bool(((labels != tokens) & (labels != -100)).any()),
+        "labels at its padding": whole and bool((~kept & (labels != -100)).any()),
+    }
+    for what, there in found.items():
+        if there:
+            raise UserError(
+                f"a batch has {what}, which a record does not tell: train on the rows of the streams as they are"
+            )
+
+
+def _check_loss(logits: Tensor, labels: Tensor, share: Tensor, loss: Tensor) -> None:
+    """Hold a micro-batch's loss against the token losses that its record gives.
+
+    Raises:
+        UserError: another loss is trained on.
+    """
+    from torch.nn.functional import cross_entropy
+
+    known = cross_entropy(logits[:, :-1].detach().float().transpose(1, 2), labels[:, 1:], reduction="sum") * share
+    if not math.isclose(float(known), float(loss), rel_tol=_LOSS_TOLERANCE):
+        raise UserError(
+            f"the loss of a micro-batch is {float(loss):.6g}, its predicted tokens give {float(known):.6g}: a "
+            "compute_loss of its own, an auxiliary loss or a penalty is in it, which replay could not repeat; train "
+            "on the token loss alone"
+        )
+
+
 def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
     """What a record of this trainer would get wrong.
 
@@ -195,6 +272,9 @@ def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
     """
     found = {
         "more than one process or GPU": args.world_size > 1 or args.n_gpu > 1,
+        "DeepSpeed": bool(args.deepspeed),
+        "FSDP": bool(args.fsdp),
+        "neftune_noise_alpha, which is random": bool(args.neftune_noise_alpha),
         "fp16 (use bf16)": args.fp16,
         "label smoothing": trainer.label_smoother is not None,
         "a loss function of its own (compute_loss_func)": trainer.compute_loss_func is not None,

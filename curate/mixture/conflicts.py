@@ -62,6 +62,9 @@ def check(config: MixtureConfig, facts: Facts, narrow: Narrow = lambda _, facts:
     ]
     named = ", ".join(f"{setting.name} {setting.value:g}" for setting in conflict)
     detail = _left(config, facts) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
+    if not conflict:
+        left = f"the domains {', '.join(facts.domains)} have nothing left" if facts.domains else "there is no domain"
+        raise UserError(f"no mixture is possible with any constraints: {left}; give streams with samples to draw")
     if not remedies:
         raise UserError(f"no mixture satisfies {named} together{detail}, and other constraints conflict besides")
     raise UserError(

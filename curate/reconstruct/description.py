@@ -13,7 +13,7 @@ from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.formats.order import LoaderConfig
 from curate.formats.streams import DomainName
-from curate.model import named_parameters
+from curate.model import all_parameters, named_parameters
 from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
@@ -100,6 +100,8 @@ class ReconstructConfig(Config):
     """From samples to the step's loss."""
     optimizers: tuple[OptimizerConfig, ...] = Field(min_length=1)
     """One optimizer, or several over different parameters."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that were not trained: regular expressions that their whole names must match."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Threshold given to `clip_grad_norm_`; none: no clipping."""
     lr: LrSchedule | None = None
@@ -141,10 +143,12 @@ def build_optimizers(model: nn.Module, config: ReconstructConfig) -> list[Optimi
     """The optimizers of a description, in their first state; lr is set by each step.
 
     Raises:
-        UserError: unknown ones or arguments, a parameter without a group, or a group without parameters.
+        UserError: unknown ones or arguments, a parameter without a group, or a group or a pattern of `frozen` without
+            parameters.
     """
     import torch
 
+    _freeze(model, config.frozen)
     left = named_parameters(model)
     optimizers: list[Optimizer] = []
     for number, chosen in enumerate(config.optimizers):
@@ -166,9 +170,22 @@ def build_optimizers(model: nn.Module, config: ReconstructConfig) -> list[Optimi
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: torch.optim.{chosen.name} refuses its arguments: {error}") from None
     if left:
-        raise UserError(f"{len(left)} parameters are in no group of `optimizers`, first {next(iter(left))}")
+        raise UserError(
+            f"{len(left)} parameters are in no group of `optimizers`, first {next(iter(left))}; give them one, or name "
+            "them in `frozen`"
+        )
     refuse_unsupported(optimizers)
     return optimizers
+
+
+def _freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    parameters = all_parameters(model)
+    for pattern in patterns:
+        matched = [name for name in parameters if re.fullmatch(pattern, name)]
+        if not matched:
+            raise UserError(f"frozen has {pattern!r}, which matches no parameter; there is {', '.join(parameters)}")
+        for name in matched:
+            parameters[name].requires_grad_(False)
 
 
 def group_settings(config: ReconstructConfig, optimizers: list[Optimizer]) -> list[tuple[GroupSettings, float]]:

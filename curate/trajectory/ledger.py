@@ -16,8 +16,7 @@ from curate.artifacts import file_fingerprint, read_json, read_table
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging
-from curate.trajectory.run import Run, find_run
-from curate.trajectory.samples import sample_uses
+from curate.trajectory.run import Run, find_run, sample_uses
 
 _log = logging.getLogger(__name__)
 
@@ -147,6 +146,10 @@ def main() -> None:
             row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['tokens']:,}",
             f"{row['consumed_tokens']:,}", row["epochs"], row["most_uses"],
         )  # fmt: skip
+    unknown = run.unknown
+    if len(unknown):
+        cells = ("(in no stream)", "?", f"{len(unknown):,}", "?", "?", "?", str(unknown["uses"].max()))
+        _log.info("%-20s %10s %10s %14s %14s %7s %5s", *cells)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from curate.trajectory.snapshots import (
     snapshot_schedule,
     state_bytes,
 )
-from curate.trajectory.watch import BufferWatch, OptimizerWatch, check_replayable, groups_of
+from curate.trajectory.watch import BufferWatch, OptimizerWatch, check_rebuilt, check_replayable, groups_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -174,6 +174,7 @@ class TrajectoryRecorder:
         self._step = -1
         self.first_step = first_step
         self.windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
+        check_rebuilt(task.model, model)
         self._watch = OptimizerWatch(self.optimizers, model)
         self._buffers: BufferWatch | None = None
         task = keep_model_config(self.folder, task, write=self.rank == 0)

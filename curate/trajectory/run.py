@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 from pydantic import Field, ValidationError
@@ -28,7 +28,7 @@ from curate.artifacts import (
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
-from curate.formats.streams import DomainName, check_same_tokenizer
+from curate.formats.streams import NAME, DomainName, check_same_tokenizer
 from curate.lock import locked
 from curate.task import TaskSpec
 from curate.trajectory.fit import check_tokens
@@ -78,7 +78,7 @@ class RunSpec(Config):
     """Tokens of a training sequence; long target documents are split to it."""
     steps: int = Field(ge=1)
     """Optimizer steps of the stage."""
-    windows: dict[Annotated[str, Field(pattern=DOMAIN)], tuple[int, int]]
+    windows: dict[Annotated[str, Field(pattern=f"^{NAME}$")], tuple[int, int]]
     """Name -> first step and step after the last. Names become folder names, as domains do."""
     optimizers: list[str]
     """Class name of each parameter group's optimizer, in `torch.optim`."""
@@ -154,6 +154,20 @@ class Run:
                 f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
             )
         return first
+
+    @cached_property
+    def unknown(self) -> pl.DataFrame:
+        """Samples that the run trained on and that are in none of its streams: sample_id, uses; they are said."""
+        trained = sample_uses(self.steps)
+        unknown = trained.join(self.catalogue, on="sample_id", how="anti").sort("sample_id")
+        if len(unknown):
+            _log.warning(
+                "%s of %s samples that run %s trained on (%s of %s uses) are in none of its streams and count nowhere: "
+                "the streams were changed since, or other rows than theirs were trained on (labels, special tokens)",
+                f"{len(unknown):,}", f"{len(trained):,}", self.folder, f"{unknown['uses'].sum():,}",
+                f"{trained['uses'].sum():,}",
+            )  # fmt: skip
+        return unknown
 
     @property
     def snapshots(self) -> list[int]:
@@ -291,6 +305,12 @@ class Run:
     def catalogue(self) -> pl.DataFrame:
         """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
         return read_catalogue(self.folder, self.streams)
+
+
+def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
+    """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
+    counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    return counted.with_columns(pl.col("uses").cast(pl.Int64))
 
 
 def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:

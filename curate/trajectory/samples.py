@@ -11,6 +11,7 @@ import polars as pl
 
 from curate.artifacts import folder_bytes
 from curate.errors import UserError
+from curate.trajectory.run import sample_uses
 
 if TYPE_CHECKING:
     from curate.formats.mds import Sample
@@ -43,7 +44,8 @@ class SampleReader:
         if missing.any():
             raise UserError(
                 f"sample {wanted[int(missing.argmax())]} of run {self._run.folder} is not in its streams "
-                f"({', '.join(self._run.spec.streams)}): they were changed after training; restore them"
+                f"({', '.join(self._run.spec.streams)}): they were changed after training (restore them), or other "
+                "rows than theirs were trained on (other labels, special tokens, packing)"
             )
         return [self._run.streams[self._domains[place]][int(self._indexes[place])] for place in places]
 
@@ -75,14 +77,17 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str, ever
     )  # fmt: skip
 
 
-def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
-    """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
-    counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-    return counted.with_columns(pl.col("uses").cast(pl.Int64))
-
-
 def trained_tokens(run: Run) -> dict[str, int]:
-    """Stored tokens of each domain that the run trained on, repeats counted."""
+    """Stored tokens of each domain that the run trained on, repeats counted.
+
+    Raises:
+        UserError: nothing that it trained on is in its streams.
+    """
+    if len(run.unknown) == len(sample_uses(run.steps)):
+        raise UserError(
+            f"none of the {len(run.unknown):,} samples that run {run.folder} trained on is in its streams: they were "
+            "changed since (restore them), or other rows than theirs were trained on"
+        )
     samples = run.places.join(sample_uses(run.steps), on="sample_id")
     tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import UserError
 from curate.model import all_parameters, refuse_random, refuse_unwhole, unwrapped_name
 from curate.optimizers.settings import GroupSettings, refuse_unsupported, refuse_variant
+from curate.task import build_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from curate.task import ModelSpec
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +33,30 @@ def check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
         raise UserError(f"{sparse[0]} has sparse gradients, which cannot be replayed; build it with sparse=False")
+
+
+def check_rebuilt(spec: ModelSpec, model: nn.Module) -> None:
+    """Hold the parameters of a model against those that its Hugging Face config gives; nothing is allocated.
+
+    Raises:
+        UserError: it is another model.
+    """
+    import torch
+
+    if spec.hf_config is None:  # a factory may do anything
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        rebuilt = all_parameters(build_model(spec))
+    found = {name: tuple(parameter.shape) for name, parameter in all_parameters(model).items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in rebuilt.items()}
+    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        here, there = found.get(name, "missing"), wanted.get(name, "missing")
+        raise UserError(
+            f"the model that is trained is not that of {spec.hf_config}: {name} is {here} here, {there} there; correct "
+            "the config, or give model.factory (adapters such as LoRA)"
+        )
 
 
 class OptimizerWatch:
