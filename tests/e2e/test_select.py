@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from curate.selection import SelectConfig
 from curate.shards.choose import ScreenConfig, ShardsConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
+from tests.crash import crash_environment
 from tests.tiny import SEQ_LEN, Training, write_tiny_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,17 +158,10 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, 
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = command(folder, tmp_path / "run", "--adjoint.save_seconds", "0")
-    markers = [
-        "embeddings/*/scratch/cotangent.safetensors",
-        "embeddings/late*/manifest.json",
-        "selections/*/scores.parquet",
-    ]
-    for marker in markers:
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list((tmp_path / "run").glob(marker)):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for before, at in (("scratch/cotangent", 2), ("embeddings/late.*/manifest", 1), ("selections/.*/scores", 1)):
+        crash = crash_environment(before, at, alone=True)
+        killed = subprocess.run(arguments, cwd=ROOT, env=crash, capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, before
     finished = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     (out,) = (tmp_path / "run" / "selections").iterdir()

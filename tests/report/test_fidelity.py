@@ -294,7 +294,7 @@ def test_a_browser_draws_every_panel(tmp_path: Path, width: int) -> None:
         command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
         command += ["--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom", (tmp_path / name).as_uri()]
-        result_ = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        result_ = subprocess.run(command, capture_output=True, text=True, check=True)
         assert not re.findall(r"CONSOLE.*(?:rror|efused)", result_.stderr)
         drawn = [found for _, found in Page(result_.stdout).tags if found.get("data-drawn") == "yes"]
         assert len(drawn) == panels

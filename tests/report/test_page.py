@@ -240,7 +240,7 @@ def test_a_browser_draws_every_figure(data: ReportData, tmp_path: Path, width: i
     command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--virtual-time-budget=8000"]
     command += ["--enable-logging=stderr", "--dump-dom", (tmp_path / "report.html").as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not re.findall(r"CONSOLE.*(?:rror|efused)", result.stderr)
     drawn = [found for _, found in Page(result.stdout).tags if found.get("data-drawn") == "yes"]
     assert [found["id"] for found in drawn] == ["mixture-figure", "score-figure", "curve-figure", "training-figure"]

@@ -1,10 +1,8 @@
 """What a trainer reads back with a plain StreamingDataset."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import polars as pl
@@ -15,6 +13,7 @@ from streaming import Stream, StreamingDataset
 from curate.errors import UserError
 from curate.formats.mds import MdsStream
 from curate.formats.memory import construct
+from curate.lock import locked
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.decide import Aims, decide
 from curate.shards.check import check_filter, check_reweight
@@ -126,38 +125,34 @@ def test_an_error_half_way_leaves_nothing(tmp_path, streams, plan):
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
-import sys, time
+def test_kill_half_way_leaves_nothing_and_it_can_be_redone(tmp_path, folders, written, streams, plan):
+    out = tmp_path / "out"
+    code = """
+import os, sys
 from pathlib import Path
 import polars as pl
 from curate.formats.mds import MdsStream
-from curate.shards.choose import ShardsConfig, choose
+from curate.lock import locked
 from curate.shards.plan import Plan
-from curate.shards.scan import held_out, leaks, scan
 from curate.shards.write import write_filter
 
-class Slow(MdsStream):
+class Killed(MdsStream):
     def row(self, index):
-        time.sleep(0.05)
+        if list(Path(sys.argv[2]).parent.rglob("shard.*.mds")):
+            os.kill(os.getpid(), 9)
         return super().row(index)
 
 uses = pl.DataFrame({"domain": ["a"] * 40, "index": range(40), "length": [8] * 40, "uses": [50] * 40})
 plan = Plan(uses=uses, dropped=pl.DataFrame())
-write_filter(Path(sys.argv[2]), {"a": Slow(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
+with locked(Path(sys.argv[2]).parent):
+    write_filter(Path(sys.argv[2]), {"a": Killed(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
 """
-
-
-def test_kill_half_way_leaves_nothing_and_it_can_be_redone(tmp_path, folders, written, streams, plan):
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folders["a"]), str(out)])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("shard.*.mds")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = subprocess.run([sys.executable, "-c", code, str(folders["a"]), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert list(tmp_path.rglob("shard.*.mds"))
     assert not out.exists()
-    write_filter(out, streams, plan, seed=0, shard_bytes=2000)
+    with locked(tmp_path):
+        write_filter(out, streams, plan, seed=0, shard_bytes=2000)
     assert files(out) == files(written)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

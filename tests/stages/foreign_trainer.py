@@ -4,7 +4,6 @@ It goes on from `resume.pt` where it was killed, as the scheduler's contract ask
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -47,7 +46,6 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seq_len", type=int)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--pause", type=float, help="seconds that a step waits, so that there is time to be killed")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -82,7 +80,6 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recorder.end_step(total, norm)
-        time.sleep(given.pause)
         if (step + 1) % CHECKPOINT_STEPS == 0:
             recorder.flush()
             data = dataset.state_dict((step + 1) * BATCH, from_beginning=False)

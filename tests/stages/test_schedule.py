@@ -1,8 +1,8 @@
 """The scheduler with the shipped trainer as its command: whole, piece by piece, killed, and with bad trainers."""
 
 import os
-import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,11 +34,11 @@ from curate.stages.check import check_data, check_stage, check_states, check_sup
 from curate.stages.plan import load_plan
 from curate.trajectory.ledger import stages
 from curate.trajectory.run import Run
+from tests.crash import crash_environment
 from tests.pipelines.test_pretrain import MODEL
 from tests.tiny import SEQ_LEN, write_tiny_streams, write_tiny_target
 
 pytestmark = pytest.mark.timeout(1800)
-PATIENCE = 900  # seconds; for machines that do other things too
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = (
     f"{sys.executable} -m pipelines.pretrain --out {{out}} --data {{data}} --model {{model}} --steps {{steps}} "
@@ -78,11 +78,10 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(plan, *options, stderr=subprocess.PIPE):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(plan, environment=None):
     return subprocess.Popen(
-        [sys.executable, "-m", "curate.schedule", "--plan", str(plan), *options], cwd=ROOT, env=environment,
-        stderr=stderr, text=True, start_new_session=True,
+        [sys.executable, "-m", "curate.schedule", "--plan", str(plan)], cwd=ROOT, env=environment,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def whole(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path = write_plan(folder, inputs)
     runner = start(path)
-    _, errors = runner.communicate(timeout=PATIENCE)
+    _, errors = runner.communicate()
     assert runner.returncode == 0, errors
     return folder
 
@@ -124,62 +123,114 @@ def test_stages_follow_each_other(whole, inputs):
     assert len([path for path in final_bytes(whole / "plan") if "mds" not in path]) == 2 + 2 + 3 + 3 + 2 + 4
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
+def test_killed_before_any_file_operation_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
     path = write_plan(tmp_path, inputs)
-    moments, kills = random.Random(0), 0
-    while True:
-        runner = start(path)
-        try:
-            runner.communicate(timeout=moments.uniform(5, 25) if kills < 2 else PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(runner.pid, signal.SIGKILL)
-            runner.communicate()
-            kills += 1
-            continue
-        assert runner.returncode == 0
-        break
-    assert kills == 2
+    for at in (2, 5, 14):
+        runner = start(path, environment=crash_environment(".", at))
+        runner.communicate()
+        assert runner.returncode == -signal.SIGKILL
+    runner = start(path)
+    _, said = runner.communicate()
+    assert runner.returncode == 0, said
     assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
+    assert strays(tmp_path / "plan") == strays(whole / "plan") == []
 
 
-def in_phase(phase, stage, errors):
-    """Whether the runner works on a phase of a stage right now, by what lies there and what it said."""
-    run, selection = stage / "run", stage / "selection"
-    if phase == "train":
-        return (run / "trainer.json").exists()
-    if phase == "embed":
-        return any(run.glob("embeddings/*/*"))
-    if phase == "select":
-        return f"stage {stage.name}: select" in errors.read_text()
-    return (selection / "data").exists()  # write
+def strays(folder):
+    """What a killed process leaves and the next one has to remove."""
+    return [
+        str(path) for each in ("*.part", ".lock", ".*.lock", "steps.parts", "scratch") for path in folder.rglob(each)
+    ]
+
+
+PHASES = {
+    "train": (r"/run/trainer.json", 2), "finish": (r"/run/steps.parquet", 1),
+    "embed": (r"/run/embeddings/late.*/manifest.json", 1), "select": (r"/selection/scores.parquet", 1),
+    "write": (r"/selection/data/.mds.part/\w+$", 2), "seal": (r"/selection/manifest.json", 1),
+}  # fmt: skip
 
 
 def test_killed_in_every_phase_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
-    path, errors = write_plan(tmp_path, inputs), tmp_path / "errors.txt"
-    done = {
-        "train": "run/steps.parquet", "embed": "run/embeddings/*late*/manifest.json",
-        "select": "selection/settings.json", "write": "selection/manifest.json",
-    }  # fmt: skip
-    for name, phase in (*(("one", phase) for phase in done), ("two", "train"), ("two", "write")):
-        stage = tmp_path / "plan" / name
-        with errors.open("w") as file:
-            runner = start(path, stderr=file)
-            deadline = time.monotonic() + PATIENCE
-            while not in_phase(phase, stage, errors) and time.monotonic() < deadline:
-                time.sleep(0.002)
-            os.killpg(runner.pid, signal.SIGKILL)
-            assert runner.wait() == -signal.SIGKILL
-        assert not list(stage.glob(done[phase])), f"{phase} of {name} was over before it was killed"
+    path = write_plan(tmp_path, inputs)
+    for name, phase in (*(("one", phase) for phase in PHASES), ("two", "train")):
+        before, at = PHASES[phase]
+        runner = start(path, environment=crash_environment(name + before, at))
+        runner.communicate()
+        assert runner.returncode == -signal.SIGKILL, f"{phase} of {name} was never there"
     runner = start(path)
-    _, said = runner.communicate(timeout=PATIENCE)
+    _, said = runner.communicate()
     assert runner.returncode == 0, said
     assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
+    assert strays(tmp_path / "plan") == []
+
+
+def paused(command):
+    """A trainer that says its process id and waits, before it trains, until a file is there."""
+    code = (
+        "import os, sys, time; from pathlib import Path; go = Path(sys.argv[1]);"
+        "go.with_suffix('.pid').write_text(str(os.getpid()));"
+        "exec('while not go.exists(): time.sleep(0.01)'); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return f"{sys.executable} -c {shlex.quote(code.replace('{', '{{').replace('}', '}}'))} {{go}} {command}"
+
+
+def wait_for(path):
+    """Wait for a file; the time limit is that of the test."""
+    while not path.exists() or not path.read_text():
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def paused_plan(place, inputs, go):
+    stage = {"steps": 8, "settings": {"model": str(inputs / "model.json"), "go": str(go)}}
+    stages = [{"name": name, **stage} for name in ("one", "two", "three")]
+    return write_plan(
+        place, inputs, stages=stages, train_first=paused(TRAIN), train=paused(TRAIN + " --init_from {checkpoint}")
+    )
+
+
+def test_a_trainer_that_outlives_its_runner_keeps_others_out_until_it_has_ended(whole, inputs, tmp_path):
+    go = tmp_path / "go"
+    path = paused_plan(tmp_path, inputs, go)
+    killed = start(path)
+    trainer = int(wait_for(go.with_suffix(".pid")))
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    second = start(path)
+    _, said = second.communicate()
+    assert second.returncode == BUSY
+    assert f"process {trainer} (the trainer of stage one" in said
+    go.touch()
+    killed.communicate()  # until the trainer has closed its end
+    with locked(tmp_path / "plan", wait=True):
+        assert (tmp_path / "plan" / "one" / "run" / "steps.parquet").exists()
+    last = start(path)
+    _, said = last.communicate()
+    assert last.returncode == 0, said
+    assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_runner_that_is_told_to_end_ends_its_trainer(inputs, tmp_path, number):
+    go = tmp_path / "go"
+    path = paused_plan(tmp_path, inputs, go)
+    runner = start(path)
+    trainer = int(wait_for(go.with_suffix(".pid")))
+    os.kill(runner.pid, number)
+    _, said = runner.communicate()
+    assert runner.returncode == 128 + number
+    assert "run the same command again to continue" in said
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer, 0)
+    with locked(tmp_path / "plan"):
+        pass
 
 
 def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its_own_checkpoint(inputs, tmp_path):
     command = (
         f"{sys.executable} -m tests.stages.foreign_trainer --out {{out}} --data {{data}} --base {inputs / 'data'} "
-        f"--model {{model}} --steps {{steps}} --lr {{lr}} --seq_len {SEQ_LEN} --pause 0.2"
+        f"--model {{model}} --steps {{steps}} --lr {{lr}} --seq_len {SEQ_LEN}"
     )
     later = command + " --load {checkpoint} --previous {previous}"
     stage = {"steps": 8, "settings": {"model": str(inputs / "model.json")}, "lr_schedule": {"lr": 3e-3}}
@@ -188,20 +239,18 @@ def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its
         "stages": [{"name": name, **stage} for name in ("one", "two")],
     }  # fmt: skip
     whole = start(write_plan(tmp_path / "whole", inputs, **changes))
-    _, errors = whole.communicate(timeout=PATIENCE)
+    _, errors = whole.communicate()
     assert whole.returncode == 0, errors
     path = write_plan(tmp_path / "killed", inputs, **changes)
     for name in ("one", "two"):
         run = tmp_path / "killed" / "plan" / name / "run"
-        runner, deadline = start(path, stderr=subprocess.DEVNULL), time.monotonic() + PATIENCE
-        while not (run / "resume.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(runner.pid, signal.SIGKILL)
-        assert runner.wait() == -signal.SIGKILL
+        runner = start(path, environment=crash_environment(f"{name}/run/resume.pt", 2))
+        runner.communicate()
+        assert runner.returncode == -signal.SIGKILL
         assert (run / "resume.pt").exists()
         assert not (run / "final.pt").exists()
     runner = start(path)
-    _, errors = runner.communicate(timeout=PATIENCE)
+    _, errors = runner.communicate()
     assert runner.returncode == 0, errors
     assert final_bytes(tmp_path / "killed" / "plan") == final_bytes(tmp_path / "whole" / "plan")
 
@@ -211,7 +260,7 @@ def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch)
     assert carry_out(plan, once=True) == 0  # nothing is left
     done = []
     monkeypatch.setattr("curate.schedule.is_done", lambda plan, piece: piece in done)
-    monkeypatch.setattr("curate.schedule.work", lambda plan, piece: done.append(piece))
+    monkeypatch.setattr("curate.schedule.work", lambda plan, piece, lock: done.append(piece))
     statuses = [carry_out(plan, once=True) for _ in pieces(plan)]
     assert statuses == [MORE] * (len(statuses) - 1) + [0]
     assert done == list(pieces(plan))
@@ -220,9 +269,9 @@ def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch)
 def test_two_runners_do_not_both_work(whole):
     with locked(whole / "plan"):
         runner = start(whole / "plan.yaml")
-        _, errors = runner.communicate(timeout=100)
+        _, errors = runner.communicate()
     assert runner.returncode == BUSY
-    assert "another runner" in errors
+    assert f"in use by process {os.getpid()} " in errors
     with locked(whole / "plan"):
         pass  # released
 
@@ -237,7 +286,7 @@ def test_two_runners_do_not_both_work(whole):
 )
 def test_a_trainer_that_fails_is_told(inputs, tmp_path, train, status, message):
     runner = start(write_plan(tmp_path, inputs, train=train, train_first=None))
-    _, errors = runner.communicate(timeout=100)
+    _, errors = runner.communicate()
     assert runner.returncode == status
     assert message in errors
     assert "Traceback" not in errors
