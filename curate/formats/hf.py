@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _EXPECTED = "expected one document per row"
+SAVED_FILES = ("state.json", "dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes beside the rows
 _ROWS = 1024  # of a Parquet file in memory
 
 
@@ -74,7 +75,7 @@ class HfFile:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of the datasets library."""
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any((path / name).is_file() for name in SAVED_FILES[:2])
 
 
 def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
