@@ -350,18 +350,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
+def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*",), **facts: Any) -> None:
     """List the files of `folder` and write the manifest that makes it complete.
 
     Args:
         folder: the artifact.
         kind: what it is, e.g. "embeddings".
         settings: everything that its content depends on, parents' fingerprints included (JSON values).
+        parts: patterns of what belongs to it, where other things may lie beside.
         facts: what is worth knowing and was not an input (counts, recall, residuals; no times).
     """
     manifest = {"kind": kind, "fingerprint": fingerprint(settings), "sign": SIGN, "settings": dict(settings)}
     text = _text({**manifest, **facts, "versions": versions()})
-    paths = [path for path in folder.rglob("*") if path.is_file() and not _passing(path.relative_to(folder))]
+    tops = {top for part in parts for top in folder.glob(part)}
+    below = {path for top in tops for path in (top, *top.rglob("*"))}
+    paths = [path for path in below if path.is_file() and not _passing(path.relative_to(folder))]
     (folder / SUMS).unlink(missing_ok=True)
     list_files(folder, paths, sums={MANIFEST: (len(text.encode()), hash_of(text.encode()))})
     with replacing(folder / MANIFEST) as part:
