@@ -124,7 +124,10 @@ def read_hashed(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    value = read_json(path)
+    return _own_hash(path, read_json(path))
+
+
+def _own_hash(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     if value.pop(_HASH, None) != fingerprint(value):
         raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(path.parent)}")
     return value
@@ -230,7 +233,7 @@ def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] |
         sums: of files that are not yet there, by their name in the folder.
     """
     new = {path.relative_to(folder).as_posix(): sum_of(path) for path in paths} | dict(sums or {})
-    write_json(folder / SUMS, dict(sorted({**listed(folder), **new}.items())))
+    write_hashed(folder / SUMS, {"files": dict(sorted({**listed(folder), **new}.items()))})
 
 
 def listed(folder: Path) -> dict[str, Sum]:
@@ -247,11 +250,8 @@ def listed(folder: Path) -> dict[str, Sum]:
     state = _state(status)
     known = _lists.get(folder)
     if known is None or known[0] != state:
-        try:
-            known = state, {name: (int(size), str(digest)) for name, (size, digest) in _parsed(path).items()}
-        except (TypeError, ValueError):
-            raise UserError(f"{path} is corrupted: {_remedy(folder)}") from None
-        _lists[folder] = known
+        files = _own_hash(path, _parsed(path))["files"]
+        known = _lists[folder] = state, {name: (size, digest) for name, (size, digest) in files.items()}
     return known[1]
 
 

@@ -35,6 +35,14 @@ def embed(work: Path) -> Outcome:
     return call(main, "--run", work / ONE, "--target", work / "t.jsonl", "--min_target_tokens", 100)
 
 
+def embed_early(work: Path) -> Outcome:
+    """Value the early window as seen from the stage's end, with what the late one left there."""
+    from curate.embed import main
+
+    words = ["--min_target_tokens", "100", "--window", "early", "--horizon", "stage_end"]
+    return call(main, "--run", work / ONE, "--target", work / "t.jsonl", *words)
+
+
 def scheduled(work: Path) -> Outcome:
     from curate.schedule import main
 
@@ -111,7 +119,7 @@ def _same_of_two(file: str, read: Callable[[Path], Outcome], *gone: str) -> Arti
 
 
 LAST = f"snapshots/step-{STEPS:08d}.safetensors"
-LATE, EARLY = f"{ONE}/embeddings/late-*", f"{ONE}/embeddings/early-*"
+LATE = f"{ONE}/embeddings/late-*"
 TABLES = ("documents", "domains", "leaks", "ledger", "predicted", "reliability", "scores", "shards", "between_shards")
 REPORTED = ("curve", "domains", "examples", "mixture", "reliability", "shards", "sweep", "targets", "training", "costs")
 PARTS = ("steps.parts/*/00000000-", "steps.parts/*/00000003-")
@@ -134,7 +142,7 @@ ARTIFACTS = (
             "index-*/index.faiss", "index-*/manifest.json", "index-*/sums.json",
         )
     ),
-    _same_of_two(f"{LATE}/influence.safetensors", embed, EARLY),
+    _same_of_two(f"{LATE}/influence.safetensors", embed_early),
     *(
         _same_of_two(f"{ONE}/pools/next-*/{name}", select_again, SELECTED)
         for name in ("values.parquet", "tokens.npz", "timings.json", "manifest.json", "sums.json")
