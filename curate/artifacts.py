@@ -139,7 +139,10 @@ def read_hashed(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    value = read_json(path)
+    return _own_hash(path, read_json(path))
+
+
+def _own_hash(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     if value.pop(_HASH, None) != fingerprint(value):
         raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(path.parent)}")
     return value
@@ -260,7 +263,7 @@ def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] |
     """
     new = {path.relative_to(folder).as_posix(): sum_of(path) for path in paths} | dict(sums or {})
     with locked(folder, f".{SUMS}.lock", wait=True):  # another process may list other files of the folder
-        write_json(folder / SUMS, dict(sorted({**listed(folder), **new}.items())))
+        write_hashed(folder / SUMS, {"files": dict(sorted({**listed(folder), **new}.items()))})
 
 
 def listed(folder: Path) -> dict[str, Sum]:
@@ -277,11 +280,8 @@ def listed(folder: Path) -> dict[str, Sum]:
     state = _state(status)
     known = _lists.get(folder)
     if known is None or known[0] != state:
-        try:
-            known = state, {name: (int(size), str(digest)) for name, (size, digest) in _parsed(path).items()}
-        except (TypeError, ValueError):
-            raise UserError(f"{path} is corrupted: {_remedy(folder)}") from None
-        _lists[folder] = known
+        files = _own_hash(path, _parsed(path))["files"]
+        known = _lists[folder] = state, {name: (size, digest) for name, (size, digest) in files.items()}
     return known[1]
 
 
@@ -380,18 +380,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
+def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*",), **facts: Any) -> None:
     """List the files of `folder` and write the manifest that makes it complete.
 
     Args:
         folder: the artifact.
         kind: what it is, e.g. "embeddings".
         settings: everything that its content depends on, parents' fingerprints included (JSON values).
+        parts: patterns of what belongs to it, where other things may lie beside.
         facts: what is worth knowing and was not an input (counts, recall, residuals; no times).
     """
     manifest = {"kind": kind, "fingerprint": fingerprint(settings), "sign": SIGN, "settings": dict(settings)}
     text = _text({**manifest, **facts, "versions": versions()})
-    paths = [path for path in folder.rglob("*") if path.is_file() and not _passing(path.relative_to(folder))]
+    tops = {top for part in parts for top in folder.glob(part)}
+    below = {path for top in tops for path in (top, *top.rglob("*"))}
+    paths = [path for path in below if path.is_file() and not _passing(path.relative_to(folder))]
     (folder / SUMS).unlink(missing_ok=True)
     list_files(folder, paths, sums={MANIFEST: (len(text.encode()), hash_of(text.encode()))})
     with replacing(folder / MANIFEST) as part:

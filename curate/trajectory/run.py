@@ -221,7 +221,8 @@ class Run:
         earlier = [found for found in self.snapshots if found <= step]
         if not earlier:
             raise UserError(
-                f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}); restore it"
+                f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}): "
+                f"restore {snapshot_path(self.folder, step)}"
             )
         return earlier[-1]
 
