@@ -11,6 +11,7 @@ from pathlib import Path
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (text direction), half surrogates, line and paragraph ends
 _WRITTEN = "\u00ad\u200c\u200d"  # soft hyphen and the two joiners: languages are written with them
+_COMPRESSED = (".gz", ".zst")
 _NAME_BYTES = 120  # a folder's name has at most 255 bytes, and ours have more than this one name in them
 
 
@@ -62,7 +63,8 @@ def python_string(text: str) -> str:
 
 def name_of(path: Path) -> str:
     """A file's name without suffix, as artifacts, folders and reports call it: visible, storable, of bounded length."""
-    name = visible(path.stem)
+    plain = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    name = visible(plain.stem)
     if len(name.encode()) <= _NAME_BYTES:
         return name
     start = name.encode()[: _NAME_BYTES - 9].decode(errors="ignore")

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ValidationError
 
 from curate.artifacts import checked, file_fingerprint
 from curate.errors import UserError
-from curate.formats.documents import load_tokenizer
+from curate.formats.documents import load_tokenizer, tokenizer_file
 from curate.formats.mds import shard_readers
 from curate.formats.phases import StreamArguments, load_schedule
 from curate.reading import read_yaml
@@ -135,7 +135,7 @@ def find_tokenizer(data: Path, streams: list[dict[str, Any]], given: Path | None
     """
     beside = [data if data.is_dir() else data.parent, *(Path(stream["local"]).parent for stream in streams)]
     places = [path for folder in dict.fromkeys(beside) if (path := folder / "tokenizer.json").exists()]
-    tokenizers = [*([] if given is None else [given]), *places]
+    tokenizers = [*([] if given is None else [tokenizer_file(given)]), *places]
     for other in tokenizers[1:]:
         check_same_tokenizer(tokenizers[0], other, "of the data")
     return tokenizers[0] if tokenizers else None

@@ -11,6 +11,7 @@ import polars as pl
 
 from curate.artifacts import file_fingerprint, list_files, read_json, replacing, versions, write_json
 from curate.errors import UserError
+from curate.formats.documents import tokenizer_file
 from curate.formats.mds import MdsStream
 from curate.formats.order import SampleOrder, stream_folder, streaming_version
 from curate.lock import locked
@@ -117,13 +118,14 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     order = SampleOrder(list(config.streams.values()), config.dataset, config.loader)
     catalogue = read_catalogue(part, streams)
     check_fit(catalogue, folders, model)
-    if config.tokenizer is not None:
-        check_tokens(catalogue, folders, config.tokenizer)
+    tokenizer = None if config.tokenizer is None else tokenizer_file(config.tokenizer).resolve()
+    if tokenizer is not None:
+        check_tokens(catalogue, folders, tokenizer)
     frame = step_records(config, order, catalogue, log, group_settings(config, optimizers))
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     spec = RunSpec(
         task=keep_model_config(part, config.task), streams={name: path.resolve() for name, path in folders.items()},
-        columns=config.columns, tokenizer=config.tokenizer and config.tokenizer.resolve(),
+        columns=config.columns, tokenizer=tokenizer,
         seq_len=int(catalogue["length"].max()), steps=config.steps, windows=_windows(config),  # type: ignore[arg-type]
         optimizers=[type(optimizer).__name__ for optimizer in optimizers for _ in optimizer.param_groups],
         groups=[[names[id(p)] for p in group["params"]] for each in optimizers for group in each.param_groups],

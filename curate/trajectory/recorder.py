@@ -31,9 +31,11 @@ from pydantic import Field
 from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
+from curate.formats.documents import tokenizer_file
 from curate.formats.mds import Columns
 from curate.formats.streams import NAME, check_domain
 from curate.lock import LOCK, Lock
+from curate.paths import local_path
 from curate.task import TaskSpec
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
 from curate.trajectory.snapshots import (
@@ -162,7 +164,7 @@ class TrajectoryRecorder:
         tokenizer: Path | None = None,
         previous: Path | None = None,
     ) -> None:
-        self.folder, self.model, self.optimizers = Path(folder), model, as_sequence(optimizer)
+        self.folder, self.model, self.optimizers = local_path(Path(folder)), model, as_sequence(optimizer)
         check_replayable(model, self.optimizers)
         for domain in streams:
             check_domain(domain)
@@ -180,7 +182,8 @@ class TrajectoryRecorder:
         task = keep_model_config(self.folder, task, write=self.rank == 0)
         self._spec = RunSpec(
             task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
-            columns=columns or Columns(), tokenizer=tokenizer and Path(tokenizer).resolve(), seq_len=seq_len,
+            columns=columns or Columns(), seq_len=seq_len,
+            tokenizer=None if tokenizer is None else tokenizer_file(Path(tokenizer)).resolve(),
             steps=steps, windows=self.windows,
             optimizers=[name for name, _ in groups_of(self.optimizers)], clip_norm=clip_norm, groups=self._watch.names,
             previous=previous and Path(previous).resolve(),

@@ -27,6 +27,7 @@ from curate.artifacts import (
 )
 from curate.config import Config
 from curate.errors import UserError
+from curate.formats.documents import tokenizer_file
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
 from curate.formats.streams import NAME, DomainName, check_same_tokenizer
 from curate.lock import locked
@@ -126,6 +127,7 @@ class Run:
                 f"{folder} has no snapshots: values need the states at the window borders; "
                 "train with the recorder's windows set"
             )
+        tokenizer = None if tokenizer is None else tokenizer_file(tokenizer)
         self._added_tokenizer = tokenizer if self.spec.tokenizer is None else None
         if tokenizer is not None:
             self._set_tokenizer(tokenizer)

@@ -135,7 +135,7 @@ def is_estimated(path: Path) -> bool:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        return file.metadata() == _ESTIMATED
+        return bool(file.metadata() == _ESTIMATED)
 
 
 def read_tensors(path: Path, prefix: str, names: Sequence[str]) -> Iterator[Tensor]:
