@@ -77,9 +77,9 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     tokens = predicted_tokens(documents)
     if len(documents) < 2 or tokens < min_tokens:
         raise UserError(
-            f"target {path} has {tokens} predicted tokens in {len(documents)} different documents; at least "
-            f"{min_tokens} tokens in 2 documents are needed for a gradient that is more than noise; add documents, or "
-            "lower --min_target_tokens"
+            f"target {path} has {tokens} predicted tokens in {len(documents)} documents; at least {min_tokens} tokens "
+            "in 2 different documents are needed for a gradient that is more than noise; add documents, or lower "
+            "--min_target_tokens"
         )
     first, second = shuffled_parts(documents, 2)
     return Target(
@@ -111,10 +111,10 @@ def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     start = find_eot(tokenizer) if tokenizer else None
     documents = read_documents(path)
     different = list({document.content_hash: document for document in reversed(documents)}.values())[::-1]
-    spelling = Spelling(tokenizer)
+    spelling = Spelling(str(path), tokenizer)
     split = [split_document(*encoded, spec.seq_len, start) for encoded in spelling.encode(different)]
     pieces = [parts for parts in split if parts]
-    spelling.warn(str(path))
+    spelling.warn()
     if len(pieces) < len(documents):
         _log.warning(
             "%s: %d of %d documents count; %d repeat an earlier one, %d have no token to predict",

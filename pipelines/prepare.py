@@ -4,7 +4,8 @@ A domain is any number of JSONL files (plain, gzip or Zstandard), Parquet files 
 folders of them; what cannot be read is refused by its name. Its documents are shuffled by the seed, joined by
 end-of-text and cut into sequences of exactly `seq_len` tokens. Nothing is lost but exact duplicates inside a domain and
 what the tokenizer cannot spell; both are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24
-bytes for each document; it does not grow with the text.
+bytes for each document; it does not grow with the text. Parquet and compressed files are copied uncompressed to OUT
+while they are read.
 
 The result is `OUT/tokenizer.json`, `OUT/<domain>/` (MDS) and `OUT/manifest.json`. A stream appears when it is complete,
 so an interrupted run continues with the next domain; reading and training the tokenizer are repeated, with the same
@@ -187,11 +188,11 @@ def _write_domain(
         "samples": 0,
     }
     with tqdm(total=len(order), desc=f"pack {name}", unit="doc") as bar:
-        spelling = Spelling(tokenizer)
+        spelling = Spelling(f"domain {name!r}", tokenizer)
         encoded = _encoded(documents.batches(order), spelling, bar)
         samples = pack(encoded, config.seq_len, eot_id(tokenizer))
         write_stream(folder, COLUMNS, _rows(samples, name, counts), config.shard_bytes)
-    spelling.warn(f"domain {name!r}")
+    spelling.warn()
     counts |= {"without_tokens": spelling.empty, "changed_by_tokenizer": spelling.changed}
     return counts
 

@@ -87,7 +87,7 @@ def test_a_mask_is_honoured(tmp_path):
 @pytest.mark.parametrize("documents", [[{"tokens": [1, 2, 3]}], [{"tokens": [1, 2, 3]}, {"tokens": [7, 8]}]])
 def test_too_small_a_target_is_refused(tmp_path, documents):
     with pytest.raises(
-        UserError, match=r"predicted tokens in \d different documents; at least 100 tokens in 2 documents"
+        UserError, match=r"predicted tokens in \d documents; at least 100 tokens in 2 different documents"
     ):
         load_target(write(tmp_path / "t.jsonl", documents), SPEC, min_tokens=100)
 
@@ -99,7 +99,7 @@ def test_a_repeated_document_counts_once(tmp_path, caplog):
     assert (target.documents, target.tokens) == (2, 3)
     assert {tuple(tokens.tolist()) for tokens, _ in target.sequences()} == {(1, 2, 3), (7, 8)}
     assert "2 of 4 documents count; 1 repeat an earlier one, 1 have no token to predict" in caplog.text
-    with pytest.raises(UserError, match="in 1 different documents"):
+    with pytest.raises(UserError, match="in 1 documents; at least 1 tokens in 2 different documents"):
         load_target(write(tmp_path / "t.jsonl", documents[:1] * 30), SPEC, min_tokens=1)
 
 
@@ -141,5 +141,5 @@ def test_token_ids_beyond_the_vocabulary_are_named(tmp_path):
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match=r"t.jsonl: document 't.jsonl:1' is text and there is no tokenizer"):
         load_target(write(tmp_path / "t.jsonl", [{"text": "some words"}]), SPEC, min_tokens=1)

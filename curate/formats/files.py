@@ -8,7 +8,7 @@ from typing import Protocol
 
 from curate.errors import UserError
 from curate.formats.documents import Document, Fields
-from curate.formats.hf import HfFile, is_saved_dataset
+from curate.formats.hf import SAVED_FILES, HfFile, is_saved_dataset
 from curate.formats.jsonl import JsonlFile
 
 _JSONL = tuple(f"{name}{compressed}" for name in (".jsonl", ".json", ".ndjson") for compressed in ("", ".gz", ".zst"))
@@ -109,13 +109,19 @@ def open_reader(file: DocumentFile, fields: Fields | None, split: str, cache: Pa
     Raises:
         UserError: the file cannot be read, or has no documents.
     """
-    try:
-        file.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the name of {file.path} is not UTF-8; rename the file") from None
+    name = file.name.encode(errors="backslashreplace").decode()  # bytes that are not UTF-8 are surrogates here
+    if file.path.is_dir():
+        _refuse_strays(file.path)
     if file.path.is_dir() or suffix_of(file.path).lower() in _PARQUET:
-        return HfFile(file.path, split, cache, fields, file.name)
-    return JsonlFile(file.path, cache, fields, file.name)
+        return HfFile(file.path, split, cache, fields, name)
+    return JsonlFile(file.path, cache, fields, name)
+
+
+def _refuse_strays(saved: Path) -> None:
+    """Refuse a saved dataset with other documents beside its own files."""
+    strays = [item for item in sorted(saved.iterdir()) if suffix_of(item) and item.name not in SAVED_FILES]
+    if strays:
+        raise UserError(f"{strays[0]} lies in a saved dataset, whose rows alone would be read; move it elsewhere")
 
 
 def read_documents(path: Path) -> list[Document]:

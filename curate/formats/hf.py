@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _EXPECTED = "expected one document per row"
+SAVED_FILES = ("state.json", "dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes beside the rows
 _ROWS = 1024  # of a Parquet file in memory
 
 
@@ -73,7 +74,7 @@ class HfFile:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of the datasets library."""
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any((path / name).is_file() for name in SAVED_FILES[:2])
 
 
 def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
@@ -113,7 +114,7 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
         raise UserError(f"{path} does not exist; expected a Parquet file or a dataset saved by save_to_disk")
     try:
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the library checks little of what it reads
         raise UserError(f"{path} is not a dataset with rows, saved by save_to_disk ({_first_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -122,7 +123,12 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
             _log.info("%s: split %r is read, %s not", path, split, ", ".join(sorted(set(found) - {split})))
         found = found[split]
     # A saved format gives rows as tensors or tables, and hides columns.
-    return found.with_format(None).select_columns(_needed(found.column_names, fields))
+    rows = found.with_format(None).select_columns(_needed(found.column_names, fields))
+    try:
+        rows.data.validate(full=True)  # reading a damaged Arrow file can end the process
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}); write it again") from None
+    return rows
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ class ScreenConfig(Config):
     """What must not be trained on."""
 
     files: tuple[FileName, ...] = ()
-    """Held-out documents (JSONL) besides the targets and the guard, such as the benchmarks that the model is tested
+    """Held-out documents besides the targets and the guard, such as the benchmarks that the model is tested
     on."""
     overlap: float = Field(default=0.2, gt=0, le=1)
     """A sample is a leak where it shares at least this share of its own 13-grams of tokens, or of a held-out

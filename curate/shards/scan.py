@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from scipy.stats import binom
 
 from curate.formats.mds import MdsStream
-from curate.formats.ngrams import DIMENSION, Hashes, ngram_hashes, sampled, text_features
+from curate.formats.ngrams import DIMENSION, Hashes, N, ngram_hashes, sampled, text_features
 from curate.progress import progress
 
 MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
@@ -89,6 +90,39 @@ def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut, *,
     return Scan(ngrams=counts, grams=_long(own), shared=_long(common), features=features if clusters else None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What near-duplicates are found by in a pool of more n-grams than are held.
+
+    Args:
+        share: of the n-grams that are held.
+        ngrams: n-grams of a sample of median length.
+        held: how many of these are held, on average.
+        alike: share of its n-grams that a copy has in common, half way from the smallest that counts to all.
+        recall: share of such copies of a sample of median length that are found.
+    """
+
+    share: float
+    ngrams: int
+    held: float
+    alike: float
+    recall: float
+
+
+def sight(pool: pl.DataFrame, overlap: float) -> Sight | None:
+    """How well `near_duplicates` sees in a pool (`length` of its samples), or None where it sees everything."""
+    total = int(pool["length"].sum())
+    if total <= MEMORY:
+        return None
+    share, alike = MEMORY / total, (1 + overlap) / 2
+    ngrams = max(int(np.median(pool["length"].to_numpy())) - N + 1, 0)
+    # Of the copy's n-grams k are held, of which a share of `overlap` must be the original's.
+    held = np.arange(1, ngrams + 1)
+    found = binom.sf(np.ceil(overlap * held - 1e-9) - 1, held, alike)
+    recall = float((binom.pmf(held, ngrams, share) * found).sum())
+    return Sight(share=share, ngrams=ngrams, held=share * ngrams, alike=alike, recall=recall)
+
+
 def _long(parts: Sequence[Hashes]) -> pl.DataFrame:
     """One row per hash, with the position of its part."""
     places = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -125,6 +159,7 @@ def near_duplicates(found: Scan, order: pl.DataFrame, overlap: float) -> pl.Data
     Every n-gram belongs to the best sample that has it; a sample of whose n-grams one better sample owns at least
     `overlap` is its near-duplicate. Exact over all pairs of a sample and an owner, in one sort of the n-grams: no
     candidates are missed by chance, as with MinHash, and a template that hundreds of samples share costs no pairs.
+    Pools of more than `MEMORY` tokens are compared by a sample of their n-grams: `sight` says what that misses.
 
     Args:
         found: the pass over the samples.

@@ -13,7 +13,7 @@ from curate.errors import UserError
 from curate.formats.documents import encode, load_tokenizer
 from curate.formats.files import read_documents
 from curate.shards.choose import ScreenConfig, ShardsConfig, choose
-from curate.shards.scan import HeldOut, held_out, leaks, scan
+from curate.shards.scan import HeldOut, Sight, held_out, leaks, scan, sight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,8 @@ def sift(
         `of_sample`, `of_document`, `removed`.
     """
     wanted = filtered or not held.grams.is_empty()  # else there is nothing to compare samples with
+    if filtered:
+        _say_sight(sight(pool, config.duplicate_overlap))
     found = scan(pool if wanted else pool.clear(), streams, held, clusters=filtered and config.clusters > 0)
     hits = leaks(found, held, config.screen.overlap).filter("hit")
     removing = filtered and config.screen.mode == "remove"
@@ -86,6 +88,15 @@ def check_reweighted(config: ShardsConfig) -> None:
     """
     if config.consume_once:
         raise UserError("shards.consume_once needs --mode filter: reweighted streams hold every sample")
+
+
+def _say_sight(seen: Sight | None) -> None:
+    if seen:
+        _log.warning(
+            "near-duplicates are looked for by %.2g %% of the n-grams, %.1f of %d in a median sample: of copies with "
+            "%.0f %% of their n-grams in common %.0f %% are found",
+            100 * seen.share, seen.held, seen.ngrams, 100 * seen.alike, 100 * seen.recall,
+        )  # fmt: skip
 
 
 def _say(report: pl.DataFrame, held: HeldOut, *, removing: bool) -> None:

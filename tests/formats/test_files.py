@@ -113,8 +113,18 @@ def test_a_single_file_of_any_kind(tmp_path: Path) -> None:
         read_documents(tmp_path / "t.txt")
 
 
-def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "\udcff.jsonl"
+def test_ids_are_text_where_a_name_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "\udcff.jsonl"  # the byte 0xff
     path.write_bytes(LINE)
-    with pytest.raises(UserError, match="is not UTF-8; rename the file"):
-        read_documents(path)
+    assert [document.id for document in read_documents(path)] == ["\\udcff.jsonl:1"]
+
+
+def test_a_saved_dataset_hides_no_other_documents(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict({"text": ["x"]})
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "split")
+    for name in ("one", "split"):
+        assert [document.text for document in read_all(tmp_path / name, tmp_path / "cache")] == ["x"]
+        (tmp_path / name / "more.jsonl").write_bytes(LINE)
+        with pytest.raises(UserError, match=f"{name}/more.jsonl lies in a saved dataset"):
+            read_all(tmp_path / name, tmp_path / "cache")

@@ -30,10 +30,12 @@ def test_saved_dataset(tmp_path: Path) -> None:
     assert HfFile(tmp_path / "saved", "train", tmp_path / "cache").read([2, 0]) == DOCUMENTS
 
 
-def test_saved_dataset_with_splits(tmp_path: Path) -> None:
+def test_saved_dataset_with_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     dataset = datasets.Dataset.from_dict(ROWS)
     datasets.DatasetDict({"big": dataset, "small": dataset.select([0])}).save_to_disk(tmp_path / "saved")
     assert len(HfFile(tmp_path / "saved", "small", tmp_path / "cache")) == 1
+    assert "split 'small' is read, big not" in caplog.text
     with pytest.raises(UserError, match=r"saved has no split 'train' \(it has big, small\); set split"):
         HfFile(tmp_path / "saved", "train", tmp_path / "cache")
 
@@ -120,3 +122,22 @@ def test_bad_files(tmp_path: Path) -> None:
         HfFile(tmp_path / "saved", "train", tmp_path / "cache")
     with pytest.raises(UserError, match="none does not exist"):
         HfFile(tmp_path / "none", "train", tmp_path / "cache")
+
+
+def test_a_saved_dataset_that_is_damaged_is_named_and_ends_no_process(tmp_path: Path) -> None:
+    """Offsets of text that point behind its end: Arrow itself follows them."""
+    datasets.Dataset.from_dict({"text": ["some text", "more"]}).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    content = arrow.read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 9, 13))
+    arrow.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f"))
+    with pytest.raises(UserError, match="saved is damaged"):
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+    arrow.write_bytes(content.replace(b"some text", b"some\xfftext"))
+    with pytest.raises(UserError, match="saved is damaged"):
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+    arrow.write_bytes(content)
+    info = tmp_path / "saved" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"text": {', '"text": {"x": 1,').replace("_type", "_typo"))
+    with pytest.raises(UserError, match="saved is not a dataset with rows"):
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")

@@ -241,7 +241,7 @@ def test_bad_documents(corpus: Path) -> None:
     with pytest.raises(UserError, match="document 't' of domain 'dogs' holds token ids; set tokenizer"):
         prepare(config(corpus))
     write_rows(corpus / "dogs.jsonl", [{"id": "t", "tokens": [100_000]}])
-    with pytest.raises(UserError, match="document 't' has token id 100000, the tokenizer has only"):
+    with pytest.raises(UserError, match="domain 'dogs': document 't' has token id 100000, the tokenizer has only"):
         prepare(config(corpus, tokenizer=tokenizer))
     write_rows(corpus / "dogs.jsonl", [{"id": "t", "tokens": [1, 2], "loss_mask": [0, 0]}])
     with pytest.raises(UserError, match="domain 'dogs' has no token to predict"):
