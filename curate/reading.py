@@ -7,7 +7,6 @@ Aliases are followed as long as they stand for `_ALIASED` values at most.
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ def parse_yaml(text: str, where: str) -> Any:
         finally:
             loader.dispose()
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{where} line {line}: the character {chr(error.character)!r} is not allowed") from None
+        number = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{where} line {number}: the character {chr(error.character)!r} is not allowed") from None
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem or ""
         line = "" if mark is None else f" line {mark.line + 1}"
@@ -130,30 +129,27 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
-def shortened(problem: object) -> str:
-    """A library's message, or a user's text, as one short line."""
+def shortened(problem: object, most: int = _SHOWN) -> str:
+    """A library's message, or a user's text, as one line of `most` characters."""
     line = " ".join(str(problem).split())
-    return line if len(line) <= _SHOWN else line[:_SHOWN] + " ..."
+    return line if len(line) <= most else line[:most] + " ..."
 
 
 def _check_extent(value: Any) -> None:
-    level = [[value]]
-    for _ in range(DEPTH + 1):
-        if not level:
-            return
+    level = [value]
+    for depth in range(DEPTH + 1):
         inner: list[Any] = []
-        for container in level:
-            members: Iterable[Any] = (
-                container.values() if isinstance(container, dict) else container if isinstance(container, list) else ()
-            )
-            for member in (*container, *members) if isinstance(container, dict) else members:
-                problem = _unusable(member)
-                if problem:
-                    raise ValueError(problem)
-                if isinstance(member, dict | list):
-                    inner.append(member)
+        for each in level:
+            problem = _unusable(each)
+            if isinstance(each, dict):
+                inner += [*each, *each.values()]
+            elif isinstance(each, list):
+                inner += each
+            if depth == DEPTH and isinstance(each, dict | list):
+                problem = f"nested deeper than {DEPTH} levels"
+            if problem:
+                raise ValueError(problem)
         level = inner
-    raise ValueError(f"nested deeper than {DEPTH} levels")
 
 
 def _unusable(value: Any) -> str | None:
@@ -174,7 +170,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """One node, or the node that an alias stands for."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             return self._aliased_node(event, super().compose_node(parent, index))
         self._level += 1
@@ -222,10 +218,10 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; numbers that Python cannot make of a text are errors of the text."""
         try:
-            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError):
-            problem = f"{shortened(repr(node.value))} is no {node.tag.removeprefix(_YAML)}"
-            raise _problem(problem, node.start_mark) from None
+            unread = f"{shortened(repr(node.value))} is no {node.tag.removeprefix(_YAML)}"
+            raise _problem(unread, node.start_mark) from None
         problem = _unusable(value)
         if problem:
             raise _problem(problem, node.start_mark)
@@ -239,7 +235,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _problem(problem: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+def _problem(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 

@@ -29,8 +29,8 @@ def first_problem(error: ValidationError) -> str:
     given = first["input"]
     if isinstance(given, str | int | float) and first["type"] not in ("value_error", "extra_forbidden"):
         what = f"{what} (it is {shortened(repr(given))})"
-    where = shortened(".".join(setting_of(error)))
-    return f"{where}: {what.removeprefix('Value error, ')}" if where else what.removeprefix("Value error, ")
+    where, what = shortened(".".join(setting_of(error))), shortened(what.removeprefix("Value error, "), most=600)
+    return f"{where}: {what}" if where else what
 
 
 def setting_of(error: ValidationError) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from curate.errors import UserError
 from curate.formats.documents import load_tokenizer, tokenizer_file
 from curate.formats.mds import shard_readers
 from curate.formats.phases import StreamArguments, load_schedule
-from curate.reading import read_yaml
+from curate.reading import read_yaml, shortened
 from curate.validation import first_problem
 
 # Names of files that lie beside the folders of domains.
@@ -36,7 +36,7 @@ def check_domain(name: str, where: str = "") -> str:
     reserved = name in RESERVED or name.endswith(".part") or len(name.encode(errors="replace")) > _LONGEST
     if reserved or not re.fullmatch(NAME, name):
         raise UserError(
-            f"domain {name!r}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (not the last two "
+            f"domain {shortened(repr(name))}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (not the last two "
             f"first), up to {_LONGEST} bytes, no end in .part, and none of {', '.join(sorted(RESERVED))}"
         )
     return name

@@ -28,6 +28,7 @@ class FuzzTarget:
         read: the real reader, of the file's path.
         oracle: whether a value may be what the file says; slow and obvious, and nothing of the reader's code.
         corpus: inputs that are tried each time, with their outcome.
+        named: what a refusal names; none: the file.
     """
 
     name: str
@@ -36,6 +37,7 @@ class FuzzTarget:
     read: Callable[[Path], Any]
     oracle: Callable[[bytes, Any], None]
     corpus: tuple[tuple[bytes, str], ...] = ()
+    named: str | None = None
 
     def outcome(self, data: bytes, folder: Path) -> str:
         """Try one input.
@@ -50,15 +52,15 @@ class FuzzTarget:
         try:
             value = self.read(path)
         except UserError as error:
-            check_message(str(error), path)
+            check_message(str(error), self.named or path.name)
             return REFUSED
         self.oracle(data, value)
         return ACCEPTED
 
 
-def check_message(message: str, path: Path) -> None:
+def check_message(message: str, name: str) -> None:
     """A refusal has two sentences at most and a length that can be read, and names the file or an option."""
-    assert path.name in message or re.match(r"--\w", message), f"names neither file nor option: {message}"
+    assert name in message or re.match(r"--\w", message), f"names neither file nor option: {message}"
     assert sentences(message) <= 2, f"{sentences(message)} sentences: {message}"
     assert len(message) < 1000, f"{len(message)} characters: {message}"
     assert "errors.pydantic.dev" not in message

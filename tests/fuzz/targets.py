@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from curate.artifacts import list_files
 from curate.config import parse_command
-from curate.formats.files import read_documents
+from curate.formats.files import DocumentFile, open_reader, read_documents
 from curate.formats.phases import load_schedule
 from curate.mixture.record import Mixture, read_mixture
 from curate.pools.open import pool_streams
@@ -27,7 +27,7 @@ from pipelines.vocabulary import train_tokenizer
 from tests.fuzz import inputs, oracles
 from tests.fuzz.corpus import CORPUS
 from tests.fuzz.inputs import ANY, SCALAR, TEXT, as_yaml, changed, files, mostly, mutated, tables
-from tests.fuzz.outcome import FuzzTarget, demand
+from tests.fuzz.outcome import ACCEPTED, REFUSED, FuzzTarget, demand
 from tests.test_config import COMMANDS, NEEDED, is_group
 from tests.tiny import TASK, record_tiny_run
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def all_targets(folder: Path) -> list[FuzzTarget]:
     """Every reader; `folder` gets the run and the tokenizer that some of them read beside the input."""
-    return [*_document_targets(folder), *_yaml_targets(), *_run_targets(folder)]
+    return [*_document_targets(folder), *_dataset_targets(folder), *_yaml_targets(), *_run_targets(folder)]
 
 
 def seeds(name: str) -> list[bytes]:
@@ -98,6 +98,50 @@ def _document_targets(folder: Path) -> list[FuzzTarget]:
             inputs=files(tables(rows), [inputs.parquet(pl.DataFrame({"text": ["a", "b"], "id": ["1", "2"]}))]),
         ),
     ]
+
+
+def _dataset_targets(folder: Path) -> list[FuzzTarget]:
+    """One for each kind of file that a saved dataset has."""
+    from datasets import Dataset
+
+    rows = [{"id": "a", "text": "some text"}, {"id": "b", "text": "more text"}, {"id": "c", "text": "x"}]
+    saved = folder / "saved"
+    Dataset.from_list(rows).save_to_disk(saved)
+
+    def beside(place: Path, whole: bytes, path: Path) -> Any:
+        place.write_bytes(path.read_bytes())
+        try:
+            return read_saved(saved, folder / "cache")
+        finally:
+            place.write_bytes(whole)
+
+    def oracle(data: bytes, documents: Any) -> None:
+        demand(len(documents) == 3, f"{len(documents)} documents")
+        for document in documents:
+            demand(document.text is not None and len(document.text.encode()) > 0, f"no text in {document}")
+
+    return [
+        FuzzTarget(
+            name=name,
+            file=place.name,
+            read=partial(beside, place, place.read_bytes()),
+            oracle=oracle,
+            inputs=mutated([place.read_bytes()]),
+            corpus=((place.read_bytes(), ACCEPTED), (b"", REFUSED)),
+            named=saved.name,
+        )
+        for name, place in (
+            ("saved rows", saved / "data-00000-of-00001.arrow"),
+            ("saved state", saved / "state.json"),
+            ("saved info", saved / "dataset_info.json"),
+        )
+    ]
+
+
+def read_saved(saved: Path, cache: Path) -> Any:
+    """The documents of a saved dataset."""
+    reader = open_reader(DocumentFile(path=saved, name=saved.name), None, "train", cache)
+    return reader.read(range(len(reader)))
 
 
 def value_of(annotation: Any) -> st.SearchStrategy[Any]:
@@ -391,7 +435,7 @@ def _run_targets(folder: Path) -> list[FuzzTarget]:
             read=partial(beside, read, place, whole, name != "catalogue"),
             oracle=oracle,
             inputs=inputs,
-            corpus=((whole, "accepted"), (b"", "refused")),
+            corpus=((whole, ACCEPTED), (b"", REFUSED)),
         )
 
     whole = (run.folder / "steps.parquet").read_bytes()

@@ -11,6 +11,9 @@ NAMES = [
     "documents",
     "target",
     "parquet",
+    "saved rows",
+    "saved state",
+    "saved info",
     "plan",
     "description",
     "settings",
@@ -22,7 +25,7 @@ NAMES = [
     "catalogue",
     "log",
 ]
-EXAMPLES = 60
+EXAMPLES = 40
 
 
 @pytest.fixture(scope="module")
