@@ -98,7 +98,7 @@ def build_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]
         optimizers.append(torch.optim.Muon(hidden, lr=1e-2, **OPTIMIZERS[name]))
     elif name not in ("AdamW", "Adam"):
         kind, settings = torch.optim.SGD, OPTIMIZERS[name]
-    rest = [p for p in model.parameters() if all(p is not one for one in hidden)]
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not one for one in hidden)]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
@@ -125,6 +125,9 @@ class Training:
     batch_size: int = 6
     dtype: torch.dtype = torch.float32
     optimizer: str = "AdamW"
+    tied: bool = True
+    frozen: str = ""  # how the names of parameters begin that are not trained
+    skipped: frozenset[int] = frozenset()  # steps without an update
     dropped: frozenset[tuple[int, int]] = frozenset()  # (step, position) of samples whose weight is set to 0
     capture: CaptureConfig | None = None
     autocast: bool = False  # bfloat16
@@ -142,7 +145,9 @@ class Training:
         previous: Path | None = None,
     ) -> list[float]:
         """Train; with a folder, record there. Stops early (as in a crash) or continues at a snapshot where asked."""
-        model = self.model = factory().to(self.dtype)
+        model = self.model = factory(tied=self.tied).to(self.dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (self.frozen and name.startswith(self.frozen)))
         optimizers = build_optimizers(model, self.optimizer)
         if folder and start:
             load_state(snapshot_path(folder, start), model, optimizers)
@@ -167,17 +172,23 @@ class Training:
                 if recorder:
                     ids = [sample.sample_id for sample in half]
                     recorder.micro_batch(ids, predicted / total, predicted, self.said_scale)
-            for parameter in model.parameters():
-                parameter.grad /= self.loss_scale
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            for optimizer in optimizers:
-                optimizer.step()
+            norm = self._update(optimizers, step)
             if recorder:
                 recorder.end_step(loss, norm)
             losses.append(float(loss))
         if recorder and stop is None:
             recorder.finish()
         return losses
+
+    def _update(self, optimizers: list[torch.optim.Optimizer], step: int) -> Tensor:
+        """Unscale, clip and, where the step is not skipped, update; returns the norm before clipping."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.loss_scale
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        for optimizer in optimizers if step not in self.skipped else ():
+            optimizer.step()
+        return norm
 
     def _recorder(
         self,
@@ -187,9 +198,10 @@ class Training:
         start: int,
         previous: Path | None,
     ) -> TrajectoryRecorder:
+        model = TASK.model.model_copy(update={"kwargs": {"tied": self.tied}})
         recorder = TrajectoryRecorder(
             folder, config or RecorderConfig(windows={"early": (0, 4), "late": (8, self.steps)}), self.model,
-            optimizers, task=TASK.model_copy(update={"autocast": "bfloat16" if self.autocast else None}),
+            optimizers, task=TaskSpec(model=model, autocast="bfloat16" if self.autocast else None),
             streams=self.streams, steps=self.steps, seq_len=SEQ_LEN, clip_norm=CLIP_NORM,
             first_step=start, previous=previous,
         )  # fmt: skip

@@ -88,7 +88,7 @@ def adjoint_step(
     import torch
 
     if not state.record.updated:  # its gradient may even be NaN
-        rows = cotangent.parameters.new_zeros(state.record.size, len(cotangent.parameters))
+        rows = cotangent.parameters.new_zeros(sum(map(len, state.batches)), len(cotangent.parameters))
         return (rows if options.rows else None), cotangent
     groups = layout.groups(state.record.groups)
     u, pulled = update_vjp(before_step(state), state.gradient, state.updates, groups, clip_norm, cotangent)

@@ -26,7 +26,7 @@ from curate.embeddings.basis import AnchorBasis, choose_metric, load_basis, save
 from curate.embeddings.dvemb_adam import denominator
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.embeddings.products import Hessian, check_curvature
-from curate.embeddings.states import StatePlan, plan_states, states_backward
+from curate.embeddings.states import StatePlan, limits, plan_states, states_backward
 from curate.errors import UserError
 from curate.optimizers.state import TrainingState
 from curate.progress import progress
@@ -74,10 +74,12 @@ class AdjointConfig(Config):
     """Fewest predicted tokens of an anchor from a file."""
     at_once: int = Field(default=8, ge=1)
     """Anchors that `hessian gauss-newton` takes in one pass; memory grows with it, the cost of each shrinks."""
-    memory_bytes: int = Field(default=8 * 10**9, ge=0)
-    """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice."""
-    disk_bytes: int = Field(default=50 * 10**9, ge=0)
-    """Disk for checkpoints of the steps that do not fit into memory, and for the influence checkpoint."""
+    memory_bytes: int | None = Field(default=None, ge=0)
+    """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice. None:
+    half of what is free on the device."""
+    disk_bytes: int | None = Field(default=None, ge=0)
+    """Disk for checkpoints of the steps that do not fit into memory, and for the influence checkpoint. None: what is
+    free where the run lies."""
     save_seconds: float = Field(default=60.0, ge=0)
     """Time between saves of the progress that an interrupted window continues from."""
 
@@ -191,6 +193,7 @@ class AdjointEstimator:
             check_curvature(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
         step, cotangent = self._begin(job)
         plan = self._plan(job, step)
+        _log.info("%s", plan.line)
         starts = _row_starts(job)
         saved = monotonic()
         states = states_backward(replay, plan, job.scratch / "states")
@@ -205,7 +208,7 @@ class AdjointEstimator:
                 out.flush()  # type: ignore[attr-defined]
                 save_cotangent(job.scratch / "cotangent.safetensors", at, cotangent)
                 saved = monotonic()
-        if 3 * cotangent.parameters.nbytes <= self.config.disk_bytes:
+        if 3 * cotangent.parameters.nbytes <= limits(replay, self.config.memory_bytes, self.config.disk_bytes)[1]:
             save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
         return {"anchors": self.anchors(job).names, "solver": self._choose_solver(job, out)}
 
@@ -218,7 +221,8 @@ class AdjointEstimator:
         )  # fmt: skip
 
     def _plan(self, job: WindowJob, stop: int) -> StatePlan:
-        return plan_states(job.replay.layout.size, job.start, stop, self.config.memory_bytes, self.config.disk_bytes)
+        allowed = limits(job.replay, self.config.memory_bytes, self.config.disk_bytes)
+        return plan_states(job.replay.layout.size, job.start, stop, *allowed)
 
     def _begin(self, job: WindowJob) -> tuple[int, TrainingState]:
         """The step whose state the cotangent belongs to, and the cotangent; leaves the basis where there is to be one.

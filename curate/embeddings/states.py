@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.errors import UserError
+from curate.machine import free_disk, free_memory
 from curate.progress import progress
 from curate.trajectory.snapshots import save_state
 
@@ -32,15 +33,36 @@ class StatePlan:
     Attributes:
         starts: first step of each segment, ascending; each but the first needs a checkpoint.
         stop: step after the last.
+        state_bytes: of one state.
+        checkpoint_bytes: of one checkpoint.
     """
 
     starts: list[int]
     stop: int
+    state_bytes: int
+    checkpoint_bytes: int
+
+    @property
+    def line(self) -> str:
+        """In words, to be said before the work."""
+        borders = [*self.starts, self.stop]
+        longest = max((stop - start for start, stop in pairwise(borders)), default=0)
+        memory, disk = longest * self.state_bytes, max(len(self.starts) - 1, 0) * self.checkpoint_bytes
+        return (
+            f"states of {longest} steps are held at once: {memory / 1e9:,.2f} GB of memory (adjoint.memory_bytes), "
+            f"{disk / 1e9:,.2f} GB of disk for checkpoints (adjoint.disk_bytes)"
+        )
 
     @property
     def replays(self) -> int:
         """Times that a step is replayed."""
         return 2 if len(self.starts) > 1 else 1
+
+
+def limits(replay: Replay, memory_bytes: int | None, disk_bytes: int | None) -> tuple[int, int]:
+    """Bytes of memory and disk that may be used: as set, or half of the free memory and all of the free disk."""
+    memory = free_memory(replay.device) // 2 if memory_bytes is None else memory_bytes
+    return memory, free_disk(replay.run.folder) if disk_bytes is None else disk_bytes
 
 
 def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_bytes: int) -> StatePlan:
@@ -61,7 +83,7 @@ def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_
     if length < 1 and stop > start:
         raise UserError(
             f"adjoint.memory_bytes is {memory_bytes:,}; the state of one step is {state:,} bytes: set it to that at "
-            "least, better to that of many steps"
+            "least, better to that of many steps (by default it is half of what is free)"
         )
     starts = list(range(start, stop, max(length, 1)))
     needed = max(len(starts) - 1, 0) * checkpoint
@@ -71,7 +93,7 @@ def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_
             f"{stop - start} steps in segments of {length} need {len(starts) - 1} checkpoints of {checkpoint:,} bytes, "
             f"adjoint.disk_bytes is {disk_bytes:,}: set it to {needed}, or adjoint.memory_bytes to {fitting}"
         )
-    return StatePlan(starts=starts, stop=stop)
+    return StatePlan(starts=starts, stop=stop, state_bytes=state, checkpoint_bytes=checkpoint)
 
 
 def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[State]:

@@ -41,7 +41,7 @@ from curate.embeddings.adjoint import StepOptions, adjoint_step
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.own_step import before_step
 from curate.embeddings.products import STEP, check_curvature
-from curate.embeddings.states import plan_states, states_backward
+from curate.embeddings.states import limits, plan_states, states_backward
 from curate.errors import UserError
 from curate.optimizers.state import Group, TrainingState
 from curate.optimizers.step import update_vjp
@@ -96,7 +96,8 @@ def look_ahead(
     saved = load_cotangent(path, replay.device)
     if saved is not None:
         return Outlook(state=next(replay.states(start, start + 1)), cotangent=saved[1])
-    plan = plan_states(replay.layout.size, start, run.spec.steps, config.memory_bytes, config.disk_bytes)
+    allowed = limits(replay, config.memory_bytes, config.disk_bytes)
+    plan = plan_states(replay.layout.size, start, run.spec.steps, *allowed)
     replay.horizon_model(run.spec.steps)
     if config.hessian != "difference" and run.spec.steps > start + 1:
         check_curvature(replay.task, replay.layout, losses[0].to(replay.device), config.hessian)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from curate.trajectory.run import Run
 
-_TIMES = 10  # the tolerance of losses and norms; see `check_drift`
+_TIMES = 10  # the tolerance of losses and norms
 
 
 def drift(run: Run, step: int, model: nn.Module) -> float:
@@ -45,7 +45,9 @@ def drift(run: Run, step: int, model: nn.Module) -> float:
 def check_drift(run: Run, step: int, model: nn.Module, tolerance: float) -> None:
     """Hold a replayed state against the snapshot of its step.
 
-    The limit is ten times the tolerance of losses and norms. Where a snapshot was estimated there is none.
+    The limit is ten times the tolerance of losses and norms. Measured: the same machine 0, batches split into single
+    samples 1e-6 at most, a run in bfloat16 replayed in float32 1e-2 in its first steps and 1e-3 later (its gradient
+    norms differ by 4e-3); one of 50 updates left out 2e-2 at least. Where a snapshot was estimated there is no limit.
 
     Args:
         run: the run.

@@ -6,7 +6,14 @@ import torch
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from curate.adapters.hf_trainer import RecorderCallback
 from curate.embeddings.captured import CapturedRows
@@ -121,6 +128,86 @@ def test_embeddings_need_no_replay_after_the_training(streams, tmp_path, monkeyp
     assert np.abs(embedding.vectors).max(1).min() > 0
 
 
-def test_what_the_record_would_get_wrong_is_refused(streams, tmp_path):
-    with pytest.raises(UserError, match="label smoothing"):
-        trained(streams, tmp_path, label_smoothing_factor=0.1)
+def fine_tuned(streams, folder, *, rows=None, collator=None, made=None, kind=Trainer, **settings):
+    """A recorded training of a few steps with something of the user's own."""
+    arguments = TrainingArguments(
+        str(folder / "trainer"), max_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", seed=1, **settings,
+    )  # fmt: skip
+    trainer = kind(
+        model=made or model(), args=arguments, train_dataset=rows or dataset(streams), data_collator=collator
+    )
+    trainer.add_callback(RecorderCallback(trainer, folder / "run", streams=streams, seq_len=SEQ_LEN))
+    trainer.train()
+    return folder / "run"
+
+
+def changed(streams, change):
+    return [{**row, **change(row)} for row in dataset(streams)]
+
+
+class TestWhatTheRecordWouldGetWrongIsRefused:
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [({"label_smoothing_factor": 0.1}, "label smoothing"), ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha")],
+    )
+    def test_a_setting(self, streams, tmp_path, settings, words):
+        with pytest.raises(UserError, match=words):
+            fine_tuned(streams, tmp_path, **settings)
+
+    @pytest.mark.parametrize("what", ["dropout", "bfloat16", "adapter"])
+    def test_a_model(self, streams, tmp_path, what):
+        made = model()
+        if what == "dropout":
+            made.config.attention_dropout = 0.1
+        elif what == "bfloat16":
+            made = made.to(torch.bfloat16)
+        else:
+            made.model.layers[0].adapter = torch.nn.Linear(16, 16)
+        words = {"dropout": "attention_dropout 0.1", "bfloat16": "is bfloat16", "adapter": r"adapter.bias is \(16,\)"}
+        with pytest.raises(UserError, match=words[what]):
+            fine_tuned(streams, tmp_path, made=made)
+
+    def test_samples_that_are_in_no_stream(self, streams, tmp_path):
+        """Labels that a collator made of padding, where padding is the end of text."""
+        rows = changed(streams, lambda row: {"labels": torch.where(row["input_ids"] == 32, -100, row["labels"])})
+        with pytest.raises(UserError, match=r"of 4 samples of batch \d are in none of the streams .*pad = eos"):
+            fine_tuned(streams, tmp_path, rows=rows)
+
+    def test_joined_rows(self, streams, tmp_path):
+        rows = [{key: value.tolist() for key, value in row.items()} for row in dataset(streams)]
+        with pytest.raises(UserError, match="position_ids"):
+            fine_tuned(streams, tmp_path, rows=rows, collator=DataCollatorWithFlattening())
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda row: {"attention_mask": torch.arange(SEQ_LEN) >= 2}, "padding_side"),
+            (lambda row: {"attention_mask": torch.arange(SEQ_LEN) != 5}, "padding_side"),
+            (lambda row: {"attention_mask": torch.arange(SEQ_LEN) < 9}, "labels at its padding"),
+            (lambda row: {"labels": row["labels"].roll(-1)}, "labels that are neither"),
+            (lambda row: {"position_ids": torch.arange(SEQ_LEN) + 1}, "position_ids"),
+        ],
+        ids=["left padding", "a hole", "padding is predicted", "shifted labels", "positions"],
+    )
+    def test_a_batch(self, streams, tmp_path, change, words):
+        with pytest.raises(UserError, match=words):
+            fine_tuned(streams, tmp_path, rows=changed(streams, change))
+
+    def test_another_loss(self, streams, tmp_path):
+        class Penalised(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                return loss + 0.1 * model.lm_head.weight.square().sum()
+
+        with pytest.raises(UserError, match="compute_loss"):
+            fine_tuned(streams, tmp_path, kind=Penalised)
+
+
+def test_frozen_parameters_and_positions_that_are_the_usual_ones_are_recorded(streams, tmp_path):
+    made = model()
+    made.model.embed_tokens.weight.requires_grad_(False)
+    rows = changed(streams, lambda row: {"position_ids": torch.arange(SEQ_LEN)})
+    run = Run(fine_tuned(streams, tmp_path, made=made, rows=rows))
+    assert "model.embed_tokens.weight" not in [name for group in run.spec.groups for name in group]
+    assert len(list(Replay(run, tolerance=1e-4).steps(0, 4))) == 4
