@@ -119,7 +119,9 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     catalogue = read_catalogue(part, streams)
     check_fit(catalogue, folders, model)
     tokenizer = None if config.tokenizer is None else tokenizer_file(config.tokenizer).resolve()
-    if tokenizer is not None:
+    if tokenizer is None:
+        _log.warning("no tokenizer is described: targets must be token ids, unless curate.select is given --tokenizer")
+    else:
         check_tokens(catalogue, folders, tokenizer)
     frame = step_records(config, order, catalogue, log, group_settings(config, optimizers))
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}

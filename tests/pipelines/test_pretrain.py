@@ -14,7 +14,8 @@ from curate.trajectory.ledger import domain_ledger, uses
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from pipelines import pretrain
-from pipelines.pretrain import OptimizerConfig, PretrainConfig, learning_rate, train
+from pipelines.optimizers import OptimizerConfig, learning_rate
+from pipelines.pretrain import PretrainConfig, train
 from tests.tiny import write_tiny_streams
 
 MODEL = {

@@ -16,9 +16,10 @@ from pipelines.fidelity.config import BenchConfig
 from pipelines.fidelity.cost import CostConfig
 from pipelines.fidelity.every import EveryConfig
 from pipelines.fidelity.moments import MomentsConfig
+from pipelines.optimizers import OptimizerConfig
 from pipelines.phases import PhasesConfig
 from pipelines.prepare import PrepareConfig
-from pipelines.pretrain import OptimizerConfig, PretrainConfig
+from pipelines.pretrain import PretrainConfig
 from pipelines.published.__main__ import PublishedConfig
 
 CONFIGS = (
