@@ -269,7 +269,7 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
         with replacing(path) as part:
             pl.concat(frames).write_parquet(part)
         list_files(folder, [path])
-    return read_table(path)
+    return read_table(checked(path, remedy="delete it, and it is made again"))
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:
