@@ -4,10 +4,10 @@ A folder artifact is complete exactly when it holds `manifest.json`, which is wr
 settings and the parents (fingerprints) that it was made from; asked for again with the same settings it is reused,
 with others it is refused with the settings that differ. Nothing in a manifest depends on the time or the machine.
 
-`sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`). `checked`
-holds a file against the list that names it before its content is used; files that no list names are taken as they are.
-One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing and can
-be made from the rest is made again.
+`curate.sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`).
+`checked` holds a file against the list that names it before its content is used; files that no list names are taken as
+they are. One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing
+and can be made from the rest is made again. See docs/integrity.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MANIFEST = "manifest.json"
-SUMS = "sums.json"
+SUMS = "curate.sums.json"
 STARTED = "settings.json"
 SCRATCH = "scratch"
 SIGN = "positive = removing the sample would raise the target's loss = the sample helped"
@@ -285,7 +285,7 @@ def listed(folder: Path) -> dict[str, Sum]:
     return known[1]
 
 
-def checked(path: Path, by: Path | None = None) -> Path:
+def checked(path: Path, by: Path | None = None, *, remedy: str | None = None) -> Path:
     """A file that may be read: where a list above it names it, it is what was written.
 
     A file is hashed once in a process, and again when its size or time changed.
@@ -293,6 +293,7 @@ def checked(path: Path, by: Path | None = None) -> Path:
     Args:
         path: the file.
         by: folder that must list it; none: the nearest one above that does, if any.
+        remedy: what to do where it is damaged, if not what its folder suggests.
 
     Raises:
         UserError: it is not what the list says, is missing although a list names it, or has to be listed and is not.
@@ -302,13 +303,13 @@ def checked(path: Path, by: Path | None = None) -> Path:
         name = (path if by is not None else path.absolute()).relative_to(folder).as_posix()
         wanted = listed(folder).get(name)
         if wanted is not None:
-            _hold(path, wanted, folder)
+            _hold(path, wanted, remedy or _remedy(folder))
             return path
     if by is not None:
         if not (by / SUMS).exists():
             raise UserError(f"{by / SUMS}, which lists what was written, is missing: {_remedy(by)}")
         what = "is missing" if not path.exists() else f"is not in {by / SUMS}, which lists what was written"
-        raise UserError(f"{path} {what}: {_remedy(by)}")
+        raise UserError(f"{path} {what}: {remedy or _remedy(by)}")
     return path
 
 
@@ -319,7 +320,7 @@ def check_sizes(folder: Path) -> None:
         UserError: one is not.
     """
     for name, wanted in listed(folder).items():
-        _size(folder / name, wanted, folder)
+        _size(folder / name, wanted, _remedy(folder))
 
 
 def check_contents(folder: Path) -> None:
@@ -329,27 +330,25 @@ def check_contents(folder: Path) -> None:
         UserError: one is not what was written.
     """
     for name, wanted in listed(folder).items():
-        _hold(folder / name, wanted, folder)
+        _hold(folder / name, wanted, _remedy(folder))
 
 
-def _hold(path: Path, wanted: Sum, folder: Path) -> None:
-    status = _size(path, wanted, folder)
+def _hold(path: Path, wanted: Sum, remedy: str) -> None:
+    status = _size(path, wanted, remedy)
     key = path.absolute(), _state(status)
     if key not in _hashes:
         _hashes[key] = sum_of(path)[1]
     if _hashes[key] != wanted[1]:
-        raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(folder)}")
+        raise UserError(f"{path} is corrupted or was changed after it was written: {remedy}")
 
 
-def _size(path: Path, wanted: Sum, folder: Path) -> os.stat_result:
+def _size(path: Path, wanted: Sum, remedy: str) -> os.stat_result:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: {_remedy(folder)}") from None
+        raise UserError(f"{path} is missing: {remedy}") from None
     if status.st_size != wanted[0]:
-        raise UserError(
-            f"{path} is corrupted: it has {status.st_size:,} bytes, {wanted[0]:,} were written; {_remedy(folder)}"
-        )
+        raise UserError(f"{path} is corrupted: it has {status.st_size:,} bytes, {wanted[0]:,} were written; {remedy}")
     return status
 
 
@@ -361,6 +360,8 @@ def _remedy(folder: Path) -> str:
     """What to do about a damaged file of a folder."""
     if (folder / MANIFEST).exists():
         return f"restore it, or delete {folder} and run the same command again"
+    if (folder / "run.json").exists():
+        return "restore it, or train the stage again in another folder"
     return "restore it, or delete it and run the command that wrote it again"
 
 

@@ -328,7 +328,7 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
             if not path.exists() or path.name not in listed(folder):
                 _write_catalogue(path, streams)
                 list_files(folder, [path])
-    return read_table(path)
+    return read_table(checked(path, remedy="delete it, and it is made again"))
 
 
 def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:

@@ -41,7 +41,7 @@ SELECTION = {
     "mode": "both", "min_target_tokens": 100, "tracking": {"mode": "none"}, "mixture": {"max_epochs": 20},
     "probe": {"min_per_domain": 20}, "shards": {"shard_bytes": 6000},
 }  # fmt: skip
-TIMED = re.compile(r"timings\.json|costs\.parquet|report\.html|report\.json|sums\.json|lock|.*\.lock")
+TIMED = re.compile(r"timings\.json|costs\.parquet|report\.html|report\.json|curate\.sums\.json|lock|.*\.lock")
 """Files whose bytes depend on the time that something took, and locks."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from curate.artifacts import SUMS
 from curate.trajectory.run import Run
 from tests.integrity import arena
 from tests.integrity.arena import STEPS, Outcome, call, contents, link_copy
@@ -124,7 +125,7 @@ TABLES = ("documents", "domains", "leaks", "ledger", "predicted", "reliability",
 REPORTED = ("curve", "domains", "examples", "mixture", "reliability", "shards", "sweep", "targets", "training", "costs")
 PARTS = ("steps.parts/*/00000000-", "steps.parts/*/00000003-")
 ARTIFACTS = (
-    *(_same_of_two(f"{ONE}/{name}", select_again) for name in ("run.json", "steps.parquet", "sums.json")),
+    *(_same_of_two(f"{ONE}/{name}", select_again) for name in ("run.json", "steps.parquet", SUMS)),
     *(_same_of_two(f"{ONE}/{name}", dry_run) for name in ("run.json", "steps.parquet")),
     _same_of_two(f"{ONE}/model/config.json", select_again),
     _same_of_two(f"{ONE}/catalogue-*.parquet", select_again),
@@ -138,25 +139,25 @@ ARTIFACTS = (
     *(
         _same_of_two(f"{LATE}/{name}", select_again, SELECTED)
         for name in (
-            "embeddings.npy", "rows.parquet", "target-*.npz", "timings.json", "manifest.json", "sums.json",
-            "index-*/index.faiss", "index-*/manifest.json", "index-*/sums.json",
+            "embeddings.npy", "rows.parquet", "target-*.npz", "timings.json", "manifest.json", SUMS,
+            "index-*/index.faiss", "index-*/manifest.json", "index-*/curate.sums.json",
         )
     ),
     _same_of_two(f"{LATE}/influence.safetensors", embed_early),
     *(
         _same_of_two(f"{ONE}/pools/next-*/{name}", select_again, SELECTED)
-        for name in ("values.parquet", "tokens.npz", "timings.json", "manifest.json", "sums.json")
+        for name in ("values.parquet", "tokens.npz", "timings.json", "manifest.json", SUMS)
     ),
     _same_of_two(f"{ONE}/pools/next-*/directions.npz", select_again, SELECTED, f"{ONE}/pools/slopes-*"),
     *(
         _same_of_two(f"{ONE}/pools/slopes-*/{name}", select_again, SELECTED)
-        for name in ("values.parquet", "timings.json", "manifest.json", "sums.json")
+        for name in ("values.parquet", "timings.json", "manifest.json", SUMS)
     ),
     *(_same_of_two(f"{SELECTED}/{name}.parquet", select_again) for name in TABLES),
     *(
         _same_of_two(f"{SELECTED}/{name}", select_again)
         for name in (
-            "mixture.yaml", "manifest.json", "sums.json", "report.html", "data/schedule.yaml", "data/mds/schedule.yaml",
+            "mixture.yaml", "manifest.json", SUMS, "report.html", "data/schedule.yaml", "data/mds/schedule.yaml",
             "data/mds/index.json", "data/mds/a/index.json", "data/mds/a/shard.00000.mds", "data/mds/tokenizer.json",
         )
     ),
@@ -172,7 +173,7 @@ ARTIFACTS = (
     *(
         Artifact(f"data/{name}", prepare_again, f"other-data/{name}")
         for name in (
-            "manifest.json", "sums.json", "tokenizer.json", "b/manifest.json", "b/sums.json", "b/index.json",
+            "manifest.json", SUMS, "tokenizer.json", "b/manifest.json", "b/curate.sums.json", "b/index.json",
             "b/shard.00000.mds", "b/shard.00003.mds",
         )
     ),
