@@ -36,7 +36,7 @@ def check_domain(name: str, where: str = "") -> str:
     reserved = name in RESERVED or name.endswith(".part") or len(name.encode(errors="replace")) > _LONGEST
     if reserved or not re.fullmatch(NAME, name):
         raise UserError(
-            f"domain {shortened(repr(name))}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (the last "
+            f"domain {shortened(repr(name))}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (these "
             f"two not first), up to {_LONGEST} bytes, no end in .part, and none of {', '.join(sorted(RESERVED))}"
         )
     return name
