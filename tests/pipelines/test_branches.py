@@ -10,7 +10,8 @@ import pytest
 
 from curate.errors import UserError
 from curate.fidelity.branches import BranchTestConfig
-from curate.formats.documents import Document, read_documents
+from curate.formats.documents import Document
+from curate.formats.files import read_documents
 from curate.report.branches import best_sentence, branches_page
 from pipelines.branches.__main__ import bench, show
 from pipelines.branches.config import DEFAULT_TEMPERATURE, BranchesConfig, small

@@ -33,7 +33,7 @@ from curate.tracking import TrackingConfig
 from curate.trajectory.ledger import consumed, stages, uses
 from curate.trajectory.run import Run
 from curate.trajectory.samples import fresh_shares, trained_tokens, usable_samples
-from tests.tiny import SEQ_LEN, write_tiny_target
+from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 WEIGHTS = {"target": 1.0, "general": 1.0}
 PROBE = ProbeConfig(share=1.0, steps=4, min_rank_correlation=-1.0, rest="none")
@@ -358,7 +358,7 @@ def test_likeness_alone_needs_no_slopes(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["domains", "shards"])
-def test_a_stream_that_nothing_was_drawn_from_is_left_alone(folder, run, tmp_path, by):
+def test_a_stream_that_nothing_was_drawn_from_is_left_alone(tmp_path, by):
     random, rows = np.random.default_rng(0), []
     for _ in range(9):
         tokens, mask = random.integers(3, 60, SEQ_LEN).astype(np.int32), np.ones(SEQ_LEN, np.uint8)
@@ -367,8 +367,9 @@ def test_a_stream_that_nothing_was_drawn_from_is_left_alone(folder, run, tmp_pat
              "documents": []}
         )  # fmt: skip
     write_stream(tmp_path / "extra", COLUMNS, rows, shard_bytes=4000)
-    streams = {**run.spec.streams, "extra": tmp_path / "extra"}
-    out = selected(folder, tmp_path / "out", {"likeness_share": 0.5}, streams=streams, grain=GrainConfig(by=by))
+    Training({**write_tiny_streams(tmp_path / "data"), "extra": tmp_path / "extra"}).run(tmp_path / "run")
+    write_tiny_target(tmp_path / "target.jsonl")
+    out = selected(tmp_path, tmp_path / "out", {"likeness_share": 0.5}, grain=GrainConfig(by=by))
     assert not any("extra" in domain for domain in read_mixture(out / "mixture.yaml").domains)
 
 
