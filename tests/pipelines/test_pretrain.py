@@ -161,9 +161,9 @@ def test_bad_settings(config, tmp_path):
         train(config.model_copy(update={"micro_batch_size": 3}))
     with pytest.raises(UserError, match=r"has 160 samples .*, fewer than one batch of 200"):
         train(config.model_copy(update={"batch_size": 200, "micro_batch_size": None}))
-    with pytest.raises(UserError, match="missing.json"):
+    with pytest.raises(UserError, match=r"missing\.json"):
         train(config.model_copy(update={"model": tmp_path / "missing.json"}))
-    with pytest.raises(UserError, match="missing.yaml"):
+    with pytest.raises(UserError, match=r"missing\.yaml"):
         train(config.model_copy(update={"data": tmp_path / "missing.yaml"}))
     (tmp_path / "model.json").write_text(json.dumps({**MODEL, "vocab_size": 64}))
     with pytest.raises(UserError, match=r"sample 0 has token id \d+, the model has a vocabulary of 64: set vocab_size"):
