@@ -12,16 +12,21 @@ import yaml
 from streaming import Stream, StreamingDataset
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream, merge_indexes, write_stream
+from curate.formats.mds import COLUMNS, MdsStream, merge_indexes, write_stream
 from curate.formats.memory import construct
 from curate.lock import locked
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.decide import Aims, decide
+from curate.selection import SelectConfig
 from curate.shards.check import check_filter, check_reweight
 from curate.shards.choose import ShardsConfig, choose
 from curate.shards.plan import Plan, make_plan, make_pool, supply_of
 from curate.shards.scan import held_out, leaks, scan
 from curate.shards.write import DROPPED, STREAMS, columns_of, write_filter, write_reweight
+from curate.stock import open_stock
+from curate.trajectory.ledger import consumed, stages, uses
+from curate.trajectory.run import Run
+from tests.tiny import record_tiny_run, write_tiny_target
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +254,16 @@ def test_columns_that_no_one_encoding_holds_are_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match="column 'source'"):
         write_filter(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_selection_refuses_such_columns_before_it_values_anything(tmp_path):
+    run = record_tiny_run(tmp_path)
+    rows = [run.streams["json"].row(index) for index in range(80)]
+    halves = [[{**row, "source": value} for row in half] for value, half in (("web", rows[:40]), (5, rows[40:]))]
+    merged(tmp_path / "m", [{**COLUMNS, "source": kind} for kind in ("str", "int")], halves)
+    moved = Run(run.folder, {"json": tmp_path / "m"})
+    used = consumed(uses(stages(moved)))
+    config = SelectConfig(target=write_tiny_target(tmp_path / "t.jsonl"), mode="filter")
+    with pytest.raises(UserError, match="column 'source'"):
+        open_stock(config, moved, used)
+    assert open_stock(config.model_copy(update={"mode": "reweight"}), moved, used).trained
