@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from curate.errors import UserError
+from curate.paths import local_path
 from curate.reading import dump_yaml, parse_yaml, read_yaml, shortened
 from curate.trust import OPTION
 from curate.validation import first_problem, is_list, kinds_of, setting_of
@@ -44,7 +45,7 @@ def parse(config: type[Model], prog: str, description: str, argv: Sequence[str])
     files: dict[Keys, str] = {}  # where each setting of a file is from
     for name, text in options:
         if name == "config":
-            _take_file(config, Path(text), given, files)
+            _take_file(config, text, given, files)
         elif name != _PRINT:
             keys, annotation = _place(config, name)
             _put(config, given, keys, _value(annotation, text, name))
@@ -72,7 +73,7 @@ def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str
         elif not word.startswith("--") or not name:
             raise UserError(f"{shortened(repr(word))} stands where an option is expected; see --help")
         elif equals or name.replace("-", "_") == _PRINT:
-            yield name if equals and name != _PRINT else _PRINT, text
+            yield _PRINT if name.replace("-", "_") == _PRINT else name, text
         elif words and not words[0].startswith("--"):
             yield name, words.pop(0)
         elif name != "config" and kinds_of(_place(config, name)[1]) == [bool]:
@@ -120,12 +121,16 @@ def _value(annotation: Any, text: str, name: str) -> Any:
     return parse_yaml(text, f"--{name}") if only or (nested and text.lstrip()[:1] in ("[", "{")) else text
 
 
-def _take_file(config: type[BaseModel], path: Path, given: dict[str, Any], files: dict[Keys, str]) -> None:
+def _take_file(config: type[BaseModel], name: str, given: dict[str, Any], files: dict[Keys, str]) -> None:
     """Put a file's settings over what is there.
 
     Raises:
         UserError: it cannot be read, or is no mapping.
     """
+    try:
+        path = local_path(Path(name))
+    except ValueError as error:
+        raise UserError(f"--config: {error}") from None
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, expected a mapping of settings")

@@ -204,11 +204,11 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
         return pl.read_parquet(checked(path), columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage
         raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """The first line of what a library says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -36,8 +36,8 @@ def check_domain(name: str, where: str = "") -> str:
     reserved = name in RESERVED or name.endswith(".part") or len(name.encode(errors="replace")) > _LONGEST
     if reserved or not re.fullmatch(NAME, name):
         raise UserError(
-            f"domain {shortened(repr(name))}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (these "
-            f"two not first), up to {_LONGEST} bytes, no end in .part, and none of {', '.join(sorted(RESERVED))}"
+            f"domain {shortened(repr(name))}{where} cannot name a folder; use letters, digits, '_', '-' and '.' (not "
+            f"the last two first), up to {_LONGEST} bytes, no end in .part, and none of {', '.join(sorted(RESERVED))}"
         )
     return name
 

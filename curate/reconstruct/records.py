@@ -37,7 +37,7 @@ def read_log(config: LogConfig, steps: int) -> pl.DataFrame:
         raise UserError(f"log.file {config.file} is none of {', '.join(_READERS)}; export the log as one of them")
     try:
         table: pl.DataFrame = reader(config.file)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage
         raise UserError(f"log.file {config.file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     for name in (config.step, config.loss):
         if name not in table.columns:

@@ -73,7 +73,9 @@ def try_block(target: FuzzTarget, folder: Path, number: int, inputs: int, failur
 
     try:
         attempt()
-    except Exception:  # noqa: BLE001 - whatever it is, it is what was looked for
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - whatever it is (a panic of polars is no Exception), it was looked for
         failures.mkdir(exist_ok=True)
         path = failures / f"{target.name}-{number}-{target.file}"
         path.write_bytes(last)

@@ -25,7 +25,7 @@ NAMES = [
     "catalogue",
     "log",
 ]
-EXAMPLES = 40
+EXAMPLES = 80
 
 
 @pytest.fixture(scope="module")
