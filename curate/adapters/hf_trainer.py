@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from transformers import TrainerCallback
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch"})
-_LOSS_TOLERANCE = 2e-2  # half precision; an auxiliary loss or a smoothed one is further off
+_AUTOCAST: Mapping[str, Literal["bfloat16"] | None] = {"no": None, "bf16": "bfloat16"}
+_LOSS_TOLERANCE = 1e-3  # the same logits make both, so half precision is in neither
 
 
 class RecorderCallback(TrainerCallback):
@@ -96,7 +97,7 @@ class RecorderCallback(TrainerCallback):
         optimizer = given["optimizer"]
         self._recorder = TrajectoryRecorder(
             self._folder, self._config, model, getattr(optimizer, "optimizer", optimizer),
-            task=TaskSpec(model=ModelSpec(hf_config=config), autocast="bfloat16" if args.bf16 else None),
+            task=TaskSpec(model=ModelSpec(hf_config=config), autocast=_AUTOCAST[_precision(trainer)]),
             steps=state.max_steps, clip_norm=args.max_grad_norm or None, first_step=state.global_step,
             **self._settings,
         )  # fmt: skip
@@ -264,6 +265,11 @@ def _check_loss(logits: Tensor, labels: Tensor, share: Tensor, loss: Tensor) -> 
         )
 
 
+def _precision(trainer: Trainer) -> str:
+    """What the trainer computes in; its accelerator decides, which environment and earlier trainers may have set."""
+    return str(trainer.accelerator.mixed_precision)
+
+
 def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
     """What a record of this trainer would get wrong.
 
@@ -275,7 +281,7 @@ def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
         "DeepSpeed": bool(args.deepspeed),
         "FSDP": bool(args.fsdp),
         "neftune_noise_alpha, which is random": bool(args.neftune_noise_alpha),
-        "fp16 (use bf16)": args.fp16,
+        f"{_precision(trainer)} (use bf16)": _precision(trainer) not in _AUTOCAST,
         "label smoothing": trainer.label_smoother is not None,
         "a loss function of its own (compute_loss_func)": trainer.compute_loss_func is not None,
         "torch.compile": args.torch_compile,

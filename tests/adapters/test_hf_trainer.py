@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
+from accelerate.state import AcceleratorState
 from transformers import (
     DataCollatorWithFlattening,
     LlamaConfig,
@@ -202,6 +203,15 @@ class TestWhatTheRecordWouldGetWrongIsRefused:
 
         with pytest.raises(UserError, match="compute_loss"):
             fine_tuned(streams, tmp_path, kind=Penalised)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_precision_is_the_one_that_the_environment_sets(streams, tmp_path, monkeypatch, precision):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    run = Run(fine_tuned(streams, tmp_path))
+    assert run.spec.task.autocast == {"no": None, "bf16": "bfloat16"}[precision]
+    assert len(list(Replay(run, tolerance=1e-4).steps(0, 4))) == 4
 
 
 def test_frozen_parameters_and_positions_that_are_the_usual_ones_are_recorded(streams, tmp_path):
