@@ -201,7 +201,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
     import polars as pl
 
     try:
-        return pl.read_parquet(checked(path), columns=None if columns is None else list(columns))
+        return pl.read_parquet(checked(path), glob=False, columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage

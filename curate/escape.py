@@ -7,7 +7,9 @@ JSON and YAML by their libraries; what they leave over is done here.
 import hashlib
 import json
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (text direction), half surrogates, line and paragraph ends
 _WRITTEN = "\u00ad\u200c\u200d"  # soft hyphen and the two joiners: languages are written with them
@@ -47,6 +49,15 @@ def script_json(text: str) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def visible_json(value: Any) -> Any:
+    """A JSON value whose texts are all visible."""
+    if isinstance(value, Mapping):
+        return {visible(str(key)): visible_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [visible_json(inner) for inner in value]
+    return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
 def plot_label(text: str) -> str:

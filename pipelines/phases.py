@@ -18,6 +18,7 @@ from pydantic import Field
 from curate.artifacts import SIGN, write_hashed
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
+from curate.escape import name_of
 from curate.progress import say, start_logging
 from curate.sums import row_mean
 
@@ -120,7 +121,7 @@ def measure(config: PhasesConfig) -> dict[str, Any]:
     out = _out(config)
     write_hashed(out / "phases.json", result)
     lede = (
-        f"Values of the samples of each step of {run.folder.name} for {config.target.stem} at the end of the stage, by "
+        f"Values of the samples of each step of {run.folder.name} for {name_of(config.target)} at the stage's end, by "
         f"{config.estimator}. As they are: {found['mean_abs'].line}. Per unit of lr: {found['mean_abs_per_lr'].line}."
     )
     write_page(out / "phases.html", "Value over the stage", lede, {"Values of a step's samples": phase_figure(curve)})

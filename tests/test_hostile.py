@@ -24,6 +24,8 @@ from curate.errors import UserError
 from curate.escape import name_of, page_text, plot_label, script_json, terminal, visible
 from curate.mixture.record import Phase
 from curate.progress import progress, say, start_logging
+from curate.reconstruct.description import LogConfig
+from curate.reconstruct.records import read_log
 from curate.report.branches import branches_page
 from curate.report.charts import fidelity_figure, write_page
 from curate.report.data import ReportData
@@ -210,8 +212,12 @@ def test_a_traceback_of_ours_keeps_its_lines(capsys, monkeypatch):
 
 def test_yaml_and_json_files_give_the_texts_again(tmp_path):
     texts = list(EVERY.values())
-    write_json(tmp_path / "file.json", {text: [text] for text in texts})
-    assert read_json(tmp_path / "file.json") == {text: [text] for text in texts}
+    write_json(tmp_path / "file.json", {text: [text] for text in HOSTILE.values()})
+    assert read_json(tmp_path / "file.json") == {text: [text] for text in HOSTILE.values()}
+    for text in SURROGATES.values():
+        write_json(tmp_path / "file.json", {"x": text})
+        with pytest.raises(UserError, match=r"file\.json"):
+            read_json(tmp_path / "file.json")
     write_reweight(tmp_path / "streams.yaml", {"x": Path("/data")}, {"x": 1})
     phase = Phase(start_step=0, samples=len(texts), curated=1.0, domains=dict.fromkeys(texts, 1))
     write_schedule(tmp_path / "schedule.yaml", {text: text for text in texts}, [phase])
@@ -299,20 +305,41 @@ def test_one_word_of_a_command_stays_one_word(tmp_path):
         assert plan.arguments(0) == ["first", str(Path(text))]
 
 
-def test_a_selection_for_a_target_of_a_hostile_name(folder, tmp_path):
-    name = "a<b>\x1b[31m\u202e $(touch marker) ; 'q' \"p\" \nerror: forged" + "y" * 150 + ".jsonl"
-    target = tmp_path / name
+def test_a_selection_in_places_of_hostile_names(folder, tmp_path):
+    """The run lies in a folder, and the target has a name, that is a pattern, a markup, a command and a second line."""
+    place = tmp_path / "[1]*?{x} 'q' \"p\" <b> %s $(touch marker)"
+    shutil.copytree(folder / "run", place / "run")
+    target = place / f"a<b>[0-9]*\x1b[31m\u202e $(touch marker) ; 'q' \"p\" \udcff\nerror: forged{'y' * 150}.jsonl"
     shutil.copyfile(folder / "target.jsonl", target)
-    command = [sys.executable, "-m", "curate.select", "--run", str(folder / "run"), "--target", str(target)]
-    command += ["--min_target_tokens", "100", "--budget_tokens", "500", "--window", "late", "--tracking.mode", "none"]
+    made = ["curate.select", "--target", str(target), "--min_target_tokens", "100", "--budget_tokens", "500"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, check=False)
-    said = ran.stderr.decode()
-    assert ran.returncode == 0, said
-    assert not ACTIVE.search(re.sub("[\n\r]", "", said))
-    assert "error: forged" not in said.splitlines()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    (selection,) = [path for path in (folder / "run" / "selections").iterdir() if "forged" in path.name]
+    for words in ([*made, "--window", "late", "--mode", "both"], ["curate.report"]):
+        command = [sys.executable, "-m", *words, "--run", str(place / "run"), "--tracking.mode", "none"]
+        ran = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, check=False)
+        said = (ran.stdout + ran.stderr).decode()
+        assert ran.returncode == 0, said
+        assert not ACTIVE.search(re.sub("[\n\r]", "", said))
+        assert "error: forged" not in said.splitlines()
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+    assert {path.name for path in place.iterdir()} == {"run", target.name}
+    (selection,) = (place / "run" / "selections").iterdir()
     page = Page((selection / "report.html").read_text(encoding="utf-8"))
     assert name_of(target) in page.text
     assert page.tags["b"] == Page(render(report_data())).tags["b"] - 12 + page.tags["article"]
+    streams = yaml.safe_load((selection / "data" / "streams.yaml").read_text(encoding="utf-8"))
+    assert all(Path(stream["local"]).is_dir() for stream in streams)
+
+
+def test_a_log_may_have_any_name(tmp_path):
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        path = tmp_path / f"[1]*?{suffix}"
+        frame = pl.DataFrame({"step": [0, 1], "loss": [2.0, 1.0]})
+        {".csv": frame.write_csv, ".jsonl": frame.write_ndjson, ".parquet": frame.write_parquet}[suffix](path)
+        assert read_log(LogConfig(file=path), 2)["loss"].to_list() == [2.0, 1.0]
+
+
+def test_no_file_is_read_as_a_pattern():
+    """Polars takes `[1]`, `*` and `?` of a path for a pattern unless it is told not to."""
+    for file in [*ROOT.glob("curate/**/*.py"), *ROOT.glob("pipelines/**/*.py")]:
+        for call in re.findall(r"pl\.(?:read|scan)_(?:parquet|csv|ndjson|ipc)\(.*", file.read_text(encoding="utf-8")):
+            assert "glob=False" in call or "(content)" in call, (file, call)

@@ -36,7 +36,7 @@ def read_log(config: LogConfig, steps: int) -> pl.DataFrame:
     if reader is None:
         raise UserError(f"log.file {config.file} is none of {', '.join(_READERS)}; export the log as one of them")
     try:
-        table: pl.DataFrame = reader(config.file)
+        table: pl.DataFrame = reader(config.file.read_bytes())  # of a path polars takes [1] and * for a pattern
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage
         raise UserError(f"log.file {config.file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     for name in (config.step, config.loss):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from curate.artifacts import SIGN
+from curate.escape import visible, visible_json
 from curate.pools.slopes import NEXT
 from curate.pools.values import POOL
 from curate.report.collect import (
@@ -64,11 +65,12 @@ def selection_report(
     """
     training = training_curve(run)
     return ReportData(
-        run=run.folder.name, target=target.name, target_documents=target.documents, target_tokens=target.tokens,
+        run=visible(run.folder.name), target=target.name,
+        target_documents=target.documents, target_tokens=target.tokens,
         estimator=estimator, horizons=horizons, mixture_window=mixture.window, sign=SIGN,
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
-        settings=settings, reliability=tables["reliability"],
+        settings=visible_json(settings), reliability=tables["reliability"],
         curve=value_curve(values.filter(~pl.col("window").is_in([POOL, NEXT])), training), training=training,
         domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),

@@ -52,7 +52,7 @@ def read_scores(path: Path) -> pl.DataFrame:
         UserError: it is missing, truncated, or does not hold the columns of `Scores`.
     """
     try:
-        values = pl.read_parquet(checked(path))
+        values = pl.read_parquet(checked(path), glob=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
     except (pl.exceptions.PolarsError, OSError) as error:

@@ -203,7 +203,7 @@ def _cost_units(selection: Path) -> float:
     costs = selection / "costs.parquet"
     if not costs.exists():
         return 0.0
-    return float(pl.read_parquet(costs).filter(pl.col("phase") != "training")["units"].sum())
+    return float(pl.read_parquet(costs, glob=False).filter(pl.col("phase") != "training")["units"].sum())
 
 
 def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = None, *, warm: bool = True) -> Losses:

@@ -69,7 +69,7 @@ def main() -> None:
     )
     start_logging()
     try:
-        scores = pl.read_parquet(config.scores)
+        scores = pl.read_parquet(config.scores, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{config.scores} cannot be read as a selection's scores ({error})") from None
     for (window, target), values in scores.group_by("window", "target", maintain_order=True):
