@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import UserError
-from curate.lock import LOCK, is_locked_here, locked
+from curate.lock import LOCK, is_locked_here, locked, sweep
 
 MANIFEST = "manifest.json"
 STARTED = "settings.json"
@@ -177,6 +177,7 @@ def making(folder: Path, settings: Json) -> Iterator[bool]:
         OSError: nothing can be written there.
     """
     if is_complete(folder, settings):
+        sweep(folder)
         yield False
         return
     with locked(folder, wait=True):

@@ -30,7 +30,7 @@ from curate.artifacts import replacing, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.mds import Columns
-from curate.lock import LOCK, Lock
+from curate.lock import LOCK, Lock, sweep
 from curate.optimizers.settings import GroupSettings, refuse_unsupported
 from curate.task import TaskSpec, refuse_dropout
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -327,6 +327,7 @@ class TrajectoryRecorder:
 def remove_parts(run: Path) -> None:
     """Remove what a process that was killed as it finished a run left beside `steps.parquet`."""
     shutil.rmtree(run / "steps.parts", ignore_errors=True)
+    sweep(run)
 
 
 def _check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

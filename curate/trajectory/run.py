@@ -19,7 +19,7 @@ from curate.artifacts import file_fingerprint, fingerprint, read_json, replacing
 from curate.config import Config, first_problem
 from curate.errors import UserError
 from curate.formats.mds import CATALOGUE, Columns, MdsStream
-from curate.lock import locked
+from curate.lock import locked, sweep
 from curate.task import TaskSpec
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 
@@ -253,10 +253,12 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
     """Every sample of some streams, by domain; kept in the folder of their run. See `Run.catalogue`."""
     indexes = {domain: file_fingerprint(stream.folder / "index.json") for domain, stream in streams.items()}
     path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
+    lock = f".{path.name}.lock"
     if not path.exists():
-        with locked(folder, f".{path.name}.lock", wait=True):
+        with locked(folder, lock, wait=True):
             if not path.exists():
                 _write_catalogue(path, streams)
+    sweep(folder, lock)
     return pl.read_parquet(path)
 
 
