@@ -32,7 +32,7 @@ import numpy.typing as npt
 import xxhash
 
 from curate.errors import UserError
-from curate.lock import LOCK, is_locked_here, locked
+from curate.lock import LOCK, is_locked_here, locked, sweep
 from curate.reading import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -436,6 +436,7 @@ def making(folder: Path, settings: Json) -> Iterator[bool]:
         OSError: nothing can be written there.
     """
     if is_complete(folder, settings):
+        sweep(folder)
         yield False
         return
     with locked(folder, wait=True):

@@ -91,6 +91,13 @@ def locked(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[Lo
         lock.release()
 
 
+def sweep(folder: Path, name: str = LOCK) -> None:
+    """Remove the lock file of a process that was killed when its work was complete; one that is held stays."""
+    if (folder / name).exists():
+        with suppress(BusyError, OSError), locked(folder, name):
+            pass
+
+
 def is_locked_here(path: Path) -> bool:
     """Whether this process holds the lock of a folder that `path` lies in."""
     parents = path.resolve().parents

@@ -47,7 +47,7 @@ class SoakConfig(Config):
     """How long, and what."""
 
     minutes: float = 30.0
-    """After that nothing more is killed; what runs is brought to its end and compared."""
+    """Time for kills, after the undisturbed run; what runs then is brought to its end and compared."""
     kills: int | None = None
     """Stop after so many kills instead, if that is sooner."""
     seed: int = 0
@@ -225,7 +225,7 @@ class Soak:
     def __init__(self, config: SoakConfig, write: Callable[[str], object] = sys.stdout.write) -> None:
         self.config, self.kills, self.differences = config, 0, list[str]()
         self._write = write
-        self._end = time.monotonic() + 60 * config.minutes
+        self._end = float("inf")
         self._inputs, self._seconds = config.out / "inputs", dict[str, float]()
         self._wanted: dict[str, str] = {}
 
@@ -234,6 +234,7 @@ class Soak:
         shutil.rmtree(self.config.out, ignore_errors=True)
         make_inputs(self._inputs, self.config.jobs)
         self._wanted = self._round("undisturbed", random.Random(0))
+        self._end = time.monotonic() + 60 * self.config.minutes
         for number in range(1, sys.maxsize):
             if self._is_over():
                 return

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from curate.artifacts import check_startable, replacing
-from curate.lock import LOCK, BusyError, Lock, is_locked_here, locked
+from curate.lock import LOCK, BusyError, Lock, is_locked_here, locked, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -113,6 +113,15 @@ def test_a_process_gets_again_what_it_holds_and_a_lost_lock_is_released(tmp_path
         check_startable(tmp_path, {})  # a lock makes no folder another's
     assert not is_locked_here(tmp_path / "a")
     assert not (tmp_path / LOCK).exists()
+
+
+def test_the_lock_file_of_a_killed_process_is_swept_and_one_that_is_held_stays(tmp_path, holder):
+    sweep(tmp_path / "made")
+    assert (tmp_path / "made" / LOCK).exists()
+    holder.kill()
+    holder.wait()
+    sweep(tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_written_over_under_the_lock_and_never_without(tmp_path):

@@ -14,7 +14,7 @@ from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
 from curate.formats.mds import MdsStream
 from curate.formats.order import SampleOrder, stream_folder, streaming_version
-from curate.lock import locked
+from curate.lock import locked, sweep
 from curate.model import named_parameters
 from curate.reconstruct.check import compare, judge
 from curate.reconstruct.checkpoints import check_settings, read_checkpoint, snapshot_tensors
@@ -54,11 +54,13 @@ def reconstruct(config: ReconstructConfig) -> Path:
         **config.model_dump(mode="json", exclude=_ELSEWHERE),
         "log_file": file_fingerprint(config.log.file) if config.log.file.is_file() else None,
     }
+    lock = f".{config.out.name}.lock"
     if not _is_complete(config.out, settings):
-        with locked(config.out.parent, f".{config.out.name}.lock", wait=True):
+        with locked(config.out.parent, lock, wait=True):
             if not _is_complete(config.out, settings):
                 _make(config, settings)
     else:
+        sweep(config.out.parent, lock)
         _log.info("this run is reconstructed already")
     return config.out
 

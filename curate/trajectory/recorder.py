@@ -34,7 +34,7 @@ from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
 from curate.formats.mds import Columns
 from curate.formats.streams import NAME, check_domain
-from curate.lock import LOCK, Lock
+from curate.lock import LOCK, Lock, sweep
 from curate.paths import local_path
 from curate.task import TaskSpec
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config
@@ -347,6 +347,7 @@ def _part_rows(path: Path) -> pl.DataFrame:
 def remove_parts(run: Path) -> None:
     """Remove what a process that was killed as it finished a run left beside `steps.parquet`."""
     shutil.rmtree(run / "steps.parts", ignore_errors=True)
+    sweep(run)
 
 
 class NoRecorder:

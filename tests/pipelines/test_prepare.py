@@ -118,7 +118,7 @@ def test_every_file_format_gives_the_same_stream(corpus: Path, tmp_path: Path) -
         given = config(corpus, f"out{number}", domains={**domains, "cats": str(tmp_path / name)}, tokenizer=tokenizer)
         prepare(given)
         assert content(given.out / "cats")["shard.00000.mds"] == content(tmp_path / "data" / "cats")["shard.00000.mds"]
-        assert not (given.out / "cache.part").exists()
+        assert not (given.out / ".cache.part").exists()
 
 
 def test_exact_duplicates_are_dropped_and_counted(corpus: Path) -> None:
