@@ -84,7 +84,7 @@ def _dropouts(where: str, module: nn.Module) -> Iterator[str]:
     for key, value in vars(module).items():
         if "drop" in key and isinstance(value, float) and value > 0:
             yield f"{where} has {key} {value:g}"
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         for key, value in _numbers(config.to_dict()):
             own = key.rpartition(".")[2]
