@@ -84,8 +84,8 @@ def _dropouts(where: str, module: nn.Module) -> Iterator[str]:
     for key, value in vars(module).items():
         if "drop" in key and isinstance(value, float) and value > 0:
             yield f"{where} has {key} {value:g}"
-    config = getattr(module, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
         for key, value in _numbers(config.to_dict()):
             own = key.rpartition(".")[2]
             if "drop" in own and value > 0 and not own.startswith(_OTHER_HEADS):

@@ -221,6 +221,11 @@ def _put_optimizers(
         name, _, buffer = key.removeprefix("optimizer.").rpartition(".")
         if name not in parameters or id(parameters[name]) not in owners:
             raise UserError(f"{what} has optimizer state of {name}, which is no trainable parameter of the run's model")
+        if value.dim() and value.shape != parameters[name].shape:
+            raise UserError(
+                f"{what} has optimizer state of shape {tuple(value.shape)} for {name}, which is "
+                f"{tuple(parameters[name].shape)}: it is of other parameters (are some frozen, or the groups others?)"
+            )
         device = value.device if value.dim() == 0 else parameters[name].device
         owners[id(parameters[name])].state[parameters[name]][buffer] = value.clone().to(device)
     _refuse_other_buffers(parameters, optimizers, what)

@@ -100,6 +100,26 @@ def test_other_trainings_are_rebuilt_too(streams, tmp_path, changes, dataset, we
     same_run(loop, rebuild(loop))
 
 
+@pytest.fixture(scope="module")
+def frozen_loop(streams, tmp_path_factory) -> Loop:
+    loop = Loop(folder=str(tmp_path_factory.mktemp("frozen")), streams=streams, dataset=SHUFFLED, frozen="embedding")
+    loop.run()
+    return loop
+
+
+def test_a_training_with_frozen_parameters_is_rebuilt(frozen_loop):
+    same_run(frozen_loop, rebuild(frozen_loop, frozen=["embedding.*"]))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [([], "optimizer state"), (["mix.*"], "optimizer state"), (["nothing"], "frozen has 'nothing'")],
+)
+def test_frozen_parameters_that_are_not_said_are_refused(frozen_loop, tmp_path, frozen, message):
+    with pytest.raises(UserError, match=message):
+        rebuild(frozen_loop, out=str(tmp_path / "other"), frozen=frozen)
+
+
 def test_two_real_processes_are_rebuilt_in_one(streams, tmp_path):
     loop = Loop(folder=str(tmp_path), streams=streams, dataset=SHUFFLED, batch_size=3, workers=1, kills=[13])
     in_processes(loop, 2)

@@ -44,6 +44,7 @@ class Loop:
     workers: int = 0
     drop_last: bool = True
     kills: list[int] = field(default_factory=list)  # steps before which a new process takes over
+    frozen: str = ""  # how the names of parameters begin that are not trained
     saved: list[int] = field(default_factory=lambda: [0, 6, 12, 18, 24])
 
     def run(self) -> None:
@@ -61,10 +62,11 @@ class Loop:
 
     def _life(self, start: int, stop: int, state: dict[str, Any] | None, log: list[dict[str, float]]) -> dict[str, Any]:
         folder, world = Path(self.folder), int(os.environ.get("WORLD_SIZE", "1"))
-        model = factory()
+        model = self._model()
+        trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2]},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.dim() >= 2]},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), weight_decay=0.1)
         loader = self._loader()
@@ -115,6 +117,12 @@ class Loop:
                 self._save(stop, model, optimizer)
             recorder.finish()
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "data": loader.state_dict()}
+
+    def _model(self) -> torch.nn.Module:
+        model = factory()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (self.frozen and name.startswith(self.frozen)))
+        return model
 
     def _save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if _rank() == 0:
