@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from curate.artifacts import list_files
 from curate.config import Config, parse_command
 from curate.errors import UserError
 from curate.stages.plan import PlanConfig
@@ -88,7 +89,7 @@ def test_every_command_takes_the_option_and_no_config_file_can(tmp_path):
     assert os.environ[VARIABLE] == "a,b.c,d"
     (tmp_path / "config.yaml").write_text("trust: e\n")
     for arguments in (["--config", str(tmp_path / "config.yaml")], ["--trust"], ["--trust", "--steps", "2"]):
-        with pytest.raises(UserError, match="--trust"):
+        with pytest.raises(UserError, match="trust"):
             parse_command(Settings, "x", "", arguments)
     assert not is_trusted("e")
     plan = PlanConfig(folder="x", data="x", target="x", train="x", trust=["f"], stages=[{"name": "one", "steps": 1}])
@@ -107,6 +108,7 @@ def test_a_run_of_somebody_else_runs_nothing(folder, module, tmp_path):
     spec = json.loads((tmp_path / "run" / "run.json").read_text())
     spec["task"]["model"]["factory"] = "foreign_model:build"
     (tmp_path / "run" / "run.json").write_text(json.dumps(spec))
+    list_files(tmp_path / "run", [tmp_path / "run" / "run.json"])  # as whoever made the folder would
     options = ["--run", tmp_path / "run", "--target", folder / "target.jsonl", "--tracking.mode", "none"]
     options += ["--min_target_tokens", "100"]
     refused = command("curate.embed", *options[:4], *options[6:], path=tmp_path)
