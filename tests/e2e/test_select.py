@@ -329,7 +329,7 @@ def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplo
     run_select(folder, window="late", mode="reweight")
     stream, trained = run.streams["json"], set(run.steps["sample_ids"].explode())
     rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id in trained]
-    write_stream(tmp_path / "json", stream.encodings, rows, shard_bytes=1500)
+    write_stream(tmp_path / "json", stream.encodings[0], rows, shard_bytes=1500)
     moved = Run(folder / "run", {"json": tmp_path / "json"})
     given = {"mode": "filter", "window": "late", "shards": {"consume_once": True}}
     loose = MixtureConfig(
@@ -358,7 +358,7 @@ def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
         rows = [stream.row(at) for at in range(len(stream))]
         for kind, name, own in ((moved, "moved", rows[::-1]), (grown, "grown", [*rows, rows[0]])):
             kind[domain] = tmp_path / name / domain
-            write_stream(kind[domain], stream.encodings, own, shard_bytes=1500)
+            write_stream(kind[domain], stream.encodings[0], own, shard_bytes=1500)
     config = config_of(folder, out=out, **given)
     assert select(config, Run(folder / "run", moved)) == out  # the same samples
     with pytest.raises(UserError, match=r"selected from other samples than the run's streams hold now"):

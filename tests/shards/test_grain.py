@@ -60,7 +60,7 @@ def test_clusters_are_those_of_the_text_not_of_the_shards(folder, tmp_path):
     for domain, stream in run.streams.items():
         rows = [stream.row(index) for index in range(len(stream))]
         moved[domain] = tmp_path / domain
-        write_stream(moved[domain], stream.encodings, [*rows[::-1], rows[3]], shard_bytes=1500)
+        write_stream(moved[domain], stream.encodings[0], [*rows[::-1], rows[3]], shard_bytes=1500)
     names = []
     for one in (run, Run(folder / "run", moved)):
         parts = grain_of(one, "clusters", clusters=4).stock.places
@@ -147,7 +147,7 @@ def test_parts_that_are_used_up_leave_their_share_to_the_others(folder, tmp_path
     for domain, stream in Run(folder / "run").streams.items():
         moved[domain] = tmp_path / domain
         write_stream(
-            moved[domain], stream.encodings, [stream.row(index) for index in range(len(stream))], shard_bytes=600
+            moved[domain], stream.encodings[0], [stream.row(index) for index in range(len(stream))], shard_bytes=600
         )
     run = Run(folder / "run", moved)
     used = run.steps.select("sample_ids").explode("sample_ids").unique()["sample_ids"]
