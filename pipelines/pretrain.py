@@ -31,7 +31,7 @@ from curate.trajectory.fit import check_fit, check_tokens
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.trajectory.run import read_catalogue
 from curate.trajectory.snapshots import load_state
-from pipelines.checkpoints import finish, finished, resume, save
+from pipelines.checkpoints import FINAL, finish, finished, resume, save
 from pipelines.optimizers import OptimizerConfig, build_optimizers, learning_rate
 
 if TYPE_CHECKING:
@@ -104,8 +104,14 @@ def train(config: PretrainConfig) -> list[float]:
 def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -> list[float]:
     import torch
 
+    if config.init_from is not None and config.init_from.is_dir():
+        raise UserError(f"init_from {config.init_from} is a folder; name a state in it, {config.init_from / FINAL}")
     torch.manual_seed(config.seed)
-    model = build_model(ModelSpec(hf_config=config.model.resolve())).to(config.device)
+    model = build_model(ModelSpec(hf_config=config.model.resolve()))
+    try:
+        model = model.to(config.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise UserError(f"device {config.device!r} cannot be used ({str(error).splitlines()[0]}); set device") from None
     optimizers = build_optimizers(model, config.optimizer)
     streams = load_streams(config.data)
     catalogue = _read_streams(streams, model, config)

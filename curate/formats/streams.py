@@ -152,9 +152,8 @@ def check_same_tokenizer(one: Path, other: Path, what: str) -> None:
     Raises:
         UserError: they differ, or one cannot be read.
     """
-    if file_fingerprint(one) == file_fingerprint(other):
-        return
-    if load_tokenizer(one).to_str() != load_tokenizer(other).to_str():
+    same = one.is_file() and other.is_file() and file_fingerprint(one) == file_fingerprint(other)
+    if not same and load_tokenizer(one).to_str() != load_tokenizer(other).to_str():
         raise UserError(
             f"{one} is not the tokenizer {what}, {other}: token ids mean something else; use that one, or write the "
             f"data again with --tokenizer {other}"

@@ -165,6 +165,15 @@ def test_streams_of_two_tokenizers_are_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("setting", "value"), [("init_from", "data"), ("tokenizer", "data"), ("device", "abacus"), ("data", "model.json")]
+)
+def test_what_is_no_state_tokenizer_device_or_data_is_refused(config, tmp_path, setting, value):
+    given = value if setting == "device" else tmp_path / value
+    with pytest.raises(UserError, match=value):
+        train(config.model_copy(update={setting: given}))
+
+
+@pytest.mark.parametrize(
     "setting",
     [
         "--steps=0", "--batch_size=0", "--batch_size=-8", "--micro_batch_size=0", "--checkpoint_steps=0", "--seed=-1",
