@@ -4,10 +4,10 @@ A folder artifact is complete exactly when it holds `manifest.json`, which is wr
 settings and the parents (fingerprints) that it was made from; asked for again with the same settings it is reused,
 with others it is refused with the settings that differ. Nothing in a manifest depends on the time or the machine.
 
-`sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`). `checked`
-holds a file against the list that names it before its content is used; files that no list names are taken as they are.
-One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing and can
-be made from the rest is made again.
+`curate.sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`).
+`checked` holds a file against the list that names it before its content is used; files that no list names are taken as
+they are. One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing
+and can be made from the rest is made again. See docs/integrity.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MANIFEST = "manifest.json"
-SUMS = "sums.json"
+SUMS = "curate.sums.json"
 STARTED = "settings.json"
 SCRATCH = "scratch"
 SIGN = "positive = removing the sample would raise the target's loss = the sample helped"
@@ -124,7 +124,10 @@ def read_hashed(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    value = read_json(path)
+    return _own_hash(path, read_json(path))
+
+
+def _own_hash(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     if value.pop(_HASH, None) != fingerprint(value):
         raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(path.parent)}")
     return value
@@ -230,7 +233,7 @@ def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] |
         sums: of files that are not yet there, by their name in the folder.
     """
     new = {path.relative_to(folder).as_posix(): sum_of(path) for path in paths} | dict(sums or {})
-    write_json(folder / SUMS, dict(sorted({**listed(folder), **new}.items())))
+    write_hashed(folder / SUMS, {"files": dict(sorted({**listed(folder), **new}.items()))})
 
 
 def listed(folder: Path) -> dict[str, Sum]:
@@ -247,15 +250,12 @@ def listed(folder: Path) -> dict[str, Sum]:
     state = _state(status)
     known = _lists.get(folder)
     if known is None or known[0] != state:
-        try:
-            known = state, {name: (int(size), str(digest)) for name, (size, digest) in _parsed(path).items()}
-        except (TypeError, ValueError):
-            raise UserError(f"{path} is corrupted: {_remedy(folder)}") from None
-        _lists[folder] = known
+        files = _own_hash(path, _parsed(path))["files"]
+        known = _lists[folder] = state, {name: (size, digest) for name, (size, digest) in files.items()}
     return known[1]
 
 
-def checked(path: Path, by: Path | None = None) -> Path:
+def checked(path: Path, by: Path | None = None, *, remedy: str | None = None) -> Path:
     """A file that may be read: where a list above it names it, it is what was written.
 
     A file is hashed once in a process, and again when its size or time changed.
@@ -263,6 +263,7 @@ def checked(path: Path, by: Path | None = None) -> Path:
     Args:
         path: the file.
         by: folder that must list it; none: the nearest one above that does, if any.
+        remedy: what to do where it is damaged, if not what its folder suggests.
 
     Raises:
         UserError: it is not what the list says, is missing although a list names it, or has to be listed and is not.
@@ -272,13 +273,13 @@ def checked(path: Path, by: Path | None = None) -> Path:
         name = (path if by is not None else path.absolute()).relative_to(folder).as_posix()
         wanted = listed(folder).get(name)
         if wanted is not None:
-            _hold(path, wanted, folder)
+            _hold(path, wanted, remedy or _remedy(folder))
             return path
     if by is not None:
         if not (by / SUMS).exists():
             raise UserError(f"{by / SUMS}, which lists what was written, is missing: {_remedy(by)}")
         what = "is missing" if not path.exists() else f"is not in {by / SUMS}, which lists what was written"
-        raise UserError(f"{path} {what}: {_remedy(by)}")
+        raise UserError(f"{path} {what}: {remedy or _remedy(by)}")
     return path
 
 
@@ -289,7 +290,7 @@ def check_sizes(folder: Path) -> None:
         UserError: one is not.
     """
     for name, wanted in listed(folder).items():
-        _size(folder / name, wanted, folder)
+        _size(folder / name, wanted, _remedy(folder))
 
 
 def check_contents(folder: Path) -> None:
@@ -299,27 +300,25 @@ def check_contents(folder: Path) -> None:
         UserError: one is not what was written.
     """
     for name, wanted in listed(folder).items():
-        _hold(folder / name, wanted, folder)
+        _hold(folder / name, wanted, _remedy(folder))
 
 
-def _hold(path: Path, wanted: Sum, folder: Path) -> None:
-    status = _size(path, wanted, folder)
+def _hold(path: Path, wanted: Sum, remedy: str) -> None:
+    status = _size(path, wanted, remedy)
     key = path.absolute(), _state(status)
     if key not in _hashes:
         _hashes[key] = sum_of(path)[1]
     if _hashes[key] != wanted[1]:
-        raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(folder)}")
+        raise UserError(f"{path} is corrupted or was changed after it was written: {remedy}")
 
 
-def _size(path: Path, wanted: Sum, folder: Path) -> os.stat_result:
+def _size(path: Path, wanted: Sum, remedy: str) -> os.stat_result:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: {_remedy(folder)}") from None
+        raise UserError(f"{path} is missing: {remedy}") from None
     if status.st_size != wanted[0]:
-        raise UserError(
-            f"{path} is corrupted: it has {status.st_size:,} bytes, {wanted[0]:,} were written; {_remedy(folder)}"
-        )
+        raise UserError(f"{path} is corrupted: it has {status.st_size:,} bytes, {wanted[0]:,} were written; {remedy}")
     return status
 
 
@@ -331,6 +330,8 @@ def _remedy(folder: Path) -> str:
     """What to do about a damaged file of a folder."""
     if (folder / MANIFEST).exists():
         return f"restore it, or delete {folder} and run the same command again"
+    if (folder / "run.json").exists():
+        return "restore it, or train the stage again in another folder"
     return "restore it, or delete it and run the command that wrote it again"
 
 
@@ -350,18 +351,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seal(folder: Path, kind: str, settings: Json, **facts: Any) -> None:
+def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*",), **facts: Any) -> None:
     """List the files of `folder` and write the manifest that makes it complete.
 
     Args:
         folder: the artifact.
         kind: what it is, e.g. "embeddings".
         settings: everything that its content depends on, parents' fingerprints included (JSON values).
+        parts: patterns of what belongs to it, where other things may lie beside.
         facts: what is worth knowing and was not an input (counts, recall, residuals; no times).
     """
     manifest = {"kind": kind, "fingerprint": fingerprint(settings), "sign": SIGN, "settings": dict(settings)}
     text = _text({**manifest, **facts, "versions": versions()})
-    paths = [path for path in folder.rglob("*") if path.is_file() and not _passing(path.relative_to(folder))]
+    tops = {top for part in parts for top in folder.glob(part)}
+    below = {path for top in tops for path in (top, *top.rglob("*"))}
+    paths = [path for path in below if path.is_file() and not _passing(path.relative_to(folder))]
     (folder / SUMS).unlink(missing_ok=True)
     list_files(folder, paths, sums={MANIFEST: (len(text.encode()), hash_of(text.encode()))})
     with replacing(folder / MANIFEST) as part:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import list_files, read_hashed, sum_of, write_hashed
+from curate.artifacts import checked, list_files, read_hashed, sum_of, write_hashed
 from curate.errors import UserError
 from curate.trajectory.snapshots import load_state, save_state
 
@@ -47,7 +47,7 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether the stage is complete.
 
     Raises:
-        UserError: the folder holds a stage made with other settings (names them).
+        UserError: the folder holds a stage made with other settings (names them), or a damaged one.
     """
     if not (out / _TRAINER).exists():
         return False
@@ -55,8 +55,12 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     differing = [key for key, value in settings.items() if found.get(key) != value]
     if differing:
         raise UserError(f"{out} was trained with other {', '.join(differing)}; restore them or choose another out")
-    recorded = settings["recorder"] is None or (out / "steps.parquet").exists()
-    return recorded and (out / FINAL).exists()
+    files = [out / FINAL, *([] if settings["recorder"] is None else [out / "run.json", out / "steps.parquet"])]
+    if not all(path.exists() for path in files):
+        return False
+    for path in files:
+        checked(path, by=out)
+    return True
 
 
 def resume(out: Path, model: nn.Module, optimizers: Sequence[Optimizer], loader: StreamingDataLoader) -> int:

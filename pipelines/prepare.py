@@ -105,7 +105,7 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
         facts = _write(config, domains, inputs, cache)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    seal(config.out, "data", settings, domains=facts)
+    seal(config.out, "data", settings, parts=[TOKENIZER, *inputs], domains=facts)
     return facts
 
 

@@ -63,10 +63,9 @@ def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
 
 
 def _previous(folder: Path) -> str | None:
-    try:
-        found = read_json(folder / "run.json").get("previous")
-    except UserError:
+    if not (folder / "run.json").exists():
         return None  # `stages` says that it is not there
+    found = read_json(folder / "run.json").get("previous")
     return None if found is None else str(found)
 
 

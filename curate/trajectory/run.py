@@ -203,7 +203,8 @@ class Run:
         earlier = [found for found in self.snapshots if found <= step]
         if not earlier:
             raise UserError(
-                f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}); restore it"
+                f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}): "
+                f"restore {snapshot_path(self.folder, step)}"
             )
         return earlier[-1]
 
@@ -288,7 +289,7 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
         with replacing(path) as part:
             pl.concat(frames).write_parquet(part)
         list_files(folder, [path])
-    return read_table(path)
+    return read_table(checked(path, remedy="delete it, and it is made again"))
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from curate.artifacts import list_files
 from curate.config import Config, parse_command, run_command
 from curate.embed import EmbedConfig, embed
 from curate.errors import UserError
@@ -67,6 +68,7 @@ def agreement(config: MomentsConfig) -> dict[str, float]:
     copy = Run(config.out)
     state = copy.snapshot(start)
     save_file({name: part for name, part in load_file(state).items() if not name.startswith("optimizer.")}, state)
+    list_files(config.out, [state])
     estimate_moments(Replay(copy, tolerance=config.tolerance), start, state, config.steps)
     target = load_target(config.target, run.spec, config.min_target_tokens)
     frames = []

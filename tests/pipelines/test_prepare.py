@@ -82,8 +82,8 @@ def test_streams_hold_every_document(corpus: Path) -> None:
             "samples": len(catalogue),
         }
     assert read_json(out / "manifest.json")["domains"] == facts
-    beside = ["manifest.json", "sums.json", "tokenizer.json"]
-    assert sorted(path.name for path in out.iterdir()) == ["cats", "dogs", *beside]
+    beside = ["curate.sums.json", "dogs", "manifest.json", "tokenizer.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["cats", *beside]
 
 
 def test_a_plain_streaming_dataset_reads_them(corpus: Path) -> None:

@@ -1,5 +1,7 @@
 """Documents, shards and split halves."""
 
+from functools import partial
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,6 +10,7 @@ from scipy import stats
 from curate.scores.documents import document_values
 from curate.scores.reliability import halves_reliability, length_bias, spearman_brown
 from curate.scores.shards import between_shards, shard_scores
+from curate.sums import row_mean, row_sum
 
 
 def test_document_values_add_up(values):
@@ -123,3 +126,25 @@ def test_length_bias_is_the_rank_correlation_inside_domains():
     assert row["samples"] == 80
     equal = pl.DataFrame(rows).with_columns(tokens=pl.lit(32))
     assert length_bias(equal, seed=0, resamples=20)["spearman"].to_list() == [None]
+
+
+@pytest.mark.parametrize(
+    "roll_up",
+    [document_values, shard_scores, between_shards, partial(halves_reliability, seed=0), partial(length_bias, seed=0)],
+)
+def test_every_run_has_the_same_last_digits(make, roll_up):
+    values = make(steps=200, batch=50)
+    first = roll_up(values)
+    assert all(roll_up(values).equals(first) for _ in range(8))
+
+
+def test_sums_go_row_after_row():
+    random = np.random.default_rng(0)
+    frame = pl.DataFrame({"key": random.integers(0, 500, 20_000), "x": random.standard_normal(20_000)})
+    found = frame.group_by("key").agg(sum=row_sum(pl.col("x")), mean=row_mean(pl.col("x"))).sort("key")
+    own = [frame.filter(key=key)["x"].to_list() for key in found["key"]]
+    assert found["sum"].to_list() == pytest.approx([sum(one) for one in own], rel=1e-12)
+    assert found["mean"].to_list() == pytest.approx([sum(one) / len(one) for one in own], rel=1e-12)
+    for _ in range(8):
+        again = frame.group_by("key").agg(sum=row_sum(pl.col("x")), mean=row_mean(pl.col("x"))).sort("key")
+        assert again.equals(found)

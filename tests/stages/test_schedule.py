@@ -290,6 +290,7 @@ def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, in
             check()
     (two / "checkpoint.safetensors").write_bytes(kept)
     shutil.copy(one / "snapshots" / "step-00000000.safetensors", two / "snapshots")
+    list_files(two, [two / "snapshots" / "step-00000000.safetensors"])
     with pytest.raises(UserError, match=r"two/run did not start from where .*one/run ended .*load \{checkpoint\}"):
         check_states(plan, 1, open_stage(plan, 1))
 
