@@ -16,6 +16,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import Field
+
 from curate.artifacts import read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.store import read_timings
@@ -42,7 +44,7 @@ PHASES = ("stage1", "embed", "select", "stage2")
 class DemoConfig(Config):
     """The demo's only choices; everything else is in its YAML files."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of initial weights, data order and selection."""
     out: Path = Path("runs/demo")
     """Folder of corpus, data and runs; an interrupted demo continues in it."""

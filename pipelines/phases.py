@@ -52,13 +52,13 @@ class PhasesConfig(Config):
     """Show every n-th step; all are valued."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
-    min_target_tokens: int = 1000
+    min_target_tokens: int = Field(default=1000, ge=1)
     """Fewest predicted tokens of the target."""
-    target_batch_size: int = 16
+    target_batch_size: int = Field(default=16, ge=1)
     """Sequences per pass over the target."""
     device: str = "cpu"
     """Device of replay and estimator."""
-    tolerance: float = 1e-3
+    tolerance: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Largest relative difference between recorded and replayed losses."""
     adjoint: AdjointConfig = AdjointConfig()
     """Settings of adjoint."""

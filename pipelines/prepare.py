@@ -63,7 +63,7 @@ class PrepareConfig(Config):
     documents."""
     vocab_size: int | None = Field(default=None, ge=SMALLEST_VOCABULARY)
     """Size of the vocabulary to train (32768 by default); not allowed together with `tokenizer`."""
-    tokenizer_megabytes: float = Field(default=32.0, gt=0)
+    tokenizer_megabytes: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     """Text that the tokenizer is trained on, in millions of characters, in equal parts from every domain."""
     seq_len: int = Field(default=1024, ge=2)
     """Stored tokens of each sequence."""
@@ -75,7 +75,7 @@ class PrepareConfig(Config):
     """Column with the document's id; where it is absent, file name and line number are the id."""
     split: str = "train"
     """Split to read where a saved dataset has several."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the order of the documents."""
     shard_bytes: int = Field(default=1 << 26, gt=0)
     """Size limit of one MDS shard."""

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,12 @@ def check_inside(folder: Path, readers: Iterable[Any]) -> None:
             link stands where streaming writes before it renames.
     """
     root = folder.resolve()
+    inside = cache(lambda parent: parent.resolve().is_relative_to(root))
     names = {info.basename for reader in readers for pair in reader.file_pairs for info in pair if info is not None}
     for name in sorted(names):
         path = folder / name
-        inside = ".." not in Path(name).parts and path.parent.resolve().is_relative_to(root) and path != folder
-        if not inside or path.with_name(f"{path.name}.tmp").is_symlink():
+        below = ".." not in Path(name).parts and path != folder and inside(path.parent)
+        if not below or path.with_name(f"{path.name}.tmp").is_symlink():
             raise UserError(
                 f"{folder / 'index.json'} names the shard {name!r}, which does not lie in {folder}; write the stream "
                 "again, its shards below it"

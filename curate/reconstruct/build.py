@@ -109,7 +109,9 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     order = SampleOrder(list(config.streams.values()), config.dataset, config.loader)
     catalogue = read_catalogue(part, streams)
     check_fit(catalogue, folders, model)
-    if config.tokenizer is not None:
+    if config.tokenizer is None:
+        _log.warning("no tokenizer is described: targets must be token ids, unless curate.select is given --tokenizer")
+    else:
         check_tokens(catalogue, folders, config.tokenizer)
     frame = step_records(config, order, catalogue, log, group_settings(config, optimizers))
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}

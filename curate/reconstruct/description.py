@@ -12,7 +12,7 @@ from curate.config import Config
 from curate.errors import UserError
 from curate.formats.mds import Columns
 from curate.formats.order import LoaderConfig
-from curate.formats.streams import DomainName
+from curate.formats.streams import DomainName, stream_arguments
 from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
@@ -131,6 +131,8 @@ class ReconstructConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for domain, stream in self.streams.items():
+            stream_arguments({"local": "", **stream}, f"streams.{domain}")
         outside = [step for step in self.checkpoints if not 0 <= step <= self.steps]
         if outside:
             raise ValueError(f"checkpoint {outside[0]} is not of a stage of {self.steps} steps")

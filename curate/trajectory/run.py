@@ -95,7 +95,7 @@ class Run:
         tokenizer: that made the tokens, for a run that was recorded without one.
 
     Raises:
-        UserError: no run there, not finished, damaged, without snapshots, of other streams, or of another tokenizer.
+        UserError: no run there, not finished, damaged, without snapshots, or of another tokenizer.
     """
 
     def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> None:
@@ -103,11 +103,7 @@ class Run:
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder, {folder.parent}")
         raw = read_json(folder / "run.json")
-        recorded = raw.get("streams", {})
-        unknown = sorted(set(streams or {}) - set(recorded))
-        if unknown:
-            raise UserError(f"run {folder} has no stream {unknown[0]!r} (it has {sorted(recorded)}); correct streams")
-        raw["streams"] = {**recorded, **(streams or {})}
+        raw["streams"] = {**raw.get("streams", {}), **(streams or {})}
         try:
             self.spec = _resolved(RunSpec.model_validate(raw), folder)
         except ValidationError as error:

@@ -37,7 +37,8 @@ from curate.trajectory.samples import trained_tokens
 from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, LIKENESS, OURS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
-from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
+from pipelines.optimizers import OptimizerConfig
+from pipelines.pretrain import PretrainConfig, train
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,9 @@ from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import Kind
 from curate.scores.methods import Method
 from curate.shards.choose import ShardsConfig
+from pipelines.vocabulary import SMALLEST_VOCABULARY
 
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CaseName = Literal["inside", "foreign", "noisy", "two"]
 BenchMethod = Method | Literal["lean", "values", "likeness", "unguarded", "probes", "oracle"]
 DEFAULT_TEMPERATURE = MixtureConfig().temperature
@@ -73,22 +75,22 @@ class BranchesConfig(Config):
     scores domains by the next step; probes values the whole pool from the last state (`curate.select --pool`);
     unguarded is curate without the guard; values and likeness are its two parts, each alone. oracle: a regression over
     a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[float, ...] = (0.5, 0.35, 0.25, 0.15)
+    temperatures: tuple[Temperature, ...] = (0.5, 0.35, 0.25, 0.15)
     """Temperatures of methods that value samples; the default is always run."""
-    importance_temperatures: tuple[float, ...] = (128.0, 64.0, 32.0, 1.0)
+    importance_temperatures: tuple[Temperature, ...] = (128.0, 64.0, 32.0, 1.0)
     """Temperatures of dsir's draw. Log importance is a sum over a sample's n-grams and differs by hundreds: below 32
     nothing but the largest are drawn, as at 1, the published setting."""
-    oracle_temperatures: tuple[float, ...] = (2.0, 1.0, 0.5)
+    oracle_temperatures: tuple[Temperature, ...] = (2.0, 1.0, 0.5)
     """Temperatures of the oracle's scores, in their deviations between domains."""
-    guard_drop: float = Field(default=0.1, ge=0)
+    guard_drop: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
     drop_fraction: float = Field(default=0.6, ge=0, lt=1)
     """Share of the valued samples of each domain that are left out, where samples are chosen."""
-    slopes_passes: float = Field(default=ShardsConfig().slopes_passes, ge=0)
+    slopes_passes: float = Field(default=ShardsConfig().slopes_passes, ge=0, allow_inf_nan=False)
     """Passes that slopes of single samples may cost, see `shards.slopes_passes`."""
     schedules: tuple[Kind, ...] = ("early-late",)
     """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     """Seeds of initial weights, data order and draws."""
     model: Path = Path("configs/bench/fidelity.json")
     """Config of the Hugging Face causal LM."""
@@ -104,13 +106,13 @@ class BranchesConfig(Config):
     noise_share: float = Field(default=0.4, gt=0, lt=1)
     """Share of noise in the text of each domain of the noisy pool, in equal parts junk, shuffled, minified and repeated
     documents."""
-    vocab_size: int = 2048
+    vocab_size: int = Field(default=2048, ge=SMALLEST_VOCABULARY)
     """BPE vocabulary, trained on the training domains."""
-    domain_megabytes: float = 0.5
+    domain_megabytes: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """Training text of each domain."""
     target_documents: int = Field(default=60, ge=2)
     """Held-out documents of each target and split: for selecting, for choosing a temperature, for reporting."""
-    excerpt_characters: int = 400
+    excerpt_characters: int = Field(default=400, ge=1)
     """Length of the excerpt taken of each."""
     window: Literal["early", "late"] = "late"
     """Window whose samples are valued."""
@@ -122,13 +124,13 @@ class BranchesConfig(Config):
     """Optimizer steps of a branch, at constant lr after the same warm-up."""
     continued: int = Field(default=4, ge=1)
     """Proportional goes on to this many times the tokens of a branch, for the token speed-up."""
-    lr: float = 2e-3
+    lr: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate of stage 1."""
-    branch_lr: float = 1e-3
+    branch_lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Learning rate of a branch."""
-    batch_size: int = 8
+    batch_size: int = Field(default=8, ge=1)
     """Sequences per step."""
-    seq_len: int = 128
+    seq_len: int = Field(default=128, ge=2)
     """Tokens of a sequence."""
     swarm: int = Field(default=16, ge=4)
     """Branches that the oracle's regression is fitted to."""

@@ -29,7 +29,7 @@ class CorpusConfig(Config):
 
     out: Path
     """Folder to write; it must not exist yet, or be a corpus made with the same options (which is then reused)."""
-    megabytes: float = Field(default=2.5, gt=0)
+    megabytes: float = Field(default=2.5, gt=0, allow_inf_nan=False)
     """Text of each training domain, in MB of UTF-8; a domain that has less is used whole."""
     target_documents: int = Field(default=256, gt=0)
     """Documents of each target, and as many again that only the final loss sees."""

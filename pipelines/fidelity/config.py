@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from curate.config import Config
 from curate.embeddings.products import Hessian
 from curate.fidelity.draw import DrawConfig
+from pipelines.vocabulary import SMALLEST_VOCABULARY
 
 Window = Literal["early", "middle", "late"]
 
@@ -37,33 +38,33 @@ class BenchConfig(Config):
     """Domains that are never trained on."""
     targets: tuple[str, ...] = ("python", "api_prose", "docstrings", "headers", "minified_js")
     """Domains whose held-out documents are the targets."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of initial weights, data order and draws."""
     model: Path = Path("configs/bench/fidelity.json")
     """Config of the Hugging Face causal LM."""
-    vocab_size: int = 2048
+    vocab_size: int = Field(default=2048, ge=SMALLEST_VOCABULARY)
     """BPE vocabulary, trained on the training domains."""
     steps: int = Field(default=300, ge=30)
     """Optimizer steps (AdamW, warm-up of a tenth, cosine, weight decay 0.1, clipping at 1)."""
-    lr: float = 1e-3
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
-    batch_size: int = 8
+    batch_size: int = Field(default=8, ge=1)
     """Sequences per step."""
-    seq_len: int = 32
+    seq_len: int = Field(default=32, ge=2)
     """Tokens of a sequence."""
-    window_steps: int = 30
+    window_steps: int = Field(default=30, ge=1)
     """Steps of the early, the middle and the late window."""
     valued: tuple[Window, ...] = get_args(Window)
     """Which of them are valued; fewer for a question about one."""
     draw: DrawConfig = DrawConfig(pairs=50, pairs_per_step=5, groups=8, repeats=4, part_pairs=2)
     """Reruns per window."""
-    domain_megabytes: float = 0.5
+    domain_megabytes: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """Training text of each domain."""
-    target_documents: int = 20
+    target_documents: int = Field(default=20, ge=2)
     """Held-out documents of each target, an excerpt of each."""
-    excerpt_characters: int = 200
+    excerpt_characters: int = Field(default=200, ge=1)
     """Length of an excerpt."""
-    anchors_per_domain: int = 5
+    anchors_per_domain: int = Field(default=5, ge=1)
     """Anchors made of other held-out documents of each domain, also of the foreign ones."""
 
     @model_validator(mode="after")

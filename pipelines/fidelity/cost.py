@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class CostConfig(Config):
     """Where runs are looked for."""
     window: str = "late"
     """The window whose first step is taken back."""
-    anchors: tuple[int, ...] = (1, 8)
+    anchors: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
     """Numbers of anchors at once."""
     rounds: int = Field(default=7, ge=1)
     """Times that each way is measured."""

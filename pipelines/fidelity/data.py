@@ -12,8 +12,9 @@ from curate.formats.files import read_documents
 from curate.rng import generator
 from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.run import Run
+from pipelines.optimizers import OptimizerConfig
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.pretrain import OptimizerConfig, PretrainConfig, train
+from pipelines.pretrain import PretrainConfig, train
 from pipelines.splits import corpus_files, excerpt, first_megabytes, write_rows
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
 import polars as pl
+from pydantic import Field
 
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
@@ -23,7 +25,7 @@ class EveryConfig(Config):
 
     scores: Path
     """`scores.parquet` of a selection over whole windows."""
-    every: tuple[int, ...] = (1, 2, 4, 8)
+    every: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
     """Numbers n: every n-th step is kept."""
 
 

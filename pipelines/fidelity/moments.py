@@ -42,9 +42,9 @@ class MomentsConfig(Config):
     """Window that is valued."""
     steps: int = Field(default=100, ge=1)
     """Gradients of as many steps before the window are used."""
-    min_target_tokens: int = 1
+    min_target_tokens: int = Field(default=1, ge=1)
     """Least predicted tokens of the target."""
-    tolerance: float = Field(default=0.5, gt=0)
+    tolerance: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """Of replayed losses, relative; they differ because the state does."""
 
 

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -39,27 +39,27 @@ class PublishedConfig(Config):
     """Folder for published.json, published.html and parts/."""
     seeds: int = Field(default=3, ge=1)
     """Runs of each setting, seeds 0, 1, ...: split, weights, batch order and removed images."""
-    lrs: tuple[float, ...] = (0.02, 0.1)
+    lrs: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.02, 0.1)
     """Learning rates, one run each: with the first the network is still learning at the end, with the second done."""
     activations: tuple[Literal["relu", "gelu", "tanh"], ...] = ("relu", "gelu")
     """Activations, one run each: training with relu is not smooth in its data weights, with gelu it is."""
-    hidden: tuple[int, ...] = (24,)
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (24,)
     """Widths of the hidden layers."""
-    train: int = 1000
+    train: int = Field(default=1000, ge=1)
     """Training images."""
-    held_out: int = 500
+    held_out: int = Field(default=500, ge=1)
     """Images whose mean loss is the target."""
-    batch_size: int = 20
+    batch_size: int = Field(default=20, ge=1)
     """Images of a step."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training images."""
     removed: int = Field(default=150, ge=10)
     """Images that are left out, one by one."""
-    width: int = 16
+    width: int = Field(default=16, ge=1)
     """Size of each side of a layer in the projected embedding."""
-    damping: tuple[float, ...] = (0.01, 0.1)
+    damping: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.01, 0.1)
     """Damping of the influence functions, one method each."""
-    resamples: int = 1000
+    resamples: int = Field(default=1000, ge=1)
     """Bootstrap resamples of the removed images."""
 
 

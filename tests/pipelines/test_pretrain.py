@@ -7,13 +7,15 @@ import pytest
 
 from curate.errors import UserError
 from curate.formats.mds import Columns, write_stream
+from curate.formats.streams import domain_folders
 from curate.mixture.record import Phase
 from curate.shards.write import write_schedule
 from curate.trajectory.ledger import domain_ledger, uses
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run
 from pipelines import pretrain
-from pipelines.pretrain import OptimizerConfig, PretrainConfig, domain_folders, learning_rate, train
+from pipelines.optimizers import OptimizerConfig, learning_rate
+from pipelines.pretrain import PretrainConfig, train
 from tests.tiny import write_tiny_streams
 
 MODEL = {
@@ -74,6 +76,15 @@ def test_a_crashed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, 
     assert Run(other.out).steps.equals(Run(config.out).steps)
     for name in ("checkpoint.safetensors", "snapshots/step-00000012.safetensors"):
         assert (other.out / name).read_bytes() == (config.out / name).read_bytes()
+
+
+def test_a_run_that_stopped_at_an_epochs_end_goes_on_with_the_next(config, tmp_path, monkeypatch):
+    """20 batches are an epoch; the checkpoint after step 20 lies at its end."""
+    config = config.model_copy(update={"steps": 24, "checkpoint_steps": 20, "recorder": None})
+    whole = train(config)
+    other = config.model_copy(update={"out": tmp_path / "crashed"})
+    train_until(21, other, monkeypatch)
+    assert train(other) == whole[20:]
 
 
 def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, monkeypatch):

@@ -7,21 +7,27 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
 from streaming import Stream, StreamingDataset
 
 from curate.errors import UserError
-from curate.formats.mds import MdsStream
+from curate.formats.mds import COLUMNS, MdsStream, merge_indexes, write_stream
 from curate.formats.memory import construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.decide import Aims, decide
+from curate.selection import SelectConfig
 from curate.shards.check import check_filter, check_reweight
 from curate.shards.choose import ShardsConfig, choose
-from curate.shards.plan import make_plan, make_pool, supply_of
+from curate.shards.plan import Plan, make_plan, make_pool, supply_of
 from curate.shards.scan import held_out, leaks, scan
-from curate.shards.write import DROPPED, STREAMS, write_filter, write_reweight
+from curate.shards.write import DROPPED, STREAMS, columns_of, write_filter, write_reweight
+from curate.stock import open_stock
+from curate.trajectory.ledger import consumed, stages, uses
+from curate.trajectory.run import Run
+from tests.tiny import record_tiny_run, write_tiny_target
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +206,69 @@ def test_check_finds_a_truncated_shard(tmp_path, streams, plan, mixture):
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="corrupted"):
         check_filter(tmp_path / "out", mixture)
+
+
+def plan_of(stream):
+    """Every sample once."""
+    count = len(stream)
+    uses = {"domain": ["m"] * count, "index": range(count), "length": [8] * count, "uses": [1] * count}
+    return Plan(uses=pl.DataFrame(uses), dropped=pl.DataFrame())
+
+
+def merged(folder, kinds, rows):
+    """One stream of one shard for each kind of columns."""
+    for place, (columns, stored) in enumerate(zip(kinds, rows, strict=True)):
+        write_stream(folder / str(place), columns, stored)
+    merge_indexes(folder, [str(place) for place in range(len(kinds))])
+    return MdsStream(folder)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "stored"),
+    [
+        ("ndarray:uint16", lambda tokens: tokens.astype(np.uint16)),
+        ("ndarray:int64:8", lambda tokens: tokens.astype(np.int64)),
+        ("bytes", lambda tokens: tokens.astype(np.int64).tobytes()),
+        ("json", lambda tokens: tokens.tolist()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_merged_stream_of_several_encodings_is_written_with_one(tmp_path, encoding, stored):
+    samples = [np.arange(index, index + 8, dtype=np.int32) for index in range(10)]
+    labels = [np.where(np.arange(8) < 3, -100, tokens).astype(np.int64) for tokens in samples]
+    first = [{"tokens": tokens, "loss_mask": mask} for tokens, mask in zip(samples[:5], labels[:5], strict=True)]
+    second = [{"tokens": stored(tokens), "documents": [["d", 0, 8]]} for tokens in samples[5:]]
+    kinds = [{"tokens": "ndarray:int32", "loss_mask": "ndarray:int64"}, {"tokens": encoding, "documents": "json"}]
+    stream = merged(tmp_path / "m", kinds, [first, second])
+    write_filter(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
+    written = MdsStream(tmp_path / "out" / "m")
+    assert len(written.encodings) == 1
+    found, wanted = ([sample[index] for index in range(10)] for sample in (written, stream))
+    assert sorted(sample.sample_id for sample in found) == sorted(sample.sample_id for sample in wanted)
+    assert sorted(len(sample.documents) for sample in found) == [0] * 5 + [1] * 5
+    masks = [written.row(index)["loss_mask"] for index in range(10)]
+    assert sum(-100 in mask for mask in masks) == 5  # labels stay labels
+
+
+def test_columns_that_no_one_encoding_holds_are_refused_at_the_start(tmp_path):
+    kinds = [{"tokens": "ndarray:int32", "source": "str"}, {"tokens": "ndarray:int32", "source": "int"}]
+    rows = [[{"tokens": np.arange(8, dtype=np.int32), "source": value}] for value in ("web", 5)]
+    stream = merged(tmp_path / "m", kinds, rows)
+    with pytest.raises(UserError, match=r"m hold column 'source' as str, int.*mode reweight"):
+        columns_of(stream)
+    with pytest.raises(UserError, match="column 'source'"):
+        write_filter(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_selection_refuses_such_columns_before_it_values_anything(tmp_path):
+    run = record_tiny_run(tmp_path)
+    rows = [run.streams["json"].row(index) for index in range(80)]
+    halves = [[{**row, "source": value} for row in half] for value, half in (("web", rows[:40]), (5, rows[40:]))]
+    merged(tmp_path / "m", [{**COLUMNS, "source": kind} for kind in ("str", "int")], halves)
+    moved = Run(run.folder, {"json": tmp_path / "m"})
+    used = consumed(uses(stages(moved)))
+    config = SelectConfig(target=write_tiny_target(tmp_path / "t.jsonl"), mode="filter")
+    with pytest.raises(UserError, match="column 'source'"):
+        open_stock(config, moved, used)
+    assert open_stock(config.model_copy(update={"mode": "reweight"}), moved, used).trained
