@@ -125,7 +125,7 @@ def test_data_that_was_killed_between_sealing_and_renaming_is_made_again(tmp_pat
         _, said = process.communicate()
         assert process.returncode == 0, said
     made, wanted = (
-        {str(path.relative_to(out)): path.read_bytes() for path in (out / "data").rglob("*") if path.is_file()}
+        {str(path.relative_to(out / "data")): path.read_bytes() for path in (out / "data").rglob("*") if path.is_file()}
         for out in (tmp_path, tmp_path / "whole")
     )
     assert made == wanted
