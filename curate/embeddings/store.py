@@ -15,20 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from curate.artifacts import (
-    fingerprint,
-    is_complete,
-    list_files,
-    listed,
-    read_array,
-    read_arrays,
-    read_hashed,
-    read_table,
-    replacing,
-    seal,
-    write_arrays,
-    write_hashed,
-)
+from curate.arrays import read_array, read_arrays, read_table, write_arrays
+from curate.artifacts import fingerprint, is_complete, list_files, listed, read_hashed, replacing, seal, write_hashed
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
 from curate.trajectory.samples import window_rows
