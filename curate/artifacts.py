@@ -19,26 +19,17 @@ import os
 import re
 import secrets
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from curate.errors import UserError
 from curate.lock import LOCK, is_locked_here, locked, sweep
 from curate.reading import parse_json, read_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import polars as pl
 
 MANIFEST = "manifest.json"
 SUMS = "curate.sums.json"
@@ -48,10 +39,6 @@ SIGN = "positive = removing the sample would raise the target's loss = the sampl
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "polars", "mosaicml-streaming", "transformers")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-UNREADABLE = (  # what NumPy raises for damaged npy and npz files, by where they are damaged
-    ValueError, EOFError, BadZipFile, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError, SyntaxError,
-    struct.error,
-)  # fmt: skip
 _LEVELS = 4  # folders above a file that may list it
 _CHUNK = 1 << 20
 _HASH = "hash"  # of a JSON file, in itself
@@ -144,87 +131,8 @@ def read_hashed(path: Path) -> dict[str, Any]:
 
 def _own_hash(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     if value.pop(_HASH, None) != fingerprint(value):
-        raise UserError(f"{path} is corrupted or was changed after it was written: {_remedy(path.parent)}")
+        raise UserError(f"{path} is corrupted or was changed after it was written: {remedy_of(path.parent)}")
     return value
-
-
-def write_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
-    """Replace `path` atomically with an npz of named arrays."""
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez(file, **dict(arrays))
-
-
-def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """What `write_arrays` wrote; nothing is unpickled.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with np.load(checked(path)) as stored:
-            return {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
-
-
-def read_array(path: Path) -> npt.NDArray[Any]:
-    """The array in an npy file, memory-mapped; nothing is unpickled.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        found: npt.NDArray[Any] = np.load(checked(path), mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
-    return found
-
-
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """The table in a Parquet file.
-
-    Args:
-        path: the file.
-        columns: those that are read; none: all.
-
-    Raises:
-        UserError: the file is missing or damaged, or lacks a column.
-    """
-    import polars as pl
-
-    try:
-        return pl.read_parquet(checked(path), glob=False, columns=None if columns is None else list(columns))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {_remedy(path.parent)}") from None
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage
-        raise UserError(f"{path} is corrupted ({_short(error)}): {_remedy(path.parent)}") from None
-
-
-def _short(error: BaseException) -> str:
-    """The first line of what a library says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def create_memmap(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
-    """A new file of float32 zeros in memory, with its place on the disk: writing to it cannot find the disk full.
-
-    Raises:
-        OSError: there is no space for it.
-    """
-    with replacing(path) as part:
-        np.lib.format.open_memmap(part, "w+", np.float32, shape)
-        with part.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    created: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "r+")
-    return created
 
 
 def fingerprint(value: Any) -> str:
@@ -303,13 +211,13 @@ def checked(path: Path, by: Path | None = None, *, remedy: str | None = None) ->
         name = (path if by is not None else path.absolute()).relative_to(folder).as_posix()
         wanted = listed(folder).get(name)
         if wanted is not None:
-            _hold(path, wanted, remedy or _remedy(folder))
+            _hold(path, wanted, remedy or remedy_of(folder))
             return path
     if by is not None:
         if not (by / SUMS).exists():
-            raise UserError(f"{by / SUMS}, which lists what was written, is missing: {_remedy(by)}")
+            raise UserError(f"{by / SUMS}, which lists what was written, is missing: {remedy_of(by)}")
         what = "is missing" if not path.exists() else f"is not in {by / SUMS}, which lists what was written"
-        raise UserError(f"{path} {what}: {remedy or _remedy(by)}")
+        raise UserError(f"{path} {what}: {remedy or remedy_of(by)}")
     return path
 
 
@@ -320,7 +228,7 @@ def check_sizes(folder: Path) -> None:
         UserError: one is not.
     """
     for name, wanted in listed(folder).items():
-        _size(folder / name, wanted, _remedy(folder))
+        _size(folder / name, wanted, remedy_of(folder))
 
 
 def check_contents(folder: Path) -> None:
@@ -330,7 +238,7 @@ def check_contents(folder: Path) -> None:
         UserError: one is not what was written.
     """
     for name, wanted in listed(folder).items():
-        _hold(folder / name, wanted, _remedy(folder))
+        _hold(folder / name, wanted, remedy_of(folder))
 
 
 def _hold(path: Path, wanted: Sum, remedy: str) -> None:
@@ -356,7 +264,7 @@ def _state(status: os.stat_result) -> State:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _remedy(folder: Path) -> str:
+def remedy_of(folder: Path) -> str:
     """What to do about a damaged file of a folder."""
     if (folder / MANIFEST).exists():
         return f"restore it, or delete {folder} and run the same command again"

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.artifacts import UNREADABLE, fingerprint, read_json, write_arrays, write_json
+from curate.arrays import UNREADABLE, write_arrays
+from curate.artifacts import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt

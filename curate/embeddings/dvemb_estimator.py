@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import create_memmap, read_arrays, read_hashed, write_arrays, write_hashed
+from curate.arrays import create_memmap, read_arrays, write_arrays
+from curate.artifacts import read_hashed, write_hashed
 from curate.config import Config
 from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb import carry, joined, recursion

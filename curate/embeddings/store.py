@@ -15,21 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from curate.artifacts import (
-    create_memmap,
-    fingerprint,
-    list_files,
-    listed,
-    making,
-    read_array,
-    read_arrays,
-    read_hashed,
-    read_table,
-    replacing,
-    seal,
-    write_arrays,
-    write_hashed,
-)
+from curate.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
+from curate.artifacts import fingerprint, list_files, listed, making, read_hashed, replacing, seal, write_hashed
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
 from curate.lock import locked

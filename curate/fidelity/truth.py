@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import read_table, replacing
+from curate.arrays import read_table
+from curate.artifacts import replacing
 from curate.progress import progress
 
 if TYPE_CHECKING:

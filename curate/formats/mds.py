@@ -282,9 +282,7 @@ class MdsStream:
 def verify_shard(path: Path, reader: Any) -> None:
     """Hold a shard's bytes against what its index says of them, before any of its samples is used.
 
-    Args:
-        path: the shard.
-        reader: streaming's reader of it; a writer that was told none left no hashes, and then size alone is compared.
+    A writer that was told no hashes left none; then only the size is compared.
 
     Raises:
         UserError: they differ.
@@ -294,10 +292,8 @@ def verify_shard(path: Path, reader: Any) -> None:
     _check_size(path, reader)
     for algorithm, recorded in reader.raw_data.hashes.items():
         if get_hash(algorithm, path.read_bytes()) != recorded:
-            raise UserError(
-                f"shard {path} is corrupted: its {algorithm} is not that of its index; "
-                "restore it or write the stream again"
-            )
+            what = f"its {algorithm} is not that of its index"
+            raise UserError(f"shard {path} is corrupted: {what}; restore it or write the stream again")
 
 
 def _check_size(path: Path, reader: Any) -> None:

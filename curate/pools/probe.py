@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.artifacts import read_arrays, write_arrays
+from curate.arrays import read_arrays, write_arrays
 from curate.embeddings.adjoint import StepOptions, adjoint_step
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.own_step import before_step

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.artifacts import fingerprint, making, read_arrays, read_table, replacing, seal, write_arrays
+from curate.arrays import read_arrays, read_table, write_arrays
+from curate.artifacts import fingerprint, making, replacing, seal
 from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time, read_timings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.artifacts import read_array
+from curate.arrays import read_array
 from curate.fidelity.measure import spearman, spearman_interval
 from curate.pools.draw import VALUES
 from curate.pools.features import likeness, ngram_features

@@ -18,7 +18,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import fingerprint, making, read_table, replacing, seal
+from curate.arrays import read_table
+from curate.artifacts import fingerprint, making, replacing, seal
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from curate.artifacts import read_json, read_table, replacing
+from curate.arrays import read_table
+from curate.artifacts import read_json, replacing
 from curate.errors import UserError
 
 FOLDER = "report_data"  # inside a selection folder

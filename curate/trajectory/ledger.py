@@ -12,7 +12,8 @@ from pathlib import Path
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, read_json, read_table
+from curate.arrays import read_table
+from curate.artifacts import file_fingerprint, read_json
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging

@@ -37,7 +37,7 @@ from curate.formats.streams import NAME, check_domain
 from curate.lock import LOCK, Lock, sweep
 from curate.paths import local_path
 from curate.task import TaskSpec
-from curate.trajectory.run import STEPS, RunSpec, keep_model_config
+from curate.trajectory.run import STEPS, RunSpec, keep_model_config, part_rows
 from curate.trajectory.snapshots import (
     as_sequence,
     save_snapshot,
@@ -205,7 +205,7 @@ class TrajectoryRecorder:
             list_files(self.folder, [self.folder / "run.json"])
         reached = 0
         for path in sorted(self._parts.glob("*.parquet")):
-            rows = _part_rows(path)
+            rows = part_rows(path)
             kept = rows.filter(pl.col("step").is_between(reached, first_step, closed="left"))
             if len(kept) < len(rows):
                 if len(kept):
@@ -215,8 +215,8 @@ class TrajectoryRecorder:
                 reached += step == reached
         if reached < first_step:
             raise UserError(
-                f"{self._parts} has no record of step {reached}, so training cannot go on at step {first_step}: call "
-                "recorder.flush() where you write a checkpoint, and start this stage anew in another folder"
+                f"{self._parts} has no record of step {reached}, so training cannot go on at step {first_step}: start "
+                "the stage anew in another folder, with recorder.flush() at each checkpoint"
             )
 
     def attach(self, observer: StepObserver) -> None:
@@ -313,7 +313,7 @@ class TrajectoryRecorder:
         _barrier(self.world)
         if self.rank == 0:
             parts = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
-            merged = pl.concat([_part_rows(part) for part in parts]).sort("step", "rank", "micro_batch")
+            merged = pl.concat([part_rows(part) for part in parts]).sort("step", "rank", "micro_batch")
             with replacing(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
                 list_files(self.folder, [], sums={"steps.parquet": sum_of(part)})
@@ -326,22 +326,9 @@ class TrajectoryRecorder:
 
     def _write(self, frame: pl.DataFrame) -> None:
         """Write a part, whose name ends in its hash: a list beside it could not be replaced together with it."""
-        content = io.BytesIO()
-        frame.write_parquet(content)
+        frame.write_parquet(content := io.BytesIO())
         with replacing(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
             part.write_bytes(content.getvalue())
-
-
-def _part_rows(path: Path) -> pl.DataFrame:
-    """Read a part.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    content = path.read_bytes()
-    if hash_of(content) != path.stem.rpartition("-")[2]:
-        raise UserError(f"{path} is corrupted: restore it, or start this stage anew in another folder")
-    return pl.read_parquet(content)
 
 
 def remove_parts(run: Path) -> None:

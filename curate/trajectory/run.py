@@ -15,16 +15,8 @@ from typing import Annotated, Any
 import polars as pl
 from pydantic import Field, ValidationError
 
-from curate.artifacts import (
-    checked,
-    file_fingerprint,
-    fingerprint,
-    list_files,
-    listed,
-    read_json,
-    read_table,
-    replacing,
-)
+from curate.arrays import read_table
+from curate.artifacts import checked, file_fingerprint, fingerprint, hash_of, list_files, listed, read_json, replacing
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
@@ -354,6 +346,18 @@ def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> Ta
         list_files(folder, [copy])
     model = task.model.model_copy(update={"hf_config": copy.relative_to(folder)})
     return task.model_copy(update={"model": model})
+
+
+def part_rows(path: Path) -> pl.DataFrame:
+    """Read a part of the records of a stage that trains; its name ends in its hash.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = path.read_bytes()
+    if hash_of(content) != path.stem.rpartition("-")[2]:
+        raise UserError(f"{path} is corrupted: restore it, or start this stage anew in another folder")
+    return pl.read_parquet(content)
 
 
 def _resolved(spec: RunSpec, folder: Path) -> RunSpec:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import fingerprint, read_arrays, write_arrays
+from curate.arrays import read_arrays, write_arrays
+from curate.artifacts import fingerprint
 from curate.embeddings import baselines
 from curate.embeddings.adjoint_estimator import optimizer_metric
 from curate.embeddings.anchors import GENERAL, AnchorSet, anchor_gradients, document_anchors

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import read_arrays, write_arrays
+from curate.arrays import read_arrays, write_arrays
 from curate.embeddings.adjoint import StepOptions, adjoint_step, bridge_curvature, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
