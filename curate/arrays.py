@@ -12,8 +12,9 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from curate.artifacts import checked, remedy_of, replacing
+from curate.artifacts import checked, remedy_of
 from curate.errors import UserError
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

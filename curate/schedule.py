@@ -41,7 +41,8 @@ from curate.stages.check import (
 )
 from curate.stages.plan import PlanConfig, load_plan
 from curate.stages.trainer import TrainerError, run_trainer
-from curate.trajectory.recorder import default_windows, remove_parts, window_steps
+from curate.trajectory.declared import default_windows, window_steps
+from curate.trajectory.recorder import remove_parts
 from curate.trajectory.run import Run
 from curate.trajectory.samples import stored_bytes_per_token, trained_tokens
 from curate.trust import trust

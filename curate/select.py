@@ -13,16 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import (
-    check_contents,
-    check_startable,
-    fingerprint,
-    is_complete,
-    making,
-    replacing,
-    seal,
-    start,
-)
+from curate.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
 from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
@@ -36,6 +27,7 @@ from curate.stock import Stock, budget_of, left_of, open_stock, pool_of, solve, 
 from curate.trajectory.ledger import consumed, domain_ledger, stages, uses
 from curate.trajectory.run import Run, find_run
 from curate.trajectory.samples import fresh_shares, samples_fingerprint
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     import polars as pl

@@ -28,7 +28,6 @@ from curate.artifacts import (
     is_complete,
     making,
     read_json,
-    replacing,
     seal,
 )
 from curate.config import Config, parse_command, run_command
@@ -39,6 +38,7 @@ from curate.formats.mds import COLUMNS, Sample, write_stream
 from curate.formats.spelling import Spelling
 from curate.progress import say, start_logging
 from curate.rng import generator
+from curate.writing import replacing
 from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains
 from pipelines.packing import Encoded, pack
 from pipelines.vocabulary import SMALLEST_VOCABULARY, train_tokenizer, training_text

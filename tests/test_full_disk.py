@@ -12,12 +12,13 @@ import polars as pl
 import pytest
 import torch
 
-from curate.artifacts import create_memmap, read_arrays, replacing, write_arrays, write_json
+from curate.artifacts import create_memmap, read_arrays, write_arrays, write_json
 from curate.config import run_command
 from curate.formats.mds import write_stream
 from curate.select import main as select
 from curate.trajectory.ledger import main as ledger
 from curate.trajectory.snapshots import save_state
+from curate.writing import replacing
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
 from tests.tiny import TinyLM, build_optimizers

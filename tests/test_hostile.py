@@ -34,7 +34,7 @@ from curate.report.track import log_report
 from curate.shards.write import loader_line, write_reweight, write_schedule
 from curate.stages.plan import PlanConfig
 from curate.tracking import TrackingConfig, open_tracker
-from curate.trajectory.recorder import window_steps
+from curate.trajectory.declared import window_steps
 from tests.hostile import HOSTILE, SURROGATES
 from tests.report.synthetic import DOMAINS, report_data
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from curate.artifacts import check_startable, replacing
+from curate.artifacts import check_startable
 from curate.lock import LOCK, BusyError, Lock, is_locked_here, locked, sweep
+from curate.writing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -128,7 +129,7 @@ def test_what_a_killed_process_left_is_written_over_under_the_lock_and_never_wit
     code = """
 import os, sys
 from pathlib import Path
-from curate.artifacts import replacing
+from curate.writing import replacing
 from curate.lock import locked
 with locked(Path(sys.argv[1])), replacing(Path(sys.argv[1]) / "x") as part:
     part.mkdir()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import MANIFEST, checked, read_json, replacing
+from curate.artifacts import MANIFEST, checked, read_json
 from curate.config import Config
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step, bridge_curvature
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
@@ -32,6 +32,7 @@ from curate.optimizers.state import TrainingState
 from curate.progress import progress
 from curate.target import loss_gradients
 from curate.trajectory.replay import records
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,12 +16,13 @@ import numpy as np
 import polars as pl
 
 from curate.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
-from curate.artifacts import fingerprint, list_files, listed, making, read_hashed, replacing, seal, write_hashed
+from curate.artifacts import fingerprint, list_files, listed, making, read_hashed, seal, write_hashed
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.errors import UserError
 from curate.lock import locked
 from curate.trajectory.replay import records
 from curate.trajectory.samples import window_rows
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from curate.arrays import read_table
-from curate.artifacts import replacing
 from curate.progress import progress
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from curate.fidelity.draw import Removal

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from curate.artifacts import checked, replacing
+from curate.artifacts import checked
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.memory import construct, release
@@ -25,6 +25,7 @@ from curate.formats.ngrams import NgramMemory
 from curate.formats.stored import loss_mask, token_ids
 from curate.progress import progress
 from curate.reading import parse_json, read_text
+from curate.writing import replacing
 
 # Columns that `pipelines.prepare` writes; `Columns` maps them to those of other writers.
 COLUMNS = {

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from curate.artifacts import SIGN, checked, replacing
+from curate.artifacts import SIGN, checked
 from curate.config import Config
 from curate.errors import UserError
 from curate.mixture.constraints import Supply
 from curate.mixture.weights import divergence, effective_number
 from curate.reading import dump_yaml, read_yaml
 from curate.validation import first_problem
+from curate.writing import replacing
 
 _TOTALS = {"tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
 

@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 
 from curate.arrays import read_arrays, read_table, write_arrays
-from curate.artifacts import fingerprint, making, replacing, seal
+from curate.artifacts import fingerprint, making, seal
 from curate.deviation import combined_values, target_shares
 from curate.embeddings.adjoint_estimator import curvature_units
 from curate.embeddings.store import add_time, read_timings
@@ -37,6 +37,7 @@ from curate.progress import progress
 from curate.target import check_vocabulary
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.samples import read_batches, samples_fingerprint
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt

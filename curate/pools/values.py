@@ -19,7 +19,7 @@ import polars as pl
 from pydantic import Field
 
 from curate.arrays import read_table
-from curate.artifacts import fingerprint, making, replacing, seal
+from curate.artifacts import fingerprint, making, seal
 from curate.config import Config
 from curate.embeddings.adjoint_estimator import OWN_STEP_UNITS
 from curate.errors import UserError
@@ -46,6 +46,7 @@ from curate.progress import progress
 from curate.trajectory.fit import check_fit
 from curate.trajectory.replay import Replay
 from curate.trajectory.samples import samples_fingerprint
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt

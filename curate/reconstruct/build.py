@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, list_files, read_json, replacing, versions, write_json
+from curate.artifacts import file_fingerprint, list_files, read_json, versions, write_json
 from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
 from curate.formats.mds import MdsStream
@@ -23,11 +23,13 @@ from curate.reconstruct.diagnose import diagnose
 from curate.reconstruct.moments import estimate_moments
 from curate.reconstruct.records import read_log, step_records
 from curate.task import build_model
+from curate.trajectory.declared import default_windows, window_steps
 from curate.trajectory.fit import check_fit, check_tokens
-from curate.trajectory.recorder import clip_factor, default_windows, window_steps
+from curate.trajectory.recorder import clip_factor
 from curate.trajectory.replay import Replay
 from curate.trajectory.run import Run, RunSpec, keep_model_config, read_catalogue
 from curate.trajectory.snapshots import put_state, save_snapshot, snapshot_path
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,7 @@ from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
 from curate.task import TaskSpec
-from curate.trajectory.recorder import Border
+from curate.trajectory.declared import Border
 
 if TYPE_CHECKING:
     from torch import nn

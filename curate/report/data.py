@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 
 from curate.arrays import read_table
-from curate.artifacts import read_json, replacing
+from curate.artifacts import read_json
 from curate.errors import UserError
+from curate.writing import replacing
 
 FOLDER = "report_data"  # inside a selection folder
 FACTS = "report.json"

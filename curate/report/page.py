@@ -7,7 +7,6 @@ from typing import Any
 
 import polars as pl
 
-from curate.artifacts import replacing
 from curate.escape import page_text
 from curate.pools.slopes import NEXT
 from curate.report import figures, tables
@@ -15,6 +14,7 @@ from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
 from curate.scores.reliability import LENGTH_BIAS
 from curate.sums import row_mean
+from curate.writing import replacing
 
 # Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
 MAX_WINDOW_STEPS = 150

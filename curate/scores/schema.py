@@ -5,8 +5,9 @@ from pathlib import Path
 import dataframely as dy
 import polars as pl
 
-from curate.artifacts import checked, replacing
+from curate.artifacts import checked
 from curate.errors import UserError
+from curate.writing import replacing
 
 
 class Scores(dy.Schema):

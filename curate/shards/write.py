@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from curate.artifacts import replacing
 from curate.errors import UserError
 from curate.escape import python_string
 from curate.formats.mds import COLUMNS, MdsStream, as_sample, merge_indexes, write_stream
@@ -16,6 +15,7 @@ from curate.mixture.record import Phase
 from curate.reading import dump_yaml
 from curate.rng import generator
 from curate.shards.plan import Plan
+from curate.writing import replacing
 
 STREAMS = "streams.yaml"
 SCHEDULE = "schedule.yaml"

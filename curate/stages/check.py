@@ -14,8 +14,8 @@ from curate.formats.mds import MdsStream
 from curate.formats.streams import load_streams
 from curate.stages.plan import PlanConfig
 from curate.stages.state import difference, readable
+from curate.trajectory.declared import window_steps
 from curate.trajectory.ledger import domain_ledger, uses
-from curate.trajectory.recorder import window_steps
 from curate.trajectory.run import Run
 from curate.trajectory.samples import trained_tokens
 

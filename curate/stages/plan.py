@@ -28,7 +28,7 @@ from curate.errors import UserError
 from curate.mixture.schedule import StageSchedule
 from curate.reading import read_yaml
 from curate.shards.write import SCHEDULE, STREAMS
-from curate.trajectory.recorder import window_steps
+from curate.trajectory.declared import window_steps
 from curate.validation import first_problem
 
 Data = Literal["streams", "mds"]

@@ -18,7 +18,6 @@ synchronisation per step. Rows since the last flush are lost in a crash; call `f
 from __future__ import annotations
 
 import io
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,15 +27,16 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.artifacts import hash_of, list_files, replacing, sum_of, write_json
+from curate.artifacts import hash_of, list_files, sum_of, write_json
 from curate.config import Config, TokenCount
 from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
 from curate.formats.mds import Columns
-from curate.formats.streams import NAME, check_domain
+from curate.formats.streams import check_domain
 from curate.lock import LOCK, Lock, sweep
 from curate.paths import local_path
 from curate.task import TaskSpec
+from curate.trajectory.declared import Border, default_windows, window_steps
 from curate.trajectory.run import STEPS, RunSpec, keep_model_config, part_rows
 from curate.trajectory.snapshots import (
     as_sequence,
@@ -46,12 +46,11 @@ from curate.trajectory.snapshots import (
     state_bytes,
 )
 from curate.trajectory.watch import BufferWatch, OptimizerWatch, check_rebuilt, check_replayable, groups_of
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-Border = int | float
 
 
 class RecorderConfig(Config):
@@ -68,32 +67,6 @@ class RecorderConfig(Config):
     """Byte budget of all snapshots (8B = 8 GB); those at window borders come first. None: what is free on the disk."""
     flush_steps: int = Field(default=100, ge=1)
     """Steps between writes of the step records."""
-
-
-def default_windows(steps: int) -> dict[str, tuple[int, int]]:
-    """The first and the last tenth of a stage, at most 50 steps each: values cost several passes per step."""
-    length = min(max(steps // 10, 1), 50)
-    return {"early": (0, length), "late": (steps - length, steps)}
-
-
-def window_steps(windows: dict[str, tuple[Border, Border]], steps: int) -> dict[str, tuple[int, int]]:
-    """Turn declared windows into step ranges.
-
-    Raises:
-        UserError: a window is empty or reaches beyond the stage, or its name cannot be that of a folder.
-    """
-    resolved = {}
-    for name, borders in windows.items():
-        if not re.fullmatch(NAME, name):
-            raise UserError(f"window {name!r}: a name has letters, digits, '_', '-' and '.' only; rename it")
-        start, stop = (round(border * steps) if isinstance(border, float) else border for border in borders)
-        if not 0 <= start < stop <= steps:
-            raise UserError(
-                f"window {name!r} covers steps {start} to {stop} of a stage of {steps}; "
-                "set recorder.windows to a range inside it"
-            )
-        resolved[name] = (start, stop)
-    return resolved
 
 
 class StepObserver(Protocol):

@@ -16,7 +16,7 @@ import polars as pl
 from pydantic import Field, ValidationError
 
 from curate.arrays import read_table
-from curate.artifacts import checked, file_fingerprint, fingerprint, hash_of, list_files, listed, read_json, replacing
+from curate.artifacts import checked, file_fingerprint, fingerprint, hash_of, list_files, listed, read_json
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
@@ -27,6 +27,7 @@ from curate.task import TaskSpec
 from curate.trajectory.fit import check_tokens
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
 from curate.validation import first_problem
+from curate.writing import replacing
 
 _log = logging.getLogger(__name__)
 _NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening", "ns_a", "ns_b", "ns_c")

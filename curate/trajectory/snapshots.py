@@ -13,11 +13,12 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import checked, list_files, replacing
+from curate.artifacts import checked, list_files
 from curate.errors import UserError
 from curate.machine import free_disk
 from curate.model import all_parameters, named_parameters, unwrapped_name
 from curate.optimizers.settings import BUFFERS
+from curate.writing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

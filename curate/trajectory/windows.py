@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from curate.artifacts import read_hashed
-from curate.trajectory.recorder import default_windows
+from curate.trajectory.declared import default_windows
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.artifacts import file_fingerprint, is_complete, replacing, seal
+from curate.artifacts import file_fingerprint, is_complete, seal
 from curate.embeddings.anchors import GENERAL
 from curate.errors import UserError
 from curate.formats.files import read_documents
 from curate.rng import generator
 from curate.trajectory.recorder import RecorderConfig
 from curate.trajectory.run import Run
+from curate.writing import replacing
 from pipelines.optimizers import OptimizerConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.pretrain import PretrainConfig, train

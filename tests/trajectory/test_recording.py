@@ -12,12 +12,8 @@ from curate.artifacts import list_files
 from curate.errors import UserError
 from curate.formats.mds import COLUMNS, MdsStream, write_stream
 from curate.model import named_parameters
-from curate.trajectory.recorder import (
-    RecorderConfig,
-    TrajectoryRecorder,
-    default_windows,
-    window_steps,
-)
+from curate.trajectory.declared import default_windows, window_steps
+from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from curate.trajectory.replay import Replay, records
 from curate.trajectory.run import STEPS, Run, find_run
 from curate.trajectory.samples import window_rows
