@@ -16,8 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from curate.errors import UserError
 from curate.paths import local_path
@@ -29,6 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 Keys = tuple[str, ...]
 _HELP, _PRINT = "help", "print_config"
+_PLAIN: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def parse(config: type[Model], prog: str, description: str, argv: Sequence[str]) -> Model:
@@ -195,7 +195,7 @@ def _shown(config: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
         groups = [kind for kind in kinds_of(field.annotation) if _is_group(kind)]
         if groups and isinstance(value, BaseModel | Mapping):
             value = _shown(groups[0], value if isinstance(value, Mapping) else dict(value))
-        found[name] = to_jsonable_python(value)
+        found[name] = _PLAIN.dump_python(value, mode="json")
     return found
 
 

@@ -23,6 +23,7 @@ from curate.errors import UserError
 from curate.index.exact import Floats, Rows, chunks, exact_search, recall
 from curate.index.library import load_faiss, on_cpu, on_gpu
 from curate.rng import generator
+from curate.writing import replacing
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def build(
             "%s finds %.3f of the exact top %d, wanted %.3f", factory, measured, RECALL_AT, config.recall_target
         )
     lists = _lists(faiss, on_cpu(faiss, index))
-    with artifacts.replacing(folder) as part:
+    with replacing(folder) as part:
         part.mkdir()
         faiss.write_index(on_cpu(faiss, index), str(part / INDEX_FILE))
         artifacts.seal(
