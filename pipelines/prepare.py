@@ -222,7 +222,9 @@ def _rows(samples: Iterable[Sample], domain: str, counts: dict[str, int]) -> Ite
             "documents": [list(span) for span in sample.documents],
         }
     if counts["predicted_tokens"] == 0:
-        raise UserError(f"domain {domain!r} has no token to predict: all its documents are masked; remove it")
+        raise UserError(
+            f"domain {domain!r} has no token to predict: all is masked, or nothing the tokenizer can spell; remove it"
+        )
 
 
 def _facts(folder: Path) -> dict[str, dict[str, int]]:

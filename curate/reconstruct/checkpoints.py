@@ -223,7 +223,7 @@ def _optimizer_state(found: Mapping[str, Any], prefix: str, shapes: Mapping[str,
         if buffer != "step" and tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"{prefix}.state.{key} of the checkpoint is {tuple(tensor.shape)}, {name} of the model {shapes[name]}: "
-                "its parameters were in another order; correct optimizers.groups"
+                "its parameters were in another order, or some were frozen; correct optimizers.groups or frozen"
             )
         state[f"optimizer.{name}.{buffer}"] = tensor
     return state

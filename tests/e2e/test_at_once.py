@@ -107,14 +107,14 @@ def test_what_a_killed_finish_left_is_removed_by_whoever_looks_next(tmp_path):
     assert not (tmp_path / "run" / "steps.parts").exists()
 
 
-@pytest.mark.parametrize("place", ["/x.part$", "/b$", "/data/manifest.json$"])
+@pytest.mark.parametrize("place", ["/x$", "/b$", "/data/manifest.json$"])
 def test_data_that_was_killed_between_sealing_and_renaming_is_made_again(tmp_path, place):
     for name in ("first", "second"):
         (tmp_path / name).write_text("".join(f'{{"text": "{name} {number} and so on"}}\n' for number in range(40)))
         (tmp_path / name).rename(tmp_path / f"{name}.jsonl")
 
     def words(out):
-        domains = (f"--domains.x.part={tmp_path / 'first.jsonl'}", f"--domains.b={tmp_path / 'second.jsonl'}")
+        domains = (f"--domains.x={tmp_path / 'first.jsonl'}", f"--domains.b={tmp_path / 'second.jsonl'}")
         return ("pipelines.prepare", "--out", out / "data", *domains, "--vocab_size", 300, "--seq_len", 16)
 
     killed = start(*words(tmp_path), environment=crash_environment(place, alone=True))
@@ -129,4 +129,10 @@ def test_data_that_was_killed_between_sealing_and_renaming_is_made_again(tmp_pat
         for out in (tmp_path, tmp_path / "whole")
     )
     assert made == wanted
-    assert {name.partition("/")[0] for name in made} == {"b", "x.part", "manifest.json", "tokenizer.json"}
+    assert {name.partition("/")[0] for name in made} == {
+        "b",
+        "x",
+        "manifest.json",
+        "curate.sums.json",
+        "tokenizer.json",
+    }

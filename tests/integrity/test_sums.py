@@ -89,7 +89,7 @@ def test_every_bit_of_a_list_counts(folder):
 
 
 def test_only_what_belongs_to_an_artifact_is_listed(tmp_path):
-    for name in ("own", "mine", "b.part", "lock", "c.lock"):
+    for name in ("own", "mine", "b.part", ".lock", "c.lock"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "progress").write_bytes(b"x")
@@ -98,7 +98,7 @@ def test_only_what_belongs_to_an_artifact_is_listed(tmp_path):
     assert is_complete(tmp_path, {})
     (tmp_path / "manifest.json").unlink()
     seal(tmp_path, "test", {})
-    for name in ("b.part", "lock", "c.lock", "scratch/progress"):
+    for name in ("b.part", ".lock", "c.lock", "scratch/progress"):
         (tmp_path / name).unlink()
     assert is_complete(tmp_path, {})
 
