@@ -302,7 +302,7 @@ def test_one_word_of_a_command_stays_one_word(tmp_path):
         received = [os.fsdecode(bytes.fromhex(word)) for word in json.loads(ran.stdout)]
         assert received == words[3:]
         assert received[2] == f"{text} {text}"
-        assert plan.arguments(0) == ["first", str(Path(text))]
+        assert plan.arguments(0) == ["first", str(Path(text).expanduser())]
 
 
 def test_a_selection_in_places_of_hostile_names(folder, tmp_path):
