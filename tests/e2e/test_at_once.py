@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.artifacts import write_json
+from curate.artifacts import MANIFEST, SUMS, write_json
 from curate.lock import BusyError, locked
 from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
 from tests.crash import crash_environment
