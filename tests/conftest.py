@@ -1,6 +1,7 @@
 """What every test shares: no network, no accelerator, few threads, a fixed Hypothesis profile."""
 
 import os
+import signal
 
 # Before any library reads them: xdist runs several workers on few cores, and no test may look for a hub or a server.
 os.environ.update(
@@ -14,6 +15,11 @@ os.environ.update(
     CURATE_TRUST="tests",  # their models; commands that they start inherit it
 )
 os.environ.pop("WANDB_API_KEY", None)
+
+# Started by nohup or in the background, a process ignores these, and so would the commands that tests send them to.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import pytest
 from hypothesis import HealthCheck, settings
