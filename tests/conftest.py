@@ -16,13 +16,13 @@ os.environ.update(
 )
 os.environ.pop("WANDB_API_KEY", None)
 
+import pytest
+from hypothesis import HealthCheck, settings
+
 # Started by nohup or in the background, a process ignores these, and so would the commands that tests send them to.
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
-
-import pytest
-from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "curate", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
