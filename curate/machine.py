@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from curate.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,6 +16,20 @@ _GROUPS = (  # folder, limit, use and cached files of the process's control grou
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "cache"),
 )
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """A device that tensors can be put on.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises, by the kind of device
+        raise UserError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); set device") from None
 
 
 def free_disk(folder: Path) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from curate.artifacts import read_json
 from curate.config import Config
 from curate.errors import UserError
+from curate.machine import usable_device
 from curate.model import refuse_random, unwrapped_name
 from curate.trust import trusted_function
 
@@ -111,7 +112,7 @@ class Task:
         import torch
 
         self.spec = spec
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.dtype = dtype or torch.float32
         self.model = build_model(spec.model).to(device=self.device, dtype=self.dtype)
         self._wrapped_names = {unwrapped_name(name): name for name, _ in self.model.named_parameters()}

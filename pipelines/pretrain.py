@@ -25,6 +25,7 @@ from curate.formats.memory import release
 from curate.formats.phases import load_schedule
 from curate.formats.streams import domain_folders, find_tokenizer, load_streams
 from curate.lock import locked
+from curate.machine import usable_device
 from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.fit import check_fit, check_tokens
@@ -108,10 +109,7 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
         raise UserError(f"init_from {config.init_from} is a folder; name a state in it, {config.init_from / FINAL}")
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec(hf_config=config.model.resolve()))
-    try:
-        model = model.to(config.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise UserError(f"device {config.device!r} cannot be used ({str(error).splitlines()[0]}); set device") from None
+    model = model.to(usable_device(config.device))
     optimizers = build_optimizers(model, config.optimizer)
     streams = load_streams(config.data)
     catalogue = _read_streams(streams, model, config)

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UserError
+from curate.machine import usable_device
 from curate.model import named_parameters, train_only
 from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.task import Batch, Task, collate
@@ -137,7 +138,7 @@ class Replay:
     def __init__(self, run: Run, device: torch.device | str = "cpu", tolerance: float = 1e-3) -> None:
         import torch
 
-        self.run, self.device, self.tolerance = run, torch.device(device), tolerance
+        self.run, self.device, self.tolerance = run, usable_device(device), tolerance
         for name in run.spec.optimizers:
             if name not in BUFFERS or not hasattr(torch.optim, name):
                 raise UserError(
