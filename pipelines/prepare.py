@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from curate.artifacts import (
     MANIFEST,
+    STARTED,
     check_contents,
     file_fingerprint,
     fingerprint,
@@ -29,6 +30,7 @@ from curate.artifacts import (
     making,
     read_json,
     seal,
+    write_json,
 )
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
@@ -108,6 +110,7 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
             seal(config.out, "data", settings, parts=[TOKENIZER, *inputs], domains=facts)
         else:
             check_contents(config.out)
+        (config.out / STARTED).unlink(missing_ok=True)
     return _facts(config.out)
 
 
@@ -126,6 +129,7 @@ def _write(
     for name in done:
         check_contents(config.out / name)
     _refuse_strangers(config.out, set(catalogues), done, serialised)
+    write_json(config.out / STARTED, settings)  # until all domains are there nothing is trained on them
     with replacing(config.out / TOKENIZER) as part:
         part.write_text(serialised, encoding="utf-8")
     tokenizer = load_tokenizer(config.out / TOKENIZER)

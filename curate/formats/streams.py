@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ValidationError
 
-from curate.artifacts import MANIFEST, SUMS, checked, file_fingerprint
+from curate.artifacts import MANIFEST, STARTED, SUMS, checked, file_fingerprint
 from curate.errors import UserError
 from curate.formats.documents import load_tokenizer, tokenizer_file
 from curate.formats.mds import shard_readers
@@ -17,7 +17,7 @@ from curate.reading import read_yaml, shortened
 from curate.validation import first_problem
 
 # Names of files that lie beside the folders of domains.
-RESERVED = frozenset({"dropped.parquet", "index.json", MANIFEST, SUMS, "schedule.yaml", "tokenizer.json"})
+RESERVED = frozenset({"dropped.parquet", "index.json", MANIFEST, STARTED, SUMS, "schedule.yaml", "tokenizer.json"})
 NAME = r"\w[\w.-]*"  # of domains and windows: they become names of files
 _LONGEST = 200  # bytes of a name; parts of a domain and unfinished folders add to it, file systems allow 255
 _SHARD = re.compile(r"\.mds(\.(br|bz2|gz|snappy|zstd))?$")
@@ -94,6 +94,8 @@ def _folders(data: Path) -> list[Path]:
         raise UserError(f"{data} {what}; expected a folder of MDS folders, a streams.yaml or a schedule.yaml")
     if data.name in ("", ".."):
         data = data.resolve()  # a stream is called by its folder
+    if (data / STARTED).exists() and not (data / MANIFEST).exists():
+        raise UserError(f"{data} is not finished: run the command again that was writing it, to its end")
     index = data / "index.json"
     inner = [path.parent for path in sorted(data.glob("*/index.json"))]
     folders = inner or ([data] if index.exists() else [])

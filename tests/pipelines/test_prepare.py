@@ -16,6 +16,7 @@ from curate.config import parse_command
 from curate.errors import UserError
 from curate.formats.documents import eot_id, load_tokenizer
 from curate.formats.mds import MdsStream, iterate
+from curate.formats.streams import load_streams
 from pipelines import prepare as module
 from pipelines.prepare import PrepareConfig, prepare
 
@@ -177,7 +178,10 @@ def test_an_interrupted_run_continues_with_the_next_domain(corpus: Path, monkeyp
     monkeypatch.setattr(module, "_write_domain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(corpus))
-    assert sorted(path.name for path in (corpus.parent / "data").iterdir()) == ["cats", "tokenizer.json"]
+    left = ["cats", "settings.json", "tokenizer.json"]
+    assert sorted(path.name for path in (corpus.parent / "data").iterdir()) == left
+    with pytest.raises(UserError, match="data is not finished"):  # nobody trains on one domain of two
+        load_streams(corpus.parent / "data")
     with pytest.raises(
         UserError, match=r"cats is complete but was made with other settings .*seq_len: 16 there, 32 now"
     ):
@@ -187,6 +191,7 @@ def test_an_interrupted_run_continues_with_the_next_domain(corpus: Path, monkeyp
     prepare(config(corpus))
     assert written == {"cats": 1, "dogs": 2}
     assert content(corpus.parent / "data") == content(corpus.parent / "whole")
+    assert {Path(stream["local"]).name for stream in load_streams(corpus.parent / "data")} == {"cats", "dogs"}
 
 
 def test_what_stands_in_the_output_folder_is_not_overwritten(corpus: Path) -> None:
