@@ -101,6 +101,8 @@ class Run:
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder, {folder.parent}")
         raw = read_json(folder / "run.json")
+        for name in sorted(set(streams or {}) - set(raw.get("streams", {}))):
+            _log.warning("%s is no stream of run %s: its samples are taken in as a domain of their own", name, folder)
         raw["streams"] = {**raw.get("streams", {}), **(streams or {})}
         try:
             self.spec = _resolved(RunSpec.model_validate(raw), folder)
