@@ -38,6 +38,7 @@ _MOST_KILLS = 4  # of a job in a round
 _LOOK_SECONDS = 0.01
 _MEASURED = {"timings.json", "costs.parquet", "report.html"}  # hold times
 _STRAYS = re.compile(r"(.*\.part|\.(.*\.)?lock|steps\.parts|scratch)")
+_OWN_HASH = re.compile(rb'"hash": "[0-9a-f]{16}"')
 _MODEL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": True,
@@ -210,10 +211,10 @@ def files_of(folder: Path) -> dict[str, str]:
         if _STRAYS.fullmatch(path.name):
             found[name] = "stray"
         elif path.is_file() and path.name not in _MEASURED and path.suffix != ".log" and "report_data" not in name:
-            # Of a list the names: the hashes in it are those of files with times and places in them
+            # Hashes in a file are those of times and places too: of a list of files their names are compared
             listed = path.name == SUMS
             content = path.read_bytes() if not listed else json.dumps(list(read_json(path)["files"])).encode()
-            content = content.replace(str(folder).encode(), b"FOLDER")
+            content = _OWN_HASH.sub(b"", content.replace(str(folder).encode(), b"FOLDER"))
             found[name] = blake2b(content, digest_size=8).hexdigest()
     return found
 
