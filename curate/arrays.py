@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from curate.artifacts import checked, remedy_of
 from curate.errors import UserError
+from curate.reading import first_line
 from curate.writing import replacing
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path} is corrupted ({_short(error)}): {remedy_of(path.parent)}") from None
+        raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
 
 
 def read_array(path: Path) -> npt.NDArray[Any]:
@@ -63,7 +64,7 @@ def read_array(path: Path) -> npt.NDArray[Any]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path} is corrupted ({_short(error)}): {remedy_of(path.parent)}") from None
+        raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
     return found
 
 
@@ -84,12 +85,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy_of(path.parent)}") from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # polars panics on some damage
-        raise UserError(f"{path} is corrupted ({_short(error)}): {remedy_of(path.parent)}") from None
-
-
-def _short(error: BaseException) -> str:
-    """The first line of what a library says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
 
 
 def create_memmap(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:

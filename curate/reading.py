@@ -135,6 +135,11 @@ def shortened(problem: object, most: int = _SHOWN) -> str:
     return line if len(line) <= most else line[:most] + " ..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, shortened."""
+    return shortened((str(error).splitlines() or [type(error).__name__])[0])
+
+
 def _check_extent(value: Any) -> None:
     level = [value]
     for depth in range(DEPTH + 1):

@@ -25,4 +25,4 @@ check format ruff format --check .
 check types mypy curate pipelines scripts
 check layers lint-imports --no-cache
 check dependencies deptry .
-exec pytest -q -n 2 "$@"
+exec pytest -q -n 2 --dist worksteal "$@"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UserError
 from curate.escape import visible
 from curate.formats.documents import Document, Fields, parse_document
+from curate.reading import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +62,7 @@ class HfFile:
         try:
             columns = self._rows[list(indices)]
         except (OSError, ValueError, NotImplementedError, ImportError) as error:
-            raise UserError(f"{self.path} cannot be read ({_first_line(error)})") from None
+            raise UserError(f"{self.path} cannot be read ({first_line(error)})") from None
         return [
             parse_document(
                 {name: values[position] for name, values in columns.items()},
@@ -99,7 +100,7 @@ def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's, not the content's
-        raise UserError(f"{path} is not a Parquet file that can be read ({_first_line(error)})") from None
+        raise UserError(f"{path} is not a Parquet file that can be read ({first_line(error)})") from None
 
 
 def _needed(names: Sequence[str], fields: Fields) -> list[str]:
@@ -116,7 +117,7 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # noqa: BLE001 - the library checks little of what it reads
-        raise UserError(f"{path} is not a dataset with rows, saved by save_to_disk ({_first_line(error)})") from None
+        raise UserError(f"{path} is not a dataset with rows, saved by save_to_disk ({first_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise UserError(f"{path} has no split {split!r} (it has {', '.join(sorted(found))}); set split")
@@ -128,9 +129,5 @@ def _open_folder(path: Path, split: str, fields: Fields) -> "Dataset":
     try:
         rows.data.validate(full=True)  # reading a damaged Arrow file can end the process
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}); write it again") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); write it again") from None
     return rows
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

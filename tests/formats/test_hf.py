@@ -141,3 +141,12 @@ def test_a_saved_dataset_that_is_damaged_is_named_and_ends_no_process(tmp_path: 
     info.write_text(info.read_text().replace('"text": {', '"text": {"x": 1,').replace("_type", "_typo"))
     with pytest.raises(UserError, match="saved is not a dataset with rows"):
         HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+
+
+def test_what_a_library_repeats_of_a_file_stays_short(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["some text"]}).save_to_disk(tmp_path / "saved")
+    info = tmp_path / "saved" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"string"', f'"{"9" * 5000}"'))
+    with pytest.raises(UserError, match="saved is not a dataset with rows") as refused:
+        HfFile(tmp_path / "saved", "train", tmp_path / "cache")
+    assert len(str(refused.value)) < 1000
