@@ -55,7 +55,7 @@ def parse(config: type[Model], prog: str, description: str, argv: Sequence[str])
         made = config.model_validate(given)
     except ValidationError as error:
         if not shown or any(each["type"] != "missing" for each in error.errors()):
-            raise UserError(_told(error, files)) from None
+            raise UserError(_told(error, files, only_files=all(name == "config" for name, _ in options))) from None
     if shown:
         sys.stdout.write(dump_yaml(_shown(config, given)))
         raise SystemExit(0)
@@ -179,10 +179,10 @@ def _leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
             yield place
 
 
-def _told(error: ValidationError, files: Mapping[Keys, str]) -> str:
+def _told(error: ValidationError, files: Mapping[Keys, str], *, only_files: bool) -> str:
     where = setting_of(error)
     near = [file for place, file in files.items() if place == where[: len(place)] or where == place[: len(where)]]
-    if where and near:
+    if near and (where or only_files):
         return f"{near[-1]}: {first_problem(error)}"
     return f"{'--' if where else ''}{first_problem(error)}; see --help"
 

@@ -75,7 +75,7 @@ def parse_tokens(value: int | str) -> int:
 
 
 TokenCount = Annotated[int | str, BeforeValidator(parse_tokens)]
-FileName = Annotated[str, AfterValidator(lambda name: str(local_path(Path(name))))]
+FileName = Annotated[str, AfterValidator(lambda name: str(local_path(name)))]
 """A path that stays text."""
 
 
@@ -92,7 +92,7 @@ def as_meant(annotation: Any, given: Any) -> Any:
         return given
     kind, inner = kinds[0], get_args(kinds[0])
     if kind is Path and isinstance(given, str | Path):
-        return local_path(Path(given))
+        return local_path(given)
     if is_list(kind):
         items = given if isinstance(given, list | tuple | set | frozenset) else [given]
         return [as_meant(inner[0], item) for item in items]

@@ -6,10 +6,10 @@ from pathlib import Path
 from curate.errors import UserError
 
 # `Path` folds the two slashes of a URL into one, so either stands for it; some schemes (dbfs:/) have only one.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+|(?=://)):/+(.*)", re.DOTALL)
 
 
-def local_path(value: Path) -> Path:
+def local_path(value: Path | str) -> Path:
     """A path of this machine, with `~` read as the home folder.
 
     Raises:
@@ -27,6 +27,6 @@ def local_path(value: Path) -> Path:
     if "\0" in str(value):
         raise UserError(f"{str(value)!r} is no path: it holds a NUL character")
     try:
-        return value.expanduser()
+        return Path(value).expanduser()
     except RuntimeError:
         raise UserError(f"{value} names the home folder of a user that this machine does not know") from None

@@ -24,6 +24,12 @@ def test_a_url_is_refused_by_its_scheme(url: str) -> None:
         local_path(Path(url))
 
 
+@pytest.mark.parametrize("url", ["s3://", "://", "://x"])
+def test_a_url_without_a_place_or_a_scheme_is_refused_as_it_was_written(url: str) -> None:
+    with pytest.raises(ValueError, match="is a URL"):
+        local_path(url)
+
+
 @pytest.mark.parametrize("path", ["a:b", "a/s3://b", "C:/x", "/s3:/x", ".", "runs/2026-01-01T10:00/x"])
 def test_colons_in_names_are_no_url(path: str) -> None:
     assert local_path(Path(path)) == Path(path)
