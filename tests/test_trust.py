@@ -22,7 +22,7 @@ import pathlib
 from subprocess import run
 from tests.tiny import factory as other
 pathlib.Path(__file__).with_name("marker").write_text("imported")
-def build(): return other()
+def build(**settings): return other(**settings)
 """
 
 

@@ -368,7 +368,7 @@ def test_stages_that_do_not_follow_are_refused_before_they_cost_anything(whole, 
     stages = [{"name": "one", "steps": 8, **stage}, {"name": "two", "steps": 8, "tokens": 500, **stage}]
     with pytest.raises(UserError, match=r"two trains on 500 tokens, selection.budget_tokens before it is 768"):
         check_plan(load_plan(write_plan(tmp_path, inputs, stages=stages)))
-    for missing, message in (("data", "holds no MDS streams"), ("target", "the target after stage one, is not there")):
+    for missing, message in (("data", "gone does not exist"), ("target", "the target after stage one, is not there")):
         with pytest.raises(UserError, match=message):
             check_plan(load_plan(write_plan(tmp_path, inputs, **{missing: str(tmp_path / "gone")})))
     stages = [{"name": "one", "steps": 8, **stage}, *({"name": f"s{i}", "steps": 8, **stage} for i in range(9))]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import AdamW
 
-from curate.artifacts import read_json
+from curate.artifacts import list_files, read_json
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.baselines import BaselineConfig, BaselineEstimator
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
@@ -417,11 +417,17 @@ class TestRefusedBeforeTraining:
             take_step(recorder, model, 0)
 
 
+def rewrite(run, **columns):
+    """Put other records in the place of a run's, as if they had been written so."""
+    run.steps.with_columns(**columns).write_parquet(run.folder / "steps.parquet")
+    list_files(run.folder, [run.folder / "steps.parquet"])
+
+
 class TestDivergedTraining:
     def test_the_step_and_a_window_before_it_are_named(self, tmp_path, streams):
         run = record_tiny_run(tmp_path)
         diverged = pl.when(pl.col("step") >= 6).then(np.nan).otherwise(pl.col("loss"))
-        run.steps.with_columns(loss=diverged).write_parquet(run.folder / "steps.parquet")
+        rewrite(run, loss=diverged)
         replay = Replay(Run(run.folder))
         assert len(list(replay.steps(0, 4))) == 4
         with pytest.raises(UserError, match=r"diverged at step 6 .*--window early"):
@@ -437,7 +443,7 @@ class TestSamplesThatAreInNoStream:
         run = record_tiny_run(tmp_path)
         foreign = pl.col("sample_ids").list.eval(pl.element() + 1)
         ids = pl.when(pl.col("step") % 2 == 1).then(foreign).otherwise("sample_ids")
-        run.steps.with_columns(sample_ids=ids).write_parquet(run.folder / "steps.parquet")
+        rewrite(run, sample_ids=ids)
         return Run(run.folder)
 
     def test_they_are_counted_and_said(self, run, caplog):
@@ -450,7 +456,7 @@ class TestSamplesThatAreInNoStream:
 
     def test_none_at_all_is_refused(self, run):
         foreign = pl.col("sample_ids").list.eval(pl.element() * 2 + 1)
-        run.steps.with_columns(sample_ids=foreign).write_parquet(run.folder / "steps.parquet")
+        rewrite(run, sample_ids=foreign)
         with pytest.raises(UserError, match=r"none of the 72 samples"):
             trained_tokens(Run(run.folder))
 
