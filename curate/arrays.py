@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -40,15 +41,8 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        with np.load(checked(path)) as stored:
-            return {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy_of(path.parent)}") from None
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
+    with _told(path), np.load(checked(path)) as stored:
+        return {name: stored[name] for name in stored.files}
 
 
 def read_array(path: Path) -> npt.NDArray[Any]:
@@ -57,15 +51,22 @@ def read_array(path: Path) -> npt.NDArray[Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
+    with _told(path):
         found: npt.NDArray[Any] = np.load(checked(path), mmap_mode="r")
+        return found
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say of a file that cannot be read which it is, and what to do."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy_of(path.parent)}") from None
     except UserError:
         raise
     except UNREADABLE as error:
         raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
-    return found
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
