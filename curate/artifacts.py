@@ -57,6 +57,11 @@ def write_json(path: Path, value: Json) -> None:
 
 
 def _text(value: Json) -> str:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # nobody could read it again
+        told = error.object[max(error.start - 80, 0) : error.end + 20]
+        raise UserError(f"{told!r} is not UTF-8 and cannot be kept in JSON; rename the file or folder") from None
     return json.dumps(value, indent=2) + "\n"
 
 

@@ -1,5 +1,6 @@
 """Paths as users write them."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def local_path(value: Path | str) -> Path:
             f"{url[1]}://{url[2]} is a URL; only files of this machine are read and written: mount it, or copy it"
         )
     try:
-        str(value).encode()
-    except UnicodeEncodeError:  # JSON and YAML, in which paths are kept, could not hold it
-        raise UserError(f"{str(value)!r} is no path: it is not UTF-8, or holds half of a surrogate pair") from None
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise UserError(f"{str(value)!r} is no path: it holds half of a surrogate pair") from None
     if "\0" in str(value):
         raise UserError(f"{str(value)!r} is no path: it holds a NUL character")
     try:

@@ -29,6 +29,7 @@ from pydantic import Field
 from curate.artifacts import SUMS, read_json, write_json
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
+from curate.formats.memory import sweep
 from curate.lock import LOCK
 
 JobName = Literal["schedule", "select", "embed", "prepare", "train"]
@@ -271,6 +272,7 @@ class Soak:
         finally:
             for job in running:
                 job.kill("group")
+            sweep()
         return files_of(folder)
 
     def _goes_on(self, job: Job, name: str, moments: random.Random) -> bool:

@@ -39,3 +39,11 @@ def folder(tmp_path_factory):
     record_tiny_run(folder)
     write_tiny_target(folder / "target.jsonl")
     return folder
+
+
+def pytest_sessionstart(session):
+    """Earlier tests killed trainings: what those left in shared memory would use up the file descriptors of these."""
+    if not hasattr(session.config, "workerinput"):
+        from curate.formats.memory import sweep
+
+        sweep()

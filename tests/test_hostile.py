@@ -215,9 +215,8 @@ def test_yaml_and_json_files_give_the_texts_again(tmp_path):
     write_json(tmp_path / "file.json", {text: [text] for text in HOSTILE.values()})
     assert read_json(tmp_path / "file.json") == {text: [text] for text in HOSTILE.values()}
     for text in SURROGATES.values():
-        write_json(tmp_path / "file.json", {"x": text})
-        with pytest.raises(UserError, match=r"file\.json"):
-            read_json(tmp_path / "file.json")
+        with pytest.raises(UserError, match="cannot be kept in JSON"):  # nobody could read it again
+            write_json(tmp_path / "file.json", {"x": text})
     write_reweight(tmp_path / "streams.yaml", {"x": Path("/data")}, {"x": 1})
     phase = Phase(start_step=0, samples=len(texts), curated=1.0, domains=dict.fromkeys(texts, 1))
     write_schedule(tmp_path / "schedule.yaml", {text: text for text in texts}, [phase])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Dataset = TypeVar("Dataset", bound="StreamingDataset")
 
 _ATTEMPTS = 50  # at a name in shared memory
+
+_NAME = re.compile(r"\d{6}_(barrier|cache_usage|locals|next_epoch|resume|shard_access_times|shard_states)")
 
 
 def construct(make: Callable[[], Dataset]) -> Dataset:
@@ -63,3 +66,20 @@ def release(dataset: StreamingDataset) -> None:
             block.unlink()
     for kind in ("BARRIER_FILELOCK", "CACHE_FILELOCK"):
         (Path(gettempdir()) / _get_path(prefix, getattr(constant, kind))).unlink(missing_ok=True)
+
+
+def sweep(folder: Path = Path("/dev/shm")) -> int:  # noqa: S108 - where streaming puts them
+    """Remove names in shared memory that killed processes left; returns how many.
+
+    Every new dataset attaches to all that are there: after a hundred killed trainings it runs out of file descriptors.
+    Only names of this user count that no visible process has open; call it where other containers do not share them.
+    """
+    own = [path for path in folder.glob("[0-9]*_*") if _NAME.fullmatch(path.name) and path.stat().st_uid == os.getuid()]
+    in_use = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            in_use.add(str(link.readlink()))
+    stale = [path for path in own if str(path) not in in_use]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)

@@ -15,6 +15,7 @@ from curate.artifacts import (
     read_hashed,
     seal,
     write_hashed,
+    write_json,
 )
 from curate.errors import UserError
 
@@ -110,3 +111,9 @@ def test_a_file_that_carries_its_hash(tmp_path):
     path.write_text(path.read_text().replace("3", "4", 1))
     with pytest.raises(UserError, match=r"a.json is corrupted"):
         read_hashed(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        write_json(tmp_path / "run.json", {"streams": {"web": os.fsdecode(b"data/w\xffb")}})
+    assert not list(tmp_path.iterdir())
