@@ -57,12 +57,14 @@ def write_json(path: Path, value: Json) -> None:
 
 
 def _text(value: Json) -> str:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # nobody could read it again
-        told = error.object[max(error.start - 80, 0) : error.end + 20]
-        raise UserError(f"{told!r} is not UTF-8 and cannot be kept in JSON; rename the file or folder") from None
-    return json.dumps(value, indent=2) + "\n"
+    text = json.dumps(value, indent=2) + "\n"
+    if "\\ud" in text:  # halves of pairs among the escapes
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # nobody could read it again
+            told = error.object[max(error.start - 80, 0) : error.end + 20]
+            raise UserError(f"{told!r} is not UTF-8 and cannot be kept in JSON; rename the file or folder") from None
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -265,30 +265,6 @@ def _check_ids(document: Document, tokenizer: "Tokenizer") -> None:
         )
 
 
-def undecodable(
-    documents: Sequence[Document], encoded: Sequence[tuple[Tokens, Mask]], tokenizer: "Tokenizer | None"
-) -> list[str]:
-    """Ids of the documents whose tokens do not decode to their text: some of it was changed, or has no token at all.
-
-    A space in front is not counted: many tokenizers add one and take it away again.
-    """
-    pieces = [
-        (document.id, text, tokens[chosen].tolist())
-        for document, (tokens, mask) in zip(documents, encoded, strict=True)
-        for text, chosen in ((document.prompt, ~mask), (document.text, mask))
-        if text is not None
-    ]
-    if tokenizer is None or not pieces:
-        return []
-    decoded = tokenizer.decode_batch([ids for _, _, ids in pieces], skip_special_tokens=False)
-    wrong = [
-        name
-        for (name, text, _), again in zip(pieces, decoded, strict=True)
-        if again.removeprefix(" ") != text.removeprefix(" ")
-    ]
-    return list(dict.fromkeys(wrong))
-
-
 def _encoded(document: Document, prompt: list[int], text: list[int]) -> tuple[Tokens, Mask]:
     if document.tokens is not None:
         mask = document.loss_mask or [1] * len(document.tokens)

@@ -56,7 +56,7 @@ def read_scores(path: Path) -> pl.DataFrame:
         values = pl.read_parquet(checked(path), glob=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:  # it panics on some damage
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); delete it and select again"
         ) from None
