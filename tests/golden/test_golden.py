@@ -24,14 +24,15 @@ from curate.select import select
 from curate.selection import SelectConfig
 from curate.tracking import TrackingConfig
 from curate.trajectory.run import Run
+from curate.trust import trust
 from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 GOLDEN = Path(__file__).with_name("golden.json")
 DOMAINS = ("json", "dataclasses")
 CLOSE = 2e-3  # relative to the largest number of a list
 LATE = {"window": "late"}
-PHASES = {"early_share": 0.2, "late_share": 0.3, "transition_share": 0.1, "transition_steps": 2}
-PROBE = {"share": 0.5, "min_per_domain": 20, "steps": 3}
+PHASES = {"early_share": 0.2, "late_share": 0.3}
+PROBE = {"min_per_domain": 20}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "reweight": {},
     "filter": {"mode": "filter"},
@@ -158,6 +159,7 @@ def test_every_configuration_has_numbers():
 
 def main() -> None:
     """Write `golden.json` from what the code does now."""
+    trust(["tests.tiny"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_inputs(Path(scratch))
         golden = {name: summary_of(select_with(folder, name, folder / "out" / name)) for name in CONFIGURATIONS}
