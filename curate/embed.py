@@ -24,12 +24,12 @@ from curate.errors import UserError
 from curate.index.build import IndexConfig
 from curate.lock import locked
 from curate.progress import start_logging
-from curate.trajectory.run import Run, find_run
+from curate.trajectory.run import Run, open_run
 
 if TYPE_CHECKING:
     from curate.embeddings.estimator import Estimator, WindowJob
     from curate.embeddings.store import Embedding, Horizon
-    from curate.target import Target
+    from curate.target import Target, Targets
 
 _log = logging.getLogger(__name__)
 WEAK_RESIDUAL = 0.5  # above it the anchors say less about a target than they leave open
@@ -38,13 +38,10 @@ WEAK_RESIDUAL = 0.5  # above it the anchors say less about a target than they le
 class EmbedConfig(Config):
     """What to embed, and how."""
 
-    run: Path | None = None
-    """Recorded run; none: the newest finished one below `runs_root`."""
-    runs_root: Path = Path("runs")
-    """Where runs are looked for."""
-    window: Literal["early", "late", "both", "none"] = "both"
-    """Window or windows of the run to value. none: `curate.select` scores domains by what their samples would do in the
-    next step, at a part of the cost; the report then says nothing of the steps that were taken."""
+    run: Path = Path("runs")
+    """Recorded run, or a folder of runs: the newest finished one is taken."""
+    window: Literal["early", "late", "both"] = "both"
+    """Window or windows of the run to value."""
     windows: Literal["declared", "auto"] = "declared"
     """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves, or
     from a value curve of `python -m pipelines.phases` in its folder."""
@@ -67,9 +64,8 @@ class EmbedConfig(Config):
     """Target documents (JSONL); required by adjoint and the baselines."""
     more_targets: dict[FileName, Annotated[float, Field(gt=0)]] = {}
     """More targets (JSONL), valued in the same pass, each with the weight of its scores; that of `target` is 1."""
-    guard: Path | None = None
-    """Documents (JSONL) of what must not be lost, valued in the same pass; see mixture.guard_drop
-    and shards.guard_weight."""
+    retain: Path | None = None
+    """Documents of what must not be lost, valued in the same pass."""
     min_target_tokens: int = Field(default=1000, ge=1)
     """Fewest predicted tokens of a target."""
     target_batch_size: int = Field(default=16, ge=1)
@@ -92,19 +88,19 @@ class EmbedConfig(Config):
     @property
     def window_names(self) -> list[str]:
         """Names of the windows to embed."""
-        return {"both": ["early", "late"], "none": []}.get(self.window, [self.window])
+        return ["early", "late"] if self.window == "both" else [self.window]
 
 
-def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Embedding]:
+def embed(config: EmbedConfig, run: Run, targets: Targets) -> dict[str, list[Embedding]]:
     """Embed and index every window of the config; complete ones are reused, missing ones are announced with their cost.
 
     Args:
         config: what to embed.
         run: the recorded run.
-        target: the loaded target, or None where the estimator needs none.
+        targets: see `read_targets`; none where the estimator needs none.
 
     Returns:
-        Window name -> embedding.
+        Window name -> its embedding, opened once for each target in their order, or without one.
 
     Raises:
         UserError: bad run, target or settings.
@@ -115,7 +111,7 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
     if config.windows == "auto":
         for part in run_windows(run).values():
             _log.info("%s", part.line)
-    estimator, jobs = _plan(config, run, target)
+    estimator, jobs = _plan(config, run, targets)
     horizon: Horizon = config.horizon
     for window, job in jobs.items():
         if not _is_complete(config, window, job, estimator):
@@ -128,60 +124,30 @@ def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Emb
                 100 * (units + lead) / run.spec.steps, run.spec.steps,
                 f" ({lead} of them to replay from the snapshot before it)" if lead else "",
             )  # fmt: skip
-    embeddings = {window: embed_window(job, window, horizon, estimator) for window, job in jobs.items()}
-    for embedding in embeddings.values():
-        _index(embedding, config.index)
-    for window, embedding in embeddings.items():
-        _say_residual(config, window, jobs[window], embedding.residual)
+    embeddings: dict[str, list[Embedding]] = {}
+    for window, job in jobs.items():
+        first = embed_window(job, window, horizon, estimator)
+        _index(first, config.index)
+        _say_residual(config, window, job, first.residual)
+        # values of the other targets are there too: opening encodes their vectors at most
+        others = [embed_window(replace(job, target=other), window, horizon, estimator) for other in targets.every[1:]]
+        embeddings[window] = [first, *others]
     return embeddings
 
 
-def embed_others(config: EmbedConfig, run: Run, target: Target) -> list[dict[str, Embedding]]:
-    """The embeddings of `embed`, opened for each of the other targets in turn; see `other_targets`."""
-    from curate.embeddings.store import embed_window
-
-    estimator, jobs = _plan(config, run, target)
-    return [
-        {
-            window: embed_window(replace(job, target=other), window, config.horizon, estimator)
-            for window, job in jobs.items()
-        }
-        for other in other_targets(config, run, target)
-    ]
-
-
-def other_targets(config: EmbedConfig, run: Run, target: Target) -> list[Target]:
-    """The further targets of the config in its order, the guard last.
-
-    Raises:
-        UserError: a file is bad, or two have one name: a target is called by its file's stem.
-    """
-    from curate.target import load_target
-
-    paths = [*map(Path, config.more_targets), *([config.guard] if config.guard is not None else [])]
-    others = [load_target(path, run.spec, config.min_target_tokens) for path in paths]
-    names = [target.name, *(other.name for other in others)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(
-            f"two targets are called {twice[0]!r}, by the names of their files: rename one, or leave it out"
-        )
-    return others
-
-
-def is_embedded(config: EmbedConfig, run: Run, target: Target | None) -> bool:
+def is_embedded(config: EmbedConfig, run: Run, targets: Targets) -> bool:
     """Whether every window of the config is embedded already; see `embed`."""
-    estimator, jobs = _plan(config, run, target)
+    estimator, jobs = _plan(config, run, targets)
     return all(_is_complete(config, window, job, estimator) for window, job in jobs.items())
 
 
-def cost_units(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, float]:
+def embedding_passes(config: EmbedConfig, run: Run, targets: Targets) -> dict[str, float]:
     """Forward+backward passes that embedding each window of a run costs, done or not."""
-    estimator, jobs = _plan(config, run, target)
+    estimator, jobs = _plan(config, run, targets)
     return {window: estimator.cost_units(job) for window, job in jobs.items()}
 
 
-def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimator, dict[str, WindowJob]]:
+def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, dict[str, WindowJob]]:
     """The estimator, and the job of each window."""
     from curate.embeddings.store import plan_job
     from curate.target import check_vocabulary
@@ -189,8 +155,7 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
     from curate.trajectory.windows import run_windows
 
     replay = Replay(run, config.device, config.tolerance)
-    others = [] if target is None else other_targets(config, run, target)
-    for each in [] if target is None else [target, *others]:
+    for each in targets.every:
         check_vocabulary(each, replay.task)
     if config.window_every > 1 and config.estimator not in ("adjoint", "anchors"):
         raise UserError(f"estimator {config.estimator} values every step; window_every needs adjoint or anchors")
@@ -200,7 +165,7 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
             replay,
             window,
             config.horizon,
-            target,
+            targets.main if targets.named else None,
             batch_size=config.target_batch_size,
             window_steps=config.window_steps,
             every=config.window_every,
@@ -209,8 +174,8 @@ def _plan(config: EmbedConfig, run: Run, target: Target | None) -> tuple[Estimat
         for window in config.window_names
     }
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam, config.baseline)
-    if others and jobs and config.estimator == "adjoint":
-        estimator = _with_anchors(config, next(iter(jobs.values())), others)
+    if targets.every[1:] and config.estimator == "adjoint":
+        estimator = _with_anchors(config, next(iter(jobs.values())), targets.every[1:])
     return estimator, jobs
 
 
@@ -267,11 +232,16 @@ def index_folder(embedding: Embedding, config: IndexConfig) -> Path:
     return embedding.folder / f"index-{fingerprint(config.model_dump())[:8]}"
 
 
-def read_target(config: EmbedConfig, run: Run) -> Target | None:
-    """Load the target of the config, if it names one."""
-    from curate.target import load_target
+def read_targets(config: EmbedConfig, run: Run) -> Targets:
+    """Load the targets of the config, if it names any.
 
-    return None if config.target is None else load_target(config.target, run.spec, config.min_target_tokens)
+    Raises:
+        UserError: see `curate.target.load_targets`.
+    """
+    from curate.target import load_targets
+
+    paths = [] if config.target is None else [config.target, *map(Path, config.more_targets)]
+    return load_targets(paths, config.retain, run.spec, config.min_target_tokens)
 
 
 def main() -> None:
@@ -280,11 +250,9 @@ def main() -> None:
         EmbedConfig, "python -m curate.embed", "Value embeddings of a run's windows, and their index."
     )
     start_logging()
-    if not config.window_names:
-        raise UserError("window none leaves nothing to embed; set window to early, late or both")
-    run = Run(config.run or find_run(config.runs_root), config.streams, config.tokenizer)
-    embeddings = embed(config, run, read_target(config, run))
-    for window, embedding in embeddings.items():
+    run = open_run(config.run, config.streams, config.tokenizer)
+    embeddings = embed(config, run, read_targets(config, run))
+    for window, (embedding, *_) in embeddings.items():
         _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)
 
 

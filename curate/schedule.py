@@ -13,23 +13,24 @@ from __future__ import annotations
 import logging
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from curate.artifacts import folder_bytes
 from curate.config import Config, parse_command, run_command
-from curate.embed import cost_units, embed, is_embedded, read_target
+from curate.embed import embed, embedding_passes, is_embedded
 from curate.embeddings.store import read_timings
 from curate.errors import UserError
 from curate.lock import BusyError, Lock, locked
 from curate.mixture.record import read_mixture
 from curate.progress import start_logging
-from curate.select import is_selected, select
-from curate.selection import SelectConfig
+from curate.selection.config import SelectConfig
+from curate.selection.pipeline import is_selected, load_plan_targets, select
+from curate.selection.resolve import resolve
 from curate.stages.check import (
     check_data,
     check_inputs,
@@ -44,13 +45,13 @@ from curate.stages.trainer import TrainerError, run_trainer
 from curate.trajectory.declared import default_windows, window_steps
 from curate.trajectory.recorder import remove_parts
 from curate.trajectory.run import Run
-from curate.trajectory.samples import stored_bytes_per_token, trained_tokens
+from curate.trajectory.samples import trained_tokens
 from curate.trust import trust
 
 _log = logging.getLogger(__name__)
 MORE, TRAINER_FAILED, BUSY = 3, 4, 5
 Kind = Literal["train", "embed", "select"]
-_OWN = ("run", "runs_root", "target", "out")  # of a selection's settings, what the plan sets itself
+_OWN = ("run", "target", "out")  # of a selection's settings, what the plan sets itself
 
 
 class ScheduleConfig(Config):
@@ -96,7 +97,8 @@ def is_done(plan: PlanConfig, piece: Piece) -> bool:
         return True
     config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
-        return is_embedded(config, run, read_target(config, run))
+        selection = resolve(config, run)
+        return not selection.windows or is_embedded(selection.embedding, run, load_plan_targets(selection))
     return is_selected(config, run)
 
 
@@ -116,13 +118,13 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
     if own:
         raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")
     earlier = tuple(plan.run_folder(before) for before in range(index))
-    places = {"run": plan.run_folder(index), "target": plan.target_of(index), "out": plan.selection_folder(index)}
+    places: dict[str, Any] = {"run": plan.run_folder(index), "target": plan.target_of(index), "out": plan.selection_folder(index)}
     after = plan.stages[index + 1]
     budget = next_tokens(plan, index, run) if run else after.tokens
     if budget is not None:
         chosen = {"budget_tokens": budget, **chosen}
     try:
-        config = SelectConfig(**{"earlier": earlier, **chosen, **places})
+        config = SelectConfig(**_with_earlier(chosen, earlier), **places)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"selection.{'.'.join(map(str, first['loc']))} of the plan: {first['msg']}") from None
@@ -132,6 +134,11 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
             f"{int(config.budget_tokens or 0):,}: leave it out, or set both to the same"
         )
     return config
+
+
+def _with_earlier(chosen: Mapping[str, Any], earlier: Sequence[Path]) -> dict[str, Any]:
+    """Settings with the stages before the run, where they name no others."""
+    return {**chosen, "source": {"earlier_runs": tuple(earlier), **chosen.get("source", {})}}
 
 
 def work(plan: PlanConfig, piece: Piece, lock: Lock) -> None:
@@ -156,9 +163,11 @@ def work(plan: PlanConfig, piece: Piece, lock: Lock) -> None:
     config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
         check_states(plan, piece.stage, run)
-        if config.mode != "filter":
+        if config.mode != "samples":
             check_supply(plan, piece.stage, run, config.mixture)
-        embed(config, run, read_target(config, run))
+        selection = resolve(config, run)
+        if selection.windows:
+            embed(selection.embedding, run, load_plan_targets(selection))
     else:
         select(config, run)
 
@@ -254,7 +263,7 @@ def measured(plan: PlanConfig, piece: Piece) -> str:
         )
     mixture = read_mixture(plan.selection_folder(piece.stage) / "mixture.yaml")
     size = folder_bytes(plan.selection_folder(piece.stage))
-    return f"{mixture.tokens:,} tokens in {len(mixture.phases)} phases, {size / 1e6:,.1f} MB"
+    return f"{mixture.stored_tokens:,} tokens in {len(mixture.phases)} phases, {size / 1e6:,.1f} MB"
 
 
 def expected(plan: PlanConfig, piece: Piece, like: int | None) -> str:
@@ -276,9 +285,11 @@ def expected(plan: PlanConfig, piece: Piece, like: int | None) -> str:
         after = plan.stages[piece.stage + 1]
         asked = selection_config(plan, piece.stage).budget_tokens
         wanted = round((after.steps or 0) * tokens) if asked is None else int(asked)
-        filtered = plan.selection_settings(piece.stage).get("mode", "reweight") != "reweight"
+        copied = selection_config(plan, piece.stage).takes_samples
         size = (
-            f"about {wanted * stored_bytes_per_token(run) / 1e6:,.1f} MB of data" if filtered else "no data is copied"
+            f"about {wanted * run.source.stored_bytes_per_token / 1e6:,.1f} MB of data"
+            if copied
+            else "no data is copied"
         )
         return f"about {wanted:,} tokens, {size}"
     return _expected_embedding(plan, piece.stage, run, steps)
@@ -286,7 +297,10 @@ def expected(plan: PlanConfig, piece: Piece, like: int | None) -> str:
 
 def _expected_embedding(plan: PlanConfig, index: int, run: Run, steps: int) -> str:
     config = selection_config(plan, index)
-    units = cost_units(config, run, read_target(config, run))
+    selection = resolve(config, run)
+    if not selection.windows:
+        return "no window is valued"
+    units = embedding_passes(selection.embedding, run, load_plan_targets(selection))
     declared = plan.stages[index].windows
     windows = window_steps(declared, steps) if declared else default_windows(steps)
     total = sum(

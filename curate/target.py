@@ -64,6 +64,47 @@ class Target:
             yield from zip(half.tokens.numpy(), half.loss_mask.numpy(), strict=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What is to get better, and what must not get worse; read once.
+
+    Attributes:
+        named: the targets, the main one first.
+        retain: what must be retained; None: nothing is named.
+    """
+
+    named: tuple[Target, ...] = ()
+    retain: Target | None = None
+
+    @property
+    def every(self) -> list[Target]:
+        """All of them, the retention target last."""
+        return [*self.named, *([] if self.retain is None else [self.retain])]
+
+    @property
+    def main(self) -> Target:
+        """The first target."""
+        return self.named[0]
+
+
+def load_targets(paths: Sequence[Path], retain: Path | None, spec: RunSpec, min_tokens: int) -> Targets:
+    """Read the targets and what must be retained, see `load_target`.
+
+    Raises:
+        UserError: a file is bad, or two have one name: a target is called by its file's stem.
+    """
+    named = tuple(load_target(path, spec, min_tokens) for path in paths)
+    kept = None if retain is None else load_target(retain, spec, min_tokens)
+    targets = Targets(named=named, retain=kept)
+    names = [target.name for target in targets.every]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"two targets are called {twice[0]!r}, by the names of their files: rename one, or leave it out"
+        )
+    return targets
+
+
 def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     """Read a target file with the run's tokenizer.
 

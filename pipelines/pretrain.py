@@ -30,7 +30,7 @@ from curate.progress import progress, start_logging
 from curate.task import ModelSpec, TaskSpec, build_model
 from curate.trajectory.fit import check_fit, check_tokens
 from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
-from curate.trajectory.run import read_catalogue
+from curate.trajectory.source import read_catalogue
 from curate.trajectory.snapshots import load_state
 from pipelines.checkpoints import FINAL, finish, finished, resume, save
 from pipelines.optimizers import OptimizerConfig, build_optimizers, learning_rate

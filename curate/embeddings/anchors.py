@@ -149,7 +149,7 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     """
     assert per_domain >= 0
     assert samples_per_anchor > 0
-    reader = SampleReader(run)
+    reader = SampleReader(run.source)
     domains = sorted(run.streams)
     shared = -(-samples_per_anchor // len(domains)) if general else 0
     names, groups, mixed = [], [], []
@@ -172,7 +172,7 @@ def draw_samples(run: Run, domain: str, own: int, shared: int, purpose: str = "a
     The order depends on the contents of the samples, not on their places in shards.
     """
     trained = run.steps.select(sample_id="sample_ids").explode("sample_id").unique()
-    usable = run.places.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).select("sample_id")
+    usable = run.unique_samples.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).select("sample_id")
     pools = [usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi")]
     fresh, used = (
         generator(0, purpose, domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()

@@ -156,7 +156,7 @@ def _draw(run: Run, prior: Mapping[str, float], config: BranchTestConfig, batch_
 
 def _order(run: Run, domain: str, seed: int) -> Ids:
     """Ids of a domain's samples with predicted tokens in random order, whatever their places in shards."""
-    usable = run.places.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).sort("sample_id")
+    usable = run.unique_samples.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).sort("sample_id")
     return np.asarray(generator(seed, "branch test", domain).permutation(usable["sample_id"].to_numpy()))
 
 

@@ -23,7 +23,7 @@ def heldout_targets(run: Run) -> list[Target]:
         UserError: a domain has too few samples.
     """
     shared = 2 * -(-_SEQUENCES // (2 * len(run.streams)))
-    reader, targets, mixed = SampleReader(run), [], []
+    reader, targets, mixed = SampleReader(run.source), [], []
     for domain in sorted(run.streams):
         ids = draw_samples(run, domain, _SEQUENCES, shared, "verification targets")
         targets.append(_target(domain, ids[:_SEQUENCES], reader))

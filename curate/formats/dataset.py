@@ -114,7 +114,7 @@ class ScheduledDataset(CheckedDataset):
 
     Everything but the order is StreamingDataset's own: download, cache, ranks, data workers, `StreamingDataLoader`,
     `state_dict` and `load_state_dict` in the middle of a phase. Steps of the training take consecutive samples of the
-    schedule at any number of ranks and workers, so that start_steps are exact; with several ranks the last step
+    schedule at any number of ranks and workers, so that starts of phases are exact; with several ranks the last step
     may repeat or pad a few samples. A phase goes on in a stream where the phase before stopped: no sample comes again
     before all others of its stream came.
 

@@ -1,10 +1,10 @@
 """`schedule.yaml`: the streams of a stage phase by phase.
 
-    - start_step: 0            # counted in samples, so that it holds at any batch size
+    - start_sample: 0            # counted in samples, so that it holds at any batch size
       streams:                 # arguments of one `Stream` each; `choose` samples of it in this phase
       - {local: data/web, choose: 900}
       - {local: data/code, choose: 100}
-    - start_step: 1000
+    - start_sample: 1000
       ...
 
 An entry holds until the next one starts. A relative `local` counts from the file's own folder.
@@ -69,7 +69,7 @@ class PhaseStream(StreamArguments):
 class Entry(Config):
     """One phase of a stage."""
 
-    start_step: int = Field(ge=0)
+    start_sample: int = Field(ge=0)
     """Where it starts, in samples."""
     streams: Annotated[tuple[PhaseStream, ...], Field(min_length=1)]
     """What it is made of."""
@@ -92,16 +92,16 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for entry, after in zip(self.entries, self.entries[1:], strict=False):
-            if entry.start_step + entry.samples != after.start_step:
+            if entry.start_sample + entry.samples != after.start_sample:
                 raise UserError(
-                    f"the entry at start_step {entry.start_step} has {entry.samples} samples, the next one starts at "
-                    f"{after.start_step}: set it to {entry.start_step + entry.samples}, or change `choose`"
+                    f"the entry at start_sample {entry.start_sample} has {entry.samples} samples, the next one starts at "
+                    f"{after.start_sample}: set it to {entry.start_sample + entry.samples}, or change `choose`"
                 )
 
     @property
     def stop(self) -> int:
         """Step after the last, in samples."""
-        return self.entries[-1].start_step + self.entries[-1].samples
+        return self.entries[-1].start_sample + self.entries[-1].samples
 
     def at(self, step: int) -> Entry:
         """The entry that holds at a step, in samples.
@@ -109,14 +109,14 @@ class Schedule:
         Raises:
             UserError: the step lies before the first entry or after the last.
         """
-        first = self.entries[0].start_step
+        first = self.entries[0].start_sample
         if not first <= step < self.stop:
-            where = f"before the first entry (start_step {first})" if step < first else f"after the end ({self.stop})"
+            where = f"before the first entry (start_sample {first})" if step < first else f"after the end ({self.stop})"
             raise UserError(
                 f"step {step} lies {where} of the schedule, which says nothing about it: a stage is served from "
-                "start_step 0 to the schedule's end, in samples"
+                "start_sample 0 to the schedule's end, in samples"
             )
-        return self.entries[bisect_right([entry.start_step for entry in self.entries], step) - 1]
+        return self.entries[bisect_right([entry.start_sample for entry in self.entries], step) - 1]
 
     def totals(self) -> list[dict[str, Any]]:
         """`Stream` arguments with the samples of all phases, ordered by folder.
@@ -130,7 +130,7 @@ class Schedule:
                 arguments = stream.model_dump(exclude_unset=True)
                 known = found.setdefault(stream_key(arguments), {**arguments, "choose": 0})
                 if {**known, "choose": 0} != {**arguments, "choose": 0}:
-                    raise UserError(f"the schedule has {stream.local} with other arguments at {entry.start_step}")
+                    raise UserError(f"the schedule has {stream.local} with other arguments at {entry.start_sample}")
                 known["choose"] += stream.choose
         return [found[key] for key in sorted(found)]
 
@@ -142,7 +142,7 @@ def stream_key(stream: dict[str, Any]) -> tuple[str, str]:
 
 def is_schedule(value: Any) -> bool:
     """Whether the content of a YAML file is meant as a schedule, and not as a list of streams."""
-    return isinstance(value, list) and bool(value) and all(isinstance(e, dict) and "start_step" in e for e in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(e, dict) and "start_sample" in e for e in value)
 
 
 def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from curate.errors import UserError
-from curate.mixture.constraints import Facts, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
+from curate.mixture.constraints import Inputs, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
 
-Narrow = Callable[[MixtureConfig, Facts], Facts | None]
+Restrict = Callable[[MixtureConfig, Inputs], Inputs | None]
 """From a whole stage to the part of it that weights are solved for; None: they do not even hold for the whole."""
 
-_Feasible = Callable[[MixtureConfig, Facts], bool]
+_Feasible = Callable[[MixtureConfig, Inputs], bool]
 _FAR = 1e9  # beyond it a setting that may grow without end constrains nothing
 
 
@@ -22,16 +22,16 @@ class _Setting:
         name: as the user writes it.
         value: what it is.
         loosest: where it constrains nothing.
-        put: (config, facts, value) -> the same with another value.
+        put: (config, inputs, value) -> the same with another value.
     """
 
     name: str
     value: float
     loosest: float
-    put: Callable[[MixtureConfig, Facts, float], tuple[MixtureConfig, Facts]]
+    put: Callable[[MixtureConfig, Inputs, float], tuple[MixtureConfig, Inputs]]
 
 
-def check(config: MixtureConfig, facts: Facts, narrow: Narrow = lambda _, facts: facts) -> None:
+def check(config: MixtureConfig, inputs: Inputs, restrict: Restrict = lambda _, inputs: inputs) -> None:
     """Refuse constraints that no mixture satisfies.
 
     Of the settings a smallest set is named that conflicts by itself: loosening any one of it ends that conflict. The
@@ -39,31 +39,31 @@ def check(config: MixtureConfig, facts: Facts, narrow: Narrow = lambda _, facts:
 
     Args:
         config: the constraints.
-        facts: of the whole stage.
-        narrow: gives what weights are solved for.
+        inputs: of the whole stage.
+        restrict: gives what weights are solved for.
 
     Raises:
         UserError: the conflict, or a name that is no domain.
     """
-    check_names(config, facts)
+    check_names(config, inputs)
 
-    def feasible(config: MixtureConfig, facts: Facts) -> bool:
-        found = narrow(config, facts)
+    def feasible(config: MixtureConfig, inputs: Inputs) -> bool:
+        found = restrict(config, inputs)
         return found is not None and is_feasible(config, found)
 
-    if feasible(config, facts):
+    if feasible(config, inputs):
         return
-    conflict = _smallest(config, facts, feasible)
+    conflict = _smallest(config, inputs, feasible)
     remedies = [
         remedy
         for setting in conflict
-        for one in ([setting, _budget(facts)] if setting.name == "mixture.max_epochs" else [setting])
-        if (remedy := _remedy(one, config, facts, feasible)) is not None
+        for one in ([setting, _budget(inputs)] if setting.name == "mixture.max_epochs" else [setting])
+        if (remedy := _remedy(one, config, inputs, feasible)) is not None
     ]
     named = ", ".join(f"{setting.name} {setting.value:g}" for setting in conflict)
-    detail = _left(config, facts) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
+    detail = _left(config, inputs) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
     if not conflict:
-        left = f"the domains {', '.join(facts.domains)} have nothing left" if facts.domains else "there is no domain"
+        left = f"the domains {', '.join(inputs.domains)} have nothing left" if inputs.domains else "there is no domain"
         raise UserError(f"no mixture is possible with any constraints: {left}; give streams with samples to draw")
     if not remedies:
         raise UserError(f"no mixture satisfies {named} together{detail}, and other constraints conflict besides")
@@ -85,23 +85,23 @@ def check_settings(config: MixtureConfig, previous: Mapping[str, float]) -> None
     """
     shares = chosen_prior(MixtureConfig(), previous)
     plenty = dict.fromkeys(shares, Supply(samples=1, tokens=1))
-    facts = Facts(prior=chosen_prior(config, shares), previous=shares, supply=plenty, budget_tokens=1.0)
-    check(config.model_copy(update={"max_epochs": math.inf}), facts)
+    inputs = Inputs(prior=chosen_prior(config, shares), previous=shares, supply=plenty, budget_tokens=1.0)
+    check(config.model_copy(update={"max_epochs": math.inf}), inputs)
 
 
-def _smallest(config: MixtureConfig, facts: Facts, feasible: _Feasible) -> list[_Setting]:
+def _smallest(config: MixtureConfig, inputs: Inputs, feasible: _Feasible) -> list[_Setting]:
     """Loosen one setting after the other; what cannot be loosened without ending the conflict is part of it."""
     conflict = []
-    for setting in _settings(config, facts):
-        looser = setting.put(config, facts, setting.loosest)
+    for setting in _settings(config, inputs):
+        looser = setting.put(config, inputs, setting.loosest)
         if feasible(*looser):
             conflict.append(setting)
         else:
-            config, facts = looser
+            config, inputs = looser
     return conflict
 
 
-def _settings(config: MixtureConfig, facts: Facts) -> list[_Setting]:
+def _settings(config: MixtureConfig, inputs: Inputs) -> list[_Setting]:
     """Every setting that constrains something; the ones named last are more likely to be kept in a conflict."""
     found = [
         _plain("min_share_of_prior", config.min_share_of_prior, 0.0),
@@ -111,8 +111,8 @@ def _settings(config: MixtureConfig, facts: Facts) -> list[_Setting]:
     ]
     if config.max_change is not None:
         found.append(_plain("max_change", config.max_change, _FAR))
-    if facts.guard is not None:
-        found.append(_plain("guard_drop", config.guard_drop, _FAR))
+    if inputs.retained is not None:
+        found.append(_plain("max_regression", config.max_regression, _FAR))
     found += [_single("ceilings", domain, config.ceilings[domain], 1.0) for domain in sorted(config.ceilings)]
     found += [_single("floors", domain, config.floors[domain], 0.0) for domain in sorted(config.floors)]
     return found
@@ -123,31 +123,31 @@ def _plain(name: str, value: float, loosest: float) -> _Setting:
         name=f"mixture.{name}",
         value=value,
         loosest=loosest,
-        put=lambda config, facts, value: (config.model_copy(update={name: value}), facts),
+        put=lambda config, inputs, value: (config.model_copy(update={name: value}), inputs),
     )
 
 
 def _single(name: str, domain: str, value: float, loosest: float) -> _Setting:
-    def put(config: MixtureConfig, facts: Facts, value: float) -> tuple[MixtureConfig, Facts]:
-        return config.model_copy(update={name: {**getattr(config, name), domain: value}}), facts
+    def put(config: MixtureConfig, inputs: Inputs, value: float) -> tuple[MixtureConfig, Inputs]:
+        return config.model_copy(update={name: {**getattr(config, name), domain: value}}), inputs
 
     return _Setting(name=f"mixture.{name}.{domain}", value=value, loosest=loosest, put=put)
 
 
-def _budget(facts: Facts) -> _Setting:
+def _budget(inputs: Inputs) -> _Setting:
     return _Setting(
         name="budget_tokens",
-        value=facts.budget_tokens,
+        value=inputs.budget_tokens,
         loosest=1.0,
-        put=lambda config, facts, value: (config, replace(facts, budget_tokens=value)),
+        put=lambda config, inputs, value: (config, replace(inputs, budget_tokens=value)),
     )
 
 
-def _remedy(setting: _Setting, config: MixtureConfig, facts: Facts, feasible: _Feasible) -> str | None:
+def _remedy(setting: _Setting, config: MixtureConfig, inputs: Inputs, feasible: _Feasible) -> str | None:
     """`setting` and the value next to its own that is feasible; None where loosening it alone is not enough."""
 
     def works(value: float) -> bool:
-        return feasible(*setting.put(config, facts, value))
+        return feasible(*setting.put(config, inputs, value))
 
     if not works(min(setting.loosest, _FAR)):
         return None
@@ -170,12 +170,12 @@ def _rounded(value: float, setting: _Setting, works: Callable[[float], bool]) ->
     return f"{(math.ceil if setting.loosest > setting.value else math.floor)(value * scale) / scale:g}"
 
 
-def _left(config: MixtureConfig, facts: Facts) -> str:
+def _left(config: MixtureConfig, inputs: Inputs) -> str:
     """How much the domains have left that are wanted more of than that."""
     short = []
-    for domain in facts.domains:
-        left = facts.supply[domain].available_tokens(config.max_epochs)
+    for domain in inputs.domains:
+        left = inputs.supply[domain].available_tokens(config.max_epochs)
         wanted = max(min(config.max_weight, config.ceilings.get(domain, 1.0)), config.floors.get(domain, 0.0))
-        if left < wanted * facts.budget_tokens:
+        if left < wanted * inputs.budget_tokens:
             short.append(f"{domain} {int(left):,}")
-    return f" (tokens left of {int(facts.budget_tokens):,} wanted: {', '.join(short)})" if short else ""
+    return f" (tokens left of {int(inputs.budget_tokens):,} wanted: {', '.join(short)})" if short else ""

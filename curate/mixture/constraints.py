@@ -6,18 +6,22 @@ counts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curate.config import Config
 from curate.errors import UserError
-from curate.mixture.weights import Floats, Problem, roomiest
+from curate.mixture.weights import Floats, Problem, max_slack
 
 Lower = Literal["floor", "max_change"]
 Upper = Literal["ceiling", "max_epochs", "max_change"]
+Schedule = Literal["constant", "early-and-late", "anneal"]
 _ROUNDING = 1e-9
+DECAY_EPOCHS = 15.4
+"""Data used for the e-th time is worth exp(-(e - 1) / 15.4) of new data (arXiv 2305.16264)."""
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,31 +30,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class MixtureConfig(Config):
     """How scores become the next stage's domain weights."""
 
-    temperature: float = Field(default=0.35, gt=0)
-    """How far the weights may leave the prior: they are prior * exp(score / temperature) between the bounds below; the
-    unit is one standard deviation of a sample's value, which domains seldom differ by. High = close to the prior, low =
-    concentrated."""
-    likeness_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of n-gram likeness to the targets (and to the guard, in its own) in the scores of domains, beside their
-    values; of method curate. 0: values alone."""
-    guard_weight: float = Field(default=0.5, ge=0)
-    """Weight of a guard's scores beside those of the targets, which have 1 together: where domains do alike for the
-    targets, those that the guard needs get more. In the branch bench it took less of general text for as much of the
-    target than the bound of `guard_drop` alone."""
-    window: str = "auto"
-    """The window whose scores set the weights; windows are never averaged: early, late, or next_step (what samples of
-    every domain would do in the step after the run's last). auto: the last valued one, next_step where none is."""
+    prior_strength: float = Field(default=0.35, gt=0)
+    """How strongly the weights stay near the prior: they are prior * exp(score / prior_strength) between the bounds
+    below; the unit is one standard deviation of a sample's value, which domains seldom differ by. High: close to the
+    prior. Low: concentrated."""
+    branch_test: Path | None = None
+    """What `python -m curate.branch_test` found: its prior strength holds instead, so that scores which do not predict
+    the next stage move less."""
     prior: dict[str, float] = {}
-    """Share of each domain that the weights stay near; none: what the last stage trained on."""
+    """Share of each domain that the weights stay near; none: what the last stage trained on. With method proportional
+    these are the weights."""
     min_share_of_prior: float = Field(default=0.1, ge=0, le=1)
     """Each domain keeps at least this share of its prior weight, so that nothing is forgotten."""
     max_weight: float = Field(default=1.0, gt=0, le=1)
     """No domain gets more than this weight."""
     max_epochs: float = Field(default=4.0, gt=0)
     """No domain's data is used more often than this, what earlier stages consumed included."""
-    decay_epochs: float = Field(default=15.4, gt=0, allow_inf_nan=True)
-    """Data used for the e-th time is worth exp(-(e - 1) / decay_epochs) of new data (arXiv 2305.16264); .inf: as
-    much."""
     floors: dict[str, Share] = {}
     """Least weight of single domains, e.g. {"general": 0.2}; stands above min_share_of_prior."""
     ceilings: dict[str, Share] = {}
@@ -62,9 +57,26 @@ class MixtureConfig(Config):
     max_change: float | None = Field(default=None, ge=1)
     """No domain gets more than this many times its share of the last stage, nor less than one part in as many; none: no
     such bound."""
-    guard_drop: float = Field(default=0.0, ge=0)
-    """With a guard target: how far its expected score may fall below what the last stage's shares give, in standard
-    deviations of a sample."""
+    max_regression: float = Field(default=0.0, ge=0)
+    """How far the expected score of the retention target (`retain`) may fall below what the last stage's shares give,
+    in standard deviations of a sample."""
+    schedule: Schedule = "constant"
+    """Where in the next stage these weights hold; elsewhere what was trained on does, within the same bounds. constant:
+    throughout. early-and-late: in its early and its late part. anneal: in its late part only. Either has a
+    `schedule.yaml` instead of `streams.yaml` or beside the folders."""
+    early_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the stage's tokens in its early part."""
+    late_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the stage's tokens in its late part."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.schedule == "early-and-late" and self.early_share + self.late_share > 1:
+            raise ValueError(
+                f"early_share {self.early_share:g} and late_share {self.late_share:g} are more than the stage; lower "
+                "them to a sum of at most 1"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +127,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class Inputs:
     """What the constraints are about, every mapping over the same domains.
 
     Args:
@@ -123,14 +135,16 @@ class Facts:
         previous: share of the last stage; sums to 1.
         supply: what there is.
         budget_tokens: stored tokens of the next stage.
-        guard: score of each domain for the guard target; None without one.
+        retained: score of each domain for the retention target; None without one.
+        decay_epochs: how fast repeated data loses its worth, see `DECAY_EPOCHS`; inf: never.
     """
 
     prior: Mapping[str, float]
     previous: Mapping[str, float]
     supply: Mapping[str, Supply]
     budget_tokens: float
-    guard: Mapping[str, float] | None = None
+    retained: Mapping[str, float] | None = None
+    decay_epochs: float = DECAY_EPOCHS
 
     @property
     def domains(self) -> list[str]:
@@ -143,30 +157,30 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class GroupConstraint:
     """A constraint on several domains together: `row w >= least`."""
 
-    name: Literal["replay_share", "guard"]
+    name: Literal["replay_share", "retain"]
     row: Floats
     least: float
 
 
-def bounds_of(config: MixtureConfig, facts: Facts) -> dict[str, Bounds]:
+def bounds_of(config: MixtureConfig, inputs: Inputs) -> dict[str, Bounds]:
     """Bounds of every domain's weight at a budget, not yet known to be feasible.
 
     hi_d = min(max_weight, ceiling_d, (max_epochs tokens_d - consumed_d) / budget, max_change previous_d)
     lo_d = floor_d, else max(min_share_of_prior prior_d, previous_d / max_change), which gives way to hi_d
     """
-    return {domain: _bounds(config, facts, domain) for domain in facts.domains}
+    return {domain: _bounds(config, inputs, domain) for domain in inputs.domains}
 
 
-def _bounds(config: MixtureConfig, facts: Facts, domain: str) -> Bounds:
-    change, previous = config.max_change, facts.previous[domain]
+def _bounds(config: MixtureConfig, inputs: Inputs, domain: str) -> Bounds:
+    change, previous = config.max_change, inputs.previous[domain]
     above: list[tuple[float, Upper]] = [
         (min(config.max_weight, config.ceilings.get(domain, 1.0)), "ceiling"),
-        (facts.supply[domain].available_tokens(config.max_epochs) / facts.budget_tokens, "max_epochs"),
+        (inputs.supply[domain].available_tokens(config.max_epochs) / inputs.budget_tokens, "max_epochs"),
     ]
-    below: list[tuple[float, Lower]] = [(config.min_share_of_prior * facts.prior[domain], "floor")]
+    below: list[tuple[float, Lower]] = [(config.min_share_of_prior * inputs.prior[domain], "floor")]
     if change is not None:
         above.append((previous * change, "max_change"))
         below.append((previous / change, "max_change"))
@@ -179,57 +193,57 @@ def _bounds(config: MixtureConfig, facts: Facts, domain: str) -> Bounds:
     return Bounds(lo=lo, hi=hi, lo_from=lo_from, hi_from=hi_from)
 
 
-def shared_of(config: MixtureConfig, facts: Facts) -> list[Shared]:
+def group_constraints(config: MixtureConfig, inputs: Inputs) -> list[GroupConstraint]:
     """The constraints on several domains together."""
     found = []
     if config.replay_share > 0:
-        row = facts.array({domain: float(domain in config.replay_domains) for domain in facts.domains})
-        found.append(Shared(name="replay_share", row=row, least=config.replay_share))
-    if facts.guard is not None:
-        row = facts.array(facts.guard)
-        least = float(row @ facts.array(facts.previous)) - config.guard_drop
-        found.append(Shared(name="guard", row=row, least=least))
+        row = inputs.array({domain: float(domain in config.replay_domains) for domain in inputs.domains})
+        found.append(GroupConstraint(name="replay_share", row=row, least=config.replay_share))
+    if inputs.retained is not None:
+        row = inputs.array(inputs.retained)
+        least = float(row @ inputs.array(inputs.previous)) - config.max_regression
+        found.append(GroupConstraint(name="retain", row=row, least=least))
     return found
 
 
-def problem_of(config: MixtureConfig, facts: Facts, scores: Mapping[str, float]) -> Problem:
+def problem_of(config: MixtureConfig, inputs: Inputs, scores: Mapping[str, float]) -> Problem:
     """The problem that the weights are solved from; see `conflicts.check` for what makes it feasible."""
-    bounds, shared = bounds_of(config, facts), shared_of(config, facts)
-    supply = facts.supply
+    bounds, shared = bounds_of(config, inputs), group_constraints(config, inputs)
+    supply = inputs.supply
     return Problem(
-        prior=facts.array(facts.prior),
-        scores=facts.array(scores),
-        temperature=config.temperature,
-        lo=facts.array({domain: bound.lo for domain, bound in bounds.items()}),
-        hi=facts.array({domain: bound.hi for domain, bound in bounds.items()}),
-        used=facts.array({domain: part.consumed_tokens / part.tokens for domain, part in supply.items()}),
-        epochs=facts.array({domain: facts.budget_tokens / part.tokens for domain, part in supply.items()}),
-        decay_epochs=config.decay_epochs,
+        prior=inputs.array(inputs.prior),
+        scores=inputs.array(scores),
+        temperature=config.prior_strength,
+        lo=inputs.array({domain: bound.lo for domain, bound in bounds.items()}),
+        hi=inputs.array({domain: bound.hi for domain, bound in bounds.items()}),
+        used=inputs.array({domain: part.consumed_tokens / part.tokens for domain, part in supply.items()}),
+        epochs=inputs.array({domain: inputs.budget_tokens / part.tokens for domain, part in supply.items()}),
+        decay_epochs=inputs.decay_epochs,
         rows=np.array([one.row for one in shared]) if shared else None,
         least=np.array([one.least for one in shared]) if shared else None,
     )
 
 
-def is_feasible(config: MixtureConfig, facts: Facts) -> bool:
+def is_feasible(config: MixtureConfig, inputs: Inputs) -> bool:
     """Whether some weights satisfy every constraint."""
-    bounds = bounds_of(config, facts).values()
+    bounds = bounds_of(config, inputs).values()
     lo, hi = (np.array([getattr(bound, side) for bound in bounds]) for side in ("lo", "hi"))
     if (lo > hi).any() or lo.sum() > 1 + _ROUNDING or hi.sum() < 1 - _ROUNDING:
         return False
-    shared = shared_of(config, facts)
+    shared = group_constraints(config, inputs)
     if not shared:
         return True
     rows, least = np.array([one.row for one in shared]), np.array([one.least for one in shared])
-    return roomiest(rows, least, lo, hi)[1] >= -_ROUNDING
+    return max_slack(rows, least, lo, hi)[1] >= -_ROUNDING
 
 
-def check_names(config: MixtureConfig, facts: Facts) -> None:
+def check_names(config: MixtureConfig, inputs: Inputs) -> None:
     """Refuse names that are no domains and numbers that are no weights.
 
     Raises:
         UserError: names them, and what would work.
     """
-    prior, supply = facts.prior, facts.supply
+    prior, supply = inputs.prior, inputs.supply
     if set(prior) != set(supply):
         raise UserError(f"the run trained on {sorted(prior)}, the data has {sorted(supply)}; give the same domains")
     empty = sorted(domain for domain in supply if supply[domain].samples == 0)

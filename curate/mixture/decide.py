@@ -9,35 +9,45 @@ import polars as pl
 
 from curate.errors import UserError
 from curate.mixture.apportion import allocate
-from curate.mixture.conflicts import Narrow, check
+from curate.mixture.conflicts import Restrict, check
 from curate.mixture.constraints import (
-    Facts,
+    DECAY_EPOCHS,
+    Inputs,
     MixtureConfig,
     Supply,
     bounds_of,
     chosen_prior,
+    group_constraints,
     is_feasible,
     problem_of,
-    shared_of,
 )
-from curate.mixture.record import Asked, DomainMixture, Mixture, SharedLimit, SweepPoint, counts_of, with_totals
+from curate.mixture.record import DomainMixture, GroupLimit, Mixture, SourceWeights, SweepPoint, counts_of, with_totals
 from curate.mixture.weights import Solution, divergence, effective_number, expected_gain, optimum
 
-SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # temperatures of the sweep, as multiples of the one chosen
+SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # prior strengths of the sweep, as multiples of the one chosen
+RETAIN_WEIGHT = 0.5
+"""Weight of the retention target's scores beside those of the targets, which have 1 together: where domains do alike
+for the targets, those that it needs get more. In the branch bench that took less of general text for as much of the
+target than the bound alone."""
 _MEANS = ("score", "score_low", "score_high", "shrunk")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aims:
+class Objectives:
     """What the mixture is for.
 
     Args:
         targets: name of each target -> weight of its scores, positive.
-        guard: name of the target that must not lose; None: none.
+        retain: name of the target that must not lose; None: none.
     """
 
     targets: Mapping[str, float]
-    guard: str | None = None
+    retain: str | None = None
+
+    def weights(self, retain_weight: float) -> dict[str, float]:
+        """Weight of each target's values, the retention target's last, with its weight for the others' 1."""
+        whole = sum(self.targets.values())
+        return dict(self.targets) | ({} if self.retain is None else {self.retain: retain_weight * whole})
 
 
 def decide(
@@ -46,74 +56,98 @@ def decide(
     supply: Mapping[str, Supply],
     budget_tokens: int,
     config: MixtureConfig,
-    aims: Aims,
-    narrow: Narrow = lambda _, facts: facts,
+    objectives: Objectives,
+    source: str,
+    restrict: Restrict = lambda _, inputs: inputs,
+    decay_epochs: float = DECAY_EPOCHS,
 ) -> Mixture:
     """Solve the mixture: bounds, weights, whole samples.
 
     Args:
-        scores: rows of `scores.domain_scores`, one per valued window, target of the aims and domain.
+        scores: rows of `scores.domain_scores`, one per source, target of the objectives and domain.
         previous: share of each domain in what was trained on; need not sum to 1.
         supply: what there is of the same domains.
         budget_tokens: stored tokens of the next stage.
-        config: temperature and constraints.
-        aims: the targets and the guard.
-        narrow: gives the part of the stage that the weights are for.
+        config: prior strength and constraints.
+        objectives: the targets, and what must be retained.
+        source: whose scores set the weights.
+        restrict: gives the part of the stage that the weights are for.
+        decay_epochs: how fast repeated data loses its worth.
 
     Returns:
         The mixture with `tokens = samples * mean length`, exact where the samples of a domain have one length; else see
         `with_tokens`.
 
     Raises:
-        UserError: no mixture satisfies the constraints, or the scores are not those of the window and the domains.
+        UserError: no mixture satisfies the constraints, or there are no scores of the source.
     """
     whole = sum(previous[domain] for domain in sorted(previous))
     previous = {domain: previous[domain] / whole for domain in sorted(previous)}
-    windows = scores["window"].unique().sort().to_list()
-    if config.window == "auto" and len(windows) == 1:
-        config = config.model_copy(update={"window": windows[0]})
-    if config.window not in windows:
-        raise UserError(
-            f"there are no scores for window {config.window!r} (there are {', '.join(windows)}); set mixture.window"
-        )
-    base = Facts(prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens)
-    parts = {window: _part(scores.filter(window=window), base, aims, config.guard_weight) for window in windows}
-    check(config, parts[config.window].facts, narrow)
-    parts = {window: replace(part, facts=_known_part(narrow(config, part.facts))) for window, part in parts.items()}
-    asked = {
-        window: Asked(
+    sources = scores["source"].unique().sort().to_list()
+    if source not in sources:
+        raise UserError(f"there are no scores of {source} (there are of {', '.join(sources)}); set values.sources")
+    base = Inputs(
+        prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens,
+        decay_epochs=decay_epochs,
+    )  # fmt: skip
+    parts = {name: _part(scores.filter(source=name), base, objectives) for name in sources}
+    check(config, parts[source].inputs, restrict)
+    parts = {name: replace(part, inputs=_restricted(restrict(config, part.inputs))) for name, part in parts.items()}
+    by_source = {
+        name: SourceWeights(
             shrunk=part.shrunk,
-            weights=_weights(part, _solve(part, config)) if is_feasible(config, part.facts) else None,
+            weights=_weights(part, _solve(part, config)) if is_feasible(config, part.inputs) else None,
         )
-        for window, part in parts.items()
+        for name, part in parts.items()
     }
-    return _record(parts[config.window], config, aims, asked)
+    return _record(parts[source], config, objectives, source, by_source)
+
+
+def tilted_prior(
+    scores: pl.DataFrame, previous: Mapping[str, float], config: MixtureConfig, objectives: Objectives
+) -> dict[str, float]:
+    """About which shares a mixture will have, bounds and repetition left aside: w_d ~ prior_d exp(score_d / T).
+
+    Args:
+        scores: of one source, see `decide`.
+        previous: share of each domain in what was trained on; need not sum to 1.
+        config: prior strength T.
+        objectives: the targets, and what must be retained.
+
+    Returns:
+        Domain -> share; sums to 1.
+    """
+    whole = sum(previous[domain] for domain in sorted(previous))
+    previous = {domain: previous[domain] / whole for domain in sorted(previous)}
+    base = Inputs(prior=chosen_prior(config, previous), previous=previous, supply={}, budget_tokens=1)
+    shrunk = base.array(_part(scores, base, objectives).shrunk) / config.prior_strength
+    weights = base.array(base.prior) * np.exp(shrunk - shrunk.max())
+    return dict(zip(base.domains, (weights / weights.sum()).tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """One window: the scores that the targets give each domain together, and what the constraints are about."""
+    """One source: the scores that the targets give each domain together, and what the constraints are about."""
 
     rows: dict[str, dict[str, float]]
-    facts: Facts
+    inputs: Inputs
 
     @property
     def shrunk(self) -> dict[str, float]:
         return {domain: row["shrunk"] for domain, row in self.rows.items()}
 
 
-def _known_part(facts: Facts | None) -> Facts:
-    assert facts is not None  # the check has seen to it
-    return facts
+def _restricted(inputs: Inputs | None) -> Inputs:
+    assert inputs is not None  # the check has seen to it
+    return inputs
 
 
-def _part(scores: pl.DataFrame, base: Facts, aims: Aims, guard_weight: float) -> _Part:
-    """Weighted means over the targets, the guard among them with its weight for the others' 1.
+def _part(scores: pl.DataFrame, base: Inputs, objectives: Objectives) -> _Part:
+    """Weighted means over the targets, the retention target among them.
 
     So are the ends of the interval, as if the targets' errors were one error.
     """
-    whole = sum(aims.targets.values())
-    weights = dict(aims.targets) | ({} if aims.guard is None else {aims.guard: guard_weight * whole})
+    weights = objectives.weights(RETAIN_WEIGHT)
     shares = {target: weight / sum(weights.values()) for target, weight in weights.items()}
     tables = {target: _rows(scores, target, base) for target in weights}
     first = next(iter(tables.values()))
@@ -122,13 +156,13 @@ def _part(scores: pl.DataFrame, base: Facts, aims: Aims, guard_weight: float) ->
         | {name: _mean([(tables[target][domain][name], share) for target, share in shares.items()]) for name in _MEANS}
         for domain in base.domains
     }
-    if aims.guard is None:
-        return _Part(rows=rows, facts=base)
-    guard = {domain: row["shrunk"] for domain, row in tables[aims.guard].items()}
-    return _Part(rows=rows, facts=replace(base, guard=guard))
+    if objectives.retain is None:
+        return _Part(rows=rows, inputs=base)
+    retained = {domain: row["shrunk"] for domain, row in tables[objectives.retain].items()}
+    return _Part(rows=rows, inputs=replace(base, retained=retained))
 
 
-def _rows(scores: pl.DataFrame, target: str, base: Facts) -> dict[str, dict[str, float]]:
+def _rows(scores: pl.DataFrame, target: str, base: Inputs) -> dict[str, dict[str, float]]:
     """The row of each domain for one target."""
     chosen = scores.filter(pl.col("target") == target)
     rows = {row["domain"]: row for row in chosen.iter_rows(named=True)}
@@ -143,49 +177,51 @@ def _mean(terms: list[tuple[float | None, float]]) -> float:
 
 
 def _solve(part: _Part, config: MixtureConfig) -> Solution:
-    return optimum(problem_of(config, part.facts, part.shrunk))
+    return optimum(problem_of(config, part.inputs, part.shrunk))
 
 
 def _weights(part: _Part, solution: Solution) -> dict[str, float]:
-    return dict(zip(part.facts.domains, solution.weights.tolist(), strict=True))
+    return dict(zip(part.inputs.domains, solution.weights.tolist(), strict=True))
 
 
-def _record(part: _Part, config: MixtureConfig, aims: Aims, asked: dict[str, Asked]) -> Mixture:
+def _record(
+    part: _Part, config: MixtureConfig, objectives: Objectives, source: str, by_source: dict[str, SourceWeights]
+) -> Mixture:
     """Solve, round to whole samples, and say what holds what."""
-    facts, supply = part.facts, part.facts.supply
-    problem = problem_of(config, facts, part.shrunk)
-    solution, free = optimum(problem), optimum(problem.freed())
-    bounds, weights = bounds_of(config, facts), _weights(part, solution)
+    inputs, supply = part.inputs, part.inputs.supply
+    problem = problem_of(config, inputs, part.shrunk)
+    solution, free = optimum(problem), optimum(problem.unconstrained())
+    bounds, weights = bounds_of(config, inputs), _weights(part, solution)
     unconstrained = _weights(part, free)
-    samples = allocate(weights, int(facts.budget_tokens), supply, {name: bound.hi for name, bound in bounds.items()})
+    samples = allocate(weights, int(inputs.budget_tokens), supply, {name: bound.hi for name, bound in bounds.items()})
     domains = {
         name: DomainMixture(
             weight=weights[name],
             delivered_weight=0.0,
             unconstrained_weight=unconstrained[name],
-            prior=facts.prior[name],
+            prior=inputs.prior[name],
             **counts_of(samples[name], supply[name]),
             score=row["score"],
-            low=_known(row["score_low"]),
-            high=_known(row["score_high"]),
+            score_low=_known(row["score_low"]),
+            score_high=_known(row["score_high"]),
             shrunk=row["shrunk"],
-            valued=int(row["samples"]),
+            measured_samples=int(row["samples"]),
             binding=bounds[name].binding(weights[name]),
         )
         for name, row in part.rows.items()
     }
-    shared = {
-        one.name: SharedLimit(least=one.least, reached=float(one.row @ solution.weights), price=float(price))
-        for one, price in zip(shared_of(config, facts), solution.prices, strict=True)
+    limits = {
+        one.name: GroupLimit(least=one.least, reached=float(one.row @ solution.weights), price=float(price))
+        for one, price in zip(group_constraints(config, inputs), solution.prices, strict=True)
     }
     return with_totals(
         domains,
         {
-            "target": "+".join(aims.targets), "targets": dict(aims.targets), "guard": aims.guard,
-            "window": config.window, "temperature": config.temperature, "budget_tokens": int(facts.budget_tokens),
+            "target": "+".join(objectives.targets), "targets": dict(objectives.targets), "retain": objectives.retain,
+            "source": source, "prior_strength": config.prior_strength, "budget_tokens": int(inputs.budget_tokens),
             "unconstrained_effective_domains": effective_number(free.weights),
             "expected_score": expected_gain(problem, solution.weights), "gap": solution.gap,
-            "shared": shared, "sweep": _sweep(part, config), "asked": asked,
+            "group_limits": limits, "sweep": _sweep(part, config), "by_source": by_source,
         },
     )  # fmt: skip
 
@@ -195,22 +231,22 @@ def _known(number: float) -> float | None:
 
 
 def _sweep(part: _Part, config: MixtureConfig) -> list[SweepPoint]:
-    """The same problem at other temperatures."""
-    prior = part.facts.array(part.facts.prior)
-    guard = None if part.facts.guard is None else part.facts.array(part.facts.guard)
+    """The same problem at other prior strengths."""
+    prior = part.inputs.array(part.inputs.prior)
+    retained = None if part.inputs.retained is None else part.inputs.array(part.inputs.retained)
     points = []
     for factor in SWEEP:
-        temperature = config.temperature * factor
-        problem = replace(problem_of(config, part.facts, part.shrunk), temperature=temperature)
+        strength = config.prior_strength * factor
+        problem = replace(problem_of(config, part.inputs, part.shrunk), temperature=strength)
         weights = optimum(problem).weights
         points.append(
             SweepPoint(
-                temperature=temperature,
+                prior_strength=strength,
                 expected_score=expected_gain(problem, weights),
                 kl_to_prior=divergence(weights, prior),
                 effective_domains=effective_number(weights),
-                guard_score=None if guard is None else float(np.dot(guard, weights)),
-                weights=dict(zip(part.facts.domains, weights.tolist(), strict=True)),
+                retained_score=None if retained is None else float(np.dot(retained, weights)),
+                weights=dict(zip(part.inputs.domains, weights.tolist(), strict=True)),
             )
         )
     return points

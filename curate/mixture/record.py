@@ -16,7 +16,7 @@ from curate.reading import dump_yaml, read_yaml
 from curate.validation import first_problem
 from curate.writing import replacing
 
-_TOTALS = {"tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
+_TOTALS = {"stored_tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
 
 
 class DomainMixture(Config):
@@ -25,12 +25,12 @@ class DomainMixture(Config):
     weight: float
     """Solved share of the tokens, over the whole stage."""
     delivered_weight: float
-    """Share of the tokens after rounding to whole samples: tokens / total tokens."""
+    """Share of the tokens after rounding to whole samples."""
     unconstrained_weight: float
     """What the weight would be without floors, ceilings, epoch caps and constraints on several domains together."""
     prior: float
     """Share that the weights stay near: that in what was trained on, or mixture.prior."""
-    tokens: int
+    stored_tokens: int
     """Stored tokens delivered."""
     samples: int
     """Samples delivered, repeats counted."""
@@ -40,14 +40,14 @@ class DomainMixture(Config):
     """The same with what earlier stages consumed; above max_epochs only where they already went beyond it."""
     score: float
     """How far the domain's value per token lies above average, in standard deviations of a sample, and how far its
-    likeness does, by `mixture.likeness_share`; of several targets, and the guard, the weighted mean."""
-    low: float | None
+    n-gram log-likelihood ratio does, by `values.ngram_share`; of several targets the weighted mean."""
+    score_low: float | None
     """Lower end of the score's 95 % interval; null where it is not known."""
-    high: float | None
+    score_high: float | None
     """Upper end."""
     shrunk: float
     """The score shrunk by its standard error: what the weight was solved from."""
-    valued: int
+    measured_samples: int
     """Distinct samples that the score was measured on; 0: nothing was measured, the score is the average's."""
     binding: Literal["floor", "ceiling", "max_epochs", "max_change"] | None
     """The constraint that holds the weight where it is."""
@@ -56,9 +56,9 @@ class DomainMixture(Config):
 class Phase(Config):
     """A part of the next stage with weights of its own."""
 
-    start_step: int
+    start_sample: int
     """Where it starts, in samples from the stage's beginning; it ends where the next one starts."""
-    curated: float
+    blend: float
     """How far its weights go from the base mixture (0) to the curated one (1)."""
     samples: int
     """Samples delivered, repeats counted."""
@@ -66,11 +66,11 @@ class Phase(Config):
     """The same by domain."""
 
 
-class SharedLimit(Config):
+class GroupLimit(Config):
     """A constraint on several domains together."""
 
     least: float
-    """What must be reached: a share of the tokens (replay_share), an expected score (guard)."""
+    """What must be reached: a share of the tokens (replay_share), an expected score (retain)."""
     reached: float
     """What the solved weights reach."""
     price: float
@@ -78,25 +78,25 @@ class SharedLimit(Config):
 
 
 class SweepPoint(Config):
-    """The mixture that another temperature would give, under the same constraints."""
+    """The mixture that another prior strength would give, under the same constraints."""
 
-    temperature: float
+    prior_strength: float
     expected_score: float
     """Expected score of a token, repetition discounted."""
     kl_to_prior: float
     effective_domains: float
-    guard_score: float | None
-    """Expected score of a token for the guard; null without one."""
+    retained_score: float | None
+    """Expected score of a token for the retention target; null without one."""
     weights: dict[str, float]
 
 
-class Asked(Config):
-    """What one window's scores ask for, under the same constraints; windows are never averaged."""
+class SourceWeights(Config):
+    """What one source's scores ask for, under the same constraints; sources are never averaged."""
 
     shrunk: dict[str, float]
     """Shrunk score of each domain."""
     weights: dict[str, float] | None
-    """Solved weights; null where the window's guard scores leave no mixture."""
+    """Solved weights; null where the source's scores of the retention target leave no mixture."""
 
 
 class Mixture(Config):
@@ -106,15 +106,15 @@ class Mixture(Config):
     """Name of the target; of several, joined by a plus."""
     targets: dict[str, float]
     """Weight of each target's scores."""
-    guard: str | None
-    """Name of the guard's target."""
-    window: str
-    """Where the scores come from."""
+    retain: str | None
+    """Name of the retention target."""
+    source: str
+    """Where the scores come from: early, late, current or candidates."""
     sign: str = SIGN
-    temperature: float
+    prior_strength: float
     budget_tokens: int
     """What was asked for."""
-    tokens: int
+    stored_tokens: int
     """What whole samples and caps make of it."""
     samples: int
     effective_domains: float
@@ -126,15 +126,15 @@ class Mixture(Config):
     expected_score: float
     """Expected score of a token under the solved weights, repetition discounted."""
     gap: float
-    """Certificate of the solution: no weights reach an objective (expected score less temperature times divergence)
+    """Certificate of the solution: no weights reach an objective (expected score less prior strength times divergence)
     that is higher by more than this."""
     domains: dict[str, DomainMixture]
-    shared: dict[str, SharedLimit]
+    group_limits: dict[str, GroupLimit]
     """Constraints on several domains together."""
     sweep: list[SweepPoint]
-    """Other temperatures."""
-    asked: dict[str, Asked]
-    """Each valued window on its own."""
+    """Other prior strengths."""
+    by_source: dict[str, SourceWeights]
+    """Each source on its own."""
     phases: tuple[Phase, ...] = ()
     """The stage in order: one phase, or one for each part of a schedule (`mixture.schedule`)."""
 
@@ -142,9 +142,10 @@ class Mixture(Config):
 def with_tokens(mixture: Mixture, tokens: Mapping[str, int]) -> Mixture:
     """The mixture with the tokens that the chosen samples really have; a domain without an entry delivers none."""
     domains = {
-        name: domain.model_copy(update={"tokens": tokens.get(name, 0)}) for name, domain in mixture.domains.items()
+        name: domain.model_copy(update={"stored_tokens": tokens.get(name, 0)})
+        for name, domain in mixture.domains.items()
     }
-    return with_totals(domains, _facts(mixture))
+    return with_totals(domains, _fields(mixture))
 
 
 def with_phases(
@@ -173,8 +174,8 @@ def with_phases(
         for name, domain in mixture.domains.items()
     }
     assert all(domains[name].samples == totals[name] for name in domains)
-    facts = {**_facts(mixture), "phases": list(phases), "budget_tokens": budget_tokens or mixture.budget_tokens}
-    return with_totals(domains, facts)
+    fields = {**_fields(mixture), "phases": list(phases), "budget_tokens": budget_tokens or mixture.budget_tokens}
+    return with_totals(domains, fields)
 
 
 def counts_of(samples: int, supply: Supply) -> dict[str, Any]:
@@ -182,13 +183,13 @@ def counts_of(samples: int, supply: Supply) -> dict[str, Any]:
     epochs = samples / supply.samples
     return {
         "samples": samples,
-        "tokens": round(samples * supply.mean_length),
+        "stored_tokens": round(samples * supply.mean_length),
         "epochs": epochs,
         "epochs_in_all": epochs + supply.consumed_tokens / supply.tokens,
     }
 
 
-def _facts(mixture: Mixture) -> dict[str, Any]:
+def _fields(mixture: Mixture) -> dict[str, Any]:
     return {name: getattr(mixture, name) for name in Mixture.model_fields if name not in _TOTALS}
 
 
@@ -212,20 +213,20 @@ def read_mixture(path: Path) -> Mixture:
         raise UserError(f"{path} is not a mixture ({first_problem(error)}); select again") from None
 
 
-def with_totals(domains: Mapping[str, DomainMixture], facts: Mapping[str, Any]) -> Mixture:
+def with_totals(domains: Mapping[str, DomainMixture], fields: Mapping[str, Any]) -> Mixture:
     """The record with everything that follows from the domains' tokens and samples.
 
     Args:
         domains: every field but `delivered_weight` is right.
-        facts: the other fields of `Mixture`.
+        fields: the other fields of `Mixture`.
     """
-    tokens = sum(domain.tokens for domain in domains.values())
-    delivered = {name: domain.tokens / tokens for name, domain in domains.items()}
+    tokens = sum(domain.stored_tokens for domain in domains.values())
+    delivered = {name: domain.stored_tokens / tokens for name, domain in domains.items()}
     weights = np.array(list(delivered.values()))
     return Mixture.model_validate(
         {
-            **facts,
-            "tokens": tokens,
+            **fields,
+            "stored_tokens": tokens,
             "samples": sum(domain.samples for domain in domains.values()),
             "effective_domains": effective_number(weights),
             "kl_to_prior": divergence(weights, np.array([domain.prior for domain in domains.values()])),

@@ -63,7 +63,7 @@ class Problem:
             return False
         return bool(((self.scores > 0) & (self.used + self.epochs * self.hi > 1)).any())
 
-    def freed(self) -> "Problem":
+    def unconstrained(self) -> "Problem":
         """The same without bounds and shared constraints."""
         nothing = np.zeros_like(self.prior)
         return replace(self, lo=nothing, hi=nothing + 1, rows=None, least=None)
@@ -283,14 +283,14 @@ def _repaired(problem: Problem, weights: Floats) -> Floats:
     short = least - rows @ weights
     if (short <= _TOLERANCE).all():
         return weights
-    inside, _ = roomiest(rows, least, problem.lo, problem.hi)
+    inside, _ = max_slack(rows, least, problem.lo, problem.hi)
     room = np.maximum(rows @ inside - least, 0.0)
     share = max((s / (s + r) for s, r in zip(short, room, strict=True) if s > 0), default=0.0)
     mixed = weights + min(1.0, share) * (inside - weights)
     return np.clip(mixed, problem.lo, problem.hi)
 
 
-def roomiest(rows: Floats, least: Floats, lo: Floats, hi: Floats) -> tuple[Floats, float]:
+def max_slack(rows: Floats, least: Floats, lo: Floats, hi: Floats) -> tuple[Floats, float]:
     """The weights within the bounds whose least slack in the shared constraints is largest, and that slack.
 
     A linear program (HiGHS). The slack is negative where the constraints cannot all hold.

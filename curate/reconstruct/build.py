@@ -27,8 +27,9 @@ from curate.trajectory.declared import default_windows, window_steps
 from curate.trajectory.fit import check_fit, check_tokens
 from curate.trajectory.recorder import clip_factor
 from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run, RunSpec, keep_model_config, read_catalogue
+from curate.trajectory.run import Run, RunSpec, keep_model_config
 from curate.trajectory.snapshots import put_state, save_snapshot, snapshot_path
+from curate.trajectory.source import read_catalogue
 from curate.writing import replacing
 
 if TYPE_CHECKING:

@@ -18,21 +18,31 @@ FACTS = "report.json"
 
 # Columns that each frame must have; more are allowed and shown nowhere.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "reliability": ("window", "ranking", "samples", "spearman", "reliability", "reliability_low", "reliability_high"),
-    "curve": ("window", "step", "domain", "value", "value_per_lr"),
+    "reliability": ("source", "ranking", "samples", "spearman", "reliability", "reliability_low", "reliability_high"),
+    "curve": ("source", "step", "domain", "value", "value_per_lr"),
     "training": ("step", "loss", "lr", "grad_norm"),
     "domains": (
-        *("window", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
-        *("score", "score_low", "score_high", "shrunk", "value_score", "likeness", "fresh"),
+        *("source", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
+        *("score", "score_low", "score_high", "shrunk", "value_score", "ngram_ratio", "fresh"),
     ),
     "mixture": (
-        *("domain", "prior", "weight", "tokens", "samples", "epochs", "epochs_so_far", "binding", "unconstrained"),
+        *(
+            "domain",
+            "prior",
+            "weight",
+            "stored_tokens",
+            "samples",
+            "epochs",
+            "epochs_so_far",
+            "binding",
+            "unconstrained",
+        ),
     ),
-    "sweep": ("temperature", "expected_score", "kl_to_prior", "effective_domains", "guard_score"),
+    "sweep": ("prior_strength", "expected_score", "kl_to_prior", "effective_domains", "retained_score"),
     "targets": ("target", "weight", "domain", "score", "score_low", "score_high", "shrunk"),
-    "examples": ("kind", "rank", "window", "step", "domain", "sample_id", "value", "text"),
-    "shards": ("window", "domain", "shards", "samples", "share_between", "p_value", "verdict"),
-    "costs": ("phase", "units", "seconds", "bytes", "note"),
+    "examples": ("kind", "rank", "source", "step", "domain", "sample_id", "value", "text"),
+    "shards": ("source", "domain", "shards", "samples", "share_between", "p_value", "verdict"),
+    "costs": ("phase", "passes", "seconds", "bytes", "note"),
 }
 
 
@@ -55,10 +65,10 @@ class ReportData:
     estimator: str
     """What estimated the values, e.g. "adjoint"."""
     horizons: Mapping[str, str]
-    """Window -> the state that the target's loss is read at ("window_end", "stage_end" or "step_N"), windows in
-    time's order."""
-    mixture_window: str
-    """The window whose scores set the mixture."""
+    """Source -> the state that the target's loss is read at ("window_end", "stage_end", "step_N" or "1_steps_on"),
+    windows in time's order."""
+    mixture_source: str
+    """The source whose scores set the mixture."""
     sign: str
     """What a positive value means (`curate.artifacts.SIGN`)."""
     budget_tokens: int
@@ -70,46 +80,44 @@ class ReportData:
     reliability: pl.DataFrame
     """Output of `curate.scores.reliability.halves_reliability`."""
     curve: pl.DataFrame
-    """One row per (window, step, domain): `value`, the mean value per predicted token, and `value_per_lr`, it divided
+    """One row per (source, step, domain): `value`, the mean value per predicted token, and `value_per_lr`, it divided
     by the step's learning rate."""
     training: pl.DataFrame
     """One row per step of the stage: `loss` (nats per token), `lr`, `grad_norm` (null where unknown)."""
     domains: pl.DataFrame
     """Output of `curate.scores.domain.domain_scores` for the target."""
     mixture: pl.DataFrame
-    """One row per domain: shares `prior` and `weight`, `tokens`, `samples`, `epochs` of the next stage, `epochs_so_far`
+    """One row per domain: shares `prior` and `weight`, `stored_tokens`, `samples`, `epochs` of the next stage, `epochs_so_far`
     of all stages before it, `binding` (null, "floor", "ceiling", "max_epochs" or "max_change"), `unconstrained` (the
-    share that no bound would give) and `asked_WINDOW` (the share that each window's scores ask for)."""
+    share that no bound would give) and `by_SOURCE` (the share that each source's scores ask for)."""
     sweep: pl.DataFrame
-    """One row per temperature: what the mixture would be, see `curate.mixture.record.SweepPoint`, and the share of each
+    """One row per prior strength: what the mixture would be, see `curate.mixture.record.SweepPoint`, and the share of each
     domain in a column of its name after `share_`."""
     targets: pl.DataFrame
-    """Domain scores of every target and of the guard (`weight` null) in the window that set the mixture."""
+    """Domain scores of every target, the retention target with `weight` null, of the source that set the mixture."""
     examples: pl.DataFrame
     """Samples to read: `kind` "most" or "least" valuable, `rank` from 1, and where each comes from."""
     shards: pl.DataFrame
     """Output of `curate.scores.shards.between_shards` for the target."""
     costs: pl.DataFrame
-    """One row per phase: `units` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
+    """One row per phase: `passes` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
     each but the phase may be null."""
     phases: Sequence[Mapping[str, Any]] = ()
-    """The next stage in order, as in `mixture.yaml`: `start_step` and `samples` (both in samples), `curated` (0 base
+    """The next stage in order, as in `mixture.yaml`: `start_sample` and `samples`, `blend` (0 base
     mixture to 1) and samples by domain; one phase is not shown."""
     residuals: Mapping[str, float] = field(default_factory=dict)
-    """Window -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
+    """Source -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
     solved into anchors."""
     length_bias: Mapping[str, float] = field(default_factory=dict)
-    """Window -> rank correlation of value and length inside domains (`curate.scores.reliability.length_bias`)."""
-    pool: Sequence[Mapping[str, Any]] = ()
-    """How well the values of a pool's samples are predicted, by target and domain (`curate.pools.values.PoolValues`);
-    empty where samples that were trained on were valued."""
+    """Source -> rank correlation of value and length inside domains (`curate.scores.reliability.length_bias`)."""
     predicted: Sequence[Mapping[str, Any]] = ()
-    """The same without targets where data is chosen by predictions, with the `window` whose values they are of, or
-    "next_step", and then of how many it was measured beside those (`slopes`); empty where it is not."""
-    leaks: Sequence[Mapping[str, Any]] = ()
+    """How well the values of samples that were not measured are predicted, by domain (`influence.extrapolate`), with
+    the `source` whose values they are of, and of how many samples it was measured beside the part of every domain
+    (`also_measured`); empty where data is not chosen by predictions."""
+    contamination: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""
-    shared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    group_limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Constraints on several domains together -> `least`, `reached` and `price`."""
 
     def __post_init__(self) -> None:

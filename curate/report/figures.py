@@ -36,7 +36,7 @@ def value_figure(
     Bars are steps; the line is the mean of neighbouring steps. All rows of a window share their scale.
 
     Args:
-        curve: columns `window`, `step`, `domain` and the one named by `value`; what is not finite is not drawn.
+        curve: columns `source`, `step`, `domain` and the one named by `value`; what is not finite is not drawn.
         training: columns `step` and `lr`.
         value: the column of `curve` that is drawn.
         windows: columns of the figure.
@@ -56,7 +56,7 @@ def value_figure(
         vertical_spacing=0.3 / rows,
     )
     for column, window in enumerate(windows, 1):
-        inside = known.filter(window=window).sort("step")
+        inside = known.filter(source=window).sort("step")
         for row, domain in enumerate(domains, 1):
             cell = inside.filter(domain=domain).with_columns(pl.col(value) * scale.factor)
             for trace in _value_traces(cell, value, domain, colours[domain], scale):
@@ -101,7 +101,7 @@ def score_figure(
     """Domain scores with 95 % intervals, windows side by side on one scale; an upright tick marks the shrunk score.
 
     Args:
-        domains: columns `window`, `domain`, `score`, `score_low`, `score_high` and `shrunk`.
+        domains: columns `source`, `domain`, `score`, `score_low`, `score_high` and `shrunk`.
         windows: columns of the figure.
         order: rows of the figure.
         colours: domain -> colour.
@@ -116,7 +116,7 @@ def score_figure(
         subplot_titles=[plot_label(window) for window in windows],
     )
     for column, window in enumerate(windows, 1):
-        rows = {row["domain"]: row for row in domains.filter(window=window).to_dicts()}
+        rows = {row["domain"]: row for row in domains.filter(source=window).to_dicts()}
         for domain in order:
             for trace in _score_traces(rows[domain], colours[domain]) if domain in rows else ():
                 figure.add_trace(trace, row=1, col=column)
@@ -253,7 +253,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
 
 def window_range(curve: pl.DataFrame, window: str) -> tuple[int, int]:
     """First and last valued step of a window."""
-    return _range(curve.filter(window=window))
+    return _range(curve.filter(source=window))
 
 
 def _range(frame: pl.DataFrame) -> tuple[int, int]:

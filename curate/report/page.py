@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from curate.escape import page_text
-from curate.pools.slopes import NEXT
+from curate.influence.current import CANDIDATES, CURRENT
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
@@ -68,19 +68,19 @@ def _content(data: ReportData) -> dict[str, Any]:
     windows = list(data.horizons)
     order = domain_order(data)
     colour = colours(order)
-    curve, grouped = group_steps(data.curve, MAX_WINDOW_STEPS, "window", "domain")
+    curve, grouped = group_steps(data.curve, MAX_WINDOW_STEPS, "source", "domain")
     training, stage_grouped = group_steps(data.training, MAX_STAGE_STEPS)
     scale, per_lr = scale_of(curve["value"]), scale_of(curve["value_per_lr"])
     per_token = scale_of([*data.domains["value_per_token"], *data.domains["low"], *data.domains["high"]])
     sample_scale = scale_of(data.examples["value"])
-    seen = [window for window in windows if window in set(data.curve["window"])]
+    seen = [window for window in windows if window in set(data.curve["source"])]
     drawn = [domain for domain in order if domain in set(curve["domain"])]
-    before = "pool" if data.pool else "finished stage"
+    before = "candidates" if data.mixture_source == CANDIDATES else "finished stage"
     shared: dict[str, Any] = {"windows": seen, "domains": drawn, "colours": colour}
     return {
         "windows": windows,
         "seen": seen,
-        "scored_by": window_name(data.mixture_window),
+        "scored_by": window_name(data.mixture_source),
         "colours": colour,
         "headline": headline(data),
         "warnings": warnings(data),
@@ -97,21 +97,21 @@ def _content(data: ReportData) -> dict[str, Any]:
         ),
         "training_table": tables.training_table(training),
         "score_figure": figures.score_figure(data.domains, windows=windows, order=order, colours=colour),
-        "mixed": data.domains["likeness"].drop_nulls().len() > 0,
+        "mixed": data.domains["ngram_ratio"].drop_nulls().len() > 0,
         "score_table": tables.domain_table(data.domains, order, windows, per_token),
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour, before=before),
         "mixture_table": tables.mixture_table(data.mixture, order, before),
-        "pool_table": tables.pool_table(data.pool) if data.pool else None,
-        "by_slopes": any("slopes" in row for row in data.predicted),
-        "own_slopes": sum(row.get("slopes", 0) for row in data.predicted),
-        "predicted_table": tables.pool_table(data.predicted) if data.predicted else None,
+        "of_candidates": data.mixture_source == CANDIDATES,
+        "by_slopes": any("also_measured" in row for row in data.predicted),
+        "own_slopes": sum(row.get("also_measured", 0) for row in data.predicted),
+        "predicted_table": tables.quality_table(data.predicted) if data.predicted else None,
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "sweep_table": tables.sweep_table(data.sweep, order),
         "target_table": tables.target_table(data.targets, order) if data.targets["target"].n_unique() > 1 else None,
         "examples": examples(data, sample_scale.factor),
         "examples_unit": sample_scale.unit,
         "shown_examples": _SHOWN_EXAMPLES,
-        "leak_table": tables.leak_table(data.leaks) if data.leaks else None,
+        "contamination_table": tables.contamination_table(data.contamination) if data.contamination else None,
         "shard_table": tables.shard_table(data.shards, order, windows),
         "reliability_table": tables.reliability_table(data.reliability, windows),
         "cost_table": tables.cost_table(data.costs),
@@ -121,7 +121,7 @@ def _content(data: ReportData) -> dict[str, Any]:
 
 def domain_order(data: ReportData) -> list[str]:
     """All domains, the highest score of the window that set the mixture first, ties by name."""
-    scores = data.domains.filter(window=data.mixture_window).select("domain", "score")
+    scores = data.domains.filter(source=data.mixture_source).select("domain", "score")
     rank = dict(scores.iter_rows())
     everywhere = {domain for frame in (data.domains, data.mixture, data.curve) for domain in frame["domain"]}
     return sorted(everywhere, key=lambda domain: (-(rank.get(domain) or 0.0), domain))
@@ -154,25 +154,25 @@ def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFram
 
 def window_name(window: str) -> str:
     """A window in words; the next step is none."""
-    return "next step" if window == NEXT else f"{window} window"
+    return "next step" if window == CURRENT else f"{window} window"
 
 
 def headline(data: ReportData) -> str:
     """The finding in two sentences, with its numbers."""
-    scores = data.domains.filter((pl.col("window") == data.mixture_window) & (pl.col("samples") > 0)).sort(
+    scores = data.domains.filter((pl.col("source") == data.mixture_source) & (pl.col("samples") > 0)).sort(
         "value_score", "domain", descending=[True, False]
     )
     shares = {row["domain"]: row for row in data.mixture.to_dicts()}
     if scores.is_empty():
-        return f"No sample of the {window_name(data.mixture_window)} was valued."
+        return f"No sample of the {window_name(data.mixture_source)} was valued."
     best, worst = scores.row(0, named=True), scores.row(-1, named=True)
     changes = [
         f"{row['domain']} from {percent(shares[row['domain']]['prior'])} to {percent(shares[row['domain']]['weight'])}"
         for row in (best, worst)
         if row["domain"] in shares
     ]
-    helped = "would help" if data.mixture_window == NEXT else "helped"
-    found = f"In the {window_name(data.mixture_window)} {best['domain']} {helped} the target most and "
+    helped = "would help" if data.mixture_source == CURRENT else "helped"
+    found = f"In the {window_name(data.mixture_source)} {best['domain']} {helped} the target most and "
     found += f"{worst['domain']} least."
     return f"{found} Their shares of the tokens: {listed(changes)}." if changes else found
 
@@ -181,7 +181,7 @@ def warnings(data: ReportData) -> list[str]:
     """What a reader must know before believing the numbers."""
     weak = data.reliability.filter((pl.col("ranking") == "within_step") & (pl.col("reliability") < _WEAK_RELIABILITY))
     found = [
-        f"Another half of the target would have ranked the samples of the {row['window']} window differently "
+        f"Another half of the target would have ranked the samples of the {row['source']} window differently "
         f"(reliability {signed(row['reliability'])}): judge no single sample by its value, or give a larger target."
         for row in weak.to_dicts()
     ]
@@ -198,14 +198,14 @@ def warnings(data: ReportData) -> list[str]:
         if abs(bias) > LENGTH_BIAS
     ]
     weak_domains = sorted(
-        {row["domain"] for row in data.pool if row["used"] == "domain mean" and row["spearman"] is not None}
+        {row["domain"] for row in data.predicted if row["used"] == "domain mean" and row["spearman"] is not None}
     )
     if weak_domains:
         found.append(
             f"What the rest of {listed(weak_domains)} is valued by does not rank its probes well enough: the mean of "
             "the domain stands for its other samples, and only probed ones are chosen by value."
         )
-    left = sum(row["samples"] for row in data.leaks if not row["removed"])
+    left = sum(row["samples"] for row in data.contamination if not row["removed"])
     if left:
         found.append(
             f"{count(left)} samples of the next stage's data share text with held-out documents and are still in it: "
@@ -222,10 +222,10 @@ def warnings(data: ReportData) -> list[str]:
 def facts(data: ReportData) -> list[tuple[str, str]]:
     """Name and value of what identifies the selection."""
     horizons = [f"{window} at {horizon}".replace("_", " ") for window, horizon in data.horizons.items()]
-    delivered = int(data.mixture["tokens"].sum())
+    delivered = int(data.mixture["stored_tokens"].sum())
     weights = data.mixture.filter(pl.col("weight") > 0)["weight"]
     entropy = float(-(weights * weights.log()).sum())
-    reliability = data.reliability.filter((pl.col("ranking") == "pooled") & (pl.col("window") == data.mixture_window))
+    reliability = data.reliability.filter((pl.col("ranking") == "pooled") & (pl.col("source") == data.mixture_source))
     measured = reliability["reliability"].to_list()
     unexplained = [f"{window} {percent(residual)}" for window, residual in data.residuals.items()]
     return [
@@ -242,7 +242,7 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
                 name.replace("_", " "),
                 f"{signed(one['reached'])}, at least {signed(one['least'])}; price {number(one['price'])}",
             )
-            for name, one in data.shared.items()
+            for name, one in data.group_limits.items()
         ],
         ("embedding and selection took", duration(float(data.costs["seconds"].sum()))),
     ]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from curate.artifacts import SIGN
 from curate.escape import visible, visible_json
-from curate.pools.slopes import NEXT
-from curate.pools.values import POOL
+from curate.output.write import loader_line
 from curate.report.collect import (
+    EXAMPLES,
+    contamination_table,
     example_table,
-    leak_table,
     mixture_table,
     sweep_table,
     target_table,
@@ -21,65 +21,62 @@ from curate.report.collect import (
     value_curve,
 )
 from curate.report.data import ReportData
-from curate.shards.write import loader_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from curate.mixture.record import Mixture
+    from curate.selection.resolve import Resolved
+    from curate.selection.source import Source
+    from curate.selection.values import Values
     from curate.target import Target
-    from curate.trajectory.run import Run
 
 
 def selection_report(
-    run: Run,
+    plan: Resolved,
+    source: Source,
     target: Target,
+    values: Values,
     mixture: Mixture,
     tables: Mapping[str, pl.DataFrame],
-    *,
-    values: pl.DataFrame,
-    found: Mapping[tuple[str, str], Sequence[int]],
-    costs: pl.DataFrame,
     data: Mapping[str, Path],
-    estimator: str,
-    horizons: Mapping[str, str],
-    residuals: Mapping[str, float],
-    settings: Mapping[str, Any],
 ) -> ReportData:
     """Everything that the report of a selection shows.
 
     Args:
-        run: the streams that the next stage draws from, and the training.
-        target: of the selection.
+        plan: of the selection.
+        source: what the next stage draws from.
+        target: the main one.
+        values: what was measured.
         mixture: as delivered.
-        tables: of `scores.rollup.roll_ups`, `ledger`, `leaks`, for a pool `pool`, and `predicted` where
-            samples outside the window are.
-        values: the values frames of the target.
-        found: (window, "most" or "least") -> rows of that window to read, best match first.
-        costs: see `report.collect.cost_table`.
+        tables: by name, see `selection.pipeline`, with `costs`.
         data: form -> the file or folder that a loader opens.
-        estimator: what estimated the values.
-        horizons: window -> the state that the target's loss is read at.
-        residuals: window -> relative residual, where the target was solved into anchors.
-        settings: of the selection (JSON values).
     """
-    training = training_curve(run)
+    training = training_curve(plan.run)
+    measured = values.frame.filter(target=target.name)
+    examples = {
+        (name, kind): rows
+        for name, own in values.by_source.items()
+        for kind, rows in own.extremes(target, EXAMPLES).items()
+    }
+    predicted = tables.get("predicted")
     return ReportData(
-        run=visible(run.folder.name), target=target.name,
+        run=visible(plan.run.folder.name), target=target.name,
         target_documents=target.documents, target_tokens=target.tokens,
-        estimator=estimator, horizons=horizons, mixture_window=mixture.window, sign=SIGN,
+        estimator=plan.embedding.estimator if plan.windows else "next step",
+        horizons={name: own.horizon for name, own in values.by_source.items()}, mixture_source=mixture.source, sign=SIGN,
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
-        settings=visible_json(settings), reliability=tables["reliability"],
-        curve=value_curve(values.filter(~pl.col("window").is_in([POOL, NEXT])), training), training=training,
+        settings=visible_json(plan.config.model_dump(mode="json")), reliability=tables["reliability"],
+        curve=value_curve(measured.filter(pl.col("source").is_in(plan.windows)), training), training=training,
         domains=tables["domains"].filter(target=target.name),
-        mixture=mixture_table(mixture, tables["ledger"]), examples=example_table(run, values, found),
-        shards=tables["between_shards"], costs=costs, residuals=residuals,
-        length_bias=dict(tables["length_bias"].drop_nulls().select("window", "spearman").iter_rows()),
+        mixture=mixture_table(mixture, tables["seen"]),
+        examples=example_table(source.samples, plan.run.spec.tokenizer, measured, examples),
+        shards=tables["between_shards"], costs=tables["costs"], residuals=values.residuals,
+        length_bias=dict(tables["length_bias"].drop_nulls().select("source", "spearman").iter_rows()),
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
         sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
-        shared={name: one.model_dump() for name, one in mixture.shared.items()},
-        pool=tables["pool"].to_dicts() if "pool" in tables else (),
-        predicted=tables["predicted"].to_dicts() if "predicted" in tables else (),
-        leaks=leak_table(tables["leaks"]).to_dicts(),
+        group_limits={name: one.model_dump() for name, one in mixture.group_limits.items()},
+        predicted=() if predicted is None else predicted.to_dicts(),
+        contamination=contamination_table(tables["contamination"]).to_dicts(),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from curate.pools.slopes import NEXT
+from curate.influence.current import CANDIDATES, CURRENT
 from curate.report.figures import bound_name
 from curate.report.style import Scale, count, decimal, duration, number, percent, signed, size
 
@@ -46,18 +46,18 @@ def _text(value: Any) -> str:
 
 def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale) -> Table:
     """Scores, what they are made of, and the values per token behind them."""
-    parts = {"value_score": ("of values", signed), "likeness": ("likeness", signed)}
+    parts = {"value_score": ("of values", signed), "ngram_ratio": ("n-gram ratio", signed)}
     scaled = domains.with_columns(pl.col("value_per_token", "low", "high") * scale.factor)
     return table(
         _sorted(scaled, order, windows),
         {
             "domain": ("domain", None),
-            "window": ("window", None),
+            "source": ("source", None),
             "score": ("score", signed),
             "score_low": ("low", signed),
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
-            **(parts if domains["likeness"].drop_nulls().len() else {}),
+            **(parts if domains["ngram_ratio"].drop_nulls().len() else {}),
             "fresh": ("new text", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),
@@ -77,29 +77,25 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str], before: str) -> T
             "domain": ("domain", None),
             "prior": (before, percent),
             "weight": ("next stage", percent),
-            "tokens": ("tokens", count),
+            "stored_tokens": ("tokens", count),
             "samples": ("samples", count),
             "epochs": ("epochs", decimal),
             "epochs_so_far": ("epochs so far", decimal),
             "binding": ("held", None),
             "unconstrained": ("without bounds", percent),
-            **{
-                name: (f"{name.removeprefix('asked_')} alone", percent)
-                for name in mixture.columns
-                if name[:6] == "asked_"
-            },
+            **{name: (f"{name.removeprefix('by_')} alone", percent) for name in mixture.columns if name[:3] == "by_"},
         },
     )
 
 
 def sweep_table(sweep: pl.DataFrame, order: Sequence[str]) -> Table:
-    """What other temperatures would give."""
+    """What other prior strengths would give."""
     return table(
-        sweep.sort("temperature"),
+        sweep.sort("prior_strength"),
         {
-            "temperature": ("temperature", number),
+            "prior_strength": ("prior strength", number),
             "expected_score": ("expected score", signed),
-            **({"guard_score": ("guard", signed)} if sweep["guard_score"].drop_nulls().len() else {}),
+            **({"retained_score": ("retained", signed)} if sweep["retained_score"].drop_nulls().len() else {}),
             "kl_to_prior": ("KL to prior", number),
             "effective_domains": ("domains in effect", decimal),
             **{f"share_{name}": (name, percent) for name in order if f"share_{name}" in sweep.columns},
@@ -114,7 +110,7 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
         {
             "domain": ("domain", None),
             "target": ("target", None),
-            "weight": ("weight", lambda weight: "guard" if weight is None else number(weight)),
+            "weight": ("weight", lambda weight: "retain" if weight is None else number(weight)),
             "score": ("score", signed),
             "score_low": ("low", signed),
             "score_high": ("high", signed),
@@ -123,39 +119,34 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
     )
 
 
-def pool_table(pool: Sequence[Mapping[str, Any]]) -> Table:
-    """How much of each domain of a pool was probed, and what predictions of the rest are worth."""
-    named = "target" in pool[0]
+def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
+    """How much of each domain was measured, and what predictions of the rest are worth."""
     names = {
         "predictor": "predicted",
-        "domain mean": "the domain's mean",
-        "probes": "nothing left",
+        "domain mean": "mean of the domain",
+        "measured": "nothing left",
         "too few": "too few to tell",
     }
-    values = "probed" if named or pool[0]["window"] == NEXT else "valued in the window"
-    measured = ["measured"] if "slopes" in pool[0] else []
+    held = "measured" if quality[0]["source"] in (CURRENT, CANDIDATES) else "valued in the window"
+    also = ["measured besides"] if "also_measured" in quality[0] else []
     return Table(
-        headers=[
-            "domain", *(["target"] if named else []), "samples", values, "rank correlation", "low", "high", *measured,
-            "the rest",
-        ],
-        numeric=[False, *([False] if named else []), *[True] * (5 + len(measured)), False],
+        headers=["domain", "samples", held, "rank correlation", "low", "high", *also, "the rest"],
+        numeric=[False, *[True] * (5 + len(also)), False],
         rows=[
             [
                 row["domain"],
-                *([row["target"]] if named else []),
                 count(row["samples"]),
-                count(row["probed"]),
+                count(row["measured"]),
                 *(signed(row[name]) for name in ("spearman", "low", "high")),
-                *([count(row["slopes"])] if measured else []),
+                *([count(row["also_measured"])] if also else []),
                 names[row["used"]],
             ]
-            for row in pool
+            for row in quality
         ],
-    )  # fmt: skip
+    )
 
 
-def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:
+def contamination_table(contamination: Sequence[Mapping[str, Any]]) -> Table:
     """Which samples share text with documents that must not be trained on."""
     return Table(
         headers=["domain", "held-out file", "samples", "documents", "largest share of a sample", "in the next stage"],
@@ -169,7 +160,7 @@ def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:
                 percent(row["of_sample"]),
                 "left out" if row["removed"] else "still there",
             ]
-            for row in leaks
+            for row in contamination
         ],
     )
 
@@ -181,9 +172,9 @@ def phase_table(phases: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Ta
         numeric=[True] * (3 + len(order)),
         rows=[
             [
-                count(phase["start_step"]),
+                count(phase["start_sample"]),
                 count(phase["samples"]),
-                percent(phase["curated"], 0),
+                percent(phase["blend"], 0),
                 *(percent(phase["domains"].get(domain, 0) / phase["samples"]) for domain in order),
             ]
             for phase in phases
@@ -200,7 +191,7 @@ def curve_table(
         _sorted(scaled, order, windows, "step"),
         {
             "domain": ("domain", None),
-            "window": ("window", None),
+            "source": ("source", None),
             "step": ("step", count),
             "value": (f"value per token, {scale.unit}", number),
             "value_per_lr": (f"per unit of learning rate, {per_lr.unit}", number),
@@ -227,7 +218,7 @@ def shard_table(shards: pl.DataFrame, order: Sequence[str], windows: Sequence[st
         _sorted(shards, order, windows),
         {
             "domain": ("domain", None),
-            "window": ("window", None),
+            "source": ("source", None),
             "shards": ("shards", count),
             "samples": ("samples", count),
             "share_between": ("variance between shards", percent),
@@ -243,7 +234,7 @@ def reliability_table(reliability: pl.DataFrame, windows: Sequence[str]) -> Tabl
     return table(
         _sorted(named, (), windows),
         {
-            "window": ("window", None),
+            "source": ("source", None),
             "ranking": ("ranking", None),
             "samples": ("samples", count),
             "spearman": ("Spearman of the halves", signed),
@@ -260,7 +251,7 @@ def cost_table(costs: pl.DataFrame) -> Table:
         costs,
         {
             "phase": ("phase", None),
-            "units": ("units", lambda value: number(value, 4)),
+            "passes": ("passes", lambda value: number(value, 4)),
             "seconds": ("time", duration),
             "bytes": ("written", size),
             "note": ("note", None),
@@ -270,7 +261,7 @@ def cost_table(costs: pl.DataFrame) -> Table:
 
 def _sorted(frame: pl.DataFrame, domains: Sequence[str], windows: Sequence[str], *then: str) -> pl.DataFrame:
     """Rows in the order of the figures: domains, then windows, then what is named; the rest at the end."""
-    places = {"domain": domains, "window": windows}
+    places = {"domain": domains, "source": windows}
     keys = [
         pl.col(column).replace_strict({name: place for place, name in enumerate(order)}, default=len(order))
         for column, order in places.items()

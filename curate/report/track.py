@@ -64,7 +64,7 @@ def curves(data: ReportData) -> Mapping[int, dict[str, float]]:
         step = row.pop("step")
         metrics[step] |= {f"train/{name}": value for name, value in row.items() if value is not None}
     for row in data.curve.filter(pl.col("value").is_not_null()).to_dicts():
-        metrics[row["step"]][f"value/{row['window']}/{row['domain']}"] = row["value"]
+        metrics[row["step"]][f"value/{row['source']}/{row['domain']}"] = row["value"]
     return metrics
 
 

@@ -12,26 +12,26 @@ def document_values(values: pl.DataFrame) -> pl.DataFrame:
     value a whole sequence; this share is a convention, exact only where a sample's tokens are worth the same.
 
     Args:
-        values: columns `window`, `target`, `domain`, `value`, `tokens` and `documents` (list of {id, tokens}).
+        values: columns `source`, `target`, `domain`, `value`, `tokens` and `documents` (list of {id, tokens}).
 
     Returns:
-        One row per (window, target, domain, document), sorted so: `samples` (rows that hold it), `tokens` (predicted,
+        One row per (source, target, domain, document), sorted so: `samples` (rows that hold it), `tokens` (predicted,
         each use counted), `value`, `value_per_token`.
     """
     spans = (
         values.filter(pl.col("tokens") > 0)
-        .select("window", "target", "domain", pl.col("value") / pl.col("tokens"), pl.col("documents"))
+        .select("source", "target", "domain", pl.col("value") / pl.col("tokens"), pl.col("documents"))
         .explode("documents", empty_as_null=False)
         .unnest("documents")
         .filter(pl.col("tokens") > 0)
     )
     return (
-        spans.group_by("window", "target", "domain", pl.col("id").alias("document"))
+        spans.group_by("source", "target", "domain", pl.col("id").alias("document"))
         .agg(
             samples=pl.len().cast(pl.Int64),
             tokens=pl.col("tokens").sum(),
             value=row_sum(pl.col("value") * pl.col("tokens")),
         )
         .with_columns(value_per_token=pl.col("value") / pl.col("tokens"))
-        .sort("window", "target", "domain", "document")
+        .sort("source", "target", "domain", "document")
     )

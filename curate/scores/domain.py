@@ -3,10 +3,9 @@
 Shape legend: S steps of the window, D domains, R resamples.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from curate.deviation import pooled_deviation
@@ -21,7 +20,6 @@ def domain_scores(
     *,
     seed: int,
     fresh: Mapping[str, float] | None = None,
-    parents: Mapping[str, str] | None = None,
     resamples: int = 1000,
 ) -> pl.DataFrame:
     """Score every domain of the prior for every window and target of `values`; windows are never averaged.
@@ -44,26 +42,18 @@ def domain_scores(
     cut at 0 (the positive-part James-Stein rule). The deviation between domains never scales a score: noise would get
     the size of signal.
 
-    Where the domains are parts of larger ones (`parents`), a part is shrunk towards its parent, which has more samples:
-
-        shrunk_d = shrunk_p + (score_d - score_p) * max(0, 1 - se_d^2 / tau^2)      p the parent of d
-
-    with the error of the difference, and tau^2 its mean square over the parts that have siblings. A part without
-    samples has its parent's score.
-
     Intervals are 95 % percentiles of a bootstrap over the window's steps; `sd` is held fixed in it.
 
     Args:
-        values: columns `window`, `target`, `step`, `domain`, `sample_id`, `tokens` (predicted), `value` (positive = the
+        values: columns `source`, `target`, `step`, `domain`, `sample_id`, `tokens` (predicted), `value` (positive = the
             sample helped the target; nats per token of the target).
         prior: share of each domain in what was trained on; need not sum to 1.
         fresh: share of new text in each domain (`curate.formats.ngrams`); None: 1 for all.
         seed: of the bootstrap; the same resamples serve every target of a window, so that their scores can be compared.
-        parents: the larger domain of each one; None: there are none.
         resamples: R.
 
     Returns:
-        One row per (window, target, domain): `prior`, `fresh`, `samples` (distinct), `tokens` (predicted, each use
+        One row per (source, target, domain): `prior`, `fresh`, `samples` (distinct), `tokens` (predicted, each use
         counted), `value_per_token` with `se`, `low`, `high`; `score` with `score_se`, `score_low`, `score_high`;
         `shrunk`. A domain without samples in the window has `samples` 0, null errors, and what is believed without a
         measurement: score 0 (the average) with an interval of 1.96 tau around it (null where tau is 0); one seen in a
@@ -75,14 +65,13 @@ def domain_scores(
     """
     shares = _shares(prior, values)
     new = np.array([1.0 if fresh is None else fresh[domain] for domain in shares])
-    above = None if parents is None else _places(parents, shares)
     parts = [
-        _score(group, shares, new, above, generator(seed, "bootstrap", str(window)), resamples).select(
-            pl.lit(window).alias("window"), pl.lit(target).alias("target"), pl.all()
+        _score(group, shares, new, generator(seed, "bootstrap", str(source)), resamples).select(
+            pl.lit(source).alias("source"), pl.lit(target).alias("target"), pl.all()
         )
-        for (window, target), group in values.group_by("window", "target")
+        for (source, target), group in values.group_by("source", "target")
     ]
-    return pl.concat(parts).sort("window", "target", "domain")
+    return pl.concat(parts).sort("source", "target", "domain")
 
 
 def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float]:
@@ -101,24 +90,20 @@ def _score(
     group: pl.DataFrame,
     prior: dict[str, float],
     fresh: Floats,
-    above: npt.NDArray[np.int64] | None,
     random: np.random.Generator,
     resamples: int,
 ) -> pl.DataFrame:
-    """Scores of one window and target; `above` [D]: which parent each domain is part of."""
+    """Scores of one source and target."""
     sums = step_sums(group, list(prior), "value"), step_sums(group, list(prior), "tokens")
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
     weights = step_weights(len(sums[0]), resamples, random)
     own = _means(*sums, weights)
-    if above is None:
-        score, drawn = _scores(own, _centres(own, shares), scale, fresh)
-        believed, shrunk = np.zeros(len(shares)), shrink(score, spread(drawn)[0], between(score))
-    else:
-        score, drawn, believed, shrunk = _nested(own, sums, above, weights, shares, scale, fresh)
+    score, drawn = _scores(own, _centres(own, shares), scale, fresh)
+    shrunk = shrink(score, spread(drawn)[0], between(score))
     se, low, high = spread(own[1])
     score_se, score_low, score_high = spread(drawn)
     width = 1.96 * np.sqrt(between(score) or np.nan)
-    score = np.where(np.isfinite(score), score, believed)
+    score = np.nan_to_num(score)  # unmeasured: the average
     unmeasured = ~np.isfinite(score_low)
     score_low[unmeasured] = (score - width)[unmeasured]
     score_high[unmeasured] = (score + width)[unmeasured]
@@ -153,32 +138,6 @@ def _score(
     )
 
 
-def _nested(
-    own: tuple[Floats, Floats],
-    sums: tuple[Floats, Floats],
-    above: npt.NDArray[np.int64],
-    weights: Floats,
-    shares: Floats,
-    scale: float,
-    fresh: Floats,
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Of parts: scores [D], as drawn [R, D], what is believed of those not seen [D], and shrunk scores [D]."""
-    member = np.eye(above.max() + 1)[above]
-    whole, up = shares @ member, _means(sums[0] @ member, sums[1] @ member, weights)
-    centres = _centres(up, whole)  # of both levels: else their distance would be taken for the parts' own
-    score, drawn = _scores(own, centres, scale, fresh)
-    parent, drawn_parent = _scores(up, centres, scale, (fresh * shares) @ member / whole)
-    shrunk = shrink(parent, spread(drawn_parent)[0], between(parent))[above]
-    apart = _apart(score - parent[above], spread(drawn - drawn_parent[:, above])[0], above)
-    return score, drawn, np.nan_to_num(parent)[above], shrunk + apart
-
-
-def _places(parents: Mapping[str, str], domains: Iterable[str]) -> npt.NDArray[np.int64]:
-    """The place of each domain's parent in the order of their names."""
-    names = sorted(set(parents.values()))
-    return np.array([names.index(parents[domain]) for domain in domains], np.int64)
-
-
 def _means(value: Floats, tokens: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Values per token, observed [1, D] and drawn [R, D], from sums [S, D] per step and the steps drawn [R, S]."""
     drawn = ratio(weights @ value, weights @ tokens)
@@ -202,13 +161,6 @@ def _scores(means: tuple[Floats, Floats], centres: list[Floats], scale: float, f
         score = np.asarray((mean - centre) / scale) if scale else np.where(np.isfinite(mean), 0.0, np.nan)
         found.append(_discounted(score, fresh))
     return found[0][0], found[1]
-
-
-def _apart(apart: Floats, se: Floats, above: npt.NDArray[np.int64]) -> Floats:
-    """What is beyond chance in the distance of parts to their parents [D]; tau^2 is of parts that have siblings."""
-    seen = np.isfinite(apart)
-    told = seen & (np.bincount(above, weights=seen)[above] > 1)
-    return shrink(apart, se, float((apart[told] ** 2).mean()) if told.any() else 0.0)
 
 
 def _discounted(score: Floats, fresh: Floats) -> Floats:

@@ -12,8 +12,8 @@ from curate.sums import row_sum
 
 LENGTH_BIAS = 0.3
 """Rank correlation with length from which a choice of samples is said to be one by length too."""
-_STEP = ["window", "target", "step"]
-_WINDOW = ["window", "target"]
+_STEP = ["source", "target", "step"]
+_WINDOW = ["source", "target"]
 
 
 def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl.DataFrame:
@@ -26,12 +26,12 @@ def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000
     steps with the ranks held fixed.
 
     Args:
-        values: columns `window`, `target`, `step`, `value_a` and `value_b`.
+        values: columns `source`, `target`, `step`, `value_a` and `value_b`.
         seed: of the bootstrap.
         resamples: R.
 
     Returns:
-        Two rows per (window, target): `ranking` ("pooled", "within_step"), `samples`, `spearman`, `low`, `high`, and
+        Two rows per (source, target): `ranking` ("pooled", "within_step"), `samples`, `spearman`, `low`, `high`, and
         `reliability`, `reliability_low`, `reliability_high`; null where a half gives every sample the same value.
     """
     ranked = values.select(
@@ -42,19 +42,19 @@ def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000
         within_step_b=_rank("value_b", _STEP),
     )
     rows = []
-    for (window, target), group in ranked.group_by(_WINDOW):
+    for (source, target), group in ranked.group_by(_WINDOW):
         for ranking in ("pooled", "within_step"):
             moments = _moments(group, f"{ranking}_a", f"{ranking}_b")
-            weights = step_weights(len(moments), resamples, generator(seed, "halves", str(window)))
+            weights = step_weights(len(moments), resamples, generator(seed, "halves", str(source)))
             r = correlation(moments.sum(axis=0)[None])
             _, low, high = spread(correlation(weights @ moments)[:, None])
             if len(moments) == 1:
                 low = high = np.array([np.nan])
             interval = np.concatenate([r, low, high])
-            rows.append((window, target, ranking, group.height, *interval.tolist(), *spearman_brown(interval).tolist()))
+            rows.append((source, target, ranking, group.height, *interval.tolist(), *spearman_brown(interval).tolist()))
     names = ["spearman", "low", "high", "reliability", "reliability_low", "reliability_high"]
     schema = {
-        "window": pl.String,
+        "source": pl.String,
         "target": pl.String,
         "ranking": pl.String,
         "samples": pl.Int64,
@@ -70,26 +70,26 @@ def length_bias(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl
     Far from 0, choosing samples by value also chooses them by length. Intervals as in `halves_reliability`.
 
     Args:
-        values: columns `window`, `target`, `domain`, `step`, `tokens` and `value`.
+        values: columns `source`, `target`, `domain`, `step`, `tokens` and `value`.
         seed: of the bootstrap.
         resamples: R.
 
     Returns:
-        One row per (window, target): `samples`, `spearman`, `low`, `high`; null where the samples of each domain are
+        One row per (source, target): `samples`, `spearman`, `low`, `high`; null where the samples of each domain are
         of one length.
     """
     ranked = values.select(
         *_STEP, value_rank=_rank("value", [*_WINDOW, "domain"]), length_rank=_rank("tokens", [*_WINDOW, "domain"])
     )
     rows = []
-    for (window, target), group in ranked.group_by(_WINDOW):
+    for (source, target), group in ranked.group_by(_WINDOW):
         moments = _moments(group, "value_rank", "length_rank")
-        weights = step_weights(len(moments), resamples, generator(seed, "length", str(window)))
+        weights = step_weights(len(moments), resamples, generator(seed, "length", str(source)))
         r = correlation(moments.sum(axis=0)[None])
         _, low, high = spread(correlation(weights @ moments)[:, None])
-        rows.append((window, target, group.height, *np.concatenate([r, low, high]).tolist()))
+        rows.append((source, target, group.height, *np.concatenate([r, low, high]).tolist()))
     numbers = dict.fromkeys(("spearman", "low", "high"), pl.Float64)
-    schema = {"window": pl.String, "target": pl.String, "samples": pl.Int64, **numbers}
+    schema = {"source": pl.String, "target": pl.String, "samples": pl.Int64, **numbers}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     return frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_WINDOW)
 

@@ -1,4 +1,4 @@
-"""The roll-ups of one window's or several windows' values that a selection reads and keeps."""
+"""The roll-ups of one source's or several sources' values that a selection reads and keeps."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,6 @@ def roll_ups(
     trained: Mapping[str, int],
     fresh: Mapping[str, float],
     seed: int,
-    parents: Mapping[str, str] | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Tables by name: domains for every target, the others for one.
 
@@ -26,12 +25,11 @@ def roll_ups(
         trained: tokens that the run trained on, by domain.
         fresh: share of new text, by domain.
         seed: of bootstrap intervals.
-        parents: the larger domain of each one, where they are parts.
     """
     values = every.filter(target=target)
     prior = {domain: float(tokens) for domain, tokens in trained.items()}
     return {
-        "domains": domain_scores(every, prior, seed=seed, fresh=fresh, parents=parents),
+        "domains": domain_scores(every, prior, seed=seed, fresh=fresh),
         "shards": shard_scores(values),
         "documents": document_values(values),
         "between_shards": between_shards(values),

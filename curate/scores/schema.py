@@ -19,7 +19,7 @@ class Scores(dy.Schema):
     weight = dy.Float32(nullable=False)
     tokens = dy.Int64(nullable=False, min=0)
     length = dy.Int64(nullable=False, min=1)
-    window = dy.String(nullable=False)
+    source = dy.String(nullable=False)
     horizon = dy.String(nullable=False)
     domain = dy.String(nullable=False)
     index = dy.Int64(nullable=False, min=0)

@@ -8,7 +8,7 @@ import polars as pl
 
 from curate.sums import row_mean, row_sum
 
-_KEYS = ["window", "target", "domain"]
+_KEYS = ["source", "target", "domain"]
 _ALPHA = 0.01
 _WORTH_IT = 0.05  # share of variance below which shard weights cannot do much, however significant
 
@@ -17,10 +17,10 @@ def shard_scores(values: pl.DataFrame) -> pl.DataFrame:
     """Value of each shard.
 
     Args:
-        values: columns `window`, `target`, `domain`, `shard`, `sample_id`, `tokens` and `value`.
+        values: columns `source`, `target`, `domain`, `shard`, `sample_id`, `tokens` and `value`.
 
     Returns:
-        One row per (window, target, domain, shard), sorted so: `samples` (distinct), `tokens` (predicted, each use
+        One row per (source, target, domain, shard), sorted so: `samples` (distinct), `tokens` (predicted, each use
         counted), `value` (sum), `value_per_token` (null without predicted tokens).
     """
     return (
@@ -45,14 +45,14 @@ def between_shards(values: pl.DataFrame) -> pl.DataFrame:
         share = max(0, 1 - (SS_within / (N - K)) / (SS_total / (N - 1)))           variance between shards beyond chance
 
     Args:
-        values: columns `window`, `target`, `domain`, `shard`, `step`, `index`, `tokens` and `value`.
+        values: columns `source`, `target`, `domain`, `shard`, `step`, `index`, `tokens` and `value`.
 
     Returns:
-        One row per (window, target, domain), sorted so: `shards`, `samples`, `share_between`, `p_value` (both null
+        One row per (source, target, domain), sorted so: `shards`, `samples`, `share_between`, `p_value` (both null
         where there is one shard only, one sample per shard or no variance) and `verdict`, a sentence.
     """
     per_token = pl.col("value") / pl.col("tokens")
-    step = ["window", "target", "step"]
+    step = ["source", "target", "step"]
     ranks = (
         values.filter(pl.col("tokens") > 0)
         .with_columns(rank=per_token.rank().over(step) / (pl.len().over(step) + 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,17 +49,12 @@ def value_frame(
     )
 
 
-def embedded_values(embeddings: Mapping[str, Embedding], target: Target) -> pl.DataFrame:
-    """The values frames of several windows, one below the other.
+def embedded_values(embedding: Embedding, target: Target) -> pl.DataFrame:
+    """The values frame of a window.
 
     Args:
-        embeddings: window -> an embedding that holds the target's vectors.
+        embedding: that holds the target's vectors.
         target: the target.
     """
-    frames = []
-    for embedding in embeddings.values():
-        assert embedding.targets is not None
-        frames.append(
-            value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)
-        )
-    return pl.concat(frames)
+    assert embedding.targets is not None
+    return value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)

@@ -33,7 +33,7 @@ def open_stage(plan: PlanConfig, index: int) -> Run:
         UserError: see `Run`.
     """
     folder = plan.run_folder(index)
-    given = plan.selection_settings(index).get("tokenizer")
+    given = plan.selection_settings(index).get("source", {}).get("tokenizer")
     tokenizer = None if given is None else Path(given)
     streams = read_json(checked(folder / "run.json", by=folder))["streams"]
     recorded = {domain: Path(place) for domain, place in streams.items()}
@@ -212,7 +212,7 @@ def check_supply(plan: PlanConfig, index: int, run: Run, config: MixtureConfig) 
     Raises:
         UserError: they do not; names the first stage that cannot be filled.
     """
-    ledger = domain_ledger(run, uses([*map(plan.run_folder, range(index)), run.folder]))
+    ledger = domain_ledger(run.source, uses([*map(plan.run_folder, range(index)), run.folder]))
     left = sum(
         max(0.0, config.max_epochs * tokens - consumed)
         for tokens, consumed in ledger.select("tokens", "consumed_tokens").iter_rows()

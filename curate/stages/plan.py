@@ -25,14 +25,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from curate.config import Config, TokenCount
 from curate.errors import UserError
-from curate.mixture.schedule import StageSchedule
+from curate.mixture.constraints import MixtureConfig
+from curate.output.layout import SelectionFolder
 from curate.reading import read_yaml
-from curate.shards.write import SCHEDULE, STREAMS
 from curate.trajectory.declared import window_steps
 from curate.validation import first_problem
 
 Data = Literal["streams", "mds"]
-_DEFAULTS: dict[str, Any] = {"schedule": {"kind": "early-late"}}  # a stage of known length has phases
 _NAME = r"^\w[\w.-]*$"
 
 
@@ -106,7 +105,7 @@ class PlanConfig(Config):
     checkpoint: str = "checkpoint.safetensors"
     """File or folder that a stage leaves in its run for the next one to start from."""
     selection: dict[str, Any] = {}
-    """Settings of `python -m curate.select`, but for run, target and out; `schedule.kind` is early-late by default."""
+    """Settings of `python -m curate.select`, but for run, target and out."""
     trust: tuple[str, ...] = ()
     """Modules whose code the model of a run may run (`curate.trust`); none are needed for Hugging Face configs."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -121,7 +120,7 @@ class PlanConfig(Config):
         if Path(self.checkpoint).is_absolute() or ".." in Path(self.checkpoint).parts:
             raise ValueError(f"checkpoint {self.checkpoint!r} does not lie in {{out}}; write its place there")
         for index in range(len(self.stages) - 1):
-            self._schedule(index)
+            self._is_scheduled(index)
         for index in range(len(self.stages)):
             self._check_command(index)
         return self
@@ -146,12 +145,14 @@ class PlanConfig(Config):
         if any("\0" in word for word in words):
             raise ValueError(f"the command of stage {stage.name} has a NUL character in a word; leave it out")
 
-    def _schedule(self, index: int) -> StageSchedule:
+    def _is_scheduled(self, index: int) -> bool:
+        """Whether what the selection after a stage writes has phases."""
         try:
-            return StageSchedule.model_validate(self.selection_settings(index)["schedule"])
+            mixture = MixtureConfig.model_validate(self.selection_settings(index).get("mixture", {}))
         except ValidationError as error:
-            where = f"selection.schedule after stage {self.stages[index].name}"
+            where = f"selection.mixture after stage {self.stages[index].name}"
             raise ValueError(f"{where}: {first_problem(error)}") from None
+        return mixture.schedule != "constant"
 
     def target_of(self, index: int) -> Path:
         """Target of the selection after a stage."""
@@ -171,18 +172,16 @@ class PlanConfig(Config):
         return self.folder / self.stages[index].name / "selection"
 
     def selection_settings(self, index: int) -> dict[str, Any]:
-        """Settings of the selection after a stage: its own over the plan's, phases where nothing else is asked for."""
-        return _merged(_merged(_DEFAULTS, self.selection), self.stages[index].selection)
+        """Settings of the selection after a stage: its own over the plan's."""
+        return _merged(self.selection, self.stages[index].selection)
 
     def data_of(self, index: int) -> Path:
         """What a stage trains on."""
         if index == 0:
             return self.data
-        settings, data = self.selection_settings(index - 1), self.selection_folder(index - 1) / "data"
-        phases = self._schedule(index - 1).kind != "throughout"
-        if settings.get("mode") == "filter":
-            return data / "mds" / SCHEDULE if phases else data / "mds"
-        return data / (SCHEDULE if phases else STREAMS)
+        folder, scheduled = SelectionFolder(self.selection_folder(index - 1)), self._is_scheduled(index - 1)
+        weighted = self.selection_settings(index - 1).get("mode", "samples") != "samples"
+        return folder.weights_for(scheduled=scheduled) if weighted else folder.samples_for(scheduled=scheduled)
 
     def arguments(self, index: int) -> list[str]:
         """The command of one stage, filled in."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from curate.errors import UserError
 from curate.formats.mds import Columns, MdsStream
-from curate.trajectory.run import read_catalogue
+from curate.trajectory.source import read_catalogue
 
 _log = logging.getLogger(__name__)
 _EARLY = 20  # batches after which too much training is lost to refuse

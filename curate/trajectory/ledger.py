@@ -17,7 +17,8 @@ from curate.artifacts import file_fingerprint, read_json
 from curate.config import Config, parse_command, run_command
 from curate.errors import UserError
 from curate.progress import start_logging
-from curate.trajectory.run import Run, find_run, sample_uses
+from curate.trajectory.run import Run, open_run, sample_uses
+from curate.trajectory.source import SampleSource
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +26,9 @@ _log = logging.getLogger(__name__)
 class LedgerConfig(Config):
     """Whose ledger."""
 
-    run: Path | None = None
-    """Recorded run of the last stage; none: the newest finished one below `runs_root`."""
-    runs_root: Path = Path("runs")
-    """Where runs are looked for."""
-    earlier: tuple[Path, ...] | None = None
+    run: Path = Path("runs")
+    """Recorded run of the last stage, or a folder of runs: the newest finished one is taken."""
+    earlier_runs: tuple[Path, ...] | None = None
     """Runs of the stages before it; none: the chain that the runs name themselves."""
 
 
@@ -49,7 +48,9 @@ def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
         found, at = [], run.spec.previous
         while at is not None:
             if at in found or at == run.folder.resolve():
-                raise UserError(f"the stages of run {run.folder} come back to {at}: name them with --earlier")
+                raise UserError(
+                    f"the stages of run {run.folder} come back to {at}: name them with --source.earlier_runs"
+                )
             found.insert(0, at)
             before = _previous(at)
             at = None if before is None else Path(before)
@@ -57,7 +58,7 @@ def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
         if not (folder / "steps.parquet").exists():
             raise UserError(
                 f"{folder}, a stage before run {run.folder}, is not there or not finished: its samples cannot be "
-                "counted; name the earlier runs where they lie now with --earlier '[RUN, ...]', or none with '[]'"
+                "counted; name the earlier runs where they lie now with --source.earlier_runs '[RUN, ...]', or none with '[]'"
             )
     return [*found, run.folder]
 
@@ -88,7 +89,7 @@ def uses(folders: Sequence[Path]) -> pl.DataFrame:
     return pl.concat(frames).sort("stage", "sample_id")
 
 
-def consumed(ledger: pl.DataFrame) -> pl.DataFrame:
+def seen_uses(ledger: pl.DataFrame) -> pl.DataFrame:
     """`uses` summed over the stages: sample_id, uses."""
     return ledger.group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
 
@@ -98,13 +99,13 @@ def ledger_identity(folders: Sequence[Path]) -> list[str]:
     return [file_fingerprint(folder / "steps.parquet") for folder in folders]
 
 
-def domain_ledger(run: Run, ledger: pl.DataFrame) -> pl.DataFrame:
-    """Per domain of a run's streams, what all stages consumed of it.
+def domain_ledger(source: SampleSource, ledger: pl.DataFrame) -> pl.DataFrame:
+    """Per domain of a source, what all stages consumed of it.
 
-    Samples of earlier stages that are in no stream of this run are not in it.
+    Samples of earlier stages that are in none of its streams are not in it.
 
     Args:
-        run: of the last stage.
+        source: of the samples.
         ledger: see `uses`.
 
     Returns:
@@ -112,8 +113,8 @@ def domain_ledger(run: Run, ledger: pl.DataFrame) -> pl.DataFrame:
         (stored, of the distinct samples), consumed_tokens (repeats counted), epochs (their ratio), and one column of
         consumed tokens per stage, `stage_0` on.
     """
-    samples = run.places.select("domain", "sample_id", "length")
-    each = samples.join(consumed(ledger), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
+    samples = source.unique_samples.select("domain", "sample_id", "length")
+    each = samples.join(seen_uses(ledger), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
     sums = each.group_by("domain").agg(
         samples=pl.len().cast(pl.Int64),
         seen=(pl.col("uses") > 0).sum().cast(pl.Int64),
@@ -135,12 +136,12 @@ def main() -> None:
         LedgerConfig, "python -m curate.trajectory.ledger", "What all stages up to a run consumed of each domain."
     )
     start_logging()
-    run = Run(config.run or find_run(config.runs_root))
-    folders = stages(run, config.earlier)
+    run = open_run(config.run)
+    folders = stages(run, config.earlier_runs)
     for stage, folder in enumerate(folders):
         _log.info("stage %d: %s", stage, folder)
     _log.info("%-20s %10s %10s %14s %14s %7s %5s", "domain", "samples", "seen", "tokens", "consumed", "epochs", "most")
-    for row in domain_ledger(run, uses(folders)).iter_rows(named=True):
+    for row in domain_ledger(run.source, uses(folders)).iter_rows(named=True):
         _log.info(
             "%-20s %10s %10s %14s %14s %7.2f %5d",
             row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['tokens']:,}",

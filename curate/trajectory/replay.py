@@ -145,7 +145,7 @@ class Replay:
                     f"run {run.folder} was trained with {name}; replay rebuilds {', '.join(BUFFERS)} as far as this "
                     f"torch {torch.__version__} has them"
                 )
-        self.reader = SampleReader(run)
+        self.reader = SampleReader(run.source)
         self.task = Task(run.spec.task, self.device)
         trained = {name for group in run.spec.groups for name in group}
         train_only(self.task.model, trained, f"run {run.folder}")

@@ -5,27 +5,26 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import polars as pl
 from pydantic import Field, ValidationError
 
 from curate.arrays import read_table
-from curate.artifacts import checked, file_fingerprint, fingerprint, hash_of, list_files, listed, read_json
+from curate.artifacts import checked, file_fingerprint, fingerprint, hash_of, list_files, read_json
 from curate.config import Config
 from curate.errors import UserError
 from curate.formats.documents import tokenizer_file
-from curate.formats.mds import CATALOGUE, Columns, MdsStream
+from curate.formats.mds import Columns, MdsStream
 from curate.formats.streams import NAME, DomainName, check_same_tokenizer
-from curate.lock import locked
 from curate.task import TaskSpec
 from curate.trajectory.fit import check_tokens
 from curate.trajectory.snapshots import snapshot_path, snapshot_steps
+from curate.trajectory.source import SampleSource
 from curate.validation import first_problem
 from curate.writing import replacing
 
@@ -130,25 +129,6 @@ class Run:
         self.spec = self.spec.model_copy(update={"tokenizer": tokenizer})
 
     @cached_property
-    def places(self) -> pl.DataFrame:
-        """The catalogue with each distinct sample once, at its first place; copies elsewhere are reported.
-
-        Raises:
-            UserError: every sample of a domain is a copy of another domain's.
-        """
-        first = self.catalogue.unique("sample_id", keep="first", maintain_order=True)
-        copies = self.catalogue.join(first.select("sample_id", owner="domain"), on="sample_id")
-        copies = copies.filter(pl.col("domain") != pl.col("owner"))
-        if len(copies):
-            _log.warning("%d samples are exact copies of samples of an earlier domain and count there", len(copies))
-        lost = sorted(set(self.streams) - set(first["domain"]))
-        if lost:
-            raise UserError(
-                f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
-            )
-        return first
-
-    @cached_property
     def unknown(self) -> pl.DataFrame:
         """Samples that the run trained on and that are in none of its streams: sample_id, uses; they are said."""
         trained = sample_uses(self.steps)
@@ -227,46 +207,6 @@ class Run:
         """
         return checked(snapshot_path(self.folder, step), by=self.folder)
 
-    def over(self, streams: Mapping[str, Path]) -> Run:
-        """The same training with other data in the place of its streams, as far as these are read."""
-        return self._changed(spec=self.spec.model_copy(update={"streams": dict(streams)}))
-
-    def divided(self, streams: Mapping[str, MdsStream], catalogue: pl.DataFrame) -> Run:
-        """The same training on the same streams under other names, each with a part of a stream's samples.
-
-        Args:
-            streams: name -> stream that its samples lie in.
-            catalogue: as `Run.catalogue`, with these names as `domain`.
-        """
-        spec = self.spec.model_copy(update={"streams": {name: stream.folder for name, stream in streams.items()}})
-        return self._changed(spec=spec, streams=dict(streams), catalogue=catalogue)
-
-    def continued(self, steps: int, lr_share: float = 1.0) -> Run:
-        """The run as if it went on: the batches of its last updates once more, with the settings of the usual step.
-
-        The added steps have neither loss nor gradient norm.
-
-        Args:
-            steps: how many; at most as many as the run was updated in.
-            lr_share: factor of that step's lr.
-
-        Raises:
-            UserError: it was updated in fewer.
-        """
-        updated = self.steps.filter(_UPDATED)["step"].unique().sort().tail(steps)
-        if len(updated) < steps:
-            raise UserError(f"run {self.folder} was updated in {len(updated)} steps, {steps} are to be repeated")
-        places = pl.DataFrame({"step": updated, "place": range(self.spec.steps, self.spec.steps + steps)})
-        last = self.steps.join(places, on="step", maintain_order="left").with_columns(step="place").drop("place")
-        lr = (pl.element().struct.field("lr") * lr_share).alias("lr")
-        settings = pl.col("groups").list.eval(pl.element().struct.with_fields(lr))
-        usual = self.steps.filter(pl.col("step") == self.usual_step).head(1).select(settings)
-        unknown = pl.lit(None, pl.Float64)
-        added = last.drop("groups").with_columns(loss=unknown, grad_norm=unknown, clip_factor=unknown)
-        longer = self.spec.model_copy(update={"steps": self.spec.steps + steps})
-        steps_of_both = pl.concat([self.steps, added.join(usual, how="cross").select(STEPS.names())])
-        return self._changed(spec=longer, steps=steps_of_both)
-
     @cached_property
     def diverged(self) -> int | None:
         """The first updated step whose loss or gradient norm is not finite; what follows it means nothing."""
@@ -282,50 +222,65 @@ class Run:
         rates = steps.select("step", lr=lr).sort("lr", "step")
         return int(rates["step"][len(rates) // 2])
 
-    def _changed(self, **parts: Any) -> Run:
-        """A copy with other parts, known as this run all the same; nothing that was read of the streams is kept."""
-        other = copy.copy(self)
-        other.__dict__ = {
-            "folder": self.folder, "spec": self.spec, "steps": self.steps, "fingerprint": self.fingerprint, **parts
-        }  # fmt: skip
-        return other
-
     @cached_property
+    def source(self) -> SampleSource:
+        """The samples of the streams that the run trained on."""
+        return SampleSource(self.folder, self.spec.streams, self.spec.columns)
+
+    @property
     def streams(self) -> dict[str, MdsStream]:
         """The streams that the run trained on, by domain."""
-        return {domain: MdsStream(folder, self.spec.columns) for domain, folder in self.spec.streams.items()}
+        return self.source.streams
 
-    @cached_property
+    @property
     def catalogue(self) -> pl.DataFrame:
-        """Every sample of the streams: `MdsStream.catalogue` plus `domain`; read once, then kept in the run."""
-        return read_catalogue(self.folder, self.streams)
+        """Every sample of the streams, see `SampleSource.catalogue`."""
+        return self.source.catalogue
+
+    @property
+    def unique_samples(self) -> pl.DataFrame:
+        """Every distinct sample of the streams once, see `SampleSource.unique_samples`."""
+        return self.source.unique_samples
+
+
+class ContinuedRun(Run):
+    """A run as if it went on: the batch of its last update once more, with the settings of the usual step.
+
+    The added step has neither loss nor gradient norm. It is a trajectory of its own, with its own fingerprint.
+
+    Args:
+        run: that is continued.
+        lr_share: factor of the usual step's lr.
+
+    Raises:
+        UserError: it was updated in no step.
+    """
+
+    def __init__(self, run: Run, lr_share: float) -> None:
+        self.folder, self._added_tokenizer = run.folder, run._added_tokenizer  # noqa: SLF001 (its own kind)
+        self.spec = run.spec.model_copy(update={"steps": run.spec.steps + 1})
+        self.__dict__["source"] = run.source  # read once for both
+        self.__dict__["fingerprint"] = fingerprint([run.fingerprint, "continued", lr_share])
+        self.__dict__["steps"] = _continued_steps(run, lr_share)
+
+
+def _continued_steps(run: Run, lr_share: float) -> pl.DataFrame:
+    updated = run.steps.filter(_UPDATED)["step"]
+    if updated.is_empty():
+        raise UserError(f"run {run.folder} was updated in no step: there is none to be repeated")
+    last = run.steps.filter(step=updated.max()).with_columns(step=pl.lit(run.spec.steps, pl.Int64))
+    lr = (pl.element().struct.field("lr") * lr_share).alias("lr")
+    settings = pl.col("groups").list.eval(pl.element().struct.with_fields(lr))
+    usual = run.steps.filter(pl.col("step") == run.usual_step).head(1).select(settings)
+    unknown = pl.lit(None, pl.Float64)
+    added = last.drop("groups").with_columns(loss=unknown, grad_norm=unknown, clip_factor=unknown)
+    return pl.concat([run.steps, added.join(usual, how="cross").select(STEPS.names())])
 
 
 def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
     """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
     counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
     return counted.with_columns(pl.col("uses").cast(pl.Int64))
-
-
-def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
-    """Every sample of some streams, by domain; kept in the folder of their run. See `Run.catalogue`."""
-    indexes = {
-        domain: [file_fingerprint(stream.folder / "index.json"), stream.columns.model_dump()]
-        for domain, stream in streams.items()
-    }
-    path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
-    if not path.exists() or path.name not in listed(folder):
-        with locked(folder, f".{path.name}.lock", wait=True):
-            if not path.exists() or path.name not in listed(folder):
-                _write_catalogue(path, streams)
-                list_files(folder, [path])
-    return read_table(checked(path, remedy="delete it, and it is made again"))
-
-
-def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:
-    frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
-    with replacing(path) as part:
-        pl.concat(frames).write_parquet(part)
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:
@@ -370,6 +325,11 @@ def _resolved(spec: RunSpec, folder: Path) -> RunSpec:
         return spec
     model = spec.task.model.model_copy(update={"hf_config": folder / config})
     return spec.model_copy(update={"task": spec.task.model_copy(update={"model": model})})
+
+
+def open_run(place: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> Run:
+    """A run, or the newest finished one below a folder; see `Run`."""
+    return Run(place if (place / "run.json").exists() or place.is_file() else find_run(place), streams, tokenizer)
 
 
 def find_run(root: Path) -> Path:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from curate.artifacts import folder_bytes
 from curate.errors import UserError
 from curate.trajectory.run import sample_uses
 
 if TYPE_CHECKING:
     from curate.formats.mds import Sample
     from curate.trajectory.run import Run
+    from curate.trajectory.source import SampleSource
 
 
 class SampleReader:
-    """Random access to the samples of a run's streams by content id.
+    """Random access to the samples of a source by content id.
 
     Args:
-        run: the run; its catalogue is read once. Exact duplicates resolve to their first place.
+        source: its catalogue is read once. Exact duplicates resolve to their first place.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        catalogue = run.places.sort("sample_id")
+    def __init__(self, source: SampleSource) -> None:
+        self._source = source
+        catalogue = source.unique_samples.sort("sample_id")
         self._ids = catalogue["sample_id"].to_numpy()
         self._indexes = catalogue["index"].to_numpy()
         self._domains = catalogue["domain"].to_list()
@@ -43,11 +43,10 @@ class SampleReader:
         missing = self._ids[places] != wanted
         if missing.any():
             raise UserError(
-                f"sample {wanted[int(missing.argmax())]} of run {self._run.folder} is not in its streams "
-                f"({', '.join(self._run.spec.streams)}): they were changed after training (restore them), or other "
+                f"sample {wanted[int(missing.argmax())]} is not in the streams {', '.join(self._source.folders)}: they were changed after training (restore them), or other "
                 "rows than theirs were trained on (other labels, special tokens, packing)"
             )
-        return [self._run.streams[self._domains[place]][int(self._indexes[place])] for place in places]
+        return [self._source.streams[self._domains[place]][int(self._indexes[place])] for place in places]
 
 
 def window_rows(run: Run, window: str, start: int, stop: int, horizon: str, every: int = 1) -> pl.DataFrame:
@@ -62,17 +61,17 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str, ever
         every: rows of every n-th step, from the first one on.
 
     Returns:
-        row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), window, horizon, domain, index
+        row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), source (the window), horizon, domain, index
         (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
     """
     steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
     steps = steps.filter((pl.col("step") - start) % every == 0)
     rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
-    joined = rows.join(run.places, on="sample_id", how="left", maintain_order="left").with_row_index("row")
-    documents = [sample.document_tokens() for sample in SampleReader(run).samples(joined["sample_id"].to_list())]
+    joined = rows.join(run.unique_samples, on="sample_id", how="left", maintain_order="left").with_row_index("row")
+    documents = [sample.document_tokens() for sample in SampleReader(run.source).samples(joined["sample_id"].to_list())]
     return joined.select(
         pl.col("row").cast(pl.Int64), "step", "sample_id", "weight", "tokens", "length",
-        pl.lit(window).alias("window"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
+        pl.lit(window).alias("source"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
         pl.Series("documents", documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
     )  # fmt: skip
 
@@ -88,39 +87,22 @@ def trained_tokens(run: Run) -> dict[str, int]:
             f"none of the {len(run.unknown):,} samples that run {run.folder} trained on is in its streams: they were "
             "changed since (restore them), or other rows than theirs were trained on"
         )
-    samples = run.places.join(sample_uses(run.steps), on="sample_id")
+    samples = run.unique_samples.join(sample_uses(run.steps), on="sample_id")
     tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())
 
 
-def usable_samples(places: pl.DataFrame) -> pl.DataFrame:
+def usable_samples(samples: pl.DataFrame) -> pl.DataFrame:
     """The samples that predict a token, by domain and content id.
 
     Args:
-        places: as `Run.places`.
+        samples: as `SampleSource.unique_samples`.
 
     Returns:
         domain, index, shard, sample_id, length, tokens (predicted).
     """
-    usable = places.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
+    usable = samples.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
     return usable.select("domain", "index", "shard", "sample_id", "length", "tokens")
-
-
-def read_batches(run: Run, samples: pl.DataFrame, size: int) -> Iterator[list[Sample]]:
-    """Read the samples of a table (`domain`, `index`) in its order, `size` at a time."""
-    for part in samples.iter_slices(size):
-        yield [run.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
-
-
-def stored_bytes_per_token(run: Run) -> float:
-    """Bytes of the run's streams on disk, per stored token."""
-    return sum(folder_bytes(stream.folder) for stream in run.streams.values()) / int(run.catalogue["length"].sum())
-
-
-def fresh_shares(run: Run) -> dict[str, float]:
-    """Share of new text in each domain's stream: n-grams that occur for the first time (`formats.ngrams`)."""
-    shares = run.catalogue.group_by("domain").agg(pl.col("fresh").sum() / pl.col("ngrams").sum().clip(1))
-    return dict(shares.sort("domain").iter_rows())
 
 
 def samples_fingerprint(samples: pl.DataFrame) -> str:

@@ -16,13 +16,10 @@ import polars as pl
 import pytest
 import yaml
 
-from curate.embeddings.estimators import AdjointConfig
 from curate.embeddings.run_capture import CaptureConfig
 from curate.formats.mds import COLUMNS, MdsStream, iterate, write_stream
 from curate.mixture.record import read_mixture
-from curate.select import select
-from curate.selection import SelectConfig
-from curate.tracking import TrackingConfig
+from curate.select import SelectConfig, select
 from curate.trajectory.run import Run
 from curate.trust import trust
 from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
@@ -30,36 +27,44 @@ from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 GOLDEN = Path(__file__).with_name("golden.json")
 DOMAINS = ("json", "dataclasses")
 CLOSE = 2e-3  # relative to the largest number of a list
-LATE = {"window": "late"}
+LATE = {"sources": ["late"]}
+WINDOWS = {"sources": ["early", "late"]}
 PHASES = {"early_share": 0.2, "late_share": 0.3}
-PROBE = {"min_per_domain": 20}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "reweight": {},
-    "filter": {"mode": "filter"},
-    "filter by the late window's values": {**LATE, "mode": "filter", "shards": {"unvalued": "predict"}},
-    "filter by the early window": {"window": "early", "mode": "filter"},
-    "filter by the next step": {"window": "none", "mode": "filter"},
-    "reweight by the next step": {"window": "none"},
-    "early-late schedule": {"mode": "both", "schedule": {"kind": "early-late", **PHASES}},
-    "late schedule": {"mode": "both", "schedule": {"kind": "late", **PHASES}},
-    "candidates": {"pool": "new", "mode": "filter", "probe": PROBE},
-    "candidates by features": {"pool": "new", "mode": "both", "probe": {**PROBE, "rest": "features"}},
+    "weights": {"mode": "weights", "values": WINDOWS},
+    "samples": {"values": WINDOWS},
+    "samples by the early window": {"values": {"sources": ["early"]}},
+    "samples by the current state": {},
+    "weights by the current state": {"mode": "weights"},
+    "early-and-late schedule": {
+        "mode": "both", "values": WINDOWS, "mixture": {"schedule": "early-and-late", **PHASES},
+    },
+    "anneal schedule": {
+        "mode": "both", "values": WINDOWS, "mixture": {"schedule": "anneal", "late_share": 0.3},
+    },
+    "candidates": {"candidates": "new", "values": {"measured_per_domain": 20}},
+    "candidates by weights": {"candidates": "new", "mode": "weights", "values": {"measured_per_domain": 20}},
     "several targets with retention": {
-        **LATE, "mode": "filter", "more_targets": {"other.jsonl": 0.5}, "guard": "general.jsonl",
+        "values": LATE, "more_targets": {"other.jsonl": 0.5}, "retain": "general.jsonl",
     },
-    "read at the stage's end": {"horizon": "stage_end"},
+    "read at the stage's end": {"mode": "weights", "values": WINDOWS, "embedding": {"horizon": "stage_end"}},
     "anchors": {
-        **LATE, "estimator": "anchors", "adjoint": AdjointConfig(anchors_per_domain=1, samples_per_anchor=6),
+        "mode": "weights", "values": LATE,
+        "embedding": {"estimator": "anchors", "adjoint": {"anchors_per_domain": 1, "samples_per_anchor": 6}},
     },
-    "dvemb": {**LATE, "estimator": "dvemb"},
-    "dvemb-adam": {**LATE, "estimator": "dvemb-adam"},
-    "dvemb captured in the run": {**LATE, "estimator": "dvemb", "run": "captured"},
-    "dsir": {"method": "dsir", "mode": "filter", "importance_temperature": 8.0},
-    "less": {**LATE, "method": "less"},
-    "grad-dot": {**LATE, "method": "grad-dot", "mode": "filter"},
-    "shuffled": {**LATE, "method": "shuffled"},
-    "proportional": {"method": "proportional", "mode": "filter"},
-    "given": {"method": "given", "weights": {"json": 0.25, "dataclasses": 0.75}},
+    "dvemb": {"mode": "weights", "values": LATE, "embedding": {"estimator": "dvemb"}},
+    "dvemb-adam": {"mode": "weights", "values": LATE, "embedding": {"estimator": "dvemb-adam"}},
+    "dvemb captured in the run": {
+        "mode": "weights", "values": LATE, "embedding": {"estimator": "dvemb"}, "run": "captured",
+    },
+    "dsir": {"method": "dsir", "values": {"dsir_temperature": 8.0}},
+    "less": {"method": "less", "mode": "weights"},
+    "grad-dot": {"method": "grad-dot"},
+    "shuffled": {"method": "shuffled", "mode": "weights"},
+    "proportional": {"method": "proportional"},
+    "given weights": {
+        "method": "proportional", "mode": "weights", "mixture": {"prior": {"json": 0.25, "dataclasses": 0.75}},
+    },
 }  # fmt: skip
 
 
@@ -83,13 +88,17 @@ def make_inputs(folder: Path) -> Path:
 def select_with(folder: Path, name: str, out: Path) -> Path:
     """The selection of one configuration; names of files stand for files of `folder`."""
     given = {"run": "run", "target": "target.jsonl", **CONFIGURATIONS[name]}
-    for key in ("run", "target", "pool", "guard"):
+    for key in ("run", "target", "candidates", "retain"):
         if key in given:
             given[key] = folder / given[key]
     if "more_targets" in given:
         given["more_targets"] = {str(folder / file): weight for file, weight in given["more_targets"].items()}
-    tracking = TrackingConfig(mode="none")
-    config = SelectConfig(min_target_tokens=100, budget_tokens=40 * SEQ_LEN, tracking=tracking, out=out, **given)
+    values = {"min_target_tokens": 100, **given.get("values", {})}
+    if "embedding" in given:
+        values["embed_config"] = folder / f"{name}.yaml".replace(" ", "-").replace("'", "")
+        values["embed_config"].write_text(yaml.safe_dump(given.pop("embedding")), encoding="utf-8")
+    given |= {"values": values, "output": {"wandb": "none"}, "budget_tokens": 40 * SEQ_LEN, "out": out}
+    config = SelectConfig.model_validate(given)
     return select(config, Run(config.run))
 
 
@@ -100,13 +109,13 @@ def summary_of(selection: Path) -> dict[str, Any]:
     exact: dict[str, Any] = {
         "samples": {name: mixture.domains[name].samples for name in domains},
         "binding": {name: mixture.domains[name].binding for name in domains},
-        "phases": [[phase.start_step, phase.samples, dict(sorted(phase.domains.items()))] for phase in mixture.phases],
+        "phases": [[phase.start_sample, phase.samples, dict(sorted(phase.domains.items()))] for phase in mixture.phases],
     }
     close = {"weights": [mixture.domains[name].weight for name in domains]}
     scores = pl.read_parquet(selection / "scores.parquet")
-    for (target, window), part in scores.group_by("target", "window", maintain_order=True):
-        close[f"values {target} {window}"] = part.sort("domain", "step", "row")["value"].to_list()
-    table = pl.read_parquet(selection / "domains.parquet").sort("window", "target", "domain")
+    for (target, source), part in scores.group_by("target", "source", maintain_order=True):
+        close[f"values {target} {source}"] = part.sort("domain", "step", "row")["value"].to_list()
+    table = pl.read_parquet(selection / "domains.parquet").sort("source", "target", "domain")
     close["shrunk"] = [value or 0.0 for value in table["shrunk"].to_list()]
     if (selection / "data" / "mds").exists():
         exact["written"] = _written(selection / "data" / "mds")

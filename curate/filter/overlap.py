@@ -1,0 +1,178 @@
+"""One pass over the samples of a pool: what their text shares with each other and with held-out documents."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from scipy.stats import binom
+
+from curate.formats.mds import MdsStream
+from curate.formats.ngrams import Hashes, N, ngram_hashes, sampled
+from curate.progress import progress
+
+MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
+_GRAMS = pl.Schema({"row": pl.Int64, "hash": pl.UInt64})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Documents that must not be trained on.
+
+    Args:
+        documents: one row each: `document` (position), `file`, `id`, `ngrams` (distinct; 0: too short to be compared).
+        grams: one row per distinct n-gram of a document: `document`, `hash`.
+    """
+
+    documents: pl.DataFrame
+    grams: pl.DataFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapScan:
+    """What one pass found; `row` is a row of the pool.
+
+    Args:
+        ngrams: int64 [N], distinct n-grams of each sample.
+        grams: `row`, `hash`: the n-grams that near-duplicates are found by.
+        shared: `row`, `hash`: the n-grams that a held-out document has too.
+    """
+
+    ngrams: npt.NDArray[np.int64]
+    grams: pl.DataFrame
+    shared: pl.DataFrame
+
+
+def held_out(documents: Sequence[tuple[str, str, npt.NDArray[np.int32]]]) -> HeldOut:
+    """The n-grams of documents, each given as its file, its id and its token ids."""
+    hashes = [np.unique(ngram_hashes(tokens)) for _, _, tokens in documents]
+    table = pl.DataFrame(
+        {
+            "document": np.arange(len(documents)),
+            "file": [file for file, _, _ in documents],
+            "id": [name for _, name, _ in documents],
+            "ngrams": [len(own) for own in hashes],
+        },
+        schema={"document": pl.Int64, "file": pl.String, "id": pl.String, "ngrams": pl.Int64},
+    )
+    grams = _long(hashes).rename({"row": "document"})
+    return HeldOut(documents=table, grams=grams)
+
+
+def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut) -> OverlapScan:
+    """Read every sample of the pool once.
+
+    Args:
+        pool: columns `domain`, `index` and `length` (see `plan.make_pool`).
+        streams: the stream of each domain.
+        held: what must not be trained on.
+    """
+    reference = np.unique(held.grams["hash"].to_numpy())
+    total = int(pool["length"].sum())
+    own: list[Hashes] = []
+    common: list[Hashes] = []
+    counts = np.zeros(len(pool), np.int64)
+    rows = pool.select("domain", "index").iter_rows()
+    for row, (domain, index) in enumerate(progress(rows, total=len(pool), what="compare texts", unit="sample")):
+        tokens = streams[domain][index].tokens
+        hashes = np.unique(ngram_hashes(tokens))
+        counts[row] = len(hashes)
+        own.append(sampled(hashes, total, MEMORY))
+        at = np.searchsorted(reference, hashes).clip(max=max(len(reference) - 1, 0))
+        common.append(hashes[reference[at] == hashes] if len(reference) else hashes[:0])
+    return OverlapScan(ngrams=counts, grams=_long(own), shared=_long(common))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What near-duplicates are found by in a pool of more n-grams than are held.
+
+    Args:
+        share: of the n-grams that are held.
+        ngrams: n-grams of a sample of median length.
+        held: how many of these are held, on average.
+        alike: share of its n-grams that a copy has in common, half way from the smallest that counts to all.
+        recall: share of such copies of a sample of median length that are found.
+    """
+
+    share: float
+    ngrams: int
+    held: float
+    alike: float
+    recall: float
+
+
+def sight(pool: pl.DataFrame, overlap: float) -> Sight | None:
+    """How well `near_duplicates` sees in a pool (`length` of its samples), or None where it sees everything."""
+    total = int(pool["length"].sum())
+    if total <= MEMORY:
+        return None
+    share, alike = MEMORY / total, (1 + overlap) / 2
+    ngrams = max(int(np.median(pool["length"].to_numpy())) - N + 1, 0)
+    # Of the copy's n-grams k are held, of which a share of `overlap` must be the original's.
+    held = np.arange(1, ngrams + 1)
+    found = binom.sf(np.ceil(overlap * held - 1e-9) - 1, held, alike)
+    recall = float((binom.pmf(held, ngrams, share) * found).sum())
+    return Sight(share=share, ngrams=ngrams, held=share * ngrams, alike=alike, recall=recall)
+
+
+def _long(parts: Sequence[Hashes]) -> pl.DataFrame:
+    """One row per hash, with the position of its part."""
+    rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return pl.DataFrame({"row": rows, "hash": np.concatenate([*parts, np.zeros(0, np.uint64)])}, schema=_GRAMS)
+
+
+def contamination(found: OverlapScan, held: HeldOut, overlap: float) -> pl.DataFrame:
+    """Samples that share text with held-out documents.
+
+    Args:
+        found: the pass over the samples.
+        held: the documents.
+        overlap: share of the sample's or of the document's n-grams from which a sample is a hit.
+
+    Returns:
+        One row per sample and document that share an n-gram, most in common first: `row`, `file`, `id`, `shared`
+        (n-grams), `of_sample`, `of_document` (shares), `hit`.
+    """
+    sizes = pl.DataFrame({"row": np.arange(len(found.ngrams)), "own": found.ngrams})
+    pairs = found.shared.join(held.grams, on="hash").group_by("row", "document").agg(shared=pl.len().cast(pl.Int64))
+    shares = (
+        pairs.join(held.documents, on="document")
+        .join(sizes, on="row")
+        .with_columns(of_sample=pl.col("shared") / pl.col("own"), of_document=pl.col("shared") / pl.col("ngrams"))
+        .with_columns(hit=pl.max_horizontal("of_sample", "of_document") >= overlap)
+    )
+    columns = ("row", "file", "id", "shared", "of_sample", "of_document", "hit")
+    return shares.sort(["shared", "row", "document"], descending=[True, False, False]).select(columns)
+
+
+def near_duplicates(found: OverlapScan, order: pl.DataFrame, overlap: float) -> pl.DataFrame:
+    """Samples that repeat a better one of their domain.
+
+    Every n-gram belongs to the best sample that has it; a sample of whose n-grams one better sample owns at least
+    `overlap` is its near-duplicate. Exact over all pairs of a sample and an owner, in one sort of the n-grams: no
+    candidates are missed by chance, as with MinHash, and a template that hundreds of samples share costs no pairs.
+    Pools of more than `MEMORY` tokens are compared by a sample of their n-grams: `sight` says what that misses.
+
+    Args:
+        found: the pass over the samples.
+        order: `row`, `domain`, `rank` (unique; the smallest is the best) of the samples that compete.
+        overlap: share of the sample's n-grams, above 0.
+
+    Returns:
+        `row` and `of`, the row of the sample that it repeats.
+    """
+    grams = found.grams.join(order, on="row")
+    owners = grams.group_by("domain", "hash").agg(owner=pl.col("rank").min())
+    counts = grams.join(owners, on=["domain", "hash"]).group_by("row", "rank", "owner").len("common")
+    sizes = grams.group_by("row").len("own")
+    repeated = (
+        counts.filter(pl.col("owner") < pl.col("rank"))
+        .join(sizes, on="row")
+        .filter(pl.col("common") >= overlap * pl.col("own"))
+        .sort(["row", "common", "owner"], descending=[False, True, False])
+        .unique("row", keep="first", maintain_order=True)
+    )
+    names = order.select(owner="rank", of="row")
+    return repeated.join(names, on="owner").select("row", "of").sort("row")

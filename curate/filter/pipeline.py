@@ -1,0 +1,103 @@
+"""From every sample that the stage can draw to those that are good enough, and what held-out text was found in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.escape import visible
+from curate.filter.choose import FilterConfig, choose
+from curate.filter.overlap import HeldOut, Sight, contamination, held_out, scan, sight
+from curate.formats.documents import encode, load_tokenizer
+from curate.formats.files import read_documents
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from curate.formats.mds import MdsStream
+
+_log = logging.getLogger(__name__)
+_SHOWN = 3  # files named in a line of the log
+
+
+def read_held_out(aimed: Sequence[Path], config: FilterConfig, tokenizer_file: Path | None) -> HeldOut:
+    """The documents that must not be trained on, tokenised as the run's data was: those aimed at and the config's.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
+    files = [] if config.contamination_overlap is None else [*aimed, *map(Path, config.held_out)]
+    documents: list[tuple[str, str, npt.NDArray[np.int32]]] = []
+    for path in files:
+        documents += [
+            (visible(path.name), document.id, encode(document, tokenizer)[0]) for document in read_documents(path)
+        ]
+    return held_out(documents)
+
+
+def filter_pool(
+    pool: pl.DataFrame,
+    streams: Mapping[str, MdsStream],
+    held: HeldOut,
+    config: FilterConfig,
+    *,
+    leave_out: bool,
+    ngram_share: float,
+    seed: int,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Give every sample of a pool that is not good enough its reason.
+
+    Args:
+        pool: see `output.plan.make_pool`.
+        streams: the stream of each domain.
+        held: documents that must not be trained on.
+        config: what is left out.
+        leave_out: whether samples can be left out; else contamination is only reported.
+        ngram_share: see `choose`.
+        seed: of the draws.
+
+    Returns:
+        The pool, and the contamination that was found: `domain`, `index`, `sample_id`, `file`, `id`, `shared`
+        (n-grams), `of_sample`, `of_document`, `removed`.
+    """
+    wanted = leave_out or not held.grams.is_empty()  # else there is nothing to compare samples with
+    if leave_out:
+        _say_sight(sight(pool, config.duplicate_overlap))
+    overlaps = scan(pool if wanted else pool.clear(), streams, held)
+    hits = contamination(overlaps, held, config.contamination_overlap or 1.0).filter("hit")
+    if leave_out:
+        pool = choose(pool, overlaps, hits, config, seed, ngram_share=ngram_share)
+    rows = pool.with_row_index("row").select(pl.col("row").cast(pl.Int64), "domain", "index", "sample_id")
+    report = hits.join(rows, on="row", maintain_order="left")
+    _say(report, held, removing=leave_out)
+    columns = ("domain", "index", "sample_id", "file", "id", "shared", "of_sample", "of_document")
+    return pool, report.select(*columns, removed=pl.lit(leave_out))
+
+
+def _say_sight(seen: Sight | None) -> None:
+    if seen:
+        _log.warning(
+            "near-duplicates are looked for by %.2g %% of the n-grams, %.1f of %d in a median sample: of copies with "
+            "%.0f %% of their n-grams in common %.0f %% are found",
+            100 * seen.share, seen.held, seen.ngrams, 100 * seen.alike, 100 * seen.recall,
+        )  # fmt: skip
+
+
+def _say(report: pl.DataFrame, held: HeldOut, *, removing: bool) -> None:
+    short = int((held.documents["ngrams"] == 0).sum())
+    if short:
+        _log.info("%d of %d held-out documents are too short to be compared (13 tokens)", short, len(held.documents))
+    if report.is_empty():
+        return
+    samples = report.unique("sample_id", keep="first", maintain_order=True)
+    domains = samples.group_by("domain").len().sort("len", "domain", descending=[True, False])
+    told = ", ".join(f"{domain} {count}" for domain, count in domains.iter_rows())
+    files = ", ".join(report["file"].unique().sort().to_list()[:_SHOWN])
+    what = "they are left out" if removing else "they stay in: select with --mode samples to leave them out"
+    _log.warning("%d samples hold text of %s (%s); %s; see contamination.parquet", len(samples), files, told, what)

@@ -1,0 +1,414 @@
+"""What the next step asks for, by forward passes alone: of a part of every domain, and of the most promising samples.
+
+All samples share one direction, what a target asks of the next step (`influence.direction`), and the linear value of
+each is the directional derivative of its own loss along it. The samples are the run's own (source `current`) or
+candidates that were never trained on (source `candidates`). Two artifacts in the run, both by content, so that a
+re-sharded stream needs no new ones, and continued where they were interrupted: `influence/<source>-*` has the
+directions and a part of every domain, measured token by token for each target, which domains are scored by and all
+other samples predicted from (`influence.ngram_regression`); `influence/measured-*` has one value for all targets
+together of each sample that is measured beside that part.
+
+T targets, N samples, n tokens, P parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import polars as pl
+
+from curate.arrays import read_arrays, read_table, write_arrays
+from curate.artifacts import fingerprint, making, seal
+from curate.deviation import combined_values, target_shares
+from curate.embeddings.store import add_time, read_timings
+from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
+from curate.influence.draw import VALUES, draw_measured, measured_frame, values_frame
+from curate.influence.extrapolate import blocks_of, from_fit, with_fallback
+from curate.influence.ngram_regression import fit, means, ngrams_of
+from curate.progress import progress
+from curate.target import check_vocabulary
+from curate.trajectory.fit import check_fit
+from curate.trajectory.replay import Replay, records
+from curate.trajectory.run import ContinuedRun
+from curate.trajectory.samples import samples_fingerprint
+from curate.writing import replacing
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from curate.formats.mds import Sample
+    from curate.target import Target
+    from curate.trajectory.run import Run
+    from curate.trajectory.source import SampleSource
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+_log = logging.getLogger(__name__)
+CURRENT: Final = "current"
+CANDIDATES: Final = "candidates"
+MIN_RANK_CORRELATION = 0.2
+"""Held-out rank correlation from which a domain's predictions are used, if it is certainly positive; elsewhere the
+domain's mean stands for what is not measured. What choosing by predictions gains is about this share of what choosing
+by values would gain."""
+_LR_SHARE = 0.1  # of the run's median lr, see `influence.direction`
+_FORWARD_PASSES = 0.4  # of a forward+backward pass: a forward pass
+_BATCH = 64  # samples read at a time
+_DIRECTIONS, _TOKENS = "directions.npz", "tokens.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStepOptions:
+    """How values of the next step are measured.
+
+    Attributes:
+        per_domain: how many samples of each domain are measured for every target.
+        seed: of the draw.
+        device: of the model.
+        batch_size: sequences per pass over a target.
+        tolerance: of the replay, where the run has no snapshot at its end.
+    """
+
+    per_domain: int = 100
+    seed: int = 0
+    device: str = "cpu"
+    batch_size: int = 16
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStep:
+    """What some targets ask of the next step, and what it would do to train on some samples of every domain in it.
+
+    Positive = it lowers the target's loss.
+
+    Attributes:
+        name: of the source: current or candidates.
+        folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P), `tokens.npz` the values of the
+            predicted tokens of that part, float32 (n, T), one sample after the other.
+        values: the values frame (`scores.schema`, with documents) of a part of every domain for every target; `step`
+            is a group, see `draw_measured`. Derivatives know no halves of a target: `value_a` and `value_b` are
+            `value`.
+        fingerprint: identity of what it is made from.
+        seconds: time that it took.
+        passes: the same in forward+backward passes of a training batch.
+    """
+
+    name: str
+    folder: Path
+    values: pl.DataFrame
+    fingerprint: str
+    seconds: float
+    passes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSamples:
+    """What one more use of some samples would do now. Positive = it lowers the targets' losses.
+
+    Attributes:
+        folder: the artifact.
+        values: the values frame that samples are chosen by, for all targets together (`deviation.combined_values`):
+            `source`, `target` (the first), `domain`, `index`, `sample_id`, `tokens` (predicted), `value`, `value_a`,
+            `value_b`; all three are the same.
+        seconds: time that it took.
+        passes: the same in forward+backward passes of a training batch.
+    """
+
+    folder: Path
+    values: pl.DataFrame
+    seconds: float
+    passes: float
+
+
+def value_next_step(
+    run: Run,
+    source: SampleSource,
+    samples: pl.DataFrame,
+    targets: Sequence[Target],
+    options: NextStepOptions,
+    name: Literal["current", "candidates"] = CURRENT,
+) -> NextStep:
+    """Value a part of every domain for each target, or open that; the cost is stated before.
+
+    Args:
+        run: a finished run, whose last state is the current one.
+        source: of the samples.
+        samples: N rows of `usable_samples` of the source, in that order: what the part is drawn from.
+        targets: T targets.
+        options: how many, and how.
+        name: of the source.
+
+    Raises:
+        UserError: bad target, or samples that the model cannot read.
+    """
+    drawn = draw_measured(samples, options.per_domain, step_samples(run), options.seed)
+    settings = {
+        "run": run.fingerprint,
+        "source": name,
+        "samples": samples_fingerprint(drawn),
+        "targets": [target.fingerprint for target in targets],
+        "lr_share": _LR_SHARE,
+    }
+    identity = fingerprint(settings)
+    folder = run.folder / "influence" / f"{name}-{targets[0].name}-{identity[:8]}"
+    with making(folder, settings) as missing:
+        if missing:
+            replay = _continued_replay(run, targets, options)
+            check_fit(source.catalogue, source.folders, replay.model)
+            _say_cost(run, targets, len(drawn))
+            with timed(folder, replay) as scratch:
+                _measure_part(run, source, replay, drawn, targets, options, scratch, folder)
+            seal(folder, "next step", settings, targets=[target.name for target in targets])
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    frame = _part_frame(run, source, folder, drawn, targets, name)
+    return NextStep(name=name, folder=folder, values=frame, fingerprint=identity, **timings_of(folder))
+
+
+def _say_cost(run: Run, targets: Sequence[Target], samples: int) -> None:
+    lead = run.spec.steps - run.snapshot_before(run.spec.steps)
+    sequences = sum(len(half) for target in targets for half in target.halves)
+    direction = lead + 2 + sequences / step_samples(run)  # the replay to the last state, the added step, the targets
+    measuring = forward_passes(run, len(targets), samples)
+    _log.info(
+        "the next step will cost about %.0f forward+backward passes: %.0f for what the targets ask of it, %.0f to "
+        "measure %s samples for each",
+        direction + measuring, direction, measuring, f"{samples:,}",
+    )  # fmt: skip
+
+
+def _measure_part(
+    run: Run,
+    source: SampleSource,
+    replay: Replay,
+    drawn: pl.DataFrame,
+    targets: Sequence[Target],
+    options: NextStepOptions,
+    scratch: Path,
+    folder: Path,
+) -> None:
+    losses = [half for target in targets for half in target.halves]
+    state, directions = target_directions(replay, losses, _half_weights(targets), options.batch_size)
+    tokens = linear_values(
+        replay, state.parameters, directions, drawn, "tokens", read=partial(read_together, run, source),
+        scratch=scratch, by_token=True,
+    ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
+    write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
+    write_arrays(folder / _TOKENS, {"values": tokens.astype(np.float32)})
+    of_samples = means(tokens, drawn["tokens"].to_numpy())
+    with replacing(folder / "values.parquet") as part:
+        pl.concat(_of_target(drawn, place, own) for place, own in enumerate(of_samples.T)).write_parquet(part)
+
+
+def measure_samples(
+    run: Run,
+    source: SampleSource,
+    samples: pl.DataFrame,
+    next_step: NextStep,
+    targets: Sequence[Target],
+    weights: Mapping[str, float],
+    options: NextStepOptions,
+) -> MeasuredSamples:
+    """Measure samples for the next step, or open their values; the cost is stated before.
+
+    Targets count in their own standard deviations, which the part of every domain tells; all others have the derivative
+    along the one direction that the targets have together, so that more targets cost no more.
+
+    Args:
+        run: a finished run, whose last state is the current one.
+        source: of the samples.
+        samples: N rows of `usable_samples` of the source, in that order.
+        next_step: of the run and the targets; samples that it values are not passed over again.
+        targets: T targets.
+        weights: target -> weight.
+        options: device and tolerance of the replay.
+    """
+    aimed = {target.name: weights[target.name] for target in targets}
+    known = combined_values(next_step.values, aimed)
+    rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
+    settings = {
+        "next": next_step.fingerprint,
+        "samples": samples_fingerprint(rest),
+        "weights": list(aimed.values()),
+    }
+    folder = run.folder / "influence" / f"measured-{targets[0].name}-{fingerprint(settings)[:8]}"
+    with making(folder, settings) as missing:
+        if missing:
+            replay = _continued_replay(run, targets, options)
+            _log.info(
+                "measuring %s samples for the next step will cost about %.0f forward+backward passes",
+                f"{len(rest):,}", forward_passes(run, 1, len(rest)),
+            )  # fmt: skip
+            with timed(folder, replay) as scratch:
+                parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
+                own = [_places(next_step)[name] for name in aimed]  # a retention target may have no say here
+                directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][own])
+                shares = parameters.new_tensor(list(target_shares(next_step.values, aimed).values()))
+                value = linear_values(
+                    replay, parameters, shares[None] @ directions, rest, "samples",
+                    read=partial(read_together, run, source), scratch=scratch,
+                ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
+                with replacing(folder / "values.parquet") as part:
+                    rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
+            seal(folder, "measured samples", settings, targets=[target.name for target in targets])
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    stored = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
+    stored = stored.with_columns(pl.col("value") * pl.col("tokens"))
+    again = samples.join(known.select("sample_id", "value"), on="sample_id", maintain_order="left")
+    values = values_frame(pl.concat([stored, again]), next_step.name, targets[0].name)
+    return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
+
+
+def predict_samples(
+    source: SampleSource, samples: pl.DataFrame, next_step: NextStep, weights: Mapping[str, float], seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Predict what samples would do in the next step, for all targets together; no pass through the model.
+
+    Args:
+        source: of the samples.
+        samples: rows of `usable_samples` of the source, in that order, among them those that `next_step` values.
+        next_step: of the run and the targets.
+        weights: target -> weight.
+        seed: of folds and intervals.
+
+    Returns:
+        `domain`, `sample_id`, `value` (per token) of the samples; those that `next_step` values have that value.
+        `domain`, `samples`, `measured`, `spearman` (held out), `low`, `high`, `used` (see `extrapolate.with_fallback`).
+    """
+    measured = combined_values(next_step.values, weights)
+    shares = np.array(list(target_shares(next_step.values, weights).values()))
+    stored = read_arrays(next_step.folder / _TOKENS)["values"][:, [_places(next_step)[name] for name in weights]]
+    keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
+    tokens = stored.astype(np.float64) @ shares
+    made, held_out = fit(np.concatenate(keys), tokens[:, None], measured["tokens"].to_numpy(), seed)
+    batches = source.read_batches(samples, _BATCH)
+    shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
+    known = (measured["value"] / measured["tokens"]).to_numpy()
+    predicted = np.concatenate([made.samples(batch) for batch in shown])
+    judged = from_fit(samples, measured, known, predicted[:, 0], held_out[:, 0], seed)
+    every, quality = with_fallback(*judged, MIN_RANK_CORRELATION)
+    return every.select("domain", "sample_id", "value"), quality.drop("of")
+
+
+def _places(next_step: NextStep) -> dict[str, int]:
+    """Target -> its place among those that the next step is valued for."""
+    return {name: place for place, name in enumerate(next_step.values["target"].unique(maintain_order=True))}
+
+
+def _of_target(drawn: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
+    """Values (N,) per token of samples for one target."""
+    return drawn.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value=pl.Series(values))
+
+
+def _part_frame(
+    run: Run, source: SampleSource, folder: Path, drawn: pl.DataFrame, targets: Sequence[Target], name: str
+) -> pl.DataFrame:
+    names = pl.DataFrame({"of": range(len(targets)), "target": [target.name for target in targets]})
+    stored = read_table(folder / "values.parquet").join(names, on="of", maintain_order="left")
+    measured = stored.join(drawn, on=["domain", "sample_id"], maintain_order="left").with_columns(
+        *((pl.col("value") * pl.col("tokens")).alias(column) for column in VALUES)
+    )
+    return measured_frame(measured, name, step_tokens(run), partial(read_together, run, source))
+
+
+@contextmanager
+def timed(folder: Path, replay: Replay) -> Iterator[Path]:
+    """A folder for what an interrupted call continues from; the time is added up, whatever happens."""
+    begin, scratch = perf_counter(), folder / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        yield scratch
+    finally:
+        add_time(folder, perf_counter() - begin, replay.unit_seconds)
+
+
+def timings_of(folder: Path) -> dict[str, float]:
+    """`seconds` and `passes` that an artifact took."""
+    timings = read_timings(folder)
+    return {"seconds": timings["seconds"], "passes": timings["cost_units"]}
+
+
+def _continued_replay(run: Run, targets: Sequence[Target], options: NextStepOptions) -> Replay:
+    """The replay of a run that is continued by a step, for targets of its vocabulary.
+
+    Raises:
+        UserError: a target has other tokens than the model.
+    """
+    replay = Replay(ContinuedRun(run, _LR_SHARE), options.device, options.tolerance)
+    for target in targets:
+        check_vocabulary(target, replay.task)
+    return replay
+
+
+def _half_weights(targets: Sequence[Target]) -> list[list[float]]:
+    """(T, 2 T) the share of every half in each target."""
+    weights = np.zeros((len(targets), 2 * len(targets)))
+    for place, target in enumerate(targets):
+        weights[place, 2 * place : 2 * place + 2] = target.half_weights
+    table: list[list[float]] = weights.tolist()
+    return table
+
+
+def linear_values(
+    replay: Replay,
+    parameters: Tensor,
+    directions: Tensor,
+    samples: pl.DataFrame,
+    name: str,
+    *,
+    read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
+    scratch: Path,
+    by_token: bool = False,
+) -> Floats:
+    """(N, V) linear values of samples of weight 1 (the mean loss of a step has 1 / its tokens), at the replay's lr.
+
+    Args:
+        replay: of the `ContinuedRun`.
+        parameters: (P,) of the current state.
+        directions: (V, P), see `target_directions`.
+        samples: N samples.
+        name: of the files that an interrupted call continues from.
+        read: gives the samples of a table in its order, some at a time.
+        scratch: folder of those files.
+        by_token: (n, V) of their predicted tokens instead, each as if its sample had no others.
+    """
+    blocks, parts = blocks_of(samples), [np.zeros((0, len(directions)))]
+    moves, derivatives = moves_along(directions, parameters), token_derivatives if by_token else sample_derivatives
+    for number, block in enumerate(progress(blocks, total=len(blocks), what=f"measure {name}", unit="block")):
+        path = scratch / f"{name}-{number:06d}.npz"
+        if not path.exists():
+            made = [derivatives(replay, parameters, moves, batch) for batch in read(block)]
+            write_arrays(path, {"derivatives": np.concatenate(made)})
+        parts.append(read_arrays(path)["derivatives"])
+    values: Floats = -np.concatenate(parts)
+    return values
+
+
+def step_tokens(run: Run) -> float:
+    """Predicted tokens of a training step, the mean."""
+    return float(run.steps["tokens"].list.sum().sum()) / run.spec.steps
+
+
+def step_samples(run: Run) -> int:
+    """Samples of a training step."""
+    return max(next(records(run, run.usual_step, run.usual_step + 1)).size, 1)
+
+
+def read_together(run: Run, source: SampleSource, samples: pl.DataFrame) -> Iterable[list[Sample]]:
+    """Samples in the order of a table, as many at a time as training took through the model together."""
+    usual = next(records(run, run.usual_step, run.usual_step + 1))
+    return source.read_batches(samples, max(len(ids) for ids, _ in usual.micro_batches))
+
+
+def forward_passes(run: Run, targets: int, samples: int) -> float:
+    """Forward+backward passes of a training batch that the derivatives of some samples cost."""
+    return _FORWARD_PASSES * (1 + targets) * samples / step_samples(run)

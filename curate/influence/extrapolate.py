@@ -1,0 +1,192 @@
+"""From the values of measured samples to values of all: judge the predictor, and use it where it is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from curate.fidelity.measure import spearman, spearman_interval
+from curate.influence.draw import VALUES
+from curate.influence.ngram_ratio import mean_log_ratios, ngram_features
+from curate.influence.predictor import fit, held_out_scores
+from curate.progress import progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.formats.mds import Sample
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+# What predictions are made from and how, part of their identity.
+PREDICTOR = ("n-grams", "n-gram ratios", "ridge: leave-one-out with domain means")
+_BLOCK = 4096  # samples whose features are held at once
+
+
+def blocks_of(samples: pl.DataFrame) -> list[pl.DataFrame]:
+    """The samples in consecutive parts."""
+    return list(samples.iter_slices(_BLOCK))
+
+
+class FeatureReader:
+    """Features of samples, a part at a time.
+
+    Args:
+        samples: all that are valued.
+        read: gives the samples of a table in its order, some at a time.
+        ratios: (T, V) of the targets, see `ngram_ratio.log_ratios`.
+    """
+
+    def __init__(
+        self,
+        samples: pl.DataFrame,
+        read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
+        ratios: npt.NDArray[np.float64],
+    ) -> None:
+        self._blocks, self._read, self._ratios = blocks_of(samples), read, ratios
+
+    def of_measured(self, measured: pl.DataFrame) -> list[Floats]:
+        """Features (n, F_b) of some of the samples, in their order."""
+        chosen = [block.join(measured, on=["domain", "sample_id"], how="semi") for block in self._blocks]
+        blocks = [self._features(rows) for rows in chosen if len(rows)]
+        return [np.concatenate(columns) for columns in zip(*blocks, strict=True)]
+
+    def of_all(self, domains: Collection[str]) -> Iterator[tuple[pl.DataFrame, Floats]]:
+        """Parts of some domains of the samples with their features (N, F)."""
+        for whole in progress(self._blocks, total=len(self._blocks), what="predict", unit="block"):
+            block = whole.filter(pl.col("domain").is_in(list(domains)))
+            if not block.is_empty():
+                yield block, np.concatenate(self._features(block), axis=1)
+
+    def _features(self, rows: pl.DataFrame) -> list[Floats]:
+        texts = [[ngram_features(batch), mean_log_ratios(batch, self._ratios)] for batch in self._read(rows)]
+        return [np.concatenate(columns) for columns in zip(*texts, strict=True)]
+
+
+def extrapolate(
+    samples: pl.DataFrame,
+    measured: pl.DataFrame,
+    values: Floats,
+    reader: FeatureReader,
+    seed: int,
+    least: float | None = None,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Values of every sample, and how good predictions are; see `with_fallback` for what is made of them.
+
+    Args:
+        samples: by domain and content id.
+        measured: some of them in that order, with `step`.
+        values: (n, 3 T) of the measured, per token: value, value_a, value_b for each target.
+        reader: of features.
+        seed: of folds and intervals.
+        least: only domains are predicted that `with_fallback` will use at this threshold; None: all.
+
+    Returns:
+        `of` (place of the target), `domain`, `sample_id`, `step` (of measured, else null), `value`, `value_a`, `value_b`
+        (per token; predicted, but of measured) and `origin` (measured or predicted) of every target and sample.
+        `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the measured'
+        tokens (`mean_value` and so on), of every target and domain.
+    """
+    features, domains = reader.of_measured(measured), measured["domain"].to_numpy().astype(str)
+    judged = _judge(samples, measured, values, held_out_scores(features, values, domains, seed), seed)
+    predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES))
+    wanted = judged if least is None else judged.filter(_good(least))
+    parts = [_rows(place, measured.clear(), values[:0]) for place in targets]
+    for block, own in reader.of_all(wanted["domain"].unique().to_list()):
+        names, predicted = block["domain"].to_numpy().astype(str), np.empty((len(block), values.shape[1]))
+        for name in map(str, np.unique(names)):
+            predicted[names == name] = predictor.predict(own[names == name], name)
+        parts += [_rows(place, block, predicted) for place in targets]
+    return _with_measured(parts, measured, values), judged
+
+
+def from_fit(
+    samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, predicted: Floats, held_out: Floats, seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """As `extrapolate`, with predictions for one target that were made elsewhere; they stand for those of its halves too.
+
+    Args:
+        samples: by domain and content id.
+        measured: some of them in that order, with `step`.
+        values: (n,) of the measured, per token.
+        predicted: (N,) of all samples.
+        held_out: (n,) of the measured by fits without them; NaN where there is none.
+        seed: of intervals.
+    """
+    known, told, judged_by = (np.repeat(own[:, None], len(VALUES), axis=1) for own in (values, predicted, held_out))
+    return _with_measured([_rows(0, samples, told)], measured, known), _judge(samples, measured, known, judged_by, seed)
+
+
+def _with_measured(parts: Sequence[pl.DataFrame], measured: pl.DataFrame, values: Floats) -> pl.DataFrame:
+    """Tables of `_rows`, where what was measured has its own values; see `extrapolate`."""
+    targets = range(values.shape[1] // len(VALUES))
+    known = pl.concat(_rows(place, measured, values).with_columns(measured["step"]) for place in targets)
+    keys = ["of", "domain", "sample_id"]
+    both = pl.concat(parts).join(known, on=keys, how="left", suffix="_measured", maintain_order="left")
+    is_measured = pl.col("step").is_not_null()
+    every = both.select(
+        *keys,
+        "step",
+        *(pl.when(is_measured).then(f"{name}_measured").otherwise(name).alias(name) for name in VALUES),
+        origin=pl.when(is_measured).then(pl.lit("measured")).otherwise(pl.lit("predicted")),
+    )
+    return every.sort(keys)
+
+
+def with_fallback(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Use predictions where they are good enough, the domain's mean elsewhere.
+
+    Args:
+        every: see `extrapolate`.
+        domains: see `extrapolate`.
+        least: held-out rank correlation from which a domain's predictions are used, if it is certainly positive.
+
+    Returns:
+        `every` with the means of domains, and the origin "domain mean", where predictions are not used.
+        `domains` with `used` instead of the means.
+    """
+    weak = pl.when(_good(least)).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
+    used = pl.when(pl.col("measured") == pl.col("samples")).then(pl.lit("measured")).otherwise(weak)
+    judged = domains.with_columns(used=used)
+    means = [f"mean_{name}" for name in VALUES]
+    joined = every.join(judged.select("of", "domain", "used", *means), on=["of", "domain"], maintain_order="left")
+    falls = (pl.col("origin") == "predicted") & (pl.col("used") == "domain mean")
+    values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES]
+    origin = pl.when(falls).then("used").otherwise("origin")
+    return joined.with_columns(*values, origin=origin).drop("used", *means), judged.drop(means)
+
+
+def _good(least: float) -> pl.Expr:
+    return ((pl.col("spearman") >= least) & (pl.col("low") > 0)).fill_null(value=False)
+
+
+def _rows(place: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:
+    """The samples with their values (N, 3 T) for one target."""
+    own = {name: pl.Series(values[:, len(VALUES) * place + at]) for at, name in enumerate(VALUES)}
+    return samples.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**own)
+
+
+def _judge(samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, held_out: Floats, seed: int) -> pl.DataFrame:
+    """How well held-out predictions rank the measured of each domain, and their means; see `extrapolate`."""
+    sizes = dict(samples.group_by("domain").len().iter_rows())
+    domains, tokens = measured["domain"].to_numpy().astype(str), measured["tokens"].to_numpy()
+    rows: list[dict[str, Any]] = []
+    for place in range(values.shape[1] // len(VALUES)):
+        first = len(VALUES) * place
+        for name in map(str, np.unique(domains)):
+            own = domains == name
+            known = own & np.isfinite(held_out[:, first])
+            truth, found = values[known, first], held_out[known, first]
+            r = spearman(found, truth)
+            low, high = (None, None) if r is None else spearman_interval(found, truth, np.arange(len(found)), seed)
+            means = np.average(values[own, first : first + len(VALUES)], axis=0, weights=tokens[own])
+            rows.append(
+                {"of": place, "domain": name, "samples": sizes[name], "measured": int(own.sum()), "spearman": r,
+                 "low": low, "high": high, **{f"mean_{one}": float(means[at]) for at, one in enumerate(VALUES)}}
+            )  # fmt: skip
+    floats = ("spearman", "low", "high", *(f"mean_{name}" for name in VALUES))
+    counts = {"of": pl.Int64, "domain": pl.String, "samples": pl.Int64, "measured": pl.Int64}
+    return pl.DataFrame(rows, schema={**counts, **dict.fromkeys(floats, pl.Float64)}, orient="row")

@@ -1,0 +1,101 @@
+"""Values of samples outside of the valued window, predicted from those inside.
+
+A window holds a small part of what the next stage chooses among. What is not measured is predicted from its text, and
+only in domains where held-out samples are ranked well enough. The baselines that value a window choose by this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.influence.draw import VALUES
+from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
+from curate.influence.ngram_ratio import ratios_of
+from curate.rng import generator
+from curate.sums import row_sum
+from curate.trajectory.samples import usable_samples
+
+if TYPE_CHECKING:
+    from curate.target import Target
+    from curate.trajectory.source import SampleSource
+
+_LEAST = 20  # valued samples of a domain from which a rank correlation says something
+_MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
+_BATCH = 64  # samples read at a time
+_JUDGED = ("domain", "samples", "measured", "spearman", "low", "high", "used")
+
+
+def predict_rest(
+    source: SampleSource, values: pl.DataFrame, targets: Sequence[Target], least: float, seed: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Predict the values of the samples of a source that have none.
+
+    Features are n-grams and their ratios for the targets; no pass through the model.
+
+    Args:
+        source: the streams.
+        values: the values frame of one source and one target (or of several, combined).
+        targets: what the values are for.
+        least: held-out rank correlation from which a domain's predictions are used, if it is certainly positive.
+        seed: of folds and intervals.
+
+    Returns:
+        The values, and below them those that were predicted.
+        `domain`, `samples`, `measured` (those that the fit was made from), `spearman` (held out) with `low` and
+        `high`, and `used`: "predictor" or "domain mean", or "too few" to say anything.
+    """
+    seen = _per_token(values)
+    samples = usable_samples(source.unique_samples)
+    valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
+    enough = valued.filter(pl.len().over("domain") >= _LEAST)
+    sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
+    few = _too_few(sizes, valued, enough)
+    if enough.is_empty():
+        return values, few
+    measured = _fitted(enough, seed)
+
+    read = partial(source.read_batches, size=_BATCH)
+    reader = FeatureReader(samples, read, ratios_of(targets, read(measured)))
+    every, judged = with_fallback(
+        *extrapolate(samples, measured, measured.select(VALUES).to_numpy(), reader, seed, least), least
+    )
+    rest = every.filter(origin="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")
+    located = rest.join(samples, on=["domain", "sample_id"], maintain_order="left")
+    columns = ("source", "target", "domain", "index", "sample_id", "tokens", *VALUES)
+    predicted = located.with_columns(
+        *(pl.col(name) * pl.col("tokens") for name in VALUES),
+        *(pl.lit(values[name][0]).alias(name) for name in columns[:2]),
+    )
+    table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
+    return pl.concat([values.select(columns), predicted.select(columns)]), table
+
+
+def _per_token(values: pl.DataFrame) -> pl.DataFrame:
+    """`domain`, `sample_id`, the values per token over all uses, and `step`, where there is one."""
+    sums = (row_sum(pl.col(name)) / pl.col("tokens").sum() for name in VALUES)
+    steps = [pl.col("step").min()] if "step" in values.columns else []
+    return values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(*steps, *sums)
+
+
+def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The samples that the fit is made from: of each domain its share of the most that there may be, not too few."""
+    share = min(1.0, _MOST / len(valued))
+    order = valued.with_columns(
+        draw=pl.Series(generator(seed, "fitted").random(len(valued))), row=pl.int_range(pl.len()),
+        wanted=pl.max_horizontal((pl.len().over("domain") * share).ceil(), pl.lit(_LEAST)),
+    )  # fmt: skip
+    chosen = order.filter(pl.col("draw").rank("ordinal").over("domain") <= pl.col("wanted"))
+    return chosen.sort("row").drop("draw", "row", "wanted")
+
+
+def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the domains that have not enough valued samples."""
+    counts = valued.group_by("domain").agg(measured=pl.len().cast(pl.Int64))
+    table = sizes.join(enough, on="domain", how="anti").join(counts, on="domain", how="left")
+    unknown = (pl.lit(None, pl.Float64).alias(name) for name in ("spearman", "low", "high"))
+    told = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
+    return told.select(_JUDGED).sort("domain")

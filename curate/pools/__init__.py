@@ -1,1 +1,0 @@
-"""Pools: data that was never trained on, valued by probing a part of it and predicting the rest."""

@@ -1,0 +1,58 @@
+"""Scores of domains from the values of their samples, with what their n-grams say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.scores.methods import scores_without_values
+from curate.scores.ngram_ratio import ngram_ratios, with_ratios
+from curate.scores.rollup import roll_ups
+
+if TYPE_CHECKING:
+    from curate.scores.ngram_ratio import NgramRatios
+    from curate.selection.resolve import Resolved
+    from curate.selection.source import Source
+    from curate.selection.values import Values
+    from curate.target import Targets
+
+_WITHOUT_HALVES = ("current", "candidates")  # derivatives along a direction know no halves of a target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domains:
+    """What domains are worth.
+
+    Attributes:
+        table: scores by source, target and domain, see `scores.domain.domain_scores` and `scores.ngram_ratio`.
+        tables: further roll-ups by name, see `scores.rollup`; none where nothing was valued.
+        ratios: n-gram ratios of the targets; None: they have no share.
+        keys: by which a method draws samples, where it does.
+    """
+
+    table: pl.DataFrame
+    tables: Mapping[str, pl.DataFrame]
+    ratios: NgramRatios | None
+    keys: pl.DataFrame | None = None
+
+
+def score_domains(plan: Resolved, source: Source, targets: Targets, values: Values) -> Domains:
+    """Roll values up to domains, or give the scores of a method that values nothing."""
+    config = plan.config
+    ratios = None
+    if plan.ngram_share > 0:
+        ratios = ngram_ratios(source.samples, targets.every, source.prior_tokens, config.seed)
+    if not config.is_valued:
+        table, keys = scores_without_values(
+            config.method, source.samples, targets.main, name=plan.source, trained=source.prior_tokens,
+            budget=plan.budget_tokens, prior_strength=plan.mixture.prior_strength,
+            dsir_temperature=config.values.dsir_temperature, seed=config.seed,
+        )  # fmt: skip
+        return Domains(table=with_ratios(table, None, 0.0), tables={}, ratios=None, keys=keys)
+    tables = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
+    table = with_ratios(tables.pop("domains"), ratios, plan.ngram_share)
+    tables["reliability"] = tables["reliability"].filter(~pl.col("source").is_in(_WITHOUT_HALVES))
+    return Domains(table=table, tables=tables, ratios=ratios)

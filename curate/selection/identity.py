@@ -1,0 +1,78 @@
+"""What a selection is known by: with the same identity it would have the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.artifacts import MANIFEST, file_fingerprint, read_json
+from curate.errors import UserError
+from curate.filter.choose import CHOICE
+from curate.influence.extrapolate import PREDICTOR
+from curate.influence.ngram_regression import PREDICTOR as NGRAM_PREDICTOR
+from curate.selection.candidates import candidate_streams, streams_fingerprint
+from curate.trajectory.ledger import ledger_identity
+
+if TYPE_CHECKING:
+    from curate.artifacts import Json
+    from curate.selection.resolve import Resolved
+    from curate.target import Targets
+
+# Settings that say where something lies or how fast it is done; what lies there counts by its content.
+_ELSEWHERE: dict[str, Any] = {
+    **dict.fromkeys(("run", "source", "target", "more_targets", "retain", "candidates", "out", "device"), True),
+    "values": {"embed_config", "sources"},
+    "mixture": {"branch_test"},
+    "filter": {"held_out", "unseen_only"},
+    "output": {"wandb", "wandb_texts"},
+}
+# The same of the settings that windows are valued with.
+_EMBEDDING: dict[str, Any] = {
+    **dict.fromkeys(("run", "streams", "tokenizer", "target", "more_targets", "retain", "device"), True),
+    **dict.fromkeys(("tolerance", "target_batch_size", "min_target_tokens", "index"), True),
+    "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds", "anchor_files"},
+    "dvemb": {"rows_per_block"},
+    "dvemb_adam": {"rows_per_block"},
+}
+
+
+def identity_of(plan: Resolved, targets: Targets) -> Json:
+    """What decides what is selected."""
+    config = plan.config
+    weights: list[float | str] = [1.0, *config.more_targets.values(), *([] if targets.retain is None else ["retain"])]
+    held_out = [file_fingerprint(Path(path)) for path in config.filter.held_out if Path(path).is_file()]
+    identity: dict[str, Any] = {
+        "run": plan.run.fingerprint,
+        "targets": dict(zip((target.fingerprint for target in targets.every), weights, strict=True)),
+        "earlier": ledger_identity(plan.stages[:-1]),
+        "sources": list(plan.sources),
+        "budget_tokens": plan.budget_tokens,
+        "unseen_only": plan.unseen_only,
+        "prior_strength": plan.mixture.prior_strength,
+        "held_out": held_out,
+        "choice": list(CHOICE) if config.takes_samples or config.method == "curate" else None,
+        "candidates": None if config.candidates is None else streams_fingerprint(candidate_streams(config.candidates)),
+        "predictor": list(NGRAM_PREDICTOR if plan.measures_samples else PREDICTOR if plan.predicts_samples else ()),
+    }
+    if plan.windows:
+        files = plan.embedding.adjoint.anchor_files
+        identity["embedding"] = plan.embedding.model_dump(mode="json", exclude=_EMBEDDING)
+        identity["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+    return identity | config.model_dump(mode="json", exclude={**_ELSEWHERE, "budget_tokens": True})
+
+
+def check_samples(selection: Path, samples: str) -> None:
+    """Refuse a complete selection from streams that have other samples now.
+
+    Args:
+        selection: its folder.
+        samples: fingerprint of those samples now.
+
+    Raises:
+        UserError: the samples differ.
+    """
+    if read_json(selection / MANIFEST).get("data", samples) != samples:
+        raise UserError(
+            f"{selection} was selected from other samples than the streams hold now; choose another --out, or delete "
+            "it to select again"
+        )

@@ -1,0 +1,189 @@
+"""The line from a finished stage and a target to the next stage's data, one call a station."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from curate.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
+from curate.mixture.record import write_mixture
+from curate.output.export import export
+from curate.output.layout import SelectionFolder
+from curate.scores.schema import write_scores
+from curate.selection.domains import score_domains
+from curate.selection.identity import check_samples, identity_of
+from curate.selection.mixture import filter_samples, solve_mixture
+from curate.selection.resolve import Resolved, resolve
+from curate.selection.samples import score_samples
+from curate.selection.source import Source, open_source
+from curate.selection.values import Cost, Values, measure
+from curate.target import Targets, load_targets
+from curate.trajectory.ledger import domain_ledger
+from curate.writing import replacing
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.artifacts import Json
+    from curate.mixture.record import Mixture
+    from curate.output.plan import SamplePlan
+    from curate.selection.config import SelectConfig
+    from curate.selection.domains import Domains
+    from curate.selection.mixture import Kept
+    from curate.selection.samples import SampleScores
+    from curate.trajectory.run import Run
+
+_log = logging.getLogger(__name__)
+
+
+def select(config: SelectConfig, run: Run) -> Path:
+    """Select the next stage's data.
+
+    Returns:
+        The selection's folder, see `output.layout`. A complete one made with the same settings is returned as it is; a
+        method that values no samples leaves an empty scores.parquet and no report.
+
+    Raises:
+        UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
+    """
+    plan = resolve(config, run)
+    targets = load_plan_targets(plan)
+    source = open_source(plan)
+    with _selection(plan, targets, source) as job:
+        if job.is_missing:
+            values = measure(plan, source, targets)
+            domains = score_domains(plan, source, targets, values)
+            samples = score_samples(plan, source, targets, values, domains)
+            kept = filter_samples(plan, source, samples)
+            mixture, chosen = solve_mixture(plan, source, domains, kept)
+            _finish(job, _Result(targets, source, values, domains, samples, kept, mixture, chosen))
+    return job.folder.root
+
+
+def is_selected(config: SelectConfig, run: Run) -> bool:
+    """Whether `config.out` holds this selection already.
+
+    Raises:
+        UserError: it holds one that was made with other settings (names them).
+    """
+    assert config.out is not None
+    plan = resolve(config, run)
+    return is_complete(config.out, identity_of(plan, load_plan_targets(plan)))
+
+
+def load_plan_targets(plan: Resolved) -> Targets:
+    """Read the targets and what must be retained, once.
+
+    Raises:
+        UserError: see `curate.target.load_targets`.
+    """
+    config = plan.config
+    paths = [config.target, *map(Path, config.more_targets)]
+    return load_targets(paths, config.retain, plan.run.spec, config.values.min_target_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A selection that is made, or there already."""
+
+    plan: Resolved
+    folder: SelectionFolder
+    identity: Json
+    samples: str  # fingerprint of what is drawn from
+    is_missing: bool
+    begin: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What the stations found."""
+
+    targets: Targets
+    source: Source
+    values: Values
+    domains: Domains
+    samples: SampleScores
+    kept: Kept
+    mixture: Mixture
+    chosen: SamplePlan
+
+
+@contextmanager
+def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Job]:
+    """The selection's folder, locked; a complete one is held against its settings and samples."""
+    begin, identity, samples = perf_counter(), identity_of(plan, targets), source.fingerprint
+    name = f"{targets.main.name}-{fingerprint({**identity, 'data': samples})[:8]}"
+    out = plan.config.out or plan.run.folder / "selections" / name
+    if not is_complete(out, identity):
+        check_startable(out, identity)
+    with making(out, identity) as missing:
+        if not missing:
+            check_contents(out)
+            check_samples(out, samples)
+            _log.info("this selection is complete already")
+        yield _Job(
+            plan=plan, folder=SelectionFolder(out), identity=identity, samples=samples, is_missing=missing, begin=begin
+        )
+
+
+def _finish(job: _Job, result: _Result) -> None:
+    """Write the tables, the data, the mixture and the report, and seal the folder."""
+    plan, folder = job.plan, job.folder
+    tables = _tables(plan, result)
+    start(folder.root, job.identity)
+    write_scores(folder.scores, result.values.frame)
+    for name, table in tables.items():
+        _write_table(folder.table(name), table)
+    data = export(
+        folder, result.source.samples, plan.run.spec, result.mixture, result.chosen, mode=plan.config.mode,
+        scheduled=plan.mixture.schedule != "constant", seed=plan.config.seed,
+        shard_bytes=plan.config.output.shard_bytes,
+    )  # fmt: skip
+    write_mixture(folder.mixture, result.mixture)
+    if plan.config.is_valued:
+        _report(job, result, tables, data)
+    facts = {
+        "residuals": result.values.residuals,
+        "mixture_fingerprint": fingerprint(result.mixture.model_dump(mode="json")),
+    }
+    seal(folder.root, "selection", job.identity, data=job.samples, **facts)
+    _log.info("selected in %.0f seconds", perf_counter() - job.begin)
+
+
+def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
+    tables = {"domains": result.domains.table, **result.domains.tables}
+    tables["seen"] = domain_ledger(result.source.samples, plan.uses)
+    tables["contamination"] = result.kept.contamination
+    if result.samples.quality is not None:
+        tables["predicted"] = result.samples.quality
+    return tables
+
+
+def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data: Mapping[str, Path]) -> None:
+    from curate.report.collect import cost_table
+    from curate.report.selection import selection_report
+    from curate.report.track import publish
+
+    measured = result.samples.measured
+    made = [cost for values in result.values.by_source.values() for cost in values.costs]
+    if measured is not None:
+        made.append(
+            Cost(phase="measure samples", folder=measured.folder, seconds=measured.seconds, passes=measured.passes)
+        )
+    spent = perf_counter() - result.values.finished - result.samples.measuring_seconds
+    costs = cost_table(job.plan.run, made, job.folder.root, spent)
+    _write_table(job.folder.table("costs"), costs)
+    report = selection_report(
+        job.plan, result.source, result.targets.main, result.values, result.mixture, {**tables, "costs": costs}, data
+    )
+    publish(job.folder.root, report, job.plan.config.output.tracking)
+
+
+def _write_table(path: Path, table: pl.DataFrame) -> None:
+    with replacing(path) as part:
+        table.write_parquet(part)

@@ -1,0 +1,209 @@
+"""Every "auto" of a selection decided, once: what follows reads these and rewrites nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from curate.embed import EmbedConfig
+from curate.errors import UserError
+from curate.escape import name_of
+from curate.influence.current import CANDIDATES, CURRENT, NextStepOptions
+from curate.mixture.constraints import DECAY_EPOCHS, MixtureConfig
+from curate.mixture.decide import Objectives
+from curate.reading import read_yaml
+from curate.scores.methods import ESTIMATORS, PREDICTING
+from curate.trajectory.ledger import seen_uses, stages, uses
+from curate.trajectory.samples import trained_tokens
+from curate.validation import first_problem
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.selection.config import SelectConfig
+    from curate.trajectory.run import Run
+
+SAMPLE_RETAIN_WEIGHT = 1.0
+"""Weight of the retention target's values in the choice among samples, the targets' together being 1: where no sample
+of a domain does much for the target, those are taken that are best for what must be retained."""
+_OWN = ("run", "target", "more_targets", "retain", "window", "device", "min_target_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A selection with everything decided that its config left open.
+
+    Attributes:
+        config: as given.
+        run: the finished stage.
+        sources: what domains are scored by, in order: early, late, current or candidates; the last sets the mixture.
+            Empty: the method values no samples.
+        embedding: how windows are valued, and the device's limits.
+        budget_tokens: stored tokens of the next stage.
+        unseen_only: whether samples that were trained on are left out.
+    """
+
+    config: SelectConfig
+    run: Run
+    sources: tuple[str, ...]
+    embedding: EmbedConfig
+    budget_tokens: int
+    unseen_only: bool
+
+    @property
+    def source(self) -> str:
+        """Name of the source that sets the mixture."""
+        if self.sources:
+            return self.sources[-1]
+        return CURRENT if self.config.candidates is None else CANDIDATES
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """Windows of the run whose samples are valued."""
+        return tuple(name for name in self.sources if name not in (CURRENT, CANDIDATES))
+
+    @property
+    def next_step_name(self) -> Literal["current", "candidates"]:
+        """What values of the next step are called."""
+        return CURRENT if self.config.candidates is None else CANDIDATES
+
+    @property
+    def measures_samples(self) -> bool:
+        """Whether samples are chosen by what one more use of each would do now."""
+        config = self.config
+        return config.method == "curate" and config.takes_samples and config.values.ngram_share < 1
+
+    @property
+    def asks_next_step(self) -> bool:
+        """Whether anything depends on the next step."""
+        return self.next_step_name in self.sources or self.measures_samples
+
+    @property
+    def predicts_samples(self) -> bool:
+        """Whether samples outside the window are chosen by predictions of the window's values."""
+        return self.config.method in PREDICTING and self.config.takes_samples
+
+    @property
+    def ngram_share(self) -> float:
+        """Share of n-gram ratios in scores and choice; baselines are what was published."""
+        return self.config.values.ngram_share if self.config.method == "curate" else 0.0
+
+    @property
+    def decay_epochs(self) -> float:
+        """How fast repeated data loses its worth; weights that a method gives are no gains and hold as they are."""
+        return DECAY_EPOCHS if self.config.is_valued else math.inf
+
+    @property
+    def mixture(self) -> MixtureConfig:
+        """Constraints, with the prior strength that a branch test allows."""
+        return self.config.mixture
+
+    @cached_property
+    def objectives(self) -> Objectives:
+        """What the mixture is for: targets by the names of their files."""
+        config = self.config
+        targets = {name_of(config.target): 1.0}
+        targets |= {name_of(Path(path)): weight for path, weight in config.more_targets.items()}
+        return Objectives(targets=targets, retain=None if config.retain is None else name_of(config.retain))
+
+    @property
+    def sample_weights(self) -> dict[str, float]:
+        """Weight of each target's values in the choice among samples, the retention target's last."""
+        return self.objectives.weights(SAMPLE_RETAIN_WEIGHT)
+
+    @property
+    def next_step(self) -> NextStepOptions:
+        """How values of the next step are measured."""
+        return NextStepOptions(
+            per_domain=self.config.values.measured_per_domain, seed=self.config.seed, device=self.config.device,
+            batch_size=self.embedding.target_batch_size, tolerance=self.embedding.tolerance,
+        )  # fmt: skip
+
+    @cached_property
+    def stages(self) -> list[Path]:
+        """Folders of all stages up to the run, first stage first."""
+        return stages(self.run, self.config.source.earlier_runs)
+
+    @cached_property
+    def uses(self) -> pl.DataFrame:
+        """How often each sample was trained on in each stage, see `ledger.uses`."""
+        return uses(self.stages)
+
+    @cached_property
+    def seen(self) -> pl.DataFrame:
+        """How often each sample was trained on in all stages: sample_id, uses."""
+        return seen_uses(self.uses)
+
+    @cached_property
+    def trained(self) -> Mapping[str, int]:
+        """Stored tokens of each domain that the run trained on."""
+        return trained_tokens(self.run)
+
+
+def resolve(config: SelectConfig, run: Run) -> Resolved:
+    """Decide what a config leaves open.
+
+    Raises:
+        UserError: a setting does not fit the run, or the method.
+    """
+    sources = _sources(config)
+    for name in sources:
+        if name not in (CURRENT, CANDIDATES) and name not in run.spec.windows:
+            raise UserError(
+                f"run {run.folder} has no window {name!r} (it declared {sorted(run.spec.windows)}): set values.sources"
+            )
+    budget = config.budget_tokens
+    unseen_only = config.filter.unseen_only
+    return Resolved(
+        config=config, run=run, sources=sources, embedding=_embedding(config, run, sources),
+        budget_tokens=sum(trained_tokens(run).values()) if budget is None else int(budget),
+        unseen_only=config.candidates is not None if unseen_only is None else unseen_only,
+    )  # fmt: skip
+
+
+def _sources(config: SelectConfig) -> tuple[str, ...]:
+    if not config.is_valued:
+        return ()
+    if config.candidates is not None:
+        return (CANDIDATES,)
+    if config.values.sources:
+        return tuple(config.values.sources)
+    return (CURRENT,) if config.method == "curate" else ("late",)
+
+
+def _embedding(config: SelectConfig, run: Run, sources: tuple[str, ...]) -> EmbedConfig:
+    """The settings of `curate.embed` that value the windows."""
+    path = config.values.embed_config
+    given: dict[str, Any] = {} if path is None else _read_settings(path)
+    windows = [name for name in sources if name in ("early", "late")]
+    if config.method in ESTIMATORS:
+        if given.get("estimator", config.method) != config.method:
+            raise UserError(f"{path}: estimator {given['estimator']} does not go with method {config.method}")
+        given["estimator"] = config.method
+    elif given.get("estimator") in ESTIMATORS:
+        raise UserError(f"{path}: estimator {given['estimator']} is a method of its own: set --method instead")
+    own: dict[str, Any] = {
+        "run": run.folder, "target": config.target, "more_targets": config.more_targets, "retain": config.retain,
+        "device": config.device, "min_target_tokens": config.values.min_target_tokens,
+        "window": "both" if len(windows) == 2 else windows[0] if windows else "late",
+    }  # fmt: skip
+    try:
+        return EmbedConfig(**given, **own)
+    except ValidationError as error:
+        raise UserError(f"{path or 'curate.embed'}: {first_problem(error)}") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, expected a mapping of settings of curate.embed")
+    twice = sorted(set(raw) & set(_OWN))
+    if twice:
+        raise UserError(f"{path}: {', '.join(twice)} are set by curate.select itself; leave them out")
+    return raw

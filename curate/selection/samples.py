@@ -1,0 +1,169 @@
+"""What the samples of the next stage are chosen by: their values, and their n-gram ratios for the targets."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.deviation import combined_values
+from curate.filter.choose import combined_z
+from curate.influence.current import MIN_RANK_CORRELATION, forward_passes, measure_samples, predict_samples
+from curate.influence.draw import values_frame
+from curate.influence.predict import predict_rest
+from curate.mixture.decide import tilted_prior
+from curate.scores.ngram_ratio import sample_ratios
+
+if TYPE_CHECKING:
+    from curate.influence.current import MeasuredSamples
+    from curate.selection.domains import Domains
+    from curate.selection.resolve import Resolved
+    from curate.selection.source import Source
+    from curate.selection.values import Values
+    from curate.target import Targets
+
+_log = logging.getLogger(__name__)
+MEASURED_PER_SAMPLE = 1.25
+"""How many samples are measured for each one that the stage takes, as far as `values.measured_passes` allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleScores:
+    """What samples are chosen by.
+
+    Attributes:
+        values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
+        ngram_ratios: see `scores.ngram_ratio.sample_ratios`; None: they have no share.
+        quality: how good predicted values are, see `influence.current.predict_samples` and `influence.predict`.
+        measured: samples that were measured beside the part of every domain.
+        keys: by which a method draws samples, where it does; they replace the values.
+        measuring_seconds: that measuring took now.
+    """
+
+    values: pl.DataFrame
+    ngram_ratios: pl.DataFrame | None = None
+    quality: pl.DataFrame | None = None
+    measured: MeasuredSamples | None = None
+    keys: pl.DataFrame | None = None
+    measuring_seconds: float = 0.0
+
+
+def score_samples(plan: Resolved, source: Source, targets: Targets, values: Values, domains: Domains) -> SampleScores:
+    """Score samples by what the next step asks for, by a window's values, or by n-grams alone."""
+    weights = plan.sample_weights
+    own = combined_values(values.frame.filter(source=plan.source), weights)
+    if not plan.config.takes_samples:
+        return SampleScores(values=own)
+    ratios = None if domains.ratios is None else sample_ratios(source.samples, source.usable, domains.ratios, weights)
+    if plan.measures_samples:
+        return _by_next_step(plan, source, targets, values, domains, ratios)
+    if plan.predicts_samples:
+        aimed = [target for target in targets.every if target.name in weights]
+        predicted, quality = predict_rest(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
+        return SampleScores(values=predicted, ngram_ratios=ratios, quality=_told(quality, plan.source))
+    return SampleScores(values=own, ngram_ratios=ratios, keys=domains.keys)
+
+
+def _by_next_step(
+    plan: Resolved,
+    source: Source,
+    targets: Targets,
+    values: Values,
+    domains: Domains,
+    ratios: pl.DataFrame | None,
+) -> SampleScores:
+    """Every sample has what its n-grams predict, the most promising are measured."""
+    next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
+    assert next_step is not None
+    predicted, quality = predict_samples(source.samples, samples, next_step, weights, plan.config.seed)
+    per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value")
+    told = samples.join(per_token, on="sample_id").with_columns(pl.col("value") * pl.col("tokens"))
+    every = values_frame(told, next_step.name, targets.main.name)
+    promising = _promising(plan, source, every, domains, ratios)
+    measured, begin = None, perf_counter()
+    if len(promising):
+        measured = measure_samples(
+            plan.run, source.samples, promising, next_step, targets.every, weights, plan.next_step
+        )
+        rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
+        every = pl.concat([measured.values.select(every.columns), rest]).sort("domain", "sample_id")
+    measuring_seconds = perf_counter() - begin
+    counts = promising.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
+    quality = quality.join(counts, on="domain", how="left", maintain_order="left")
+    quality = _told(quality.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
+    return SampleScores(
+        values=every, ngram_ratios=ratios, quality=quality, measured=measured, measuring_seconds=measuring_seconds
+    )
+
+
+def _promising(
+    plan: Resolved, source: Source, values: pl.DataFrame, domains: Domains, ratios: pl.DataFrame | None
+) -> pl.DataFrame:
+    """The samples that are measured: some of each domain for each one that the stage is about to take."""
+    if plan.config.values.measured_passes == 0:
+        return source.usable.clear()
+    lengths = source.usable.group_by("domain").agg(pl.col("length").mean())
+    mean_length = dict(lengths.iter_rows())
+    scores = domains.table.filter(source=plan.source)
+    shares = tilted_prior(scores, source.prior_tokens, plan.mixture, plan.objectives)
+    wanted = {
+        domain: share * plan.budget_tokens / mean_length[domain]
+        for domain, share in shares.items()
+        if domain in mean_length
+    }
+    affordable = plan.config.values.measured_passes / forward_passes(plan.run, 1, 1)
+    per_sample = min(MEASURED_PER_SAMPLE, affordable / max(sum(wanted.values()), 1))
+    return most_promising(source.usable, values, ratios, plan.ngram_share, wanted, per_sample)
+
+
+def most_promising(
+    samples: pl.DataFrame,
+    values: pl.DataFrame,
+    ratios: pl.DataFrame | None,
+    ngram_share: float,
+    wanted: Mapping[str, float],
+    per_sample: float,
+) -> pl.DataFrame:
+    """The best samples of each domain by what is known of all.
+
+    Args:
+        samples: rows of `usable_samples`.
+        values: the values frame that they would be chosen by otherwise.
+        ratios: see `scores.ngram_ratio.sample_ratios`; None: n-grams have no share.
+        ngram_share: of n-gram ratios.
+        wanted: how many samples of each domain the stage takes.
+        per_sample: how many for each of them.
+
+    Returns:
+        Those rows, in their order.
+    """
+    per_token = values.select("sample_id", value=pl.col("value") / pl.col("tokens")).unique("sample_id", keep="first")
+    told = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
+    if ratios is None:
+        told, ngram_share = told.with_columns(ngram_ratio=pl.lit(None, pl.Float64)), 0.0
+    else:
+        told = told.join(ratios, on=["domain", "sample_id"], how="left", maintain_order="left")
+    # 1e-9: a product such as 1.25 x 4 must not fall below its whole number by rounding
+    most = pl.DataFrame(
+        {"domain": list(wanted), "most": [math.floor(per_sample * count + 1e-9) for count in wanted.values()]},
+        schema={"domain": pl.String, "most": pl.Int64},
+    )
+    told = told.join(most, on="domain", how="left", maintain_order="left")
+    place = combined_z(ngram_share).rank("ordinal", descending=True).over("domain")
+    return told.filter(place <= pl.col("most").fill_null(0)).select(samples.columns)
+
+
+def _told(quality: pl.DataFrame, source: str) -> pl.DataFrame:
+    """Say how good predictions are, and what they are of."""
+    for row in quality.iter_rows(named=True):
+        told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        _log.info(
+            "%s: %s of %s samples measured, rank correlation %s held out; the rest: %s",
+            row["domain"], f"{row['measured']:,}", f"{row['samples']:,}", told, row["used"],
+        )  # fmt: skip
+    return quality.with_columns(source=pl.lit(source))

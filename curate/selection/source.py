@@ -1,0 +1,95 @@
+"""What the next stage draws from: the run's own samples, or candidates that were never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from curate.errors import UserError
+from curate.mixture.conflicts import check_settings
+from curate.output.write import columns_of
+from curate.selection.candidates import open_candidates, unseen_samples
+from curate.trajectory.samples import samples_fingerprint, usable_samples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from curate.formats.mds import MdsStream
+    from curate.selection.resolve import Resolved
+    from curate.trajectory.source import SampleSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the next stage draws from.
+
+    Attributes:
+        samples: streams and catalogue.
+        prior_tokens: stored tokens of each domain that the weights stay near: as many as the run trained on, or as the
+            candidates have. Domains without an entry are not drawn from.
+        usable: distinct samples that the stage may take and that predict a token, by domain and content id; all of
+            them where every one was trained on and that is not wanted.
+    """
+
+    samples: SampleSource
+    prior_tokens: Mapping[str, int]
+    usable: pl.DataFrame
+
+    @property
+    def streams(self) -> dict[str, MdsStream]:
+        """The stream of each domain."""
+        return self.samples.streams
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The MDS folder of each domain."""
+        return self.samples.folders
+
+    @property
+    def catalogue(self) -> pl.DataFrame:
+        """Every sample of the domains that are drawn from."""
+        return self.samples.catalogue.filter(pl.col("domain").is_in(list(self.prior_tokens)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the samples by content."""
+        return samples_fingerprint(self.samples.catalogue.sort("domain", "sample_id"))
+
+
+def open_source(plan: Resolved) -> Source:
+    """Open what the next stage draws from.
+
+    Raises:
+        UserError: bad candidates, or constraints and streams that could not be satisfied or written after the values
+            were paid for.
+    """
+    source = _run_source(plan) if plan.config.candidates is None else _candidates(plan, plan.config.candidates)
+    check_settings(plan.mixture, source.prior_tokens)
+    for stream in source.streams.values() if plan.config.takes_samples else ():
+        columns_of(stream)
+    return source
+
+
+def _run_source(plan: Resolved) -> Source:
+    drawn = pl.col("domain").is_in(list(plan.trained))
+    usable = usable_samples(plan.run.unique_samples.filter(drawn))
+    unseen = usable.join(plan.seen, on="sample_id", how="anti", maintain_order="left") if plan.unseen_only else usable
+    # that nothing is left is said where the mixture is made, with what else leaves samples out
+    return Source(samples=plan.run.source, prior_tokens=plan.trained, usable=usable if unseen.is_empty() else unseen)
+
+
+def _candidates(plan: Resolved, folder: Path) -> Source:
+    source = open_candidates(folder, plan.run)
+    unseen_only = plan.unseen_only
+    kept = unseen_samples(folder, source.unique_samples, plan.seen, unseen_only=unseen_only)
+    old = len(source.unique_samples) - len(kept)
+    if old and not plan.config.takes_samples:
+        raise UserError(
+            f"{old} of the candidates were trained on already, and mode weights keeps every sample of a stream: set "
+            "--mode samples to leave them out, or filter.unseen_only false"
+        )
+    tokens = dict(kept.group_by("domain").agg(pl.col("length").sum()).sort("domain").iter_rows())
+    return Source(samples=source, prior_tokens=tokens, usable=usable_samples(kept))

@@ -1,0 +1,190 @@
+"""Values of samples, whatever source they come from: one protocol for windows of the run and for its current state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import polars as pl
+
+from curate.embed import embed, index_folder
+from curate.influence.current import value_next_step
+from curate.influence.draw import HORIZON
+from curate.scores.methods import shuffled
+from curate.scores.schema import no_scores
+from curate.scores.values import embedded_values
+
+if TYPE_CHECKING:
+    from curate.embeddings.store import Embedding
+    from curate.influence.current import NextStep
+    from curate.selection.resolve import Resolved
+    from curate.selection.source import Source
+    from curate.target import Target, Targets
+
+
+class SourceValues(Protocol):
+    """Values of one source's samples for every target."""
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The values frames of all targets, see `scores.schema`, with documents."""
+
+    @property
+    def horizon(self) -> str:
+        """The state that the targets' losses are read at."""
+
+    @property
+    def residual(self) -> float | None:
+        """Share of the target's gradient that anchors leave unexplained; None where it was not solved into any."""
+
+    @property
+    def costs(self) -> Sequence[Cost]:
+        """What making it cost."""
+
+    def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
+        """Rows of largest ("most") and of smallest ("least") value for a target, farthest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a phase cost.
+
+    Attributes:
+        phase: its name in the report.
+        folder: what it wrote.
+        seconds: that it took.
+        passes: the same in forward+backward passes of a training batch.
+    """
+
+    phase: str
+    folder: Path
+    seconds: float
+    passes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowValues:
+    """Values of a recorded window (`early`, `late`): inner products of its embedding with each target's vectors."""
+
+    window: str
+    embeddings: Sequence[Embedding]  # one per target
+    targets: Sequence[Target]
+    index: Path
+    frame: pl.DataFrame
+
+    @property
+    def horizon(self) -> str:
+        """Of the embedding."""
+        return str(self.frame["horizon"][0])
+
+    @property
+    def residual(self) -> float | None:
+        """Of the first target."""
+        return self.embeddings[0].residual
+
+    @property
+    def costs(self) -> Sequence[Cost]:
+        """Of the embedding."""
+        first = self.embeddings[0]
+        return [Cost(phase=f"embed {self.window}", folder=first.folder, seconds=first.seconds, passes=first.cost_units)]
+
+    def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
+        """By the FAISS index."""
+        from curate.index.open import extremes
+
+        place = [each.name for each in self.targets].index(target.name)
+        vectors = self.embeddings[place].targets
+        assert vectors is not None
+        return extremes(self.index, np.asarray(target.half_weights, np.float32) @ vectors, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurrentValues:
+    """Values of samples at the run's last state (`current`, `candidates`), for one more step."""
+
+    next_step: NextStep
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """Of the measured samples."""
+        return self.next_step.values
+
+    @property
+    def horizon(self) -> str:
+        """One step on."""
+        return HORIZON
+
+    @property
+    def residual(self) -> float | None:
+        """No anchors are used."""
+        return None
+
+    @property
+    def costs(self) -> Sequence[Cost]:
+        """Of the measurement."""
+        made = self.next_step
+        return [Cost(phase=f"{made.name} state", folder=made.folder, seconds=made.seconds, passes=made.passes)]
+
+    def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
+        """By sorting: there are few."""
+        order = self.frame.filter(target=target.name)["value"].arg_sort(descending=True).to_list()
+        return {"most": order[:count], "least": order[::-1][:count]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What was measured.
+
+    Attributes:
+        by_source: name of the source -> its values; windows first.
+        next_step: of the current state, where anything depends on it.
+        finished: when, by `perf_counter`.
+    """
+
+    by_source: Mapping[str, SourceValues]
+    next_step: NextStep | None
+    finished: float = field(default_factory=perf_counter)
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The values frames of all sources, one below the other; without rows where nothing was valued."""
+        frames = [values.frame for values in self.by_source.values()]
+        return pl.concat(frames) if frames else no_scores()
+
+    @property
+    def residuals(self) -> dict[str, float]:
+        """Source -> relative residual, where the target was solved into anchors."""
+        return {name: own.residual for name, own in self.by_source.items() if own.residual is not None}
+
+
+def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
+    """Value the samples of every source for every target; what is there already is opened."""
+    by_source: dict[str, SourceValues] = {}
+    if plan.windows:
+        by_source |= _windows(plan, targets)
+    next_step = None
+    if plan.asks_next_step:
+        next_step = value_next_step(
+            plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
+        )
+        by_source[plan.next_step_name] = CurrentValues(next_step=next_step)
+    return Values(by_source=by_source, next_step=next_step)
+
+
+def _windows(plan: Resolved, targets: Targets) -> dict[str, SourceValues]:
+    embedded = embed(plan.embedding, plan.run, targets)
+    found: dict[str, SourceValues] = {}
+    for window in plan.windows:
+        parts = embedded[window]
+        frames = [embedded_values(part, target) for part, target in zip(parts, targets.every, strict=True)]
+        if plan.config.method == "shuffled":  # a null control: each target's values dealt anew
+            frames = [shuffled(frame, plan.config.seed) for frame in frames]
+        found[window] = WindowValues(
+            window=window, embeddings=parts, targets=targets.every, index=index_folder(parts[0], plan.embedding.index),
+            frame=pl.concat(frames),
+        )  # fmt: skip
+    return found
