@@ -1,11 +1,20 @@
 """What pydantic knows of a field, and what it says where a value does not fit."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from curate.reading import shortened
+
+
+@dataclass(frozen=True)
+class TypeName:
+    """What the help calls a type that is more than its Python type: a part of `Annotated`."""
+
+    words: str
 
 
 def kinds_of(annotation: Any) -> list[Any]:
@@ -20,6 +29,34 @@ def kinds_of(annotation: Any) -> list[Any]:
 def is_list(kind: Any) -> bool:
     """Whether a type is a list or tuple of any length."""
     return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)
+
+
+def group_of(annotation: Any) -> type[BaseModel] | None:
+    """The group of settings that a type stands for, if it does."""
+    groups = (kind for kind in kinds_of(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return next(groups, None)
+
+
+def changed(config: BaseModel) -> dict[str, Any]:
+    """Dotted name and value of each setting that differs from its default.
+
+    Groups are walked: a setting of a group is compared with the group's default in its parent. A group that is set
+    where the default is null is compared with its own class; without a difference it is listed as a whole. Lists and
+    mappings are compared as a whole. A setting without a default is always listed.
+    """
+    return dict(_changed(config, None, ""))
+
+
+def _changed(config: BaseModel, default: BaseModel | None, above: str) -> Iterator[tuple[str, Any]]:
+    """Differences of a group from its default, or from the defaults of its class where that is None."""
+    for name, field in type(config).model_fields.items():
+        value, usual = getattr(config, name), field.default if default is None else getattr(default, name)
+        if isinstance(value, BaseModel):
+            same_class = usual if type(usual) is type(value) else None
+            inner = dict(_changed(value, same_class, f"{above}{name}."))
+            yield from (inner or ({} if same_class else {above + name: value})).items()
+        elif value != usual:
+            yield above + name, value
 
 
 def first_problem(error: ValidationError) -> str:
