@@ -139,7 +139,10 @@ def _section(heading: str, rows: Sequence[_Row], *, one_line: bool = False) -> s
 
 
 def _cut(text: str, width: int) -> str:
-    return wrap(text, width - 4, **_UNBROKEN)[0] + " ..."
+    """The start of a text, and the facts at its end."""
+    sentence, bracket, facts = text.partition(" [")
+    end = f" ...{bracket}{facts}"
+    return wrap(sentence, max(width - len(end), 10), **_UNBROKEN)[0] + end
 
 
 def _width() -> int:
