@@ -1,4 +1,4 @@
-"""The command line of every command: `--config FILE.yaml`, dotted flags over it, `--help` and `--print_config`.
+"""The command line of every command: `--config FILE.yaml`, dotted flags over it, `--help [PAGE]` and `--print_config`.
 
     --mixture.max_epochs 3     a setting; dashes and underscores of its name are the same
     --mixture '{prior: ...}'   a group of settings or a mapping, as YAML; a group's other settings stay
@@ -7,11 +7,12 @@
     --guard null               none, where a setting may be none
 
 Later ones override earlier ones, files and flags alike. Files are read by `curate.reading`, flags too where they are
-lists or mappings; everything else is text until the config's own validation.
+lists or mappings; everything else is text until the config's own validation. An old name is an error that says the
+new one (`curate.renamed`), one error for all of them.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,14 +20,14 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from curate.errors import UserError
+from curate.help_pages import help_page
 from curate.paths import local_path
 from curate.reading import dump_yaml, parse_yaml, read_yaml, shortened
-from curate.trust import OPTION
-from curate.validation import first_problem, is_list, kinds_of, setting_of
+from curate.renamed import Keys, leaves, replacements
+from curate.validation import first_problem, group_of, is_list, kinds_of, setting_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
-Keys = tuple[str, ...]
 _HELP, _PRINT = "help", "print_config"
 _PLAIN: TypeAdapter[Any] = TypeAdapter(Any)
 
@@ -39,27 +40,77 @@ def parse(config: type[Model], prog: str, description: str, argv: Sequence[str])
         SystemExit: 0 after `--help` or `--print_config`.
     """
     options = list(_options(config, argv))
-    if any(name == _HELP for name, _ in options):
-        _print_help(config, prog, description)
-    given: dict[str, Any] = {}
-    files: dict[Keys, str] = {}  # where each setting of a file is from
+    for page in [text for name, text in options if name == _HELP]:
+        sys.stdout.write(help_page(config, prog, description, page))
+        raise SystemExit(0)
+    given = _Given(config)
     for name, text in options:
         if name == "config":
-            _take_file(config, text, given, files)
+            given.take_file(text)
         elif name != _PRINT:
-            keys, annotation = _place(config, name)
-            _put(config, given, keys, _value(annotation, text, name))
-            files = {place: file for place, file in files.items() if place[: len(keys)] != keys}
+            given.take_flag(name, text)
+    if given.renamed:
+        raise UserError("; ".join(given.renamed))
     shown = any(name == _PRINT for name, _ in options)
     try:
-        made = config.model_validate(given)
+        made = config.model_validate(given.values)
     except ValidationError as error:
         if not shown or any(each["type"] != "missing" for each in error.errors()):
-            raise UserError(_told(error, files, only_files=all(name == "config" for name, _ in options))) from None
+            only_files = all(name == "config" for name, _ in options)
+            raise UserError(_told(error, given.files, only_files=only_files)) from None
     if shown:
-        sys.stdout.write(dump_yaml(_shown(config, given)))
+        sys.stdout.write(dump_yaml(_shown(config, given.values)))
         raise SystemExit(0)
     return made
+
+
+class _Given:
+    """What files and flags say, in their order.
+
+    Attributes:
+        values: the settings, in nested mappings.
+        files: which file each setting of a file is from.
+        renamed: what is to be written instead of old names.
+    """
+
+    def __init__(self, config: type[BaseModel]) -> None:
+        self._config = config
+        self.values: dict[str, Any] = {}
+        self.files: dict[Keys, str] = {}
+        self.renamed: list[str] = []
+
+    def take_file(self, name: str) -> None:
+        """Put a file's settings over what is there.
+
+        Raises:
+            UserError: it cannot be read, or is no mapping.
+        """
+        path, raw = _read_file(name)
+        settings = list(leaves(raw))
+        old = replacements(self._config, settings)
+        self.renamed += [f"{path}: {', '.join(old)}"] if old else []
+        for key, value in raw.items():
+            _put(self._config, self.values, (key,), value)
+        self.files |= {place: str(path) for place, _ in settings}
+
+    def take_flag(self, name: str, text: str) -> None:
+        """Put one flag over what is there.
+
+        Raises:
+            UserError: there is no such setting, and never was; or its text is not what it should be.
+        """
+        try:
+            keys, annotation = _place(self._config, name)
+        except UserError:
+            old = _replaced(self._config, name, text)
+            if not old:
+                raise
+            self.renamed += old
+            return
+        value = _value(annotation, text, name)
+        self.renamed += replacements(self._config, _leaves(keys, value), flags=True)
+        _put(self._config, self.values, keys, value)
+        self.files = {place: file for place, file in self.files.items() if place[: len(keys)] != keys}
 
 
 def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -68,18 +119,30 @@ def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
-        if word == "-h" or name == _HELP:
-            yield _HELP, ""
+        if name in ("-h", _HELP):
+            is_page = not equals and words and not words[0].startswith("-")
+            yield _HELP, words.pop(0) if is_page else text
         elif not word.startswith("--") or not name:
             raise UserError(f"{shortened(repr(word))} stands where an option is expected; see --help")
         elif equals or name.replace("-", "_") == _PRINT:
             yield _PRINT if name.replace("-", "_") == _PRINT else name, text
         elif words and not words[0].startswith("--"):
             yield name, words.pop(0)
-        elif name != "config" and kinds_of(_place(config, name)[1]) == [bool]:
+        elif name != "config" and (_replaced(config, name) or kinds_of(_place(config, name)[1]) == [bool]):
             yield name, "true"
         else:
             raise UserError(f"--{name} needs a value; see --help")
+
+
+def _replaced(config: type[BaseModel], name: str, text: str = "") -> list[str]:
+    """What is to be written instead of a flag that there no longer is."""
+    keys = tuple(name.replace("-", "_").split("."))
+    value = parse_yaml(text, f"--{name}") if text.lstrip().startswith("{") else text
+    return replacements(config, _leaves(keys, value), flags=True)
+
+
+def _leaves(keys: Keys, value: Any) -> Iterable[tuple[Keys, Any]]:
+    return leaves(value, keys) if isinstance(value, Mapping) and value else [(keys, value)]
 
 
 def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
@@ -92,10 +155,10 @@ def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
     annotation: Any = config
     rest = name.split(".")
     while rest:
-        groups = [kind for kind in kinds_of(annotation) if _is_group(kind) or get_origin(kind) is dict]
+        groups = [kind for kind in kinds_of(annotation) if group_of(kind) or get_origin(kind) is dict]
         if annotation is Any:
             keys, rest = [*keys, *rest], []
-        elif groups and _is_group(groups[0]):
+        elif groups and group_of(groups[0]):
             field = groups[0].model_fields.get(rest[0].replace("-", "_"))
             if field is None:
                 raise UserError(f"there is no option --{shortened(name.replace('-', '_'))}; see --help")
@@ -103,7 +166,7 @@ def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
             annotation = field.annotation
         elif groups:
             annotation = get_args(groups[0])[1]
-            flat = not any(kind is Any or _is_group(kind) or get_origin(kind) is dict for kind in kinds_of(annotation))
+            flat = not any(kind is Any or group_of(kind) or get_origin(kind) is dict for kind in kinds_of(annotation))
             keys.append(".".join(rest) if flat else rest[0])
             rest = [] if flat else rest[1:]
         else:
@@ -116,17 +179,12 @@ def _value(annotation: Any, text: str, name: str) -> Any:
     kinds = kinds_of(annotation)
     if text == "null" and NoneType in get_args(annotation):
         return None
-    nested = [kind for kind in kinds if _is_group(kind) or get_origin(kind) in (dict, list, tuple)]
+    nested = [kind for kind in kinds if group_of(kind) or get_origin(kind) in (dict, list, tuple)]
     only = all(kind is Any or (kind in nested and not is_list(kind)) for kind in kinds)
     return parse_yaml(text, f"--{name}") if only or (nested and text.lstrip()[:1] in ("[", "{")) else text
 
 
-def _take_file(config: type[BaseModel], name: str, given: dict[str, Any], files: dict[Keys, str]) -> None:
-    """Put a file's settings over what is there.
-
-    Raises:
-        UserError: it cannot be read, or is no mapping.
-    """
+def _read_file(name: str) -> tuple[Path, dict[str, Any]]:
     try:
         path = local_path(Path(name))
     except ValueError as error:
@@ -134,21 +192,19 @@ def _take_file(config: type[BaseModel], name: str, given: dict[str, Any], files:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, expected a mapping of settings")
-    for key, value in raw.items():
-        _put(config, given, (key,), value)
-    files |= dict.fromkeys(_leaves(raw), str(path))
+    return path, raw
 
 
 def _put(config: type[BaseModel], given: dict[str, Any], keys: Keys, value: Any) -> None:
     """Set one value; where it is a group of settings, one by one over those that there are."""
     key, rest = keys[0], keys[1:]
     field = config.model_fields.get(key)
-    groups = [kind for kind in kinds_of(field.annotation) if _is_group(kind)] if field else []
-    if groups and (rest or isinstance(value, Mapping)):
+    group = group_of(field.annotation) if field else None
+    if group and (rest or isinstance(value, Mapping)):
         inner = _started(given.get(key, field.default if field else None))
         given[key] = inner
         for each, one in {rest: value}.items() if rest else [((name,), one) for name, one in value.items()]:
-            _put(groups[0], inner, each, one)
+            _put(group, inner, each, one)
     elif rest:
         given[key] = dict(given[key]) if isinstance(given.get(key), Mapping) else {}
         _put_plain(given[key], rest, value)
@@ -170,15 +226,6 @@ def _started(there: Any) -> dict[str, Any]:
     return dict(there) if isinstance(there, Mapping) else {}
 
 
-def _leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
-    for key, value in raw.items():
-        place = (*above, str(key))
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, place)
-        else:
-            yield place
-
-
 def _told(error: ValidationError, files: Mapping[Keys, str], *, only_files: bool) -> str:
     where = setting_of(error)
     near = [file for place, file in files.items() if place == where[: len(place)] or where == place[: len(where)]]
@@ -192,23 +239,8 @@ def _shown(config: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         value = given.get(name, None if field.is_required() else field.default)
-        groups = [kind for kind in kinds_of(field.annotation) if _is_group(kind)]
-        if groups and isinstance(value, BaseModel | Mapping):
-            value = _shown(groups[0], value if isinstance(value, Mapping) else dict(value))
+        group = group_of(field.annotation)
+        if group and isinstance(value, BaseModel | Mapping):
+            value = _shown(group, value if isinstance(value, Mapping) else dict(value))
         found[name] = _PLAIN.dump_python(value, mode="json")
     return found
-
-
-def _print_help(config: type[BaseModel], prog: str, description: str) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
-    parser.add_argument(OPTION, metavar="MODULE", help="a module, or package, whose code a run's model may run")
-    parser.add_class_arguments(config, None)
-    parser.print_help()
-    raise SystemExit(0)
-
-
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
@@ -18,8 +18,9 @@ from curate.errors import UserError
 from curate.escape import terminal
 from curate.interrupts import Interrupted, raise_on_signals
 from curate.paths import local_path
+from curate.renamed import Renamed
 from curate.trust import take_option
-from curate.validation import is_list, kinds_of
+from curate.validation import TypeName, is_list, kinds_of
 
 _ADVICE = (
     ((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again to continue"),
@@ -44,6 +45,9 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    RENAMED: ClassVar[Renamed] = Renamed()
+    """Old names of settings; those of a command stand in its own config class."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -74,8 +78,8 @@ def parse_tokens(value: int | str) -> int:
     return count
 
 
-TokenCount = Annotated[int | str, BeforeValidator(parse_tokens)]
-FileName = Annotated[str, AfterValidator(lambda name: str(local_path(name)))]
+TokenCount = Annotated[int | str, BeforeValidator(parse_tokens), TypeName("token count such as 500000, 50M or 1.5B")]
+FileName = Annotated[str, AfterValidator(lambda name: str(local_path(name))), TypeName("path")]
 """A path that stays text."""
 
 

@@ -6,16 +6,17 @@ import re
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from curate.config import Config, parse_command
+from curate.config import Config, FileName, TokenCount, parse_command
 from curate.errors import UserError
+from curate.renamed import Renamed
 from curate.selection import SelectConfig
-from curate.validation import is_list, kinds_of
+from curate.validation import changed, is_list, kinds_of
 from tests.test_project import commands
 
 NEEDED = {  # by the name of a setting that has no default, where its kind does not say what would do
@@ -233,3 +234,218 @@ def test_a_printed_config_is_the_config(tmp_path, capsys):
             parse(*arguments, "--print_config")
         (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
         assert parse(f"--config={tmp_path / 'a.yaml'}") == parse(*arguments)
+
+
+class Leaf(Config):
+    """What a list holds. And more."""
+
+    rate: float = Field(default=0.1, gt=0)
+    """How fast."""
+
+
+class Middle(Config):
+    kind: Literal["a", "b"] = "a"
+    """Which one."""
+    leaf: Leaf = Leaf(rate=0.5)
+
+
+class Top(Config):
+    target: Path
+    """What for."""
+    tokens: TokenCount = 5
+    tokens_or_none: TokenCount | None = None
+    share: float | None = Field(default=1.0, ge=0, le=1)
+    state: Literal["end"] | int = "end"
+    once: bool = False
+    files: tuple[FileName, ...] = ()
+    sizes: list[Annotated[int, Field(ge=1)]] = [1, 2]
+    methods: tuple[Literal["x", "y"], ...] = ("x",)
+    pair: tuple[float, float] = (0.5, 1)
+    ceiling: float = Field(default=math.inf, allow_inf_nan=True)
+    floors: dict[str, float] = {}
+    nested: dict[str, dict[str, Any]] = {"a": {"b": 1}}
+    name: str = ""
+    middle: Middle = Middle(kind="b")
+    """In between. It has a leaf."""
+    off: Leaf | None = None
+    leaves: tuple[Leaf, ...] = ()
+    named: dict[str, Leaf] = {}
+
+
+def help_of(config, capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        parse_command(config, "python -m x", "What it does.", arguments)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def flags(page):
+    """The text beside each flag or name of a page."""
+    texts, head = {}, None
+    for line in page.splitlines():
+        if re.match(r"  \S", line):
+            head, _, text = line.strip().partition("  ")
+            texts[head] = text.strip()
+        elif head and line.startswith("   "):
+            texts[head] = f"{texts[head]} {line.strip()}".strip()
+        else:
+            head = None
+    return texts
+
+
+def test_help_says_what_each_type_takes(capsys):
+    texts = flags(help_of(Top, capsys, "-h"))
+    assert {flag: text.partition("[")[2].removesuffix("]") for flag, text in texts.items() if flag in TYPES} == TYPES
+    assert texts["--target"].startswith("What for. [")
+    assert next(flag for flag in texts if flag.startswith("--")) == "--target"
+    assert {"--config FILE.yaml", "--trust MODULE", "--print_config"} < set(texts)
+
+
+TYPES = {
+    "--target": "path; required",
+    "--tokens": "token count such as 500000, 50M or 1.5B; default: 5",
+    "--tokens_or_none": "token count such as 500000, 50M or 1.5B; default: null",
+    "--share": "number from 0 to 1; default: 1.0",
+    "--state": "end or integer; default: end",
+    "--once": "true or false; default: false",
+    "--files": "list of paths; default: empty",
+    "--sizes": "list of integers at least 1; default: [1, 2]",
+    "--methods": 'list of: x or y; default: ["x"]',
+    "--pair": "2 numbers; default: [0.5, 1]",
+    "--ceiling": "number; default: inf",
+    "--floors": "mapping from name to number; default: empty",
+    "--nested": 'mapping from name to mapping from name to any value; default: {"a": {"b": 1}}',
+    "--name": 'text; default: ""',
+}
+
+
+def test_help_has_a_page_for_each_group_and_one_for_all(capsys):
+    first = flags(help_of(Top, capsys, "--help"))
+    assert {name: first[name] for name in ("middle", "off", "leaves", "named")} == {
+        "middle": "In between.", "off": "What a list holds. [default: null]",
+        "leaves": "What a list holds. [list of these]", "named": "What a list holds. [mapping from name to these]",
+    }  # fmt: skip
+    middle = {
+        "--middle.kind": "Which one. [a or b; default: b]",
+        "--middle.leaf.rate": "How fast. [number above 0; default: 0.5]",
+    }
+    assert flags(help_of(Top, capsys, "--help", "middle")) == middle
+    assert flags(help_of(Top, capsys, "--help=middle.leaf")) == dict(list(middle.items())[1:])
+    assert flags(help_of(Top, capsys, "-h", "off")) == {"--off.rate": "How fast. [number above 0; default: 0.1]"}
+    assert flags(help_of(Top, capsys, "-h", "leaves")) == {"rate": "How fast. [number above 0; default: 0.1]"}
+    every = flags(help_of(Top, capsys, "--target", "t", "--help", "all"))
+    assert middle.items() | TYPES.keys() <= every.items() | every.keys()
+    with pytest.raises(UserError, match=r"'leaf'.* all, middle, middle.leaf, off, leaves, named"):
+        parse_command(Top, "x", "", ["--help", "leaf"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_setting_and_fits_the_terminal(command, capsys, monkeypatch):
+    parts = {keys: [*kinds_of(field.annotation)] for keys, field in settings(COMMANDS[command])}
+    plain = {
+        keys for keys, kinds in parts.items() if not any(is_group(k) or any(map(is_group, get_args(k))) for k in kinds)
+    }
+    for columns in (50, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        page = help_of(COMMANDS[command], capsys, "--help", "all")
+        assert {f"--{'.'.join(keys)}" for keys in plain} <= set(flags(page))
+        for line in page.splitlines():
+            assert len(line) <= columns or " " not in line.strip().removeprefix("usage: python -m "), line
+        assert len(help_of(COMMANDS[command], capsys, "-h").splitlines()) <= 120 or columns < 100
+
+
+class Output(Config):
+    form: Literal["samples", "weights"] = "samples"
+    forms: tuple[Literal["samples", "weights"], ...] = ()
+
+
+class Moved(Config):
+    RENAMED: ClassVar[Renamed] = Renamed(
+        settings={
+            "guard": "retain", "shards.drop_fraction": "output.drop", "probe": "measure", "fast": "slow",
+            "probe.lr_share": "is gone: it changed nothing", "form": "output.form", "measure": "measure.steps",
+        },
+        values={"form": {"filter": "samples"}, "output.form": {"filter": "samples", "both": "is gone: run it twice"},
+                "output.forms": {"reweight": "weights", "weights": "never"}},
+    )  # fmt: skip
+    retain: str | None = None
+    output: Output = Output()
+    measure: Inner = Inner()
+    floors: dict[str, float] = {}
+
+
+def refused(*arguments):
+    with pytest.raises(UserError) as error:
+        parse_command(Moved, "x", "", arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "replaced"),
+    [
+        ("{guard: a}", ["guard is now retain"]),
+        ("{shards: {drop_fraction: 1}}", ["shards.drop_fraction is now output.drop"]),
+        ("{probe: {steps: 1, share: 2, lr_share: 3}}",
+         ["probe is now measure", "probe.lr_share is gone: it changed nothing"]),
+        ("{probe: {}}", ["probe is now measure"]),
+        ("{measure: 3}", ["measure is now measure.steps"]),
+        ("{form: filter}", ["form: filter is now output.form: samples"]),
+        ("{form: 7, fast: true}", ["form is now output.form", "fast is now slow"]),
+        ("{output: {form: filter, forms: [samples, reweight, weights]}}",
+         ["output.form: filter is now output.form: samples", "output.forms: reweight is now output.forms: weights"]),
+        ("{output: {form: both}}", ["output.form: both is gone: run it twice"]),
+    ],
+)  # fmt: skip
+def test_an_old_name_is_refused_with_the_new_one(tmp_path, content, replaced):
+    (tmp_path / "a.yaml").write_text(content)
+    assert refused("--config", str(tmp_path / "a.yaml")) == f"{tmp_path}/a.yaml: {', '.join(replaced)}"
+    raw = yaml.safe_load(content)
+    flags = [
+        f"--{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for name, value in raw.items()
+    ]
+    told = refused(*flags)
+    assert all(f"--{text.partition(' ')[0].rstrip(':')}" in told for text in replaced if "probe." not in text)
+
+
+def test_all_old_names_are_in_one_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("guard: a\nfloors: {guard: 1}\n")
+    (tmp_path / "b.yaml").write_text("shards: {drop_fraction: 1}\n")
+    files = [f"--config={tmp_path / name}" for name in ("a.yaml", "b.yaml")]
+    told = refused(
+        *files, "--guard", "b", "--fast", "--output.form", "filter", "--probe.lr-share", "1", "--form=filter"
+    )
+    assert told.split("; ") == [
+        f"{tmp_path}/a.yaml: guard is now retain", f"{tmp_path}/b.yaml: shards.drop_fraction is now output.drop",
+        "--guard is now --retain", "--fast is now --slow", "--output.form filter is now --output.form samples",
+        "--probe.lr_share is gone: it changed nothing", "--form filter is now --output.form samples",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--shards.x", "3"), ("--measure.form", "3"), ("--output.form", "c"), ("--guards=1",)]
+)
+def test_what_never_was_has_no_new_name(arguments):
+    assert "is now" not in refused(*arguments)
+    assert arguments[0].partition("=")[0] in refused(*arguments)
+
+
+def test_changed_settings_are_those_that_differ_from_their_defaults():
+    assert changed(Top(target="t")) == {"target": Path("t")}
+    made = Top(target="t", sizes=[1], middle={"kind": "b", "leaf": {"rate": 0.1}}, off={}, floors={"a": 1}, share=None)
+    assert changed(made) == {
+        "target": Path("t"), "share": None, "sizes": [1], "floors": {"a": 1.0}, "middle.leaf.rate": 0.1, "off": Leaf(),
+    }  # fmt: skip
+    assert changed(Top(target="t", off={"rate": 2}, middle={"leaf": {"rate": 0.5}})) == {
+        "target": Path("t"), "middle.kind": "a", "off.rate": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_not_changed_settings(command):
+    config = COMMANDS[command]
+    try:
+        made = config.model_validate(needed(config))
+    except ValueError:
+        pytest.skip("needs more than its settings without a default")
+    names = {name.partition(".")[0] for name in changed(made)}
+    assert names == {name for name, field in config.model_fields.items() if field.is_required()}

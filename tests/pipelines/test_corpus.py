@@ -18,7 +18,7 @@ from pipelines.corpus.sources import Text
 
 NATURAL = {"python", "api_prose", "docstrings", "headers", "tests"}
 SMALL = (
-    domain("python", sources.python_sources, "pluggy", "jsonargparse"),
+    domain("python", sources.python_sources, "pluggy", "click"),
     domain("docstrings", sources.docstrings, "fsspec", "jinja2"),
     domain("tests", sources.test_sources, "joblib", target_tests=0.2),
     target("target", sources.docstrings, "hypothesis"),
