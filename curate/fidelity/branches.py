@@ -12,7 +12,8 @@ loss a mean over tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ from pydantic import Field
 from curate.artifacts import fingerprint, read_hashed, write_hashed
 from curate.config import Config
 from curate.errors import UserError
+from curate.fidelity.branch_record import temperature_factor
 from curate.fidelity.measure import spearman, spearman_interval
+from curate.lock import locked
 from curate.progress import progress
 from curate.rng import generator
 from curate.target import target_loss
@@ -40,8 +43,7 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
 
 _log = logging.getLogger(__name__)
-TRUSTED = 0.7  # Spearman from which scores are taken at their word
-_LEAST = 0.05  # of the correlation that a temperature is divided by
+BASE = "(base)"  # no domain has brackets in its name
 
 
 class BranchTestConfig(Config):
@@ -72,11 +74,16 @@ class Agreement:
     ceiling: float | None
 
 
-def cost_units(run: Run, target: Target, config: BranchTestConfig) -> float:
+def lengths_of(config: BranchTestConfig) -> dict[str, Any]:
+    """What of a config decides what the branches are."""
+    return config.model_dump(include=set(BranchTestConfig.model_fields))
+
+
+def cost_units(run: Run, target: Target, config: BranchTestConfig, branches: int) -> float:
     """Forward+backward passes of a training batch: the branches, and a third of a pass to read each one's target."""
     batch = max(_record(run).size, 1)
     reads = sum(len(half) for half in target.halves) / batch / 3
-    return config.repeats * (len(run.streams) + 1) * (config.steps + reads)
+    return branches * (config.steps + reads)
 
 
 def realised_changes(
@@ -88,7 +95,7 @@ def realised_changes(
     seed: int,
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """Train what is missing of the branches; each finished one is kept in the run.
+    """Train what is missing of the branches and say first what it costs; each finished one is kept in the run.
 
     Args:
         replay: of the run.
@@ -100,32 +107,70 @@ def realised_changes(
 
     Returns:
         Domain -> realised change of each repeat, nats per token of the target; positive = more of it helped.
+
+    Raises:
+        UserError: what was kept is damaged, or a branch diverged.
     """
     run = replay.run
-    settings = [run.fingerprint, target.fingerprint, config.model_dump(), seed]
+    settings = [run.fingerprint, target.fingerprint, lengths_of(config), seed]
     path = run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}.json"
-    losses: dict[str, float] = read_hashed(path) if path.exists() else {}
-    names = ["base", *sorted(prior)]
-    missing = [(repeat, name) for repeat in range(config.repeats) for name in names if f"{repeat}/{name}" not in losses]
-    if missing:
-        optimizers = replay.horizon_optimizers(run.spec.steps)
-        state, record = replay.checkpoint(optimizers), _record(run)
-        repeats = sorted({repeat for repeat, _ in missing})
-        drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat in repeats}
-        for repeat, name in progress(missing, total=len(missing), what="branches", unit="branch"):
-            replay.rewind(state, optimizers)
-            for ids in drawn[repeat][name].reshape(config.steps, record.size).tolist():
-                samples = replay.reader.samples(ids)
-                predicted = np.array([sample.predicted_tokens for sample in samples], np.float32)
-                batch = collate(samples, predicted / max(float(predicted.sum()), 1.0)).to(replay.device)
-                replay.backward([batch], optimizers)
-                replay.update(record, optimizers)
-            losses[f"{repeat}/{name}"] = target_loss(replay.task, target, batch_size)
-            write_hashed(path, losses)
+    branches = [(repeat, name) for repeat in range(config.repeats) for name in (BASE, *sorted(prior))]
+    # Branches do not depend on scores: tests of several selections share what is kept.
+    with locked(path.parent, f".{path.name}.lock", wait=True):
+        losses: dict[str, float] = read_hashed(path) if path.exists() else {}
+        missing = [(repeat, name) for repeat, name in branches if _key(repeat, name) not in losses]
+        if missing:
+            _say_cost(run, cost_units(run, target, config, len(missing)), len(missing), len(branches))
+            for key, loss in _train(replay, target, prior, config, missing, seed=seed, batch_size=batch_size):
+                losses[key] = loss
+                write_hashed(path, losses)
     return {
-        name: [losses[f"{repeat}/base"] - losses[f"{repeat}/{name}"] for repeat in range(config.repeats)]
-        for name in names[1:]
+        name: [losses[_key(repeat, BASE)] - losses[_key(repeat, name)] for repeat in range(config.repeats)]
+        for name in sorted(prior)
     }
+
+
+def _key(repeat: int, name: str) -> str:
+    return f"{repeat}/{name}"
+
+
+def _say_cost(run: Run, units: float, missing: int, branches: int) -> None:
+    _log.info(
+        "%d of %d branches are to be trained, at about %.0f forward+backward passes, %.0f %% of the stage's %d",
+        missing, branches, units, 100 * units / run.spec.steps, run.spec.steps,
+    )  # fmt: skip
+
+
+def _train(
+    replay: Replay,
+    target: Target,
+    prior: Mapping[str, float],
+    config: BranchTestConfig,
+    branches: Sequence[tuple[int, str]],
+    *,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[str, float]]:
+    """Train branches one after the other; yields the key of each and the target's loss after it."""
+    run = replay.run
+    optimizers = replay.horizon_optimizers(run.spec.steps)
+    state, record = replay.checkpoint(optimizers), _record(run)
+    drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat, _ in branches}
+    for repeat, name in progress(branches, total=len(branches), what="branches", unit="branch"):
+        replay.rewind(state, optimizers)
+        for ids in drawn[repeat][name].reshape(config.steps, record.size).tolist():
+            samples = replay.reader.samples(ids)
+            predicted = np.array([sample.predicted_tokens for sample in samples], np.float32)
+            batch = collate(samples, predicted / max(float(predicted.sum()), 1.0)).to(replay.device)
+            replay.backward([batch], optimizers)
+            replay.update(record, optimizers)
+        loss = target_loss(replay.task, target, batch_size)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the branch of {name} diverged (target loss {loss}) with the settings that the run "
+                f"trained with: set --steps lower than {config.steps}"
+            )
+        yield _key(repeat, name), loss
 
 
 def _record(run: Run) -> StepRecord:
@@ -147,7 +192,7 @@ def _draw(run: Run, prior: Mapping[str, float], config: BranchTestConfig, batch_
         base = np.where(chosen == own, pools[domain][at % len(pools[domain])], base)
     replaced = np.zeros(places, bool)
     replaced[random.permutation(places)[: max(1, round(config.share * places))]] = True
-    drawn = {"base": base}
+    drawn = {BASE: base}
     for domain, pool in pools.items():
         # From the pool's far end, so that a branch adds new samples of the domain instead of repeating the base's.
         drawn[domain] = np.where(replaced, pool[-1 - at % len(pool)], base)
@@ -199,14 +244,30 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 
-def tempered(temperature: float, found: Agreement) -> float:
-    """The temperature that the agreement allows: T where it is at least `TRUSTED`, else T / max(correlation, 0.05).
+def domain_scores(domains: pl.DataFrame) -> dict[str, float]:
+    """The scores that branches can be held against.
 
-    Dividing by the correlation is what regression to the mean says: of a score that ranks realised changes with
-    correlation r, a change of r times as many deviations is to be expected. An unknown correlation counts as 0.
+    Args:
+        domains: `domain`, `samples` and `score` of one window and target.
+
+    Returns:
+        Score of each domain of which samples were valued.
+
+    Raises:
+        UserError: no samples were valued, or all scores are equal.
     """
-    r = 0.0 if found.spearman is None else found.spearman
-    return temperature if r >= TRUSTED else temperature / max(r, _LEAST)
+    scores = dict(domains.filter(pl.col("samples") > 0).select("domain", "score").iter_rows())
+    if not scores:
+        raise UserError(
+            "no domain has valued samples, so that there is no score to test: select with a method that values samples "
+            "(--method curate)"
+        )
+    if len(set(scores.values())) == 1:
+        raise UserError(
+            f"all {len(scores)} domains with a score have the same, {next(iter(scores.values())):g}: there is nothing "
+            "to test; go on without a branch test"
+        )
+    return scores
 
 
 def check_scores(
@@ -240,31 +301,7 @@ def check_scores(
     Raises:
         UserError: all scores are equal.
     """
-    seen = domains.filter(pl.col("samples") > 0)
-    scores: dict[str, float] = dict((domains if seen.is_empty() else seen).select("domain", "score").iter_rows())
-    if len(set(scores.values())) == 1:
-        raise UserError("every domain has the same score: there is nothing for --branch-test to test; leave it out")
-    units = cost_units(replay.run, target, config)
-    _log.info(
-        "the branch test will cost about %.0f forward+backward passes, %.0f %% of the stage's %d",
-        units, 100 * units / replay.run.spec.steps, replay.run.spec.steps,
-    )  # fmt: skip
+    scores = domain_scores(domains)
     changes = realised_changes(replay, target, prior, config, seed=seed, batch_size=batch_size)
     found = agreement(scores, changes, seed)
-    allowed = tempered(temperature, found)
-    interval = "" if found.low is None or found.high is None else f" [95 % interval {found.low:.2f}, {found.high:.2f}]"
-    said = "not defined" if found.spearman is None else f"{found.spearman:.2f}{interval}"
-    _log.info("branch test: Spearman of domain scores and realised changes is %s", said)
-    if allowed > temperature:
-        _log.warning(
-            "below %.1f scores do not predict the next stage well: it stays nearer to the prior, mixture.temperature "
-            "%.3g instead of %.3g (divided by the correlation, at least %g)",
-            TRUSTED, allowed, temperature, _LEAST,
-        )  # fmt: skip
-        if found.ceiling is not None and found.ceiling < TRUSTED:
-            _log.warning(
-                "by the differences between draws of samples, scores without error would reach about %.2f: set "
-                "branches.repeats or branches.steps higher for a test that tells",
-                found.ceiling,
-            )
-    return {"changes": changes, **asdict(found), "temperature": allowed}
+    return {"changes": changes, **asdict(found), "temperature": temperature * temperature_factor(found.spearman)}

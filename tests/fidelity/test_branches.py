@@ -1,6 +1,9 @@
 """The branch test: branches that differ in one domain only, effects against training by hand, what a result allows."""
 
-import logging
+import json
+import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -9,20 +12,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.artifacts import read_hashed, write_hashed
+from curate.artifacts import list_files, read_hashed, write_hashed
 from curate.errors import UserError
-from curate.fidelity.branches import (
+from curate.fidelity import branches
+from curate.fidelity.branch_record import (
     TRUSTED,
+    BranchTest,
+    check_tested,
+    read_branch_test,
+    temperature_factor,
+    verdict_of,
+)
+from curate.fidelity.branches import (
+    BASE,
     Agreement,
     BranchTestConfig,
     _draw,
     _record,
     agreement,
     ceiling,
-    check_scores,
     cost_units,
+    domain_scores,
     realised_changes,
-    tempered,
 )
 from curate.fidelity.measure import spearman
 from curate.target import load_target, target_loss
@@ -56,16 +67,16 @@ def test_branches_share_all_places_but_a_share_which_one_domain_fills(replay):
     places = {}
     for name in PRIOR:
         own = np.array([owner[one] == name for one in drawn[name].tolist()])
-        other = drawn[name] != drawn["base"]
+        other = drawn[name] != drawn[BASE]
         places[name] = other
         assert own[other].all()
         assert other.sum() <= 20
     assert (places["json"] | places["dataclasses"]).sum() == 20
-    share = np.mean([owner[one] == "json" for one in drawn["base"].tolist()])
+    share = np.mean([owner[one] == "json" for one in drawn[BASE].tolist()])
     assert share == pytest.approx(0.25, abs=0.15)
     again = _draw(replay.run, PRIOR, config, 8, 0)
     assert all((drawn[name] == again[name]).all() for name in drawn)
-    assert not (_draw(replay.run, PRIOR, config, 8, 1)["base"] == drawn["base"]).all()
+    assert not (_draw(replay.run, PRIOR, config, 8, 1)[BASE] == drawn[BASE]).all()
 
 
 def test_a_change_is_what_training_by_hand_gives(replay, target):
@@ -95,22 +106,77 @@ def test_a_change_is_what_training_by_hand_gives(replay, target):
 
     for repeat in range(CONFIG.repeats):
         drawn = _draw(run, PRIOR, CONFIG, record.size, repeat)
-        base = loss_after(drawn["base"])
+        base = loss_after(drawn[BASE])
         for name in PRIOR:
             assert changes[name][repeat] == pytest.approx(base - loss_after(drawn[name]), abs=2e-6)
     assert any(abs(one) > 1e-5 for name in PRIOR for one in changes[name])
 
 
-def test_finished_branches_are_kept(folder, replay, target, monkeypatch):
-    whole = realised_changes(replay, target, PRIOR, CONFIG, seed=3, batch_size=5)
-    (path,) = [path for path in (folder / "run" / "branch-tests").iterdir() if path.stat().st_mtime_ns == max(
-        other.stat().st_mtime_ns for other in (folder / "run" / "branch-tests").iterdir())]  # fmt: skip
+@pytest.fixture
+def trained(monkeypatch):
+    """The branches that are trained, in order."""
+    keys = []
+    train = branches._train
+
+    def watched(*args, **kwargs):
+        for key, loss in train(*args, **kwargs):
+            keys.append(key)
+            yield key, loss
+
+    monkeypatch.setattr(branches, "_train", watched)
+    return keys
+
+
+def kept_file(folder, target):
+    (path,) = (folder / "run" / "branch-tests").glob(f"{target.name}-*.json")
+    return path
+
+
+@pytest.fixture
+def named(target, request):
+    """The target under a name of its own, so that its kept branches are found."""
+    return replace(target, name=request.node.name)
+
+
+def test_finished_branches_are_kept_and_only_others_are_trained(folder, replay, named, trained):
+    whole = realised_changes(replay, named, PRIOR, CONFIG, seed=3, batch_size=5)
+    assert len(trained) == 2 * 3
+    path = kept_file(folder, named)
+    kept = path.read_bytes()
     losses = read_hashed(path)
-    kept = {name: loss for name, loss in losses.items() if name not in ("1/base", "1/json")}
-    write_hashed(path, kept)
-    assert realised_changes(replay, target, PRIOR, CONFIG, seed=3, batch_size=5) == whole
-    monkeypatch.setattr(Replay, "backward", None)
-    assert realised_changes(replay, target, PRIOR, CONFIG, seed=3, batch_size=5) == whole
+    write_hashed(path, {name: loss for name, loss in losses.items() if name not in (f"1/{BASE}", "1/json")})
+    trained.clear()
+    assert realised_changes(replay, named, PRIOR, CONFIG, seed=3, batch_size=5) == whole
+    assert trained == [f"1/{BASE}", "1/json"]
+    trained.clear()
+    assert realised_changes(replay, named, PRIOR, CONFIG, seed=3, batch_size=5) == whole
+    assert trained == []
+    assert read_hashed(path) == losses
+    path.write_bytes(kept.replace(b"0/json", b"0/jsom"))
+    with pytest.raises(UserError, match=path.name):
+        realised_changes(replay, named, PRIOR, CONFIG, seed=3, batch_size=5)
+
+
+def test_a_branch_that_diverges_is_refused_and_the_finished_ones_stay(folder, replay, named, monkeypatch):
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(branches, "target_loss", lambda *args: next(losses))
+    with pytest.raises(UserError, match="dataclasses"):
+        realised_changes(replay, named, PRIOR, CONFIG, seed=0, batch_size=5)
+    assert read_hashed(kept_file(folder, named)) == {f"0/{BASE}": 1.0}
+
+
+def test_a_domain_may_have_any_name(folder, replay, named, tmp_path):
+    """Also one that branches without more of a domain might be called by."""
+    streams = {"json": folder / "data" / "json", "base": folder / "data" / "dataclasses"}
+    raw = json.loads((folder / "run" / "run.json").read_text())
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "curate.sums.json").unlink()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**raw, "streams": {k: str(v) for k, v in streams.items()}}))
+    list_files(tmp_path / "run", [path for path in (tmp_path / "run").rglob("*") if path.is_file()])
+    renamed = Replay(Run(tmp_path / "run"))
+    prior = {"base": 3.0, "json": 1.0}
+    found = realised_changes(renamed, named, prior, CONFIG, seed=0, batch_size=5)
+    assert any(abs(change) > 1e-5 for change in found["base"])
 
 
 def test_agreement_is_over_domains_with_a_score():
@@ -125,29 +191,74 @@ def test_agreement_is_over_domains_with_a_score():
     assert found.low < found.spearman < found.high <= 1
 
 
-@given(st.floats(-1, 1), st.floats(0.1, 10))
-def test_a_weak_agreement_raises_the_temperature_and_a_strong_one_does_nothing(r, temperature):
-    found = tempered(temperature, Agreement(spearman=r, low=None, high=None, ceiling=None))
+@given(st.floats(-1, 1))
+def test_a_weak_agreement_raises_the_temperature_and_a_strong_one_does_nothing(r):
+    factor = temperature_factor(r)
     if r >= TRUSTED:
-        assert found == temperature
+        assert factor == 1
     else:
-        assert temperature / TRUSTED <= found <= 20 * temperature * (1 + 1e-12)
-        assert found >= tempered(temperature, Agreement(spearman=min(r + 0.1, 1.0), low=None, high=None, ceiling=None))
+        assert 1 / TRUSTED <= factor <= 20 * (1 + 1e-12)
+        assert factor >= temperature_factor(min(r + 0.1, 1.0))
+    assert temperature_factor(None) == temperature_factor(-1.0)
 
 
-def test_the_cost_and_the_verdict_are_said_and_equal_scores_are_refused(replay, target, caplog):
-    rows = pl.DataFrame({"domain": ["dataclasses", "json"], "samples": [5, 5], "score": [1.0, -1.0]})
-    settings = {"temperature": 1.0, "seed": 0, "batch_size": 5}
-    with caplog.at_level(logging.INFO):
-        found = check_scores(replay, target, PRIOR, CONFIG, domains=rows, **settings)
-    assert found["spearman"] is None
-    assert found["temperature"] == 20.0
-    units = cost_units(replay.run, target, CONFIG)
-    assert units > 2 * 3 * 3
-    assert f"the branch test will cost about {units:.0f} forward+backward passes" in caplog.text
-    assert "mixture.temperature 20 instead of 1" in caplog.text
-    with pytest.raises(UserError, match="every domain has the same score"):
-        check_scores(replay, target, PRIOR, CONFIG, domains=rows.with_columns(score=pl.lit(0.0)), **settings)
+def test_the_verdict_is_of_the_correlation_and_of_what_noise_leaves_to_reach():
+    assert verdict_of(None, None) == "undefined"
+    assert [verdict_of(0.7, reach) for reach in (None, 0.1, 0.9)] == ["trusted"] * 3
+    assert [verdict_of(0.6, reach) for reach in (None, 0.69, 0.9)] == ["weak", "too_noisy", "weak"]
+
+
+def test_scores_are_those_of_valued_samples_and_must_differ():
+    rows = pl.DataFrame({"domain": ["a", "b", "c"], "samples": [5, 5, 0], "score": [1.0, -1.0, 0.0]})
+    assert domain_scores(rows) == {"a": 1.0, "b": -1.0}
+    for useless in (rows.with_columns(samples=pl.lit(0)), rows.with_columns(score=pl.lit(0.5)), rows[:1]):
+        with pytest.raises(UserError):
+            domain_scores(useless)
+
+
+def test_the_cost_is_that_of_the_steps_and_of_reading_the_target(replay, target):
+    sequences, size = sum(map(len, target.halves)), _record(replay.run).size
+    assert cost_units(replay.run, target, CONFIG, 6) == pytest.approx(6 * (3 + sequences / size / 3))
+
+
+RECORD = BranchTest(
+    run="r", target="t", target_name="docs", selection="s", window="late", scores={"a": 1.0, "b": -2.0},
+    changes={"a": [0.1, 0.2], "b": [0.0, -0.1], "c": [1.0, 2.0]}, spearman=None, low=None, high=None, ceiling=None,
+    verdict="undefined", temperature_factor=20.0, steps=3, share=0.5, repeats=2, seed=0, forward_backward_passes=27.5,
+)  # fmt: skip
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "branch_test.json"
+    write_hashed(path, RECORD.model_dump(mode="json"))
+    assert read_branch_test(path, "r", "t") == RECORD
+    assert read_branch_test(path) == RECORD
+
+
+def test_a_record_that_is_missing_damaged_or_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "branch_test.json"
+    with pytest.raises(UserError, match=path.name):
+        read_branch_test(path, "r", "t")
+    write_hashed(path, RECORD.model_dump(mode="json"))
+    for wrong in (("other", "t"), ("r", "other")):
+        with pytest.raises(UserError, match="other"):
+            read_branch_test(path, *wrong)
+    whole = path.read_bytes()
+    for damaged in (whole[:-40], whole.replace(b"-2.0", b"+2.0"), whole.replace(b"-2.0", b"2.00"), b"", b"[]", b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=path.name):
+            read_branch_test(path, "r", "t")
+    write_hashed(path, {"0/json": 1.0})  # what is kept of branches
+    with pytest.raises(UserError, match=path.name):
+        read_branch_test(path, "r", "t")
+
+
+def test_a_record_is_of_its_scores_only(tmp_path):
+    check_tested(tmp_path, RECORD, "late", {"a": 1.0 + 1e-9, "b": -2.0})
+    wrong = [("early", RECORD.scores), ("late", {"a": 1.0, "b": -2.1}), ("late", {"a": 1.0}), ("late", {})]
+    for window, scores in [*wrong, ("late", {**RECORD.scores, "c": 0.0})]:
+        with pytest.raises(UserError):
+            check_tested(tmp_path, RECORD, window, scores)
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
