@@ -100,11 +100,9 @@ def look_ahead(
     plan = plan_states(replay.layout.size, start, run.spec.steps, *allowed)
     replay.horizon_model(run.spec.steps)
     if config.hessian != "difference" and run.spec.steps > start + 1:
-        check_curvature(replay.task, replay.layout, losses[0].to(replay.device), config.hessian)
+        check_curvature(replay.task, replay.layout, losses[0].to(replay.device))
     cotangent = TrainingState.zeros(loss_gradients(replay.task, replay.layout, losses, batch_size))
-    options = StepOptions(
-        hessian=config.hessian, hessian_share=config.hessian_share, rows=False, at_once=config.at_once
-    )
+    options = StepOptions(hessian=config.hessian, rows=False)
     states = states_backward(replay, plan, scratch / "states")
     for state in progress(states, total=run.spec.steps - start, what="look ahead"):
         if state.record.step > start:
