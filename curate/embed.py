@@ -47,8 +47,6 @@ class EmbedConfig(Config):
     from a value curve of `python -m pipelines.phases` in its folder."""
     window_steps: int | None = Field(default=None, ge=1)
     """Value only the last steps of each window, as many as this; none: the whole window."""
-    window_every: int = Field(default=1, ge=1)
-    """Value the samples of every n-th step only (adjoint and anchors); all steps are replayed and walked back."""
     streams: dict[str, Path] = {}
     """Where the run's streams lie now, by domain, if they were moved since."""
     tokenizer: Path | None = None
@@ -157,8 +155,6 @@ def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, d
     replay = Replay(run, config.device, config.tolerance)
     for each in targets.every:
         check_vocabulary(each, replay.task)
-    if config.window_every > 1 and config.estimator not in ("adjoint", "anchors"):
-        raise UserError(f"estimator {config.estimator} values every step; window_every needs adjoint or anchors")
     found = {} if config.windows == "declared" else run_windows(run)
     jobs = {
         window: plan_job(
@@ -168,7 +164,6 @@ def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, d
             targets.main if targets.named else None,
             batch_size=config.target_batch_size,
             window_steps=config.window_steps,
-            every=config.window_every,
             borders=(found[window].start, found[window].stop) if found else None,
         )
         for window in config.window_names

@@ -142,7 +142,7 @@ def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int
 
 def _settings(config: VerifyConfig, run: Run, targets: list[Target]) -> dict[str, Any]:
     elsewhere = ("run", "runs_root", "streams", "target", "out", "device", "tolerance", "target_batch_size")
-    limits = {"memory_bytes", "disk_bytes", "save_seconds", "at_once"}
+    limits = {"memory_bytes", "disk_bytes", "save_seconds"}
     chosen = config.model_dump(mode="json", exclude={**dict.fromkeys(elsewhere, True), "adjoint": limits})
     return {"run": run.fingerprint, "targets": [target.fingerprint for target in targets], **chosen}
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from curate.artifacts import MANIFEST, checked, read_json
 from curate.config import Config
-from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step, bridge_curvature
+from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.embeddings.basis import FILE as BASIS
 from curate.embeddings.basis import AnchorBasis, choose_metric, load_basis, save_basis, solve
@@ -57,12 +57,8 @@ class AdjointConfig(Config):
     """The step that a sample was used in: exact (the update without it; needs per-sample gradients), exact for the rows
     of token embeddings only (embedding), or linear like all later steps."""
     hessian: Hessian = "exact"
-    """Curvature of later steps: exact, gauss-newton, or difference (of gradients; for models whose attention cannot
-    be differentiated twice)."""
-    hessian_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of each step's samples that curvature is computed from."""
-    bridge_every: int = Field(default=1, ge=1)
-    """Between the window and a later horizon, take curvature at every n-th step only, for the n steps; 1 is exact."""
+    """Curvature of later steps: exact, or difference (of gradients; cheaper, and for models whose attention cannot be
+    differentiated twice)."""
     anchors_per_domain: int = Field(default=0, ge=0)
     """Anchors from each domain's samples that the run did not train on, and one general anchor of all domains."""
     samples_per_anchor: int = Field(default=32, ge=1)
@@ -73,8 +69,6 @@ class AdjointConfig(Config):
     """Anchors from each file."""
     min_anchor_tokens: int = Field(default=200, ge=1)
     """Fewest predicted tokens of an anchor from a file."""
-    at_once: int = Field(default=8, ge=1)
-    """Anchors that `hessian gauss-newton` takes in one pass; memory grows with it, the cost of each shrinks."""
     memory_bytes: int | None = Field(default=None, ge=0)
     """Memory for the states of steps (4 numbers per parameter and step); what does not fit is replayed twice. None:
     half of what is free on the device."""
@@ -91,9 +85,8 @@ OWN_STEP_UNITS = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}
 
 def curvature_units(config: AdjointConfig, anchors: int) -> float:
     """What the Hessian products of one step cost; measured factors."""
-    per_anchor = {"exact": 2.0, "gauss-newton": 1.3, "difference": 1.1, "fisher": 0.1}[config.hessian]
-    once = {"exact": 1.0, "gauss-newton": 1.0, "difference": 0.3, "fisher": 1.6}[config.hessian]
-    return config.hessian_share * (per_anchor * anchors + once)
+    per_anchor, once = {"exact": (2.0, 1.0), "difference": (1.1, 0.3)}[config.hessian]
+    return per_anchor * anchors + once
 
 
 class AdjointEstimator:
@@ -112,7 +105,7 @@ class AdjointEstimator:
 
     def settings(self, job: WindowJob) -> Json:
         """The anchors, and how values are computed."""
-        chosen = self.config.model_dump(include={"own_step", "hessian", "hessian_share", "bridge_every"})
+        chosen = self.config.model_dump(include={"own_step", "hessian"})
         return {"anchors": self.anchors(job).fingerprint, **chosen}
 
     def anchors(self, job: WindowJob) -> AnchorSet:
@@ -153,15 +146,12 @@ class AdjointEstimator:
     def cost_units(self, job: WindowJob) -> float:
         """Replay, products and own step of each step, and the anchors' own gradients; measured factors."""
         anchors = self.anchors(job)
-        batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
-        plan = self._plan(job, job.horizon)
-        curvature = curvature_units(self.config, len(anchors))
-        own = OWN_STEP_UNITS[self.config.own_step]
-        window, bridge = job.stop - job.start, job.horizon - job.stop
-        bridged = bridge / self.config.bridge_every
-        sequences = sum(len(each) for each in anchors.batches)
-        replay = plan.replays * (window + bridge)
-        return replay + (window + bridged) * curvature + window * own / job.every + sequences / batch
+        batch_size = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
+        window_steps, walked_steps = job.stop - job.start, job.horizon - job.start
+        per_walked = self._plan(job, job.horizon).replays + curvature_units(self.config, len(anchors))
+        own_steps = window_steps * OWN_STEP_UNITS[self.config.own_step]
+        anchor_sequences = sum(len(each) for each in anchors.batches)
+        return walked_steps * per_walked + own_steps + anchor_sequences / batch_size
 
     def encode(self, job: WindowJob) -> Encoded:
         """Unit vectors where its halves are anchors; else coordinates in the anchors' basis, with the residual.
@@ -191,7 +181,7 @@ class AdjointEstimator:
         if self.config.hessian != "difference":
             replay.load(replay.run.snapshots[0])
             first = next(records(replay.run, job.start, job.stop))
-            check_curvature(replay.task, replay.layout, replay.batches(first)[0], self.config.hessian)
+            check_curvature(replay.task, replay.layout, replay.batches(first)[0])
         step, cotangent = self._begin(job)
         plan = self._plan(job, step)
         _log.info("%s", plan.line)
@@ -200,8 +190,9 @@ class AdjointEstimator:
         states = states_backward(replay, plan, job.scratch / "states")
         for state in progress(states, total=step - job.start, what="adjoint"):
             at = state.record.step
+            options = StepOptions(own_step=self.config.own_step, hessian=self.config.hessian, rows=at < job.stop)
             rows, cotangent = adjoint_step(
-                replay.task, replay.layout, state, replay.run.spec.clip_norm, cotangent, self._options(job, at)
+                replay.task, replay.layout, state, replay.run.spec.clip_norm, cotangent, options
             )
             if rows is not None:
                 out[starts[at] : starts[at] + len(rows)] = rows.float().cpu().numpy()
@@ -212,14 +203,6 @@ class AdjointEstimator:
         if 3 * cotangent.parameters.nbytes <= limits(replay, self.config.memory_bytes, self.config.disk_bytes)[1]:
             save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
         return {"anchors": self.anchors(job).names, "solver": self._choose_solver(job, out)}
-
-    def _options(self, job: WindowJob, step: int) -> StepOptions:
-        valued, every = step < job.stop, self.config.bridge_every
-        curvature = 1.0 if valued else bridge_curvature(step, job.stop, job.horizon, every)
-        return StepOptions(
-            own_step=self.config.own_step, hessian=self.config.hessian, hessian_share=self.config.hessian_share,
-            rows=job.values_step(step), curvature=curvature, at_once=self.config.at_once,
-        )  # fmt: skip
 
     def _plan(self, job: WindowJob, stop: int) -> StatePlan:
         allowed = limits(job.replay, self.config.memory_bytes, self.config.disk_bytes)
@@ -261,15 +244,12 @@ class AdjointEstimator:
 
         The cotangent depends on neither window nor own step, but on all other settings.
         """
-        if self.config.bridge_every > 1:
-            return None
         wanted = {"run": job.replay.run.fingerprint, "horizon": job.horizon, "estimator": self.name}
         wanted |= self.settings(job)
         found = {}
         for path in sorted(job.folder.parent.glob(f"*/{MANIFEST}")):
             settings = {"own_step": None, **read_json(path)["settings"]}
             start = settings.pop("window")[0]
-            settings.pop("every", None)
             same = settings | {"own_step": wanted["own_step"]} == wanted
             if same and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
                 found[start] = path.parent
@@ -278,8 +258,8 @@ class AdjointEstimator:
     def _choose_solver(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any] | None:
         if not self._has_basis:
             return None
-        every = -(-len(out) // _METRIC_ROWS)
-        choice = choose_metric(load_basis(job.folder), np.asarray(out[::every]))
+        stride = -(-len(out) // _METRIC_ROWS)
+        choice = choose_metric(load_basis(job.folder), np.asarray(out[::stride]))
         return {"metric": choice.metric, "ridge": choice.ridge, "held_out_spearman": choice.scores}
 
 
@@ -306,9 +286,11 @@ def optimizer_metric(replay: Replay, optimizers: Sequence[Optimizer], horizon: i
 
 def _row_starts(job: WindowJob) -> dict[int, int]:
     """First row of each step of the window."""
-    step_records = [each for each in records(job.replay.run, job.start, job.stop) if job.values_step(each.step)]
-    starts = np.cumsum([0, *(record.size for record in step_records)]).tolist()
-    return {record.step: start for record, start in zip(step_records, starts, strict=False)}
+    starts, rows_before = {}, 0
+    for record in records(job.replay.run, job.start, job.stop):
+        starts[record.step] = rows_before
+        rows_before += record.size
+    return starts
 
 
 def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:

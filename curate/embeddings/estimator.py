@@ -35,7 +35,6 @@ class WindowJob:
         stop: step after its last.
         horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
         batch_size: samples per pass where the estimator chooses (targets).
-        every: samples of every n-th step are valued, from `start` on.
         target: the target to serve, or None where the estimator needs none.
         folder: where the embeddings lie, set by `embed_window`; an estimator may keep files of its own there.
     """
@@ -45,13 +44,8 @@ class WindowJob:
     stop: int
     horizon: int
     batch_size: int
-    every: int = 1
     target: Target | None = None
     folder: Path = Path()
-
-    def values_step(self, step: int) -> bool:
-        """Whether the samples of a step are valued."""
-        return self.start <= step < self.stop and (step - self.start) % self.every == 0
 
     @property
     def scratch(self) -> Path:

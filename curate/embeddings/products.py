@@ -4,23 +4,18 @@ For directions u (R, P) at parameters theta, with `L = sum_z c_z l_z`:
 
     products   <g_z, u_r>   (R, B)        curvature   H u_r   (R, P)
 
-Four ways. `exact` differentiates `<grad L, u>` once more (Pearlmutter 1994): with respect to theta it is H u, with
-respect to the weights c_z it is <g_z, u>. `gauss-newton` replaces H by `J^T H_out J`, J the Jacobian of the logits and
-H_out the loss's Hessian over them (Schraudolph 2002): positive semi-definite; it needs forward-mode derivatives.
-`difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the training's own kernels, so it also serves models
-that cannot be differentiated twice; h makes the step `STEP` long relative to |theta|. Where u is concentrated on
-weights that hardly any sample moves (Adam's 1 / sqrt(v) is huge there), the rest drowns in float32 rounding; only
-weights whose gradient is exactly 0, such as the rows of absent tokens, are left out. Hold it against `exact` on a model
-of the kind (`curate.verify`) before trusting it. `fisher` is the published choice, `sum_z c_z g_z g_z^T`, kept for
-comparison.
+Two ways. `exact` differentiates `<grad L, u>` once more (Pearlmutter 1994): with respect to theta it is H u, with
+respect to the weights c_z it is <g_z, u>. `difference` takes `(grad L(theta + h u) - grad L(theta)) / h` with the
+training's own kernels, so it also serves models that cannot be differentiated twice; h makes the step `STEP` long
+relative to |theta|. Where u is concentrated on weights that hardly any sample moves (Adam's 1 / sqrt(v) is huge there),
+the rest drowns in float32 rounding; only weights whose gradient is exactly 0, such as the rows of absent tokens, are
+left out. Hold it against `exact` on a model of the kind (`curate.verify`) before trusting it.
 
-Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, 2/3 + 4/3 R, R (the gradient at theta
-is known), and 2.
+Cost in forward+backward passes of the batch, for R directions: about 1 + 2 R, and R (the gradient at theta is known).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,25 +29,19 @@ if TYPE_CHECKING:
     from curate.task import Task
     from curate.trajectory.flat import FlatLayout
 
-Hessian = Literal["exact", "gauss-newton", "difference", "fisher"]
+Hessian = Literal["exact", "difference"]
 STEP = 1e-3
 # What PyTorch says where a model cannot run under its function transforms.
 _NO_TRANSFORM = ("vmap", "functorch", "setup_context", "expected scalar type")
 _GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float32
-# What PyTorch says where an operation, or a custom autograd.Function, has no second or no forward-mode derivative.
-_NO_DERIVATIVE = ("forward AD", "forward mode AD", "jvp", "setup_context", "twice", "is not implemented")
+# What PyTorch says where an operation, or a custom autograd.Function, has no second derivative.
+_NO_DERIVATIVE = ("twice", "is not implemented")
 
 
-def directional_products(
-    task: Task,
-    layout: FlatLayout,
-    batch: Batch,
-    parameters: Tensor,
-    directions: Tensor,
-    hessian: Hessian = "exact",
-    at_once: int | None = None,
+def exact_products(
+    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`<g_z, u_r>` for every sample, and `H u_r`.
+    """`exact`: `<g_z, u_r>` for every sample, and `H u_r`.
 
     Args:
         task: the model's loss.
@@ -60,22 +49,12 @@ def directional_products(
         batch: B samples with weights `c_z`.
         parameters: (P,) where to differentiate.
         directions: (R, P) u.
-        hessian: how.
-        at_once: directions in one pass of `gauss-newton` (memory: as many times the activations); none: all.
 
     Returns:
         (R, B) and (R, P).
     """
-    import torch
-
-    if hessian == "difference":
-        return difference_products(task, layout, [batch], parameters, directions)
-    if hessian == "exact":
-        slopes, curvature = _second_backward(task, layout, batch, parameters, directions, curvature=True)
-        return slopes, curvature
-    way = {"gauss-newton": _gauss_newton, "fisher": fisher_products}[hessian]
-    parts = [way(task, layout, batch, parameters, part) for part in directions.split(at_once or len(directions))]
-    return torch.cat([products for products, _ in parts]), torch.cat([curvature for _, curvature in parts])
+    slopes, curvature = _second_backward(task, layout, batch, parameters, directions, curvature=True)
+    return slopes, curvature
 
 
 def exact_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
@@ -104,36 +83,6 @@ def _second_backward(
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         found = [torch.autograd.grad(gradient, leaves, one, retain_graph=True) for one in directions]
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
-
-
-def _gauss_newton(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    import torch
-    from torch.func import jvp, vjp, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def logits_of(values: dict[str, Tensor]) -> Tensor:
-        return task.logits(batch, values)
-
-    point = layout.views(parameters)
-    mask = batch.loss_mask[:, 1:].to(parameters.dtype)
-    token_weights = mask * (batch.weights / mask.sum(1).clamp(min=1))[:, None]  # (B, T-1)
-    with sdpa_kernel(SDPBackend.MATH):
-        logits, pull = vjp(logits_of, point)[:2]
-        probabilities = torch.softmax(logits.detach(), -1)
-        residual = probabilities - torch.nn.functional.one_hot(batch.tokens[:, 1:], logits.shape[-1])
-
-        def product(direction: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            tangent: Tensor = jvp(logits_of, (point,), (direction,))[1]
-            slopes = ((residual * tangent).sum(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)
-            # H_out t = p (t - <p, t>) for each token
-            spread = probabilities * (tangent - (probabilities * tangent).sum(-1, keepdim=True))
-            (curvature,) = pull(spread * token_weights[..., None])
-            return slopes, curvature
-
-        products, curvature = vmap(product)(layout.views(directions))
-    return products, layout.flatten(curvature)
 
 
 def difference_products(
@@ -168,20 +117,6 @@ def difference_products(
         slopes.append((moved_losses - losses) / h)
         curvature.append((moved - base) / h)
     return torch.stack(slopes), torch.stack(curvature)
-
-
-def fisher_products(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`fisher`: slopes (R, B), and `sum_z c_z g_z <g_z, u_r>` (R, P), the published choice of curvature [DVEmb]."""
-    import torch
-
-    slopes, curvature = [], torch.zeros_like(directions)
-    for part, gradients in sample_gradients(task, layout, batch, parameters, layout.names):
-        own = directions @ gradients.T  # (R, b)
-        curvature += (own * part.weights.to(own.dtype)) @ gradients
-        slopes.append(own)
-    return torch.cat(slopes, dim=1), curvature
 
 
 def sample_gradients(
@@ -253,26 +188,22 @@ def _losses_and_gradient(
     return torch.cat(losses), leaf.grad
 
 
-def check_curvature(task: Task, layout: FlatLayout, batch: Batch, hessian: Hessian) -> None:
-    """Try one product on one sample: a model that cannot be differentiated so is refused before long work.
+def check_curvature(task: Task, layout: FlatLayout, batch: Batch) -> None:
+    """Try one exact product on one sample: a model that has none is refused before long work.
 
     Raises:
-        UserError: an operation has no second derivative, or no forward-mode one; names the module.
+        UserError: an operation has no second derivative; names the module.
     """
     flat = layout.flatten(all_parameters(task.model)).detach()
     one = batch.split(1)[0]
     try:
-        with warnings.catch_warnings():
-            # torch scripts its own forward-mode formulas on the first product, and warns of it
-            warnings.simplefilter("ignore", FutureWarning)
-            directional_products(task, layout, one, flat, flat[None], hessian)
-            if hessian == "exact":
-                _differentiate_twice(task, layout, one, flat)
+        exact_products(task, layout, one, flat, flat[None])
+        _differentiate_twice(task, layout, one, flat)
     except (RuntimeError, NotImplementedError) as error:
         if not any(phrase in str(error) for phrase in _NO_DERIVATIVE):
             raise
         raise UserError(
-            f"module {_opaque_module(task, one)} cannot be differentiated as adjoint.hessian {hessian} needs it "
+            f"module {_opaque_module(task, one)} cannot be differentiated as adjoint.hessian exact needs it "
             f"({str(error).splitlines()[0]}); switch it to PyTorch's scaled_dot_product_attention or to eager "
             "attention (Hugging Face: attn_implementation 'sdpa' or 'eager'), or set adjoint.hessian difference"
         ) from None

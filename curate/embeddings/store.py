@@ -74,7 +74,6 @@ def plan_job(
     batch_size: int,
     window_steps: int | None = None,
     borders: tuple[int, int] | None = None,
-    every: int = 1,
 ) -> WindowJob:
     """The job of one declared window (or of other borders), or of its last `window_steps`.
 
@@ -91,9 +90,7 @@ def plan_job(
             f"horizon {end} is not between the end of the {window} window ({stop}) and the end of the stage ({steps}): "
             "give a step from there, window_end or stage_end, or value one window alone"
         )
-    return WindowJob(
-        replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size, every=every
-    )
+    return WindowJob(replay=replay, start=start, stop=stop, horizon=end, target=target, batch_size=batch_size)
 
 
 def horizon_name(horizon: Horizon) -> str:
@@ -108,7 +105,6 @@ def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: E
         "window": [job.start, job.stop],
         "horizon": job.horizon,
         "estimator": estimator.name,
-        **({"every": job.every} if job.every > 1 else {}),
         **estimator.settings(job),
     }
     name = f"{window}-{horizon_name(horizon)}-{estimator.name}-{fingerprint(settings)[:8]}"
@@ -134,7 +130,7 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
     folder = job.folder
     job.scratch.mkdir(parents=True, exist_ok=True)
     begin = perf_counter()
-    rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon), job.every)
+    rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon))
     with replacing(folder / "rows.parquet") as part:
         rows.write_parquet(part)
     vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))

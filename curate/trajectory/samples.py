@@ -49,7 +49,7 @@ class SampleReader:
         return [self._source.streams[self._domains[place]][int(self._indexes[place])] for place in places]
 
 
-def window_rows(run: Run, window: str, start: int, stop: int, horizon: str, every: int = 1) -> pl.DataFrame:
+def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> pl.DataFrame:
     """The row table of a window: one row per (sample, step), in step order, then rank, micro-batch and position.
 
     Args:
@@ -58,14 +58,12 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str, ever
         start: its first step.
         stop: step after its last.
         horizon: state that the target is read at.
-        every: rows of every n-th step, from the first one on.
 
     Returns:
         row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), source (the window), horizon, domain, index
         (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
     """
     steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
-    steps = steps.filter((pl.col("step") - start) % every == 0)
     rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
     joined = rows.join(run.unique_samples, on="sample_id", how="left", maintain_order="left").with_row_index("row")
     documents = [sample.document_tokens() for sample in SampleReader(run.source).samples(joined["sample_id"].to_list())]

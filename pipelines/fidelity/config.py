@@ -25,11 +25,10 @@ class BenchConfig(Config):
     small: bool = False
     """A version of a few minutes that runs every part: fewer steps, pairs and anchors, one seed."""
     levers: bool = True
-    """Also measure what the cheaper ways of computing adjoint cost in fidelity."""
+    """Also measure what two cheaper ways cost in fidelity: adjoint with curvature by differences, and dvemb-adam with
+    one scale for all steps."""
     anchors_hessian: Hessian = "difference"
     """Curvature of the walks with all anchors, which are most of the time."""
-    anchors_bridge_every: int = Field(default=1, ge=1)
-    """In the same walks, curvature between windows at every n-th step only; 4 loses nearly all over 100 steps."""
     anchors_at_stage_end: bool = True
     """Also walk all anchors from the stage's end through every window (by far the longest part)."""
     corpus: Path | None = None

@@ -57,8 +57,7 @@ def measure(config: CostConfig, run: Run) -> list[dict[str, Any]]:
     replay = Replay(run, config.device)
     start, _ = run.window(config.window)
     state = next(replay.states(start, start + 1))
-    hessians: tuple[Hessian, ...] = ("exact", "gauss-newton", "difference")
-    ways = list(product(config.anchors, get_args(OwnStep), hessians))
+    ways = list(product(config.anchors, get_args(OwnStep), get_args(Hessian)))
     cotangents = {anchors: _cotangent(replay, anchors) for anchors in config.anchors}
     ratios: dict[Any, list[float]] = {way: [] for way in ways}
     for _ in progress(range(config.rounds + 1), total=config.rounds + 1, what="rounds"):

@@ -30,6 +30,7 @@ from pipelines.fidelity.walk import Walk, walk_back
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from curate.embeddings.products import Hessian
     from curate.trajectory.run import Run
     from pipelines.fidelity.config import BenchConfig
 
@@ -90,14 +91,10 @@ def estimates(bench: Bench) -> Iterator[Estimates]:
     """All estimators, cheap ones first; what an earlier call finished is opened."""
     yield from _products(bench)
     yield from _published(bench)
-    yield from _adjoint(bench, "fisher", {"linear": "adamw-fisher"})
     yield from _adjoint(bench, "exact", _OWN)
     yield from _anchored(bench)
     if bench.config.levers:
-        for hessian in ("gauss-newton", "difference"):
-            yield from _adjoint(bench, hessian, {"exact": f"adjoint-{hessian}"})
-        yield from _adjoint(bench, "exact", {"exact": "adjoint-half-batch"}, hessian_share=0.5)
-        yield from _adjoint(bench, "exact", {"exact": "adjoint-bridge-4"}, bridge_every=4)
+        yield from _adjoint(bench, "difference", {"exact": "adjoint-difference"})
 
 
 def _products(bench: Bench) -> Iterator[Estimates]:
@@ -153,10 +150,16 @@ def _published(bench: Bench) -> Iterator[Estimates]:
             yield _estimates(bench, name, window, horizon, np.stack(columns, 1), units, size)
 
 
-def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) -> Iterator[Estimates]:
-    """The targets as anchors, one walk per horizon."""
-    parts = [hessian, *(f"{key}={value}" for key, value in options.items()), *(() if "linear" in names else names)]
-    for walk in _walks(bench, f"targets-{'-'.join(parts)}", hessian, tuple(names), **options):
+def _adjoint(bench: Bench, hessian: Hessian, names: dict[str, str]) -> Iterator[Estimates]:
+    """The targets as anchors, one walk per horizon.
+
+    Args:
+        bench: what is read.
+        hessian: curvature of the walks.
+        names: own step -> the estimator's name in the table.
+    """
+    parts = [hessian, *(() if "linear" in names else names)]
+    for walk in _walks(bench, f"targets-{'-'.join(parts)}", hessian, tuple(names)):
         found = walk_back(bench.replay(), bench.targets, walk, bench.folder)
         for window, arrays in found.items():
             for own, name in names.items():
@@ -164,21 +167,25 @@ def _adjoint(bench: Bench, hessian: Any, names: dict[str, str], **options: Any) 
                 yield _estimates(bench, name, window, walk.horizon, arrays[own], units, 8.0)
 
 
-def _walks(bench: Bench, name: str, hessian: Any, own_steps: tuple[str, ...], **options: Any) -> Iterator[Walk]:
+def _walks(bench: Bench, name: str, hessian: Hessian, own_steps: tuple[str, ...]) -> Iterator[Walk]:
     """All windows from the stage's end, and each other window from its own."""
     windows, steps = bench.config.windows, bench.config.steps
-    shared = {"hessian": hessian, "own_steps": own_steps, **options}
-    yield Walk(name=f"{name}-stage", horizon=steps, windows=windows, **shared)
-    if "bridge_every" not in options:
-        for window, borders in windows.items():
-            if borders[1] < steps:
-                yield Walk(name=f"{name}-{window}", horizon=borders[1], windows={window: borders}, **shared)
+    yield Walk(name=f"{name}-stage", horizon=steps, windows=windows, hessian=hessian, own_steps=own_steps)
+    for window, (start, stop) in windows.items():
+        if stop < steps:
+            yield Walk(
+                name=f"{name}-{window}",
+                horizon=stop,
+                windows={window: (start, stop)},
+                hessian=hessian,
+                own_steps=own_steps,
+            )
 
 
 def _anchored(bench: Bench) -> Iterator[Estimates]:
     """Targets in the coordinates of anchors: among them, their domain's other documents among them, or neither."""
     both = bench.targets + bench.pool
-    kind = f"anchors-{bench.config.anchors_hessian}-{bench.config.anchors_bridge_every}"
+    kind = f"anchors-{bench.config.anchors_hessian}"
     for window, horizon_name, horizon in bench.cells():
         at_end = bench.config.anchors_at_stage_end
         full = horizon_name == "window_end" or (window == "late" and not at_end)
@@ -189,7 +196,6 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
         windows = {window: borders} if full else bench.config.windows
         walk = Walk(
             name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",),
-            bridge_every=bench.config.anchors_bridge_every,
         )  # fmt: skip
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)

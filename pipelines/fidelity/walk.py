@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.arrays import read_arrays, write_arrays
-from curate.embeddings.adjoint import StepOptions, adjoint_step, bridge_curvature, embedding_names
+from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
 from curate.embeddings.own_step import embedding_corrections, exact_values
@@ -39,8 +39,6 @@ class Walk:
         horizon: step whose state the anchors' losses are read at.
         windows: windows to value, name -> first step and step after the last, all before the horizon.
         hessian: see `curate.embeddings.products`.
-        hessian_share: share of the samples that curvature is taken over.
-        bridge_every: between windows, curvature at every n-th step only, for the n steps.
         own_steps: ways of taking the own step.
     """
 
@@ -48,8 +46,6 @@ class Walk:
     horizon: int
     windows: Mapping[str, tuple[int, int]]
     hessian: Hessian = "exact"
-    hessian_share: float = 1.0
-    bridge_every: int = 1
     own_steps: tuple[str, ...] = ("linear",)
 
     @property
@@ -121,14 +117,7 @@ def _part(
     plan = plan_states(replay.layout.size, start, stop, _MEMORY, 10**12)
     states = states_backward(replay, plan, folder / f"{walk.name}-states")
     for state in progress(states, total=stop - start, what=f"{walk.name} {window or 'bridge'}"):
-        bridged = bridge_curvature(state.record.step, start, stop, walk.bridge_every)
-        options = StepOptions(
-            hessian=walk.hessian,
-            hessian_share=walk.hessian_share,
-            rows=window is not None,
-            curvature=bridged if window is None else 1.0,
-            at_once=8,
-        )
+        options = StepOptions(hessian=walk.hessian, rows=window is not None)
         after = cotangent
         linear, cotangent = adjoint_step(replay.task, replay.layout, state, replay.run.spec.clip_norm, after, options)
         if linear is not None:

@@ -72,18 +72,6 @@ def test_a_horizon_is_a_name_or_a_step():
         parse_command(EmbedConfig, "embed", "", ["--horizon", "soon"])
 
 
-def test_every_second_step_is_valued_as_it_is_in_the_whole_window(folder, run):
-    target = load_target(folder / "foreign.jsonl", run.spec, 100)
-    whole = embed(config_of(run, folder, estimator="adjoint"), run, target)["early"]
-    half = embed(config_of(run, folder, estimator="adjoint", window_every=2), run, target)["early"]
-    kept = (whole.rows["step"] % 2 == 0).to_numpy()
-    assert half.rows["step"].unique().sort().to_list() == [0, 2]
-    assert half.rows["sample_id"].to_list() == whole.rows["sample_id"].to_numpy()[kept].tolist()
-    assert np.array_equal(np.asarray(half.vectors), np.asarray(whole.vectors)[kept])
-    with pytest.raises(UserError, match="dvemb values every step"):
-        embed(config_of(run, folder, estimator="dvemb", window_every=2), run, target)
-
-
 def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
     found = {"early": Found(start=3, stop=5, changes=5, line="early window: why")}
     monkeypatch.setattr("curate.trajectory.windows.run_windows", lambda run: found)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from curate.embeddings.adjoint import StepOptions, adjoint_step, sample_slopes
 from curate.embeddings.own_step import embedding_corrections, exact_values
-from curate.embeddings.products import check_curvature, directional_products
+from curate.embeddings.products import check_curvature, difference_products, exact_products
 from curate.errors import UserError
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import TrainingState
@@ -192,7 +192,7 @@ def check_against_finite_differences(problem: Problem) -> None:
 def test_products_equal_a_plain_loop_over_samples():
     problem = Problem(None)
     batch, directions = problem.batches[0][0], torch.randn(3, problem.layout.size, dtype=torch.float64)
-    products, curvature = directional_products(problem.task, problem.layout, batch, problem.start, directions)
+    products, curvature = exact_products(problem.task, problem.layout, batch, problem.start, directions)
     for z in range(BATCH):
         alone = dataclasses.replace(batch.split(1)[z], weights=torch.ones(1, dtype=torch.float64))
         torch.testing.assert_close(products[:, z], directions @ problem.gradient([alone], problem.start))
@@ -203,48 +203,26 @@ def test_products_equal_a_plain_loop_over_samples():
     torch.testing.assert_close(slopes, products)
 
 
-def test_gauss_newton_equals_its_dense_definition():
-    problem = Problem(None)
-    batch = problem.batches[0][0].split(2)[0]
-    directions = torch.randn(3, problem.layout.size, dtype=torch.float64)
-    arguments = problem.task, problem.layout, batch, problem.start, directions
-    products, curvature = directional_products(*arguments, "gauss-newton")
-    torch.testing.assert_close(products, directional_products(*arguments)[0])
-
-    def logits(flat):
-        return problem.task.logits(batch, problem.layout.views(flat))
-
-    jacobian = torch.func.jacfwd(logits)(problem.start).flatten(0, 2)
-
-    def loss(values):
-        return (problem.task.losses_of(values, batch) * batch.weights).sum()
-
-    outer = torch.func.hessian(loss)(logits(problem.start)).reshape(len(jacobian), len(jacobian))
-    torch.testing.assert_close(curvature, directions @ jacobian.T @ outer @ jacobian)
+def by_difference(task, layout, batch, parameters, directions):
+    return difference_products(task, layout, [batch], parameters, directions)
 
 
 def test_differences_of_gradients_approach_the_exact_product():
     problem = Problem(None)
-    arguments = problem.task, problem.layout, problem.batches[0][0], problem.start
-    directions = torch.randn(2, problem.layout.size, dtype=torch.float64)
-    for found, exact in zip(
-        directional_products(*arguments, directions, "difference"), directional_products(*arguments, directions),
-        strict=True,
-    ):  # fmt: skip
+    batch, directions = problem.batches[0][0], torch.randn(2, problem.layout.size, dtype=torch.float64)
+    arguments = problem.task, problem.layout, batch, problem.start, directions
+    for found, exact in zip(by_difference(*arguments), exact_products(*arguments), strict=True):
         assert float((found - exact).norm() / exact.norm()) < 0.02
 
 
-@pytest.mark.parametrize("hessian", ["exact", "gauss-newton", "difference"])
-def test_products_do_not_depend_on_how_many_directions_go_together(hessian):
+@pytest.mark.parametrize("products", [exact_products, by_difference])
+def test_what_a_direction_gets_does_not_depend_on_the_others(products):
     problem = Problem(None)
     arguments = problem.task, problem.layout, problem.batches[0][0], problem.start
-    directions = torch.randn(5, problem.layout.size, dtype=torch.float64)
-    whole = directional_products(*arguments, directions, hessian)
-    alone = [directional_products(*arguments, one[None], hessian) for one in directions]
-    pairs = directional_products(*arguments, directions, hessian, 2)
-    for place, expected in enumerate(whole):
-        torch.testing.assert_close(pairs[place], expected)
-        torch.testing.assert_close(torch.cat([one[place] for one in alone]), expected)
+    directions = torch.randn(3, problem.layout.size, dtype=torch.float64)
+    alone = [products(*arguments, one[None]) for one in directions]
+    for place, together in enumerate(products(*arguments, directions)):
+        torch.testing.assert_close(torch.cat([one[place] for one in alone]), together)
 
 
 @pytest.mark.parametrize("clip_norm", [0.3, None])
@@ -347,14 +325,6 @@ def test_values_do_not_depend_on_micro_batches(own_step):
         torch.testing.assert_close(one, other)
 
 
-def test_a_share_of_the_samples_estimates_curvature_and_leaves_slopes_exact():
-    problem = Problem(None)
-    final, states = problem.train(problem.batches)
-    whole, half = (problem.embeddings(states, final, hessian_share=share) for share in (1.0, 0.5))
-    torch.testing.assert_close(whole[-1], half[-1])
-    assert not torch.allclose(whole[0], half[0])
-
-
 class Opaque(torch.autograd.Function):
     """Stands for a fused kernel that can be differentiated once."""
 
@@ -374,7 +344,7 @@ def test_a_model_without_second_derivatives_is_refused_by_name():
     with pytest.raises(
         UserError, match=r"module mix cannot be differentiated as adjoint.hessian exact needs .*difference"
     ):
-        check_curvature(problem.task, problem.layout, problem.batches[0][0], "exact")
+        check_curvature(problem.task, problem.layout, problem.batches[0][0])
 
 
 def test_a_diverged_step_is_named():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from curate.embeddings.products import check_curvature, directional_products
+from curate.embeddings.products import check_curvature, exact_products
 from curate.gradients.capture import GradientCapture
 from curate.task import Batch, ModelSpec, Task, TaskSpec
 from curate.trajectory.flat import FlatLayout
@@ -51,9 +51,9 @@ def test_products_are_those_of_a_plain_loop(task, batch):
     names = [name for name, _ in task.model.named_parameters()]
     layout = FlatLayout(task.model, [names])
     flat = layout.flatten(dict(task.model.named_parameters())).detach()
-    check_curvature(task, layout, batch, "exact")
+    check_curvature(task, layout, batch)
     directions = torch.randn(2, layout.size, generator=torch.Generator().manual_seed(2))
-    products, curvature = directional_products(task, layout, batch, flat, directions)
+    products, curvature = exact_products(task, layout, batch, flat, directions)
     for z, gradient in enumerate(gradients(task, batch)):
         torch.testing.assert_close(products[:, z], directions @ layout.flatten(gradient), rtol=1e-3, atol=1e-4)
 

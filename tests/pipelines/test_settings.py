@@ -14,7 +14,6 @@ from pipelines.corpus.build import CorpusConfig
 from pipelines.demo import DemoConfig
 from pipelines.fidelity.config import BenchConfig
 from pipelines.fidelity.cost import CostConfig
-from pipelines.fidelity.every import EveryConfig
 from pipelines.fidelity.moments import MomentsConfig
 from pipelines.optimizers import OptimizerConfig
 from pipelines.phases import PhasesConfig
@@ -23,7 +22,7 @@ from pipelines.pretrain import PretrainConfig
 from pipelines.published.__main__ import PublishedConfig
 
 CONFIGS = (
-    BenchConfig, BranchesConfig, CaptureBenchConfig, CorpusConfig, CostConfig, DemoConfig, EveryConfig, MomentsConfig,
+    BenchConfig, BranchesConfig, CaptureBenchConfig, CorpusConfig, CostConfig, DemoConfig, MomentsConfig,
     OptimizerConfig, PhasesConfig, PrepareConfig, PretrainConfig, PublishedConfig,
 )  # fmt: skip
 

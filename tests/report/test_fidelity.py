@@ -33,7 +33,7 @@ ESTIMATORS = {
     "tracin": (0.24, 1.1),
     "dvemb": (0.26, 1.4),
     "dvemb-adam": (0.38, 1.9),
-    "adjoint, Gauss-Newton": (0.74, 3.4),
+    "adjoint, curvature by differences": (0.74, 3.4),
     "adjoint, 16 anchors": (0.88, 4.2),
     "adjoint": (0.96, 3.6),
     "adjoint, own step exact": (0.98, 4.6),
