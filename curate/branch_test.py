@@ -17,7 +17,7 @@ from pydantic import Field
 from curate.artifacts import MANIFEST, fingerprint, making, read_json, seal, start, write_hashed
 from curate.config import parse_command, run_command
 from curate.errors import UserError
-from curate.fidelity.branch_record import FILE, BranchTest, read_branch_test, summary, temperature_factor, verdict_of
+from curate.fidelity.branch_record import FILE, BranchTest, read_branch_test, strength_factor, summary, verdict_of
 from curate.fidelity.branches import BranchTestConfig
 from curate.progress import say, start_logging
 from curate.trajectory.run import Run
@@ -35,7 +35,7 @@ class BranchTestCommand(BranchTestConfig):
     """What to test, and how thoroughly."""
 
     selection: Path
-    """Folder that `curate.select` wrote: the scores to test, those of its mixture's window."""
+    """Folder that `curate.select` wrote: the scores to test, those of its mixture's source."""
     target: Path
     """Target documents (JSONL) of that selection, the same bytes; a selection keeps their fingerprint only."""
     run: Path | None = None
@@ -62,12 +62,12 @@ class _Scores:
 
     Attributes:
         selection: its fingerprint.
-        window: where they come from.
+        source: where they come from.
         scores: of the domains with valued samples.
     """
 
     selection: str
-    window: str
+    source: str
     scores: Mapping[str, float]
 
 
@@ -118,9 +118,9 @@ def _run_around(selection: Path) -> Path:
 
 
 def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores:
-    """The scores for the target in the mixture's window; refuses a selection that they cannot be tested of."""
+    """The scores for the target in the mixture's source; refuses a selection that they cannot be tested of."""
     from curate.arrays import read_table
-    from curate.fidelity.branches import domain_scores
+    from curate.fidelity.branches import tested_scores
     from curate.mixture.record import read_mixture
 
     folder = config.selection
@@ -128,26 +128,30 @@ def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores
     if manifest.get("kind") != "selection":
         raise UserError(f"{folder} is no complete selection; name a folder that `python -m curate.select` finished")
     _check_parents(config, manifest["settings"], run, target)
-    if manifest["data"] is None:  # what samples were drawn from is then named in the settings
+    if manifest["settings"].get("candidates") is not None:
         raise UserError(
             f"{folder} selects among candidates that the run never trained on, which branches do not draw from: test a "
-            "selection without a pool"
+            "selection without candidates"
         )
     mixture = read_mixture(folder / "mixture.yaml")
     domains = read_table(folder / "domains.parquet")
     # The selection's own target comes first; its file may have been renamed since.
-    rows = domains.filter(window=mixture.window, target=next(iter(mixture.targets)))
-    return _Scores(selection=manifest["fingerprint"], window=mixture.window, scores=domain_scores(rows))
+    rows = domains.filter(source=mixture.source, target=next(iter(mixture.targets)))
+    return _Scores(selection=manifest["fingerprint"], source=mixture.source, scores=tested_scores(rows))
 
 
 def _check_parents(config: BranchTestCommand, settings: Json, run: Run, target: Target) -> None:
     """Refuse a run or a target that the selection was not made from."""
-    parents = {"run": (run.folder, run.fingerprint), "target": (config.target, target.fingerprint)}
-    for name, (path, found) in parents.items():
-        if settings.get(name) != found:
+    main = next((fingerprint for fingerprint, _ in settings.get("targets", [])), None)
+    parents = {
+        "run": (run.folder, run.fingerprint, settings.get("run")),
+        "target": (config.target, target.fingerprint, main),
+    }
+    for name, (path, found, wanted) in parents.items():
+        if wanted != found:
             raise UserError(
-                f"{config.selection} was not made from the {name} {path} (fingerprint {settings.get(name)} there, "
-                f"{found} here): set --{name} to what it was selected with"
+                f"{config.selection} was not made from the {name} {path} (fingerprint {wanted} there, {found} here): "
+                f"set --{name} to what it was selected with"
             )
 
 
@@ -169,7 +173,7 @@ def _make(
     test = BranchTest(
         run=run.fingerprint, target=target.fingerprint, target_name=target.name, **asdict(tested), changes=changes,
         **asdict(found), verdict=verdict_of(found.spearman, found.ceiling),
-        temperature_factor=temperature_factor(found.spearman), seed=config.seed, **lengths_of(config),
+        strength_factor=strength_factor(found.spearman), seed=config.seed, **lengths_of(config),
         forward_backward_passes=cost_units(run, target, config, branches),
     )  # fmt: skip
     write_hashed(out / FILE, test.model_dump(mode="json"))

@@ -20,7 +20,6 @@ from curate.embeddings.estimators import (
     EstimatorName,
     make_estimator,
 )
-from curate.errors import UserError
 from curate.index.build import IndexConfig
 from curate.lock import locked
 from curate.progress import start_logging

@@ -118,7 +118,11 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
     if own:
         raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")
     earlier = tuple(plan.run_folder(before) for before in range(index))
-    places: dict[str, Any] = {"run": plan.run_folder(index), "target": plan.target_of(index), "out": plan.selection_folder(index)}
+    places: dict[str, Any] = {
+        "run": plan.run_folder(index),
+        "target": plan.target_of(index),
+        "out": plan.selection_folder(index),
+    }
     after = plan.stages[index + 1]
     budget = next_tokens(plan, index, run) if run else after.tokens
     if budget is not None:

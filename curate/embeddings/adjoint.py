@@ -44,13 +44,11 @@ class StepOptions:
         own_step: see `own_step.py`.
         hessian: see `products.py`.
         rows: whether the step's samples are valued; a step behind the window only passes the cotangent on.
-        curvature: factor of the Hessian product; 0 leaves it out.
     """
 
     own_step: OwnStep = "linear"
     hessian: Hessian = "exact"
     rows: bool = True
-    curvature: float = 1.0
 
 
 def adjoint_step(
@@ -86,19 +84,12 @@ def adjoint_step(
         return (rows if options.rows else None), cotangent
     groups = layout.groups(state.record.groups)
     u, pulled = update_vjp(before_step(state), state.gradient, state.updates, groups, clip_norm, cotangent)
-    slopes = None
-    if options.curvature:
-        slopes, curvature = _products(task, layout, state, u, options)
-        pulled.parameters.add_(curvature, alpha=options.curvature)
+    slopes, curvature = _products(task, layout, state, u, options)
+    pulled.parameters.add_(curvature)
     values = None
     if options.rows and options.own_step == "exact":
         values = exact_values(task, layout, state, clip_norm, cotangent)
     elif options.rows:
-        if slopes is None:  # else they came with the curvature
-            parts = [
-                sample_slopes(task, layout, batch, state.parameters, u, options.hessian) for batch in state.batches
-            ]
-            slopes = torch.cat(parts, dim=1)
         weights = torch.cat([batch.weights for batch in state.batches])
         values = -(slopes * weights).T
         if options.own_step == "embedding":

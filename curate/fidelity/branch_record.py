@@ -15,7 +15,7 @@ from curate.validation import first_problem
 
 FILE = "branch_test.json"
 TRUSTED = 0.7  # Spearman from which scores are taken at their word
-_LEAST = 0.05  # of the correlation that a temperature is divided by
+_LEAST = 0.05  # of the correlation that a prior strength is divided by
 _SAME = 1e-6  # of the largest score: what two machines may differ by
 _ADVICE = {
     "trusted": f"the scores predict the next stage (at least {TRUSTED}): the mixture may use them as they are",
@@ -40,7 +40,7 @@ class BranchTest(Config):
     target_name: str
     selection: str
     """Fingerprint of the selection that the scores are from."""
-    window: str
+    source: str
     """Where the scores come from."""
     sign: str = "positive = more of the domain lowered the target's loss = it helped"
     scores: dict[str, float]
@@ -58,8 +58,8 @@ class BranchTest(Config):
     verdict: Verdict
     """trusted: the correlation is at least 0.7. weak: it is less. too_noisy: scores without error would not reach it
     either. undefined: there is no correlation."""
-    temperature_factor: float
-    """What the mixture's temperature is to be multiplied by: 1 where the scores are trusted, up to 20."""
+    strength_factor: float
+    """What the mixture's prior strength is to be multiplied by: 1 where the scores are trusted, up to 20."""
     steps: int
     """Optimizer steps of a branch."""
     share: float
@@ -103,17 +103,17 @@ def read_branch_test(
     return test
 
 
-def check_tested(path: Path, test: BranchTest, window: str, scores: Mapping[str, float]) -> None:
+def check_tested(path: Path, test: BranchTest, source: str, scores: Mapping[str, float]) -> None:
     """Ask whether a branch test is about these scores: what it allows says nothing of others.
 
     Args:
         path: of the test, for the message.
         test: what was read there.
-        window: where the scores come from.
+        source: where the scores come from.
         scores: of the domains that have one.
 
     Raises:
-        UserError: it tested scores of another window, of other domains, or others.
+        UserError: it tested scores of another source, of other domains, or others.
     """
     close = _SAME * max(map(abs, test.scores.values()), default=0.0)
     differing = sorted(
@@ -121,16 +121,16 @@ def check_tested(path: Path, test: BranchTest, window: str, scores: Mapping[str,
         for domain in {*scores, *test.scores}
         if domain not in scores or domain not in test.scores or abs(scores[domain] - test.scores[domain]) > close
     )
-    if window != test.window or differing:
-        what = f"window {test.window}, not {window}" if window != test.window else f"differ for {', '.join(differing)}"
+    if source != test.source or differing:
+        what = f"of {test.source}, not {source}" if source != test.source else f"differ for {', '.join(differing)}"
         raise UserError(
             f"{path} tested other domain scores ({what}): select without it and run `python -m curate.branch_test` on "
             "that selection"
         )
 
 
-def temperature_factor(spearman: float | None) -> float:
-    """What a temperature is to be multiplied by: 1 for a correlation of at least `TRUSTED`, else 1 / max(it, 0.05).
+def strength_factor(spearman: float | None) -> float:
+    """What a prior strength is to be multiplied by: 1 for a correlation of at least `TRUSTED`, else 1 / max(it, 0.05).
 
     Dividing by the correlation is what regression to the mean says: of a score that ranks realised changes with
     correlation r, a change of r times as many deviations is to be expected. An unknown correlation counts as 0.
@@ -163,5 +163,5 @@ def summary(test: BranchTest) -> list[str]:
     return [
         *lines,
         f"{agreement}{reach}",
-        f"{test.verdict}: {_ADVICE[test.verdict]}; mixture.temperature times {test.temperature_factor:.3g}",
+        f"{test.verdict}: {_ADVICE[test.verdict]}; mixture.prior_strength times {test.strength_factor:.3g}",
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from pydantic import Field
 from curate.artifacts import fingerprint, read_hashed, write_hashed
 from curate.config import Config
 from curate.errors import UserError
-from curate.fidelity.branch_record import temperature_factor
 from curate.fidelity.measure import spearman, spearman_interval
 from curate.lock import locked
 from curate.progress import progress
@@ -244,11 +243,11 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 
-def domain_scores(domains: pl.DataFrame) -> dict[str, float]:
+def tested_scores(domains: pl.DataFrame) -> dict[str, float]:
     """The scores that branches can be held against.
 
     Args:
-        domains: `domain`, `samples` and `score` of one window and target.
+        domains: `domain`, `samples` and `score` of one source and target.
 
     Returns:
         Score of each domain of which samples were valued.
@@ -268,40 +267,3 @@ def domain_scores(domains: pl.DataFrame) -> dict[str, float]:
             "to test; go on without a branch test"
         )
     return scores
-
-
-def check_scores(
-    replay: Replay,
-    target: Target,
-    prior: Mapping[str, float],
-    config: BranchTestConfig,
-    *,
-    domains: pl.DataFrame,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Say what the branches will cost, run them, and hold domain scores against what they did.
-
-    Args:
-        replay: of the run.
-        target: whose loss is read.
-        prior: see `realised_changes`.
-        config: length and size of the change.
-        domains: `domain`, `samples` and `score` of one window and target; a domain without samples has no score, unless
-            none has samples (methods that value none).
-        temperature: that the scores would be used with.
-        seed: of draws and bootstrap.
-        batch_size: sequences per pass over the target.
-
-    Returns:
-        `changes` (see `realised_changes`), `spearman`, `low`, `high`, `ceiling` and the `temperature`
-        to use.
-
-    Raises:
-        UserError: all scores are equal.
-    """
-    scores = domain_scores(domains)
-    changes = realised_changes(replay, target, prior, config, seed=seed, batch_size=batch_size)
-    found = agreement(scores, changes, seed)
-    return {"changes": changes, **asdict(found), "temperature": temperature * temperature_factor(found.spearman)}

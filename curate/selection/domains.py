@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from curate.fidelity.branch_record import check_tested, read_branch_test
+from curate.fidelity.branches import tested_scores
 from curate.scores.methods import scores_without_values
 from curate.scores.ngram_ratio import ngram_ratios, with_ratios
 from curate.scores.rollup import roll_ups
@@ -54,5 +56,19 @@ def score_domains(plan: Resolved, source: Source, targets: Targets, values: Valu
         return Domains(table=with_ratios(table, None, 0.0), tables={}, ratios=None, keys=keys)
     tables = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
     table = with_ratios(tables.pop("domains"), ratios, plan.ngram_share)
+    _check_branch_test(plan, targets, table)
     tables["reliability"] = tables["reliability"].filter(~pl.col("source").is_in(_WITHOUT_HALVES))
     return Domains(table=table, tables=tables, ratios=ratios)
+
+
+def _check_branch_test(plan: Resolved, targets: Targets, table: pl.DataFrame) -> None:
+    """Refuse a branch test of other scores than these.
+
+    Raises:
+        UserError: it is of another target, source or of other scores.
+    """
+    path = plan.config.mixture.branch_test
+    if path is not None:
+        test = read_branch_test(path, plan.run.fingerprint, targets.main.fingerprint)
+        rows = table.filter(source=plan.source, target=targets.main.name)
+        check_tested(path, test, plan.source, tested_scores(rows))

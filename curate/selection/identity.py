@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import MANIFEST, file_fingerprint, read_json
+from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, read_json
 from curate.errors import UserError
 from curate.filter.choose import CHOICE
 from curate.influence.extrapolate import PREDICTOR
@@ -30,7 +30,7 @@ _ELSEWHERE: dict[str, Any] = {
 _EMBEDDING: dict[str, Any] = {
     **dict.fromkeys(("run", "streams", "tokenizer", "target", "more_targets", "retain", "device"), True),
     **dict.fromkeys(("tolerance", "target_batch_size", "min_target_tokens", "index"), True),
-    "adjoint": {"memory_bytes", "disk_bytes", "at_once", "save_seconds", "anchor_files"},
+    "adjoint": {"memory_bytes", "disk_bytes", "save_seconds", "anchor_files"},
     "dvemb": {"rows_per_block"},
     "dvemb_adam": {"rows_per_block"},
 }
@@ -43,12 +43,12 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
     held_out = [file_fingerprint(Path(path)) for path in config.filter.held_out if Path(path).is_file()]
     identity: dict[str, Any] = {
         "run": plan.run.fingerprint,
-        "targets": dict(zip((target.fingerprint for target in targets.every), weights, strict=True)),
+        "targets": [[target.fingerprint, weight] for target, weight in zip(targets.every, weights, strict=True)],
         "earlier": ledger_identity(plan.stages[:-1]),
         "sources": list(plan.sources),
         "budget_tokens": plan.budget_tokens,
         "unseen_only": plan.unseen_only,
-        "prior_strength": plan.mixture.prior_strength,
+        "branch_test": None if plan.branch_test is None else fingerprint(plan.branch_test.model_dump(mode="json")),
         "held_out": held_out,
         "choice": list(CHOICE) if config.takes_samples or config.method == "curate" else None,
         "candidates": None if config.candidates is None else streams_fingerprint(candidate_streams(config.candidates)),

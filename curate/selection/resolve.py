@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from curate.embed import EmbedConfig
 from curate.errors import UserError
 from curate.escape import name_of
+from curate.fidelity.branch_record import read_branch_test
 from curate.influence.current import CANDIDATES, CURRENT, NextStepOptions
 from curate.mixture.constraints import DECAY_EPOCHS, MixtureConfig
 from curate.mixture.decide import Objectives
@@ -26,6 +27,7 @@ from curate.validation import first_problem
 if TYPE_CHECKING:
     import polars as pl
 
+    from curate.fidelity.branch_record import BranchTest
     from curate.selection.config import SelectConfig
     from curate.trajectory.run import Run
 
@@ -47,6 +49,7 @@ class Resolved:
         embedding: how windows are valued, and the device's limits.
         budget_tokens: stored tokens of the next stage.
         unseen_only: whether samples that were trained on are left out.
+        branch_test: how far domain scores may be trusted, where that was tested.
     """
 
     config: SelectConfig
@@ -55,6 +58,7 @@ class Resolved:
     embedding: EmbedConfig
     budget_tokens: int
     unseen_only: bool
+    branch_test: BranchTest | None = None
 
     @property
     def source(self) -> str:
@@ -102,7 +106,10 @@ class Resolved:
     @property
     def mixture(self) -> MixtureConfig:
         """Constraints, with the prior strength that a branch test allows."""
-        return self.config.mixture
+        mixture = self.config.mixture
+        if self.branch_test is None:
+            return mixture
+        return mixture.model_copy(update={"prior_strength": mixture.prior_strength * self.branch_test.strength_factor})
 
     @cached_property
     def objectives(self) -> Objectives:
@@ -158,12 +165,13 @@ def resolve(config: SelectConfig, run: Run) -> Resolved:
             raise UserError(
                 f"run {run.folder} has no window {name!r} (it declared {sorted(run.spec.windows)}): set values.sources"
             )
-    budget = config.budget_tokens
+    budget, tested = config.budget_tokens, config.mixture.branch_test
     unseen_only = config.filter.unseen_only
     return Resolved(
         config=config, run=run, sources=sources, embedding=_embedding(config, run, sources),
         budget_tokens=sum(trained_tokens(run).values()) if budget is None else int(budget),
         unseen_only=config.candidates is not None if unseen_only is None else unseen_only,
+        branch_test=None if tested is None else read_branch_test(tested, run.fingerprint),
     )  # fmt: skip
 
 
