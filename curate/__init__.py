@@ -1,5 +1,5 @@
 """Data curation for language-model pretraining: which training samples moved the model towards your target."""
 
-from curate.interrupts import guard_imports
+from curate.core.interrupts import guard_imports
 
 guard_imports(__name__)

@@ -4,11 +4,11 @@ Which of the data that the last stage trained on moved the model towards the tar
 train on? The line itself is `curate.selection.pipeline`.
 """
 
-from curate.config import parse_command, run_command
-from curate.progress import start_logging
+from curate.core.config import parse_command, run_command
+from curate.core.progress import start_logging
 from curate.selection.config import SelectConfig
 from curate.selection.pipeline import is_selected, select
-from curate.trajectory.run import open_run
+from curate.training.run import open_run
 
 __all__ = ["SelectConfig", "is_selected", "select"]
 

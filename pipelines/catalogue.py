@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from curate.artifacts import file_fingerprint, fingerprint
-from curate.errors import UserError
-from curate.formats.documents import Document
-from curate.formats.files import DocumentFile, Reader, find_files, passed_over, suffix_of
-from curate.formats.streams import check_domain
-from curate.paths import local_path
+from curate.core.artifacts import file_fingerprint, fingerprint
+from curate.core.errors import UserError
+from curate.data.documents import Document
+from curate.data.files import DocumentFile, Reader, find_files, passed_over, suffix_of
+from curate.data.streams import check_domain
+from curate.core.paths import local_path
 
 BATCH = 256  # documents read and tokenised at once
 

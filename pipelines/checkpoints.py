@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import checked, list_files, read_hashed, sum_of, write_hashed
-from curate.errors import UserError
-from curate.trajectory.recorder import remove_parts
-from curate.trajectory.snapshots import load_state, save_state
+from curate.core.artifacts import checked, list_files, read_hashed, sum_of, write_hashed
+from curate.core.errors import UserError
+from curate.training.recorder import remove_parts
+from curate.training.snapshots import load_state, save_state
 
 if TYPE_CHECKING:
     from streaming import StreamingDataLoader

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from curate.artifacts import read_json, write_json
-from curate.config import Config, parse_command, run_command
+from curate.core.artifacts import read_json, write_json
+from curate.core.config import Config, parse_command, run_command
 from curate.embeddings.store import read_timings
-from curate.lock import locked
+from curate.core.lock import locked
 from curate.mixture.apportion import apportion
-from curate.progress import progress, say, start_logging
-from curate.reading import read_yaml
+from curate.core.progress import progress, say, start_logging
+from curate.core.reading import read_yaml
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.write import write_reweight
-from curate.trajectory.run import Run
+from curate.training.run import Run
 from pipelines.corpus.build import CorpusConfig, build
 from pipelines.evaluate import document_loss, domain_losses, load_task
 from pipelines.prepare import PrepareConfig, prepare

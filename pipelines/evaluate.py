@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.formats.documents import encode, find_eot, load_tokenizer
-from curate.formats.files import read_documents
-from curate.target import load_target, split_document, target_loss
-from curate.task import Batch, Task, collate
-from curate.trajectory.snapshots import load_state
+from curate.data.documents import encode, find_eot, load_tokenizer
+from curate.data.files import read_documents
+from curate.training.target import load_target, split_document, target_loss
+from curate.training.task import Batch, Task, collate
+from curate.training.snapshots import load_state
 
 if TYPE_CHECKING:
-    from curate.trajectory.run import RunSpec
+    from curate.training.run import RunSpec
 
 BATCH_SIZE = 32
 

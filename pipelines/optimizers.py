@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from curate.config import Config
-from curate.errors import UserError
+from curate.core.config import Config
+from curate.core.errors import UserError
 from curate.optimizers.schedule import LrSchedule
 
 if TYPE_CHECKING:

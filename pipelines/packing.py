@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from curate.formats.documents import Mask, Tokens
-from curate.formats.mds import Sample
+from curate.data.documents import Mask, Tokens
+from curate.data.mds import Sample
 
 # Document id, token ids (n,), whether each token's loss counts (n,).
 Encoded = tuple[str, Tokens, Mask]

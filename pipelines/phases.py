@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from curate.artifacts import SIGN, write_hashed
-from curate.config import Config, parse_command, run_command
+from curate.core.artifacts import SIGN, write_hashed
+from curate.core.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
-from curate.escape import name_of
-from curate.progress import say, start_logging
-from curate.sums import row_mean
+from curate.core.escape import name_of
+from curate.core.progress import say, start_logging
+from curate.stats.sums import row_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from curate.embeddings.store import Embedding
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
 SMOOTHED = 24  # parts of the stage that the running mean is as long as
@@ -103,7 +103,7 @@ def measure(config: PhasesConfig) -> dict[str, Any]:
         UserError: bad run, target or settings.
     """
     from curate.report.charts import phase_figure, write_page
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
 
     run = Run(config.run, config.streams)
     curve = value_curve(run, *_embedded(config, run)).gather_every(config.every)
@@ -136,8 +136,8 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     """Embeddings of the whole stage, and the weights of the target's halves."""
     from curate.embeddings.estimator import WindowJob
     from curate.embeddings.store import embed_window
-    from curate.target import check_vocabulary, load_target
-    from curate.trajectory.replay import Replay
+    from curate.training.target import check_vocabulary, load_target
+    from curate.training.replay import Replay
 
     target = load_target(config.target, run.spec, config.min_target_tokens)
     replay = Replay(run, config.device, config.tolerance)
@@ -158,7 +158,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
     """One row per step: samples, mean, mean_abs and std of their values, the first group's lr, and both per lr."""
     import polars as pl
 
-    from curate.scores.values import value_frame
+    from curate.domains.values import value_frame
 
     assert embedding.targets is not None
     values = value_frame(embedding.rows, embedding.vectors, embedding.targets, half_weights, "target")

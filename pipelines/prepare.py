@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from curate.artifacts import (
+from curate.core.artifacts import (
     MANIFEST,
     STARTED,
     check_contents,
@@ -32,15 +32,15 @@ from curate.artifacts import (
     seal,
     write_json,
 )
-from curate.config import Config, parse_command, run_command
-from curate.errors import UserError
-from curate.formats.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
-from curate.formats.files import open_reader
-from curate.formats.mds import COLUMNS, Sample, write_stream
-from curate.formats.spelling import Spelling
-from curate.progress import say, start_logging
-from curate.rng import generator
-from curate.writing import replacing
+from curate.core.config import Config, parse_command, run_command
+from curate.core.errors import UserError
+from curate.data.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
+from curate.data.files import open_reader
+from curate.data.mds import COLUMNS, Sample, write_stream
+from curate.data.spelling import Spelling
+from curate.core.progress import say, start_logging
+from curate.core.rng import generator
+from curate.core.writing import replacing
 from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains
 from pipelines.packing import Encoded, pack
 from pipelines.vocabulary import SMALLEST_VOCABULARY, train_tokenizer, training_text

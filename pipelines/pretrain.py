@@ -17,21 +17,21 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.config import Config, parse_command, run_command
+from curate.core.config import Config, parse_command, run_command
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream, as_sample
-from curate.formats.memory import release
-from curate.formats.phases import load_schedule
-from curate.formats.streams import domain_folders, find_tokenizer, load_streams
-from curate.lock import locked
-from curate.machine import usable_device
-from curate.progress import progress, start_logging
-from curate.task import ModelSpec, TaskSpec, build_model
-from curate.trajectory.fit import check_fit, check_tokens
-from curate.trajectory.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
-from curate.trajectory.source import read_catalogue
-from curate.trajectory.snapshots import load_state
+from curate.core.errors import UserError
+from curate.data.mds import Columns, MdsStream, as_sample
+from curate.data.memory import release
+from curate.data.phases import load_schedule
+from curate.data.streams import domain_folders, find_tokenizer, load_streams
+from curate.core.lock import locked
+from curate.core.machine import usable_device
+from curate.core.progress import progress, start_logging
+from curate.training.task import ModelSpec, TaskSpec, build_model
+from curate.training.fit import check_fit, check_tokens
+from curate.training.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
+from curate.training.source import read_catalogue
+from curate.training.snapshots import load_state
 from pipelines.checkpoints import FINAL, finish, finished, resume, save
 from pipelines.optimizers import OptimizerConfig, build_optimizers, learning_rate
 
@@ -244,7 +244,7 @@ def _loader(config: PretrainConfig, stack: ExitStack) -> StreamingDataLoader:
     """
     from streaming import StreamingDataLoader
 
-    from curate.formats.dataset import open_dataset
+    from curate.data.dataset import open_dataset
 
     size = config.batch_size
     if config.micro_batch_size and size % config.micro_batch_size:

@@ -26,11 +26,11 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
-from curate.artifacts import SUMS, read_json, write_json
-from curate.config import Config, parse_command, run_command
-from curate.errors import UserError
-from curate.formats.memory import sweep
-from curate.lock import LOCK
+from curate.core.artifacts import SUMS, read_json, write_json
+from curate.core.config import Config, parse_command, run_command
+from curate.core.errors import UserError
+from curate.data.memory import sweep
+from curate.core.lock import LOCK
 
 JobName = Literal["schedule", "select", "embed", "prepare", "train"]
 How = Literal["group", "alone", "trainer"]

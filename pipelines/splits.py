@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from curate.errors import UserError
-from curate.formats.documents import Document
-from curate.rng import generator
+from curate.core.errors import UserError
+from curate.data.documents import Document
+from curate.core.rng import generator
 from pipelines.corpus.build import CorpusConfig, build
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from curate.errors import UserError
-from curate.formats.documents import EOT
-from curate.rng import generator
+from curate.core.errors import UserError
+from curate.data.documents import EOT
+from curate.core.rng import generator
 from pipelines.catalogue import Catalogue
 
 if TYPE_CHECKING:

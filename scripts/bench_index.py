@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from curate.artifacts import MANIFEST, read_json, write_json
-from curate.config import Config, parse_command, run_command
-from curate.errors import UserError
+from curate.core.artifacts import MANIFEST, read_json, write_json
+from curate.core.config import Config, parse_command, run_command
+from curate.core.errors import UserError
 from curate.index.build import RECALL_AT, IndexConfig, build, compressed_factory
 from curate.index.exact import Floats
 from curate.index.open import open_index

@@ -44,6 +44,6 @@ def folder(tmp_path_factory):
 def pytest_sessionstart(session):
     """Earlier tests killed trainings: what those left in shared memory would use up the file descriptors of these."""
     if not hasattr(session.config, "workerinput"):
-        from curate.formats.memory import sweep
+        from curate.data.memory import sweep
 
         sweep()

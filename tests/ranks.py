@@ -13,8 +13,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.formats.mds import MdsStream
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.data.mds import MdsStream
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from tests.tiny import CLIP_NORM, SEQ_LEN, TASK, factory
 
 STEPS, BATCH = 4, 8

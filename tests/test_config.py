@@ -12,11 +12,11 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
-from curate.config import Config, FileName, TokenCount, parse_command
-from curate.errors import UserError
-from curate.renamed import Renamed
+from curate.core.config import Config, FileName, TokenCount, parse_command
+from curate.core.errors import UserError
+from curate.core.renamed import Renamed
 from curate.selection import SelectConfig
-from curate.validation import changed, is_list, kinds_of
+from curate.core.validation import changed, is_list, kinds_of
 from tests.test_project import commands
 
 NEEDED = {  # by the name of a setting that has no default, where its kind does not say what would do

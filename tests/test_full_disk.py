@@ -12,14 +12,14 @@ import polars as pl
 import pytest
 import torch
 
-from curate.arrays import create_memmap, write_arrays
-from curate.artifacts import write_json
-from curate.config import run_command
-from curate.formats.mds import write_stream
+from curate.core.arrays import create_memmap, write_arrays
+from curate.core.artifacts import write_json
+from curate.core.config import run_command
+from curate.data.mds import write_stream
 from curate.select import main as select
-from curate.trajectory.ledger import main as ledger
-from curate.trajectory.snapshots import save_state
-from curate.writing import replacing
+from curate.training.token_accounting import main as ledger
+from curate.training.snapshots import save_state
+from curate.core.writing import replacing
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
 from tests.tiny import TinyLM, build_optimizers
@@ -81,8 +81,8 @@ def test_a_file_that_may_not_grow_is_told_as_well(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from curate.arrays import create_memmap
-from curate.config import run_command
+from curate.core.arrays import create_memmap
+from curate.core.config import run_command
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 run_command(lambda: create_memmap(Path(sys.argv[1]), (1000, 1000)))
 """

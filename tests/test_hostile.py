@@ -18,12 +18,12 @@ import polars as pl
 import pytest
 import yaml
 
-from curate.artifacts import read_json, write_json
-from curate.config import run_command
-from curate.errors import UserError
-from curate.escape import name_of, page_text, plot_label, script_json, terminal, visible
+from curate.core.artifacts import read_json, write_json
+from curate.core.config import run_command
+from curate.core.errors import UserError
+from curate.core.escape import name_of, page_text, plot_label, script_json, terminal, visible
 from curate.mixture.record import Phase
-from curate.progress import progress, say, start_logging
+from curate.core.progress import progress, say, start_logging
 from curate.reconstruct.description import LogConfig
 from curate.reconstruct.records import read_log
 from curate.report.branches import branches_page
@@ -32,9 +32,9 @@ from curate.report.data import ReportData
 from curate.report.page import render
 from curate.report.track import log_report
 from curate.shards.write import loader_line, write_reweight, write_schedule
-from curate.stages.plan import PlanConfig
-from curate.tracking import TrackingConfig, open_tracker
-from curate.trajectory.declared import window_steps
+from curate.plans.plan import PlanConfig
+from curate.core.tracking import TrackingConfig, open_tracker
+from curate.training.declared import window_steps
 from tests.hostile import HOSTILE, SURROGATES
 from tests.report.synthetic import DOMAINS, report_data
 

@@ -36,7 +36,7 @@ def test_a_signal_while_the_command_is_imported_ends_it_with_the_sentence(tmp_pa
 def test_a_signal_in_the_middle_of_a_command_runs_what_puts_it_in_order(number):
     code = """
 import os, sys
-from curate.config import run_command
+from curate.core.config import run_command
 def command():
     try:
         os.kill(os.getpid(), int(sys.argv[1]))
@@ -53,7 +53,7 @@ run_command(command)
 def test_a_command_under_nohup_goes_on(tmp_path):
     code = """
 import os, signal
-from curate.config import run_command
+from curate.core.config import run_command
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 run_command(lambda: os.kill(os.getpid(), signal.SIGHUP))
 """
@@ -64,7 +64,7 @@ run_command(lambda: os.kill(os.getpid(), signal.SIGHUP))
 def test_workers_of_a_command_end_silently_and_as_they_were_told():
     code = """
 import os, signal, time
-from curate.config import run_command
+from curate.core.config import run_command
 def command():
     read, write = os.pipe()
     worker = os.fork()

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from curate.artifacts import check_startable
-from curate.lock import LOCK, BusyError, Lock, is_locked_here, locked, sweep
-from curate.writing import replacing
+from curate.core.artifacts import check_startable
+from curate.core.lock import LOCK, BusyError, Lock, is_locked_here, locked, sweep
+from curate.core.writing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from curate.lock import locked
+from curate.core.lock import locked
 with locked(Path(sys.argv[1])) as lock:
     print("held", flush=True)
     sys.stdin.read()
@@ -129,8 +129,8 @@ def test_what_a_killed_process_left_is_written_over_under_the_lock_and_never_wit
     code = """
 import os, sys
 from pathlib import Path
-from curate.writing import replacing
-from curate.lock import locked
+from curate.core.writing import replacing
+from curate.core.lock import locked
 with locked(Path(sys.argv[1])), replacing(Path(sys.argv[1]) / "x") as part:
     part.mkdir()
     (part / "index.json").write_text("half")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from curate.errors import UserError
-from curate.machine import usable_device
-from curate.task import Task
+from curate.core.errors import UserError
+from curate.core.machine import usable_device
+from curate.training.task import Task
 from tests.tiny import TASK
 
 ABSENT = ["cuda0", "cpu:x", "", *([] if torch.cuda.is_available() else ["cuda"])]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from curate.paths import local_path
+from curate.core.paths import local_path
 
 
 def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.errors import UserError
-from curate.reading import DEPTH, dump_yaml, parse_json, parse_yaml, read_text, read_yaml
+from curate.core.errors import UserError
+from curate.core.reading import DEPTH, dump_yaml, parse_json, parse_yaml, read_text, read_yaml
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 30)

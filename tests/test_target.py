@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 import torch
 
-from curate.errors import UserError
-from curate.target import check_vocabulary, load_target, loss_gradients, target_loss
-from curate.task import Batch, ModelSpec, Task, TaskSpec
-from curate.trajectory.flat import FlatLayout
-from curate.trajectory.run import RunSpec
+from curate.core.errors import UserError
+from curate.training.target import check_vocabulary, load_target, loss_gradients, target_loss
+from curate.training.task import Batch, ModelSpec, Task, TaskSpec
+from curate.training.layout import FlatLayout
+from curate.training.run import RunSpec
 from pipelines.vocabulary import train_tokenizer
 from tests.tiny import TASK
 

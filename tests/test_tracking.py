@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from curate.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker, without_places
+from curate.core.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker, without_places
 
 
 @pytest.fixture(autouse=True)

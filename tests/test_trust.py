@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from curate.artifacts import list_files
-from curate.config import Config, parse_command
-from curate.errors import UserError
-from curate.stages.plan import PlanConfig
-from curate.task import ModelSpec, build_model
-from curate.trust import VARIABLE, is_trusted, trust, trusted_function
+from curate.core.artifacts import list_files
+from curate.core.config import Config, parse_command
+from curate.core.errors import UserError
+from curate.plans.plan import PlanConfig
+from curate.training.task import ModelSpec, build_model
+from curate.core.trust import VARIABLE, is_trusted, trust, trusted_function
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.formats.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.task import ModelSpec, TaskSpec
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
-from curate.trajectory.run import Run
-from curate.trajectory.snapshots import load_state, snapshot_path
+from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
+from curate.training.task import ModelSpec, TaskSpec
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
+from curate.training.run import Run
+from curate.training.snapshots import load_state, snapshot_path
 
 VOCABULARY = 128  # ASCII
 SEQ_LEN = 12

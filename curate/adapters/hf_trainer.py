@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import TrainerCallback
 
+from curate.core.errors import UserError
+from curate.data.mds import Columns, content_id
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.errors import UserError
-from curate.formats.mds import Columns, content_id
-from curate.task import ModelSpec, TaskSpec
-from curate.trajectory.known import KnownSamples
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.training.known import KnownSamples
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
+from curate.training.task import ModelSpec, TaskSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

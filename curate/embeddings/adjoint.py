@@ -19,19 +19,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from curate.core.errors import UserError
 from curate.embeddings.own_step import before_step, embedding_corrections, exact_values
-from curate.embeddings.products import Hessian, difference_products, exact_products, exact_slopes
-from curate.errors import UserError
-from curate.model import all_parameters
+from curate.embeddings.products import Hessian, difference_products, exact_products
 from curate.optimizers.step import update_vjp
+from curate.training.model import all_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from curate.optimizers.state import TrainingState
-    from curate.task import Batch, Task
-    from curate.trajectory.flat import FlatLayout
-    from curate.trajectory.replay import State
+    from curate.training.layout import FlatLayout
+    from curate.training.replay import State
+    from curate.training.task import Task
 
 OwnStep = Literal["exact", "embedding", "linear"]
 
@@ -108,20 +108,6 @@ def _products(task: Task, layout: FlatLayout, state: State, u: Tensor, options: 
     parts = [exact_products(task, layout, batch, state.parameters, u) for batch in state.batches]
     slopes, curvature = zip(*parts, strict=True)
     return torch.cat(slopes, dim=1), torch.stack(curvature).sum(0)
-
-
-def sample_slopes(
-    task: Task,
-    layout: FlatLayout,
-    batch: Batch,
-    parameters: Tensor,
-    directions: Tensor,
-    hessian: Hessian = "exact",
-) -> Tensor:
-    """`<g_z, u_r>` (R, B) of a step whose Hessian product is left out."""
-    if hessian == "difference":
-        return difference_products(task, layout, [batch], parameters, directions)[0]
-    return exact_slopes(task, layout, batch, parameters, directions)
 
 
 def embedding_names(task: Task, layout: FlatLayout) -> list[str]:

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import MANIFEST, checked, read_json
-from curate.config import Config
+from curate.core.artifacts import MANIFEST, checked, read_json
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.progress import progress
+from curate.core.writing import replacing
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.embeddings.basis import FILE as BASIS
@@ -27,12 +30,9 @@ from curate.embeddings.dvemb_adam import denominator
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.embeddings.products import Hessian, check_curvature
 from curate.embeddings.states import StatePlan, limits, plan_states, states_backward
-from curate.errors import UserError
 from curate.optimizers.state import TrainingState
-from curate.progress import progress
-from curate.target import loss_gradients
-from curate.trajectory.replay import records
-from curate.writing import replacing
+from curate.training.replay import records
+from curate.training.target import loss_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.embeddings.estimator import WindowJob
-    from curate.trajectory.replay import Replay
+    from curate.training.replay import Replay
 
 _log = logging.getLogger(__name__)
 _INFLUENCE = "influence.safetensors"

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import fingerprint
-from curate.errors import UserError
-from curate.escape import name_of
-from curate.rng import generator
-from curate.target import loss_gradients, predicted_tokens, read_pieces, shuffled_parts, weighted
-from curate.trajectory.samples import SampleReader
+from curate.core.artifacts import fingerprint
+from curate.core.errors import UserError
+from curate.core.escape import name_of
+from curate.core.rng import generator
+from curate.training.samples import SampleReader
+from curate.training.target import loss_gradients, predicted_tokens, read_pieces, shuffled_parts, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curate.target import Pieces
-    from curate.task import Batch, Task
-    from curate.trajectory.flat import FlatLayout
-    from curate.trajectory.run import Run, RunSpec
+    from curate.training.layout import FlatLayout
+    from curate.training.run import Run, RunSpec
+    from curate.training.target import Pieces
+    from curate.training.task import Batch, Task
 
 _log = logging.getLogger(__name__)
 GENERAL = "general"
@@ -90,7 +90,7 @@ def document_anchors(path: Path, spec: RunSpec, parts: int, min_tokens: int = 10
     """Split the documents of a file into anchors; two parts are the halves of `load_target`.
 
     Args:
-        path: document JSONL (`curate.formats.documents`).
+        path: document JSONL (`curate.data.documents`).
         spec: the run; supplies tokenizer and sequence length.
         parts: number of anchors.
         min_tokens: predicted tokens that every part must have: the gradient of fewer would be noise.
@@ -195,5 +195,5 @@ def draw_samples(run: Run, domain: str, own: int, shared: int, purpose: str = "a
 
 
 def anchor_gradients(task: Task, layout: FlatLayout, anchors: AnchorSet, batch_size: int) -> Tensor:
-    """Gradients of the anchors' losses at the task's parameters, (R, P); see `curate.target.loss_gradients`."""
+    """Gradients of the anchors' losses at the task's parameters, (R, P); see `target.loss_gradients`."""
     return loss_gradients(task, layout, anchors.batches, batch_size)

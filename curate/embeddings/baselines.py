@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.config import Config
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.progress import progress
 from curate.embeddings.estimator import HALVES, Encoded, job_target
 from curate.embeddings.products import sample_gradients
-from curate.errors import UserError
-from curate.model import named_parameters
 from curate.optimizers.state import TrainingState
 from curate.optimizers.step import update_pieces
-from curate.progress import progress
-from curate.target import loss_gradients
-from curate.trajectory.replay import records
+from curate.training.model import named_parameters
+from curate.training.replay import records
+from curate.training.target import loss_gradients
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.embeddings.estimator import WindowJob
-    from curate.target import Target
-    from curate.task import Batch
-    from curate.trajectory.replay import Replay, StepRecord
+    from curate.training.replay import Replay, StepRecord
+    from curate.training.target import Target
+    from curate.training.task import Batch
 
     Floats = npt.NDArray[np.float64]
 

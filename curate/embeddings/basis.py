@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from curate.artifacts import checked
-from curate.errors import UserError
-from curate.writing import replacing
+from curate.core.artifacts import checked
+from curate.core.errors import UserError
+from curate.core.writing import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt

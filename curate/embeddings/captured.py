@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.arrays import UNREADABLE, write_arrays
-from curate.artifacts import fingerprint, read_json, write_json
+from curate.core.arrays import UNREADABLE, write_arrays
+from curate.core.artifacts import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from curate.artifacts import Json
-    from curate.trajectory.run import Run
+    from curate.core.artifacts import Json
+    from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
 _SETTINGS, _FAILED = "capture.json", "failed.json"

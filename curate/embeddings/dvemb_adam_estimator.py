@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.core.errors import UserError
 from curate.embeddings.dvemb_adam import recursion, separable_inverse
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator, layer_settings, row_scales, row_steps
-from curate.errors import UserError
-from curate.trajectory.replay import optimizer_state, records
+from curate.training.replay import optimizer_state, records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.embeddings.captured import CapturedRows
     from curate.embeddings.estimator import WindowJob
     from curate.gradients.capture import GradientCapture
     from curate.optimizers.settings import GroupSettings
-    from curate.trajectory.replay import ReplayedStep, StepRecord
+    from curate.training.replay import ReplayedStep, StepRecord
 
 
 class DvembAdamConfig(DvembConfig):

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.arrays import create_memmap, read_arrays, write_arrays
-from curate.artifacts import read_hashed, write_hashed
-from curate.config import Config
+from curate.core.arrays import create_memmap, read_arrays, write_arrays
+from curate.core.artifacts import read_hashed, write_hashed
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.progress import progress
 from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb import carry, joined, recursion
 from curate.embeddings.estimator import HALVES, Encoded, job_target
-from curate.errors import UserError
-from curate.progress import progress
-from curate.trajectory.replay import records
+from curate.training.replay import records
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.embeddings.estimator import WindowJob
     from curate.gradients.capture import GradientCapture
     from curate.optimizers.settings import GroupSettings
-    from curate.trajectory.replay import ReplayedStep, StepRecord
+    from curate.training.replay import ReplayedStep, StepRecord
 
 
 class DvembConfig(Config):

@@ -1,7 +1,7 @@
 """The protocol between estimators and everything that uses their embeddings.
 
 An estimator turns the steps of a window into rows `E[z]` (N, D) and a target into vectors t (D,) such that
-`value(z; target) ~ <E[z], t>` with the sign of `curate.artifacts.SIGN`. Nothing else crosses this border, so every
+`value(z; target) ~ <E[z], t>` with the sign of `curate.core.artifacts.SIGN`. Nothing else crosses this border, so every
 estimator can be indexed, rolled up and searched in the same way.
 """
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from curate.artifacts import Json
-    from curate.target import Target
-    from curate.trajectory.replay import Replay
+    from curate.core.artifacts import Json
+    from curate.training.replay import Replay
+    from curate.training.target import Target
 
 
 HALVES = 2

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from curate.optimizers.state import Group
-    from curate.task import Task
-    from curate.trajectory.flat import FlatLayout
-    from curate.trajectory.replay import State
+    from curate.training.layout import FlatLayout
+    from curate.training.replay import State
+    from curate.training.task import Task
 
 
 def exact_values(

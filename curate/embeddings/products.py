@@ -19,15 +19,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.errors import UserError
-from curate.model import all_parameters
-from curate.task import Batch
+from curate.core.errors import UserError
+from curate.training.model import all_parameters
+from curate.training.task import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curate.task import Task
-    from curate.trajectory.flat import FlatLayout
+    from curate.training.layout import FlatLayout
+    from curate.training.task import Task
 
 Hessian = Literal["exact", "difference"]
 STEP = 1e-3

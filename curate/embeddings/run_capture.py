@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.config import Config
+from curate.core.config import Config
+from curate.core.errors import UserError
 from curate.embeddings.captured import RowWriter, adds_up, capture_folder
-from curate.errors import UserError
 from curate.optimizers.settings import GroupSettings
-from curate.trajectory.recorder import clip_factor
+from curate.training.recorder import clip_factor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from curate.gradients.capture import CapturedFactors, GradientCapture
-    from curate.trajectory.recorder import TrajectoryRecorder
+    from curate.training.recorder import TrajectoryRecorder
 
 _log = logging.getLogger(__name__)
 

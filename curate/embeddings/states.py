@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.errors import UserError
-from curate.machine import free_disk, free_memory
-from curate.progress import progress
-from curate.trajectory.snapshots import save_state
+from curate.core.errors import UserError
+from curate.core.machine import free_disk, free_memory
+from curate.core.progress import progress
+from curate.training.snapshots import save_state
 
 if TYPE_CHECKING:
-    from curate.trajectory.replay import Replay, State
+    from curate.training.replay import Replay, State
 
 _STATE_NUMBERS, _CHECKPOINT_NUMBERS = 4, 3
 

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from curate.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
-from curate.artifacts import fingerprint, list_files, listed, making, read_hashed, seal, write_hashed
+from curate.core.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
+from curate.core.artifacts import fingerprint, list_files, listed, making, read_hashed, seal, write_hashed
+from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.writing import replacing
 from curate.embeddings.estimator import Encoded, WindowJob
-from curate.errors import UserError
-from curate.lock import locked
-from curate.trajectory.replay import records
-from curate.trajectory.samples import window_rows
-from curate.writing import replacing
+from curate.training.replay import records
+from curate.training.samples import window_rows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.embeddings.estimator import Estimator
-    from curate.target import Target
-    from curate.trajectory.replay import Replay
+    from curate.training.replay import Replay
+    from curate.training.target import Target
 
 Horizon = Literal["window_end", "stage_end"] | int  # an integer: the state before that step
 
@@ -42,7 +42,7 @@ class Embedding:
     Attributes:
         folder: where they lie.
         vectors: (N, D) float32, memory-mapped.
-        rows: N rows, see `curate.trajectory.samples.window_rows`.
+        rows: N rows, see `curate.training.samples.window_rows`.
         targets: (2, D), the vector t of each half of the target, or None without a target.
         residual: see `Encoded`.
         seconds: time it took to make.

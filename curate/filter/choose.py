@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.config import Config, FileName
-from curate.deviation import EQUAL
+from curate.core.config import Config, FileName
+from curate.core.rng import generator
 from curate.filter.overlap import OverlapScan, near_duplicates
-from curate.rng import generator
+from curate.stats.deviation import EQUAL
 
 # What samples are chosen by and how, part of a selection's identity.
 CHOICE = ("n-grams: Dirichlet, deviations over all domains", "Gumbel top-k for what is left out and for what is taken")
@@ -87,7 +87,7 @@ def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         pool: see `choose`.
-        keys: see `scores.importance.gumbel_keys`.
+        keys: see `domains.importance.gumbel_keys`.
     """
     keyed = pool.drop("key").join(keys.select("domain", "index", "key"), on=["domain", "index"], how="left")
     return keyed.with_columns(value="key")

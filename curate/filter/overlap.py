@@ -8,9 +8,9 @@ import numpy.typing as npt
 import polars as pl
 from scipy.stats import binom
 
-from curate.formats.mds import MdsStream
-from curate.formats.ngrams import Hashes, N, ngram_hashes, sampled
-from curate.progress import progress
+from curate.core.progress import progress
+from curate.data.mds import MdsStream
+from curate.ngrams.hashes import Hashes, N, ngram_hashes, sampled
 
 MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
 _GRAMS = pl.Schema({"row": pl.Int64, "hash": pl.UInt64})

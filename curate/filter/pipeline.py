@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.escape import visible
+from curate.core.escape import visible
+from curate.data.documents import encode, load_tokenizer
+from curate.data.files import read_documents
 from curate.filter.choose import FilterConfig, choose
 from curate.filter.overlap import HeldOut, Sight, contamination, held_out, scan, sight
-from curate.formats.documents import encode, load_tokenizer
-from curate.formats.files import read_documents
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from curate.formats.mds import MdsStream
+    from curate.data.mds import MdsStream
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # files named in a line of the log

@@ -27,9 +27,9 @@ from fnmatch import fnmatch
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.gradients.projection import LayerProjection
-from curate.model import unwrapped_name
+from curate.training.model import unwrapped_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Self
 
-from curate.rng import derive_seed
+from curate.core.rng import derive_seed
 
 if TYPE_CHECKING:
     import torch

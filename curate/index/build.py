@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from curate import artifacts
-from curate.config import Config
-from curate.errors import UserError
+from curate.core import artifacts
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.rng import generator
+from curate.core.writing import replacing
 from curate.index.exact import Floats, Rows, chunks, exact_search, recall
 from curate.index.library import load_faiss, on_cpu, on_gpu
-from curate.rng import generator
-from curate.writing import replacing
 
 log = logging.getLogger(__name__)
 

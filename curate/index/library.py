@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

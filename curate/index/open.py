@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from curate import artifacts
-from curate.errors import UserError
+from curate.core import artifacts
+from curate.core.errors import UserError
 from curate.index.build import INDEX_FILE
 from curate.index.exact import Floats, Rows
 from curate.index.library import load_faiss, on_gpu

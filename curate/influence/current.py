@@ -5,7 +5,7 @@ each is the directional derivative of its own loss along it. The samples are the
 candidates that were never trained on (source `candidates`). Two artifacts in the run, both by content, so that a
 re-sharded stream needs no new ones, and continued where they were interrupted: `influence/<source>-*` has the
 directions and a part of every domain, measured token by token for each target, which domains are scored by and all
-other samples predicted from (`influence.ngram_regression`); `influence/measured-*` has one value for all targets
+other samples predicted from (`ngrams.regression`); `influence/measured-*` has one value for all targets
 together of each sample that is measured beside that part.
 
 T targets, N samples, n tokens, P parameters.
@@ -21,41 +21,40 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 
-from curate.arrays import read_arrays, read_table, write_arrays
-from curate.artifacts import fingerprint, making, seal
-from curate.deviation import combined_values, target_shares
+from curate.core.arrays import read_arrays, read_table, write_arrays
+from curate.core.artifacts import fingerprint, making, seal
+from curate.core.progress import progress
+from curate.core.writing import replacing
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
 from curate.influence.draw import VALUES, draw_measured, measured_frame, values_frame
 from curate.influence.extrapolate import blocks_of, from_fit, with_fallback
-from curate.influence.ngram_regression import fit, means, ngrams_of
-from curate.progress import progress
-from curate.target import check_vocabulary
-from curate.trajectory.fit import check_fit
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.run import ContinuedRun
-from curate.trajectory.samples import samples_fingerprint
-from curate.writing import replacing
+from curate.ngrams.regression import fit, means, ngrams_of
+from curate.stats.deviation import combined_values, target_shares
+from curate.training.fit import check_fit
+from curate.training.replay import Replay, records
+from curate.training.run import ContinuedRun
+from curate.training.samples import samples_fingerprint
+from curate.training.source import CURRENT
+from curate.training.target import check_vocabulary
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from curate.formats.mds import Sample
-    from curate.target import Target
-    from curate.trajectory.run import Run
-    from curate.trajectory.source import SampleSource
+    from curate.data.mds import Sample
+    from curate.training.run import Run
+    from curate.training.source import SampleSource
+    from curate.training.target import Target
 
     Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
-CURRENT: Final = "current"
-CANDIDATES: Final = "candidates"
 MIN_RANK_CORRELATION = 0.2
 """Held-out rank correlation from which a domain's predictions are used, if it is certainly positive; elsewhere the
 domain's mean stands for what is not measured. What choosing by predictions gains is about this share of what choosing
@@ -95,7 +94,7 @@ class NextStep:
         name: of the source: current or candidates.
         folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P), `tokens.npz` the values of the
             predicted tokens of that part, float32 (n, T), one sample after the other.
-        values: the values frame (`scores.schema`, with documents) of a part of every domain for every target; `step`
+        values: the values frame (`domains.schema`, with documents) of a part of every domain for every target; `step`
             is a group, see `draw_measured`. Derivatives know no halves of a target: `value_a` and `value_b` are
             `value`.
         fingerprint: identity of what it is made from.

@@ -31,21 +31,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curate.core.errors import UserError
 from curate.embeddings.own_step import before_step
 from curate.embeddings.products import STEP
-from curate.errors import UserError
 from curate.optimizers.state import Group, TrainingState
 from curate.optimizers.step import update_vjp
-from curate.target import loss_gradients
-from curate.task import collate
+from curate.training.target import loss_gradients
+from curate.training.task import collate
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from curate.formats.mds import Sample
-    from curate.task import Batch, Task
-    from curate.trajectory.replay import Replay, State
+    from curate.data.mds import Sample
+    from curate.training.replay import Replay, State
+    from curate.training.task import Batch, Task
 
     Floats = npt.NDArray[np.float64]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from curate.rng import generator
+from curate.core.rng import generator
 
 if TYPE_CHECKING:
-    from curate.formats.mds import Sample
+    from curate.data.mds import Sample
 
 VALUES = ("value", "value_a", "value_b")
 HORIZON = "1_steps_on"
@@ -54,7 +54,7 @@ def measured_frame(
     step_tokens: float,
     read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
 ) -> pl.DataFrame:
-    """Measured samples as a values frame; see `scores.schema`.
+    """Measured samples as a values frame; see `domains.schema`.
 
     Args:
         measured: `target`, the columns of `draw_measured`, `value`, `value_a` and `value_b` (of all tokens of a

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.fidelity.measure import spearman, spearman_interval
+from curate.core.progress import progress
 from curate.influence.draw import VALUES
-from curate.influence.ngram_ratio import mean_log_ratios, ngram_features
-from curate.influence.predictor import fit, held_out_scores
-from curate.progress import progress
+from curate.ngrams.ratios import mean_log_ratios, ngram_features
+from curate.stats.rank_correlation import spearman, spearman_interval
+from curate.stats.rank_ridge import fit, held_out_scores
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from curate.formats.mds import Sample
+    from curate.data.mds import Sample
 
     Floats = npt.NDArray[np.floating[Any]]
 
@@ -37,7 +37,7 @@ class FeatureReader:
     Args:
         samples: all that are valued.
         read: gives the samples of a table in its order, some at a time.
-        ratios: (T, V) of the targets, see `ngram_ratio.log_ratios`.
+        ratios: (T, V) of the targets, see `ngrams.ratios.log_ratios`.
     """
 
     def __init__(
@@ -85,10 +85,11 @@ def extrapolate(
         least: only domains are predicted that `with_fallback` will use at this threshold; None: all.
 
     Returns:
-        `of` (place of the target), `domain`, `sample_id`, `step` (of measured, else null), `value`, `value_a`, `value_b`
-        (per token; predicted, but of measured) and `origin` (measured or predicted) of every target and sample.
-        `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the measured'
-        tokens (`mean_value` and so on), of every target and domain.
+        `of` (place of the target), `domain`, `sample_id`, `step` (of measured ones, else null), `value`, `value_a`,
+        `value_b` (per token; predicted, but of measured ones) and `origin` (measured or predicted) of every target
+        and sample.
+        `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the
+        tokens of measured ones (`mean_value` and so on), of every target and domain.
     """
     features, domains = reader.of_measured(measured), measured["domain"].to_numpy().astype(str)
     judged = _judge(samples, measured, values, held_out_scores(features, values, domains, seed), seed)
@@ -106,7 +107,7 @@ def extrapolate(
 def from_fit(
     samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, predicted: Floats, held_out: Floats, seed: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """As `extrapolate`, with predictions for one target that were made elsewhere; they stand for those of its halves too.
+    """As `extrapolate`, with predictions for one target that were made elsewhere; its halves have the same.
 
     Args:
         samples: by domain and content id.

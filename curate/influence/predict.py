@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from curate.core.rng import generator
 from curate.influence.draw import VALUES
 from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
-from curate.influence.ngram_ratio import ratios_of
-from curate.rng import generator
-from curate.sums import row_sum
-from curate.trajectory.samples import usable_samples
+from curate.ngrams.ratios import ratios_of
+from curate.stats.sums import row_sum
+from curate.training.samples import usable_samples
 
 if TYPE_CHECKING:
-    from curate.target import Target
-    from curate.trajectory.source import SampleSource
+    from curate.training.source import SampleSource
+    from curate.training.target import Target
 
 _LEAST = 20  # valued samples of a domain from which a rank correlation says something
 _MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.constraints import Supply
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.constraints import Inputs, MixtureConfig, Supply, check_names, chosen_prior, is_feasible
 
 Restrict = Callable[[MixtureConfig, Inputs], Inputs | None]

@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from curate.config import Config
-from curate.errors import UserError
+from curate.core.config import Config
+from curate.core.errors import UserError
 from curate.mixture.weights import Floats, Problem, max_slack
 
 Lower = Literal["floor", "max_change"]

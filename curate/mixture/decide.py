@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.apportion import allocate
 from curate.mixture.conflicts import Restrict, check
 from curate.mixture.constraints import (
@@ -58,13 +58,14 @@ def decide(
     config: MixtureConfig,
     objectives: Objectives,
     source: str,
+    *,
     restrict: Restrict = lambda _, inputs: inputs,
     decay_epochs: float = DECAY_EPOCHS,
 ) -> Mixture:
     """Solve the mixture: bounds, weights, whole samples.
 
     Args:
-        scores: rows of `scores.domain_scores`, one per source, target of the objectives and domain.
+        scores: rows of `domains.domain_scores`, one per source, target of the objectives and domain.
         previous: share of each domain in what was trained on; need not sum to 1.
         supply: what there is of the same domains.
         budget_tokens: stored tokens of the next stage.

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from curate.artifacts import SIGN, checked
-from curate.config import Config
-from curate.errors import UserError
+from curate.core.artifacts import SIGN, checked
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.reading import dump_yaml, read_yaml
+from curate.core.validation import first_problem
+from curate.core.writing import replacing
 from curate.mixture.constraints import Supply
 from curate.mixture.weights import divergence, effective_number
-from curate.reading import dump_yaml, read_yaml
-from curate.validation import first_problem
-from curate.writing import replacing
 
 _TOTALS = {"stored_tokens", "samples", "effective_domains", "kl_to_prior", "domains"}  # they follow from the domains
 

@@ -60,6 +60,7 @@ def decide_stage(
     config: MixtureConfig,
     objectives: Objectives,
     source: str,
+    *,
     decay_epochs: float = DECAY_EPOCHS,
 ) -> Mixture:
     """Solve the mixture (see `mixture.decide`) and lay it out over the phases of the stage.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from curate.config import Config
+from curate.core.config import Config
 
 
 class LrSchedule(Config):

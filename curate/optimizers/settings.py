@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

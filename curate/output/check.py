@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from curate.errors import UserError
-from curate.formats.mds import Columns, MdsStream
-from curate.formats.phases import load_schedule
+from curate.core.errors import UserError
+from curate.core.reading import read_yaml
+from curate.data.mds import Columns, MdsStream
+from curate.data.phases import load_schedule
 from curate.mixture.record import Mixture
-from curate.reading import read_yaml
 
 
 def check_samples(folder: Path, mixture: Mixture, columns: Columns | None = None) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from curate.mixture.record import Mixture
     from curate.output.layout import SelectionFolder
     from curate.output.plan import SamplePlan
-    from curate.trajectory.run import RunSpec
-    from curate.trajectory.source import SampleSource
+    from curate.training.run import RunSpec
+    from curate.training.source import SampleSource
 
 Mode = Literal["samples", "weights", "both"]
 

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from curate.errors import UserError
+from curate.core.errors import UserError
+from curate.core.rng import generator
 from curate.mixture.constraints import Supply
-from curate.rng import generator
-from curate.sums import row_sum
+from curate.stats.sums import row_sum
 
 VALUES = ("value", "value_a", "value_b")
 
@@ -47,15 +47,15 @@ def make_pool(
     Args:
         catalogues: `MdsStream.catalogue()` of each domain.
         values: the values frame of one source and one target.
-        consumed: how often each sample was trained on so far, see `trajectory.ledger.consumed`.
-        ngram_ratios: see `scores.ngram_ratio.sample_ratios`; None: not known.
+        consumed: how often each sample was trained on so far, see `training.ledger.consumed`.
+        ngram_ratios: see `domains.ngram_scores.sample_ratios`; None: not known.
         unseen_only: leave out what was trained on.
 
     Returns:
         One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value`, `value_a`,
         `value_b` (for the target and its halves, per predicted token, summed over its uses; null where it was not
-        valued), `ngram_ratio` (null where it is not known), `consumed` (uses so far; those of a sample with copies count
-        at its first place), `reason` not to use it ("seen" or null), `detail` (null), `kept` (no reason).
+        valued), `ngram_ratio` (null where it is not known), `consumed` (uses so far; those of a sample with copies
+        count at its first place), `reason` not to use it ("seen" or null), `detail` (null), `kept` (no reason).
 
     Raises:
         UserError: the values are of other samples than the streams hold.

@@ -8,15 +8,15 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from curate.errors import UserError
-from curate.escape import python_string
-from curate.formats.mds import COLUMNS, MdsStream, as_sample, merge_indexes, write_stream
+from curate.core.errors import UserError
+from curate.core.escape import python_string
+from curate.core.reading import dump_yaml
+from curate.core.rng import generator
+from curate.core.writing import replacing
+from curate.data.mds import COLUMNS, MdsStream, as_sample, merge_indexes, write_stream
 from curate.mixture.record import Phase
 from curate.output.layout import DROPPED, SCHEDULE
 from curate.output.plan import SamplePlan
-from curate.reading import dump_yaml
-from curate.rng import generator
-from curate.writing import replacing
 
 
 def write_weights(path: Path, streams: Mapping[str, Path], samples: Mapping[str, int]) -> None:
@@ -41,7 +41,7 @@ def write_weights(path: Path, streams: Mapping[str, Path], samples: Mapping[str,
 
 
 def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phase]) -> None:
-    """Write the phases of a mixture as a schedule; see `curate.formats.phases`.
+    """Write the phases of a mixture as a schedule; see `curate.data.phases`.
 
     Args:
         path: the YAML file.
@@ -57,7 +57,7 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
     ]
     with replacing(path) as part:
         part.write_text(
-            "# start_sample counts samples from the start of the stage; served by curate.formats.dataset.open_dataset\n"
+            "# start_sample counts samples from the start of the stage; served by curate.data.dataset.open_dataset\n"
             + dump_yaml(entries),
             encoding="utf-8",
         )
@@ -152,7 +152,7 @@ def loader_line(kind: str, path: Path) -> str:
     """The line of Python that loads what was written, `kind` "samples" or "weights"."""
     place = python_string(str(path.resolve()))
     if path.name == SCHEDULE:
-        return f"curate.formats.dataset.open_dataset(Path({place}), batch_size=..., seed=0)"
+        return f"curate.data.dataset.open_dataset(Path({place}), batch_size=..., seed=0)"
     if kind == "samples":
         return f"StreamingDataset(local={place}, batch_size=...)"
     return f"StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open({place}))], batch_size=...)"

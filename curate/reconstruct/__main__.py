@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 
-from curate.config import parse_command, run_command
-from curate.progress import start_logging
+from curate.core.config import parse_command, run_command
+from curate.core.progress import start_logging
 from curate.reconstruct.description import ReconstructConfig
 
 _log = logging.getLogger(__name__)

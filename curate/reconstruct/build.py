@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, list_files, read_json, versions, write_json
-from curate.errors import UserError
-from curate.formats.documents import tokenizer_file
-from curate.formats.mds import MdsStream
-from curate.formats.order import SampleOrder, stream_folder, streaming_version
-from curate.lock import locked, sweep
-from curate.model import named_parameters
+from curate.core.artifacts import file_fingerprint, list_files, read_json, versions, write_json
+from curate.core.errors import UserError
+from curate.core.lock import locked, sweep
+from curate.core.writing import replacing
+from curate.data.documents import tokenizer_file
+from curate.data.mds import MdsStream
+from curate.data.order import SampleOrder, stream_folder, streaming_version
 from curate.reconstruct.check import compare, judge
 from curate.reconstruct.checkpoints import check_settings, read_checkpoint, snapshot_tensors
 from curate.reconstruct.description import build_optimizers, group_settings
 from curate.reconstruct.diagnose import diagnose
 from curate.reconstruct.moments import estimate_moments
 from curate.reconstruct.records import read_log, step_records
-from curate.task import build_model
-from curate.trajectory.declared import default_windows, window_steps
-from curate.trajectory.fit import check_fit, check_tokens
-from curate.trajectory.recorder import clip_factor
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run, RunSpec, keep_model_config
-from curate.trajectory.snapshots import put_state, save_snapshot, snapshot_path
-from curate.trajectory.source import read_catalogue
-from curate.writing import replacing
+from curate.training.declared import default_windows, window_steps
+from curate.training.fit import check_fit, check_tokens
+from curate.training.model import named_parameters
+from curate.training.recorder import clip_factor
+from curate.training.replay import Replay
+from curate.training.run import Run, RunSpec, keep_model_config
+from curate.training.snapshots import put_state, save_snapshot, snapshot_path
+from curate.training.source import read_catalogue
+from curate.training.task import build_model
 
 if TYPE_CHECKING:
     from torch import nn

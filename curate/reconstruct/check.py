@@ -14,14 +14,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.errors import UserError
-from curate.trajectory.replay import records
+from curate.core.errors import UserError
+from curate.training.replay import records
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from curate.task import Batch
-    from curate.trajectory.replay import Replay
+    from curate.training.replay import Replay
+    from curate.training.task import Batch
 
 _CLEARER = 10  # another step's samples must be so many times further off
 

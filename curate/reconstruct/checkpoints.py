@@ -1,4 +1,4 @@
-"""Checkpoints of other programs, as tensors under the keys of a snapshot (`curate.trajectory.snapshots`).
+"""Checkpoints of other programs, as tensors under the keys of a snapshot (`curate.training.snapshots`).
 
 Three kinds are read: files of `torch.save` (with `weights_only=True`), safetensors (a file, or a folder with
 `model.safetensors` or its index, and Hugging Face's `optimizer.pt` beside it), and folders of
@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import read_json
-from curate.config import Config
-from curate.errors import UserError
-from curate.model import named_parameters, unwrapped_name
+from curate.core.artifacts import read_json
+from curate.core.config import Config
+from curate.core.errors import UserError
 from curate.optimizers.settings import BUFFERS, GroupSettings
 from curate.reconstruct.distributed import read_distributed
+from curate.training.model import named_parameters, unwrapped_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

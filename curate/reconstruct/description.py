@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curate.config import Config
-from curate.errors import UserError
-from curate.formats.mds import Columns
-from curate.formats.order import LoaderConfig
-from curate.formats.streams import DomainName, stream_arguments
-from curate.model import all_parameters, named_parameters
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.data.mds import Columns
+from curate.data.order import LoaderConfig
+from curate.data.streams import DomainName, stream_arguments
 from curate.optimizers.schedule import LrSchedule
 from curate.optimizers.settings import BUFFERS, GroupSettings, refuse_unsupported
 from curate.reconstruct.checkpoints import CheckpointKeys
-from curate.task import TaskSpec
-from curate.trajectory.declared import Border
+from curate.training.declared import Border
+from curate.training.model import all_parameters, named_parameters
+from curate.training.task import TaskSpec
 
 if TYPE_CHECKING:
     from torch import nn

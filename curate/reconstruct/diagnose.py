@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.errors import UserError
-from curate.formats.order import SampleOrder
+from curate.core.errors import UserError
+from curate.data.order import SampleOrder
 from curate.reconstruct.check import Digits, batch_loss, telling
 from curate.reconstruct.records import content, micro_batches, sample_weights
-from curate.trajectory.replay import StepRecord
+from curate.training.replay import StepRecord
 
 if TYPE_CHECKING:
     import polars as pl
 
     from curate.reconstruct.description import ReconstructConfig
-    from curate.trajectory.replay import Replay
+    from curate.training.replay import Replay
 
 _SEEDS = (0, 1, 2, 17, 42, 123, 1234, 9176)
 _ALGORITHMS = ("py1e", "py1s", "py1br", "py2s", "naive")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.artifacts import list_files
-from curate.progress import progress
-from curate.trajectory.replay import records
-from curate.trajectory.snapshots import save_state
+from curate.core.artifacts import list_files
+from curate.core.progress import progress
+from curate.training.replay import records
+from curate.training.snapshots import save_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from curate.optimizers.settings import GroupSettings
-    from curate.trajectory.replay import Replay
+    from curate.training.replay import Replay
 
 
 def estimate_moments(replay: Replay, step: int, state: Path, steps: int) -> None:

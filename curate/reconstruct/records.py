@@ -1,4 +1,4 @@
-"""The step records of a described run: `curate.trajectory.run.STEPS`, rebuilt from order, log and schedule."""
+"""The step records of a described run: `curate.training.run.STEPS`, rebuilt from order, log and schedule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.errors import UserError
-from curate.formats.order import SampleOrder
-from curate.trajectory.recorder import clip_factor
-from curate.trajectory.run import STEPS
+from curate.core.errors import UserError
+from curate.data.order import SampleOrder
+from curate.training.recorder import clip_factor
+from curate.training.run import STEPS
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-from curate.config import Config, parse_command, run_command
-from curate.errors import UserError
-from curate.progress import say
-from curate.tracking import TrackingConfig
+from curate.core.config import Config, parse_command, run_command
+from curate.core.errors import UserError
+from curate.core.progress import say
+from curate.core.tracking import TrackingConfig
 
 
 class ReportConfig(Config):
@@ -34,7 +34,7 @@ def render_again(config: ReportConfig) -> Path:
     Raises:
         UserError: there is no selection, or its report data is incomplete.
     """
-    from curate.artifacts import checked, list_files, listed
+    from curate.core.artifacts import checked, list_files, listed
     from curate.report.data import load_data
     from curate.report.page import write_report
     from curate.report.track import log_report

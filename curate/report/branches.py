@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from curate.escape import plot_label
+from curate.core.escape import plot_label
 from curate.report.charts import Section, write_sections
 from curate.report.figures import finished
 from curate.report.style import QUIET, colours, count, decimal, listed, percent, signed

@@ -9,12 +9,12 @@ from typing import Any
 
 import polars as pl
 
-from curate.escape import plot_label
+from curate.core.escape import plot_label
+from curate.core.writing import replacing
 from curate.report.figures import categories, finished, line, name_cell
 from curate.report.page import fill
 from curate.report.style import HELPED, QUIET
 from curate.report.tables import Table
-from curate.writing import replacing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import folder_bytes
-from curate.formats.documents import load_tokenizer
-from curate.sums import row_sum
-from curate.trajectory.samples import SampleReader
+from curate.core.artifacts import folder_bytes
+from curate.data.documents import load_tokenizer
+from curate.stats.sums import row_sum
+from curate.training.samples import SampleReader
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from curate.mixture.record import Mixture
     from curate.selection.values import Cost
-    from curate.trajectory.run import Run
-    from curate.trajectory.source import SampleSource
+    from curate.training.run import Run
+    from curate.training.source import SampleSource
 
 EXAMPLES = 12  # most and least valuable samples of each source
 
@@ -41,7 +41,8 @@ def mixture_table(mixture: Mixture, seen: pl.DataFrame) -> pl.DataFrame:
     so_far = dict(seen.select("domain", "epochs").iter_rows())
     rows = [
         {
-            "domain": name, "prior": domain.prior, "weight": domain.delivered_weight, "stored_tokens": domain.stored_tokens,
+            "domain": name, "prior": domain.prior, "weight": domain.delivered_weight,
+            "stored_tokens": domain.stored_tokens,
             "samples": domain.samples, "epochs": domain.epochs, "epochs_so_far": so_far.get(name, 0.0),
             "binding": domain.binding, "unconstrained": domain.unconstrained_weight,
             **{

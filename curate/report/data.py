@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from curate.arrays import read_table
-from curate.artifacts import read_json
-from curate.errors import UserError
-from curate.writing import replacing
+from curate.core.arrays import read_table
+from curate.core.artifacts import read_json
+from curate.core.errors import UserError
+from curate.core.writing import replacing
 
 FOLDER = "report_data"  # inside a selection folder
 FACTS = "report.json"
@@ -70,7 +70,7 @@ class ReportData:
     mixture_source: str
     """The source whose scores set the mixture."""
     sign: str
-    """What a positive value means (`curate.artifacts.SIGN`)."""
+    """What a positive value means (`curate.core.artifacts.SIGN`)."""
     budget_tokens: int
     """Tokens asked for in the next stage."""
     loader: str
@@ -78,27 +78,28 @@ class ReportData:
     settings: Mapping[str, Any]
     """The resolved settings of the selection (JSON values)."""
     reliability: pl.DataFrame
-    """Output of `curate.scores.reliability.halves_reliability`."""
+    """Output of `curate.domains.reliability.halves_reliability`."""
     curve: pl.DataFrame
     """One row per (source, step, domain): `value`, the mean value per predicted token, and `value_per_lr`, it divided
     by the step's learning rate."""
     training: pl.DataFrame
     """One row per step of the stage: `loss` (nats per token), `lr`, `grad_norm` (null where unknown)."""
     domains: pl.DataFrame
-    """Output of `curate.scores.domain.domain_scores` for the target."""
+    """Output of `curate.domains.domain.domain_scores` for the target."""
     mixture: pl.DataFrame
-    """One row per domain: shares `prior` and `weight`, `stored_tokens`, `samples`, `epochs` of the next stage, `epochs_so_far`
-    of all stages before it, `binding` (null, "floor", "ceiling", "max_epochs" or "max_change"), `unconstrained` (the
-    share that no bound would give) and `by_SOURCE` (the share that each source's scores ask for)."""
+    """One row per domain: shares `prior` and `weight`, `stored_tokens`, `samples`, `epochs` of the next stage,
+    `epochs_so_far` of all stages before it, `binding` (null, "floor", "ceiling", "max_epochs" or "max_change"),
+    `unconstrained` (the share that no bound would give) and `by_SOURCE` (the share that each source's scores ask
+    for)."""
     sweep: pl.DataFrame
-    """One row per prior strength: what the mixture would be, see `curate.mixture.record.SweepPoint`, and the share of each
+    """One row per prior strength: what the mixture would be, see `mixture.record.SweepPoint`, and the share of each
     domain in a column of its name after `share_`."""
     targets: pl.DataFrame
     """Domain scores of every target, the retention target with `weight` null, of the source that set the mixture."""
     examples: pl.DataFrame
     """Samples to read: `kind` "most" or "least" valuable, `rank` from 1, and where each comes from."""
     shards: pl.DataFrame
-    """Output of `curate.scores.shards.between_shards` for the target."""
+    """Output of `curate.domains.shards.between_shards` for the target."""
     costs: pl.DataFrame
     """One row per phase: `passes` (forward+backward passes of a training batch), `seconds`, `bytes` written, `note`;
     each but the phase may be null."""
@@ -109,7 +110,7 @@ class ReportData:
     """Source -> share of the target's gradient that the anchors leave unexplained, 0 to 1; only where the target was
     solved into anchors."""
     length_bias: Mapping[str, float] = field(default_factory=dict)
-    """Source -> rank correlation of value and length inside domains (`curate.scores.reliability.length_bias`)."""
+    """Source -> rank correlation of value and length inside domains (`curate.domains.reliability.length_bias`)."""
     predicted: Sequence[Mapping[str, Any]] = ()
     """How well the values of samples that were not measured are predicted, by domain (`influence.extrapolate`), with
     the `source` whose values they are of, and of how many samples it was measured beside the part of every domain

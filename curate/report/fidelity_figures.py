@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from curate.escape import plot_label
+from curate.core.escape import plot_label
 from curate.report.figures import categories, finished, name_cell
 from curate.report.style import HELPED, HURT, QUIET, colours, number
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from curate.escape import plot_label, script_json
+from curate.core.escape import plot_label, script_json
 from curate.report.style import HELPED, HURT, QUIET, Scale, percent
 
 _GRID = "rgba(128,128,128,0.22)"

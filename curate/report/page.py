@@ -7,14 +7,14 @@ from typing import Any
 
 import polars as pl
 
-from curate.escape import page_text
-from curate.influence.current import CANDIDATES, CURRENT
+from curate.core.escape import page_text
+from curate.core.writing import replacing
+from curate.domains.reliability import LENGTH_BIAS
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.style import colours, count, duration, listed, number, percent, scale_of, signed
-from curate.scores.reliability import LENGTH_BIAS
-from curate.sums import row_mean
-from curate.writing import replacing
+from curate.stats.sums import row_mean
+from curate.training.source import CANDIDATES, CURRENT
 
 # Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
 MAX_WINDOW_STEPS = 150

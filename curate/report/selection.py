@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.artifacts import SIGN
-from curate.escape import visible, visible_json
+from curate.core.artifacts import SIGN
+from curate.core.escape import visible, visible_json
 from curate.output.write import loader_line
 from curate.report.collect import (
     EXAMPLES,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.selection.values import Values
-    from curate.target import Target
+    from curate.training.target import Target
 
 
 def selection_report(
@@ -64,7 +64,8 @@ def selection_report(
         run=visible(plan.run.folder.name), target=target.name,
         target_documents=target.documents, target_tokens=target.tokens,
         estimator=plan.embedding.estimator if plan.windows else "next step",
-        horizons={name: own.horizon for name, own in values.by_source.items()}, mixture_source=mixture.source, sign=SIGN,
+        horizons={name: own.horizon for name, own in values.by_source.items()},
+        mixture_source=mixture.source, sign=SIGN,
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
         settings=visible_json(plan.config.model_dump(mode="json")), reliability=tables["reliability"],

@@ -28,7 +28,8 @@ def say_mixture(out: Path) -> None:
         interval = f"[{part.score_low:+.2f}, {part.score_high:+.2f}]" if known else ""
         _log.info(
             "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
-            name, 100 * part.prior, 100 * part.delivered_weight, f"{part.stored_tokens:,}", f"{part.samples:,}", part.epochs,
+            name, 100 * part.prior, 100 * part.delivered_weight, f"{part.stored_tokens:,}", f"{part.samples:,}",
+            part.epochs,
             part.score, interval, "not measured" if known and not part.measured_samples else part.binding or "",
         )  # fmt: skip
     for name in (*_FILES, "report.html"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import polars as pl
 
-from curate.influence.current import CANDIDATES, CURRENT
 from curate.report.figures import bound_name
 from curate.report.style import Scale, count, decimal, duration, number, percent, signed, size
+from curate.training.source import CANDIDATES, CURRENT
 
 Cell = Callable[[Any], str]
 

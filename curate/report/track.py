@@ -8,9 +8,9 @@ from pathlib import Path
 
 import polars as pl
 
+from curate.core.tracking import Tracker, TrackingConfig, open_tracker, without_places
 from curate.report.data import ReportData, save_data
 from curate.report.page import render, write_report
-from curate.tracking import Tracker, TrackingConfig, open_tracker, without_places
 
 _NAME = 128  # characters that W&B allows
 

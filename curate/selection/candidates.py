@@ -8,11 +8,11 @@ from pathlib import Path
 
 import polars as pl
 
-from curate.artifacts import file_fingerprint, fingerprint
-from curate.errors import UserError
-from curate.formats.streams import check_same_tokenizer, domain_folders, find_tokenizer, load_streams
-from curate.trajectory.run import Run
-from curate.trajectory.source import SampleSource
+from curate.core.artifacts import file_fingerprint, fingerprint
+from curate.core.errors import UserError
+from curate.data.streams import check_same_tokenizer, domain_folders, find_tokenizer, load_streams
+from curate.training.run import Run
+from curate.training.source import SampleSource
 
 _log = logging.getLogger(__name__)
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curate.config import Config, FileName, TokenCount
+from curate.core.config import Config, FileName, TokenCount
+from curate.core.renamed import Renamed
+from curate.core.tracking import TrackingConfig
+from curate.core.validation import changed
+from curate.domains.methods import VALUED, Method
 from curate.filter.choose import FilterConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.output.export import Mode
-from curate.scores.methods import VALUED, Method
-from curate.tracking import TrackingConfig
-from curate.validation import changed
+from curate.selection.renamed import SELECT
 
 SourceName = Literal["early", "late", "current"]
 
@@ -79,6 +81,8 @@ class OutputConfig(Config):
 
 class SelectConfig(Config):
     """A selection: everything but the target has a default."""
+
+    RENAMED: ClassVar[Renamed] = SELECT
 
     run: Path = Path("runs")
     """Recorded run, or a folder of runs: the newest finished one is taken."""

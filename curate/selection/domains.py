@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.fidelity.branch_record import check_tested, read_branch_test
-from curate.fidelity.branches import tested_scores
-from curate.scores.methods import scores_without_values
-from curate.scores.ngram_ratio import ngram_ratios, with_ratios
-from curate.scores.rollup import roll_ups
+from curate.domains.methods import scores_without_values
+from curate.domains.ngram_scores import ngram_ratios, with_ratios
+from curate.domains.rollup import roll_ups
+from curate.evaluation.branch_record import check_tested, read_branch_test
+from curate.evaluation.branches import tested_scores
 
 if TYPE_CHECKING:
-    from curate.scores.ngram_ratio import NgramRatios
+    from curate.domains.ngram_scores import NgramRatios
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.selection.values import Values
-    from curate.target import Targets
+    from curate.training.target import Targets
 
 _WITHOUT_HALVES = ("current", "candidates")  # derivatives along a direction know no halves of a target
 
@@ -29,8 +29,8 @@ class Domains:
     """What domains are worth.
 
     Attributes:
-        table: scores by source, target and domain, see `scores.domain.domain_scores` and `scores.ngram_ratio`.
-        tables: further roll-ups by name, see `scores.rollup`; none where nothing was valued.
+        table: scores by source, target and domain, see `domains.domain.domain_scores` and `domains.ngram_scores`.
+        tables: further roll-ups by name, see `domains.rollup`; none where nothing was valued.
         ratios: n-gram ratios of the targets; None: they have no share.
         keys: by which a method draws samples, where it does.
     """

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import MANIFEST, file_fingerprint, fingerprint, read_json
-from curate.errors import UserError
+from curate.core.artifacts import MANIFEST, file_fingerprint, fingerprint, read_json
+from curate.core.errors import UserError
 from curate.filter.choose import CHOICE
 from curate.influence.extrapolate import PREDICTOR
-from curate.influence.ngram_regression import PREDICTOR as NGRAM_PREDICTOR
+from curate.ngrams.regression import PREDICTOR as NGRAM_PREDICTOR
 from curate.selection.candidates import candidate_streams, streams_fingerprint
-from curate.trajectory.ledger import ledger_identity
+from curate.training.token_accounting import ledger_identity
 
 if TYPE_CHECKING:
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.selection.resolve import Resolved
-    from curate.target import Targets
+    from curate.training.target import Targets
 
 # Settings that say where something lies or how fast it is done; what lies there counts by its content.
 _ELSEWHERE: dict[str, Any] = {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.errors import UserError
+from curate.core.errors import UserError
+from curate.domains.reliability import LENGTH_BIAS
 from curate.filter.choose import length_correlation, top_k, with_keys
 from curate.filter.pipeline import filter_pool, read_held_out
 from curate.mixture.record import with_tokens
 from curate.mixture.schedule import decide_stage
 from curate.output.plan import make_plan, make_pool, supply_of
-from curate.scores.reliability import LENGTH_BIAS
 
 if TYPE_CHECKING:
     from curate.mixture.constraints import MixtureConfig, Supply
@@ -71,7 +71,14 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
     prior, supply, constraints = _left(plan, source, kept.pool)
     scores = domains.table.filter(pl.col("domain").is_in(list(prior)))
     mixture = decide_stage(
-        scores, prior, supply, plan.budget_tokens, constraints, plan.objectives, plan.source, plan.decay_epochs
+        scores,
+        prior,
+        supply,
+        plan.budget_tokens,
+        constraints,
+        plan.objectives,
+        plan.source,
+        decay_epochs=plan.decay_epochs,
     )
     counts = dict.fromkeys(source.prior_tokens, 0)
     counts |= {domain: part.samples for domain, part in mixture.domains.items()}

@@ -10,11 +10,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from curate.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
+from curate.core.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
+from curate.core.writing import replacing
+from curate.domains.schema import write_scores
 from curate.mixture.record import write_mixture
 from curate.output.export import export
 from curate.output.layout import SelectionFolder
-from curate.scores.schema import write_scores
 from curate.selection.domains import score_domains
 from curate.selection.identity import check_samples, identity_of
 from curate.selection.mixture import filter_samples, solve_mixture
@@ -22,21 +23,20 @@ from curate.selection.resolve import Resolved, resolve
 from curate.selection.samples import score_samples
 from curate.selection.source import Source, open_source
 from curate.selection.values import Cost, Values, measure
-from curate.target import Targets, load_targets
-from curate.trajectory.ledger import domain_ledger
-from curate.writing import replacing
+from curate.training.target import Targets, load_targets
+from curate.training.token_accounting import domain_ledger
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from curate.artifacts import Json
+    from curate.core.artifacts import Json
     from curate.mixture.record import Mixture
     from curate.output.plan import SamplePlan
     from curate.selection.config import SelectConfig
     from curate.selection.domains import Domains
     from curate.selection.mixture import Kept
     from curate.selection.samples import SampleScores
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def load_plan_targets(plan: Resolved) -> Targets:
     """Read the targets and what must be retained, once.
 
     Raises:
-        UserError: see `curate.target.load_targets`.
+        UserError: see `curate.training.target.load_targets`.
     """
     config = plan.config
     paths = [config.target, *map(Path, config.more_targets)]

@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from curate.embed import EmbedConfig
-from curate.errors import UserError
-from curate.escape import name_of
-from curate.fidelity.branch_record import read_branch_test
-from curate.influence.current import CANDIDATES, CURRENT, NextStepOptions
+from curate.core.errors import UserError
+from curate.core.escape import name_of
+from curate.core.reading import read_yaml
+from curate.core.validation import first_problem
+from curate.domains.methods import ESTIMATORS, PREDICTING
+from curate.embeddings.embed import EmbedConfig
+from curate.evaluation.branch_record import read_branch_test
+from curate.influence.current import NextStepOptions
 from curate.mixture.constraints import DECAY_EPOCHS, MixtureConfig
 from curate.mixture.decide import Objectives
-from curate.reading import read_yaml
-from curate.scores.methods import ESTIMATORS, PREDICTING
-from curate.trajectory.ledger import seen_uses, stages, uses
-from curate.trajectory.samples import trained_tokens
-from curate.validation import first_problem
+from curate.training.samples import trained_tokens
+from curate.training.source import CANDIDATES, CURRENT
+from curate.training.token_accounting import seen_uses, stages, uses
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from curate.fidelity.branch_record import BranchTest
+    from curate.evaluation.branch_record import BranchTest
     from curate.selection.config import SelectConfig
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
 
 SAMPLE_RETAIN_WEIGHT = 1.0
 """Weight of the retention target's values in the choice among samples, the targets' together being 1: where no sample

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.deviation import combined_values
+from curate.domains.ngram_scores import sample_ratios
 from curate.filter.choose import combined_z
 from curate.influence.current import MIN_RANK_CORRELATION, forward_passes, measure_samples, predict_samples
 from curate.influence.draw import values_frame
 from curate.influence.predict import predict_rest
 from curate.mixture.decide import tilted_prior
-from curate.scores.ngram_ratio import sample_ratios
+from curate.stats.deviation import combined_values
 
 if TYPE_CHECKING:
     from curate.influence.current import MeasuredSamples
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.selection.values import Values
-    from curate.target import Targets
+    from curate.training.target import Targets
 
 _log = logging.getLogger(__name__)
 MEASURED_PER_SAMPLE = 1.25
@@ -38,7 +38,7 @@ class SampleScores:
 
     Attributes:
         values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
-        ngram_ratios: see `scores.ngram_ratio.sample_ratios`; None: they have no share.
+        ngram_ratios: see `domains.ngram_scores.sample_ratios`; None: they have no share.
         quality: how good predicted values are, see `influence.current.predict_samples` and `influence.predict`.
         measured: samples that were measured beside the part of every domain.
         keys: by which a method draws samples, where it does; they replace the values.
@@ -134,7 +134,7 @@ def most_promising(
     Args:
         samples: rows of `usable_samples`.
         values: the values frame that they would be chosen by otherwise.
-        ratios: see `scores.ngram_ratio.sample_ratios`; None: n-grams have no share.
+        ratios: see `domains.ngram_scores.sample_ratios`; None: n-grams have no share.
         ngram_share: of n-gram ratios.
         wanted: how many samples of each domain the stage takes.
         per_sample: how many for each of them.

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.conflicts import check_settings
 from curate.output.write import columns_of
 from curate.selection.candidates import open_candidates, unseen_samples
-from curate.trajectory.samples import samples_fingerprint, usable_samples
+from curate.training.samples import samples_fingerprint, usable_samples
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from curate.formats.mds import MdsStream
+    from curate.data.mds import MdsStream
     from curate.selection.resolve import Resolved
-    from curate.trajectory.source import SampleSource
+    from curate.training.source import SampleSource
 
 
 @dataclass(frozen=True, kw_only=True)

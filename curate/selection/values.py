@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import polars as pl
 
-from curate.embed import embed, index_folder
+from curate.domains.methods import shuffled
+from curate.domains.schema import no_scores
+from curate.domains.values import embedded_values
+from curate.embeddings.embed import embed, index_folder
 from curate.influence.current import value_next_step
 from curate.influence.draw import HORIZON
-from curate.scores.methods import shuffled
-from curate.scores.schema import no_scores
-from curate.scores.values import embedded_values
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.influence.current import NextStep
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
-    from curate.target import Target, Targets
+    from curate.training.target import Target, Targets
 
 
 class SourceValues(Protocol):
@@ -31,7 +31,7 @@ class SourceValues(Protocol):
 
     @property
     def frame(self) -> pl.DataFrame:
-        """The values frames of all targets, see `scores.schema`, with documents."""
+        """The values frames of all targets, see `domains.schema`, with documents."""
 
     @property
     def horizon(self) -> str:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from curate.artifacts import SIGN, write_json
-from curate.config import parse_command, run_command
-from curate.lock import locked
-from curate.progress import start_logging
+from curate.core.artifacts import SIGN, write_json
+from curate.core.config import parse_command, run_command
+from curate.core.lock import locked
+from curate.core.progress import start_logging
 from pipelines.branches.config import (
     GUARD,
     SCORED,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
-from curate.artifacts import fingerprint, read_json, write_json
+from curate.core.artifacts import fingerprint, read_json, write_json
 from curate.embeddings.adjoint_estimator import AdjointConfig
-from curate.fidelity.branches import agreement, realised_changes
+from curate.evaluation.branches import agreement, realised_changes
 from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
@@ -23,17 +23,17 @@ from curate.mixture.schedule import Kind, StageSchedule
 from curate.pools.ngram_slopes import PREDICTOR as NGRAM_PREDICTOR
 from curate.pools.spread import PREDICTOR
 from curate.pools.values import ProbeConfig
-from curate.scores.methods import Method
+from curate.domains.methods import Method
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.choose import CHOICE, ScreenConfig, ShardsConfig
 from curate.shards.write import write_reweight
-from curate.target import load_target, target_loss
-from curate.tracking import TrackingConfig
-from curate.trajectory.recorder import RecorderConfig
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
-from curate.trajectory.samples import trained_tokens
+from curate.training.target import load_target, target_loss
+from curate.core.tracking import TrackingConfig
+from curate.training.recorder import RecorderConfig
+from curate.training.replay import Replay
+from curate.training.run import Run
+from curate.training.samples import trained_tokens
 from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, LIKENESS, OURS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task

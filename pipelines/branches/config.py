@@ -9,11 +9,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curate.config import Config
-from curate.fidelity.branches import BranchTestConfig
+from curate.core.config import Config
+from curate.evaluation.branches import BranchTestConfig
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.schedule import Kind
-from curate.scores.methods import Method
+from curate.domains.methods import Method
 from curate.shards.choose import ShardsConfig
 from pipelines.vocabulary import SMALLEST_VOCABULARY
 

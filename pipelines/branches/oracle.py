@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from curate.rng import generator
-from curate.trajectory.samples import trained_tokens
+from curate.core.rng import generator
+from curate.training.samples import trained_tokens
 from pipelines.branches.branch import case_losses, run_branch
 
 if TYPE_CHECKING:

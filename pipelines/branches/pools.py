@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.artifacts import file_fingerprint, is_complete, seal
-from curate.errors import UserError
-from curate.formats.documents import Document
-from curate.formats.files import read_documents
-from curate.rng import generator
-from curate.writing import replacing
+from curate.core.artifacts import file_fingerprint, is_complete, seal
+from curate.core.errors import UserError
+from curate.data.documents import Document
+from curate.data.files import read_documents
+from curate.core.rng import generator
+from curate.core.writing import replacing
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import corpus_files, excerpt, first_megabytes, write_rows
 

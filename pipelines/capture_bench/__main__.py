@@ -12,11 +12,11 @@ import logging
 import sys
 from typing import Any
 
-from curate.artifacts import write_json
-from curate.config import parse_command, run_command
-from curate.errors import UserError
-from curate.lock import locked
-from curate.progress import start_logging
+from curate.core.artifacts import write_json
+from curate.core.config import parse_command, run_command
+from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.progress import start_logging
 from pipelines.capture_bench.config import MODELS, CaptureBenchConfig
 from pipelines.capture_bench.contenders import Bench, write_data
 from pipelines.capture_bench.recursion import OPERATORS, recursion_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from curate.config import Config
+from curate.core.config import Config
 
 MODELS = {"tiny": (32, 2, 2), "3M": (256, 4, 4), "25M": (512, 8, 8)}
 """Name -> width of the residual stream, blocks, heads; 12 width^2 parameters a block."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from curate.rng import generator
+from curate.core.rng import generator
 
 if TYPE_CHECKING:
     from pipelines.capture_bench.config import CaptureBenchConfig

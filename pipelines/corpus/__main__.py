@@ -1,7 +1,7 @@
 """`python -m pipelines.corpus --out DIR`: build the demo corpus from the text of the installed packages."""
 
-from curate.config import parse_command, run_command
-from curate.progress import say
+from curate.core.config import parse_command, run_command
+from curate.core.progress import say
 from pipelines.corpus.build import CorpusConfig, build
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from curate.artifacts import is_complete, seal
-from curate.config import Config
-from curate.errors import UserError
-from curate.lock import locked
-from curate.writing import replacing
+from curate.core.artifacts import is_complete, seal
+from curate.core.config import Config
+from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.writing import replacing
 from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, Source
 from pipelines.corpus.sources import Text, package_version
 

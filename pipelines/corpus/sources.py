@@ -20,7 +20,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 STANDARD_LIBRARY = "python"
 MIN_CHARACTERS = 200  # shorter texts are not documents

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.artifacts import SIGN, file_fingerprint, fingerprint, read_json, write_json
-from curate.config import parse_command, run_command
+from curate.core.artifacts import SIGN, file_fingerprint, fingerprint, read_json, write_json
+from curate.core.config import parse_command, run_command
 from curate.embeddings.anchors import GENERAL
-from curate.fidelity.draw import draw
-from curate.fidelity.measure import HorizonName, compare
-from curate.fidelity.reruns import Reruns
-from curate.fidelity.truth import collect
-from curate.lock import locked
-from curate.progress import start_logging
+from curate.evaluation.draw import draw
+from curate.evaluation.measure import HorizonName, compare
+from curate.evaluation.reruns import Reruns
+from curate.evaluation.truth import collect
+from curate.core.lock import locked
+from curate.core.progress import start_logging
 from curate.report.fidelity import pareto_page
-from curate.target import load_target
-from curate.trajectory.replay import Replay
+from curate.training.target import load_target
+from curate.training.replay import Replay
 from pipelines.fidelity.config import BenchConfig, small
 from pipelines.fidelity.data import make_data, make_run
 from pipelines.fidelity.estimators import estimates, open_bench
@@ -39,7 +39,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Run what is missing, and gather the rows of all seeds.
 
     Returns:
-        rows (see `curate.fidelity.measure`), smoothness and noise.
+        rows (see `curate.evaluation.measure`), smoothness and noise.
     """
     data = make_data(config)
     found: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}

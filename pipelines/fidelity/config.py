@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from curate.config import Config
+from curate.core.config import Config
 from curate.embeddings.products import Hessian
-from curate.fidelity.draw import DrawConfig
+from curate.evaluation.draw import DrawConfig
 from pipelines.vocabulary import SMALLEST_VOCABULARY
 
 Window = Literal["early", "middle", "late"]

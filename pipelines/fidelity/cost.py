@@ -17,14 +17,14 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from curate.artifacts import write_json
-from curate.config import Config, parse_command, run_command
+from curate.core.artifacts import write_json
+from curate.core.config import Config, parse_command, run_command
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.products import Hessian
 from curate.optimizers.state import TrainingState
-from curate.progress import progress, start_logging
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run, find_run
+from curate.core.progress import progress, start_logging
+from curate.training.replay import Replay
+from curate.training.run import Run, find_run
 
 _log = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.artifacts import file_fingerprint, is_complete, seal
+from curate.core.artifacts import file_fingerprint, is_complete, seal
 from curate.embeddings.anchors import GENERAL
-from curate.errors import UserError
-from curate.formats.files import read_documents
-from curate.rng import generator
-from curate.trajectory.recorder import RecorderConfig
-from curate.trajectory.run import Run
-from curate.writing import replacing
+from curate.core.errors import UserError
+from curate.data.files import read_documents
+from curate.core.rng import generator
+from curate.training.recorder import RecorderConfig
+from curate.training.run import Run
+from curate.core.writing import replacing
 from pipelines.optimizers import OptimizerConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.pretrain import PretrainConfig, train

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.arrays import read_arrays, write_arrays
-from curate.artifacts import fingerprint
+from curate.core.arrays import read_arrays, write_arrays
+from curate.core.artifacts import fingerprint
 from curate.embeddings import baselines
 from curate.embeddings.adjoint_estimator import optimizer_metric
 from curate.embeddings.anchors import GENERAL, AnchorSet, anchor_gradients, document_anchors
@@ -22,16 +22,16 @@ from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEst
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.estimator import WindowJob
 from curate.embeddings.store import embed_window
-from curate.fidelity.measure import Estimates, HorizonName, keyed
-from curate.target import load_target, read_pieces, weighted
-from curate.trajectory.replay import Replay, records
+from curate.evaluation.measure import Estimates, HorizonName, keyed
+from curate.training.target import load_target, read_pieces, weighted
+from curate.training.replay import Replay, records
 from pipelines.fidelity.walk import Walk, walk_back
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from curate.embeddings.products import Hessian
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
     from pipelines.fidelity.config import BenchConfig
 
 _log = logging.getLogger(__name__)

@@ -14,18 +14,18 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import list_files
-from curate.config import Config, parse_command, run_command
+from curate.core.artifacts import list_files
+from curate.core.config import Config, parse_command, run_command
 from curate.embed import EmbedConfig, embed
-from curate.errors import UserError
-from curate.fidelity.measure import spearman
-from curate.lock import locked
-from curate.progress import start_logging
+from curate.core.errors import UserError
+from curate.stats.rank_correlation import spearman
+from curate.core.lock import locked
+from curate.core.progress import start_logging
 from curate.reconstruct.moments import estimate_moments
-from curate.scores.values import embedded_values
-from curate.target import load_target
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.domains.values import embedded_values
+from curate.training.target import load_target
+from curate.training.replay import Replay
+from curate.training.run import Run
 
 _MADE = ("embeddings", "pools", "branch-tests", "selections", "reports")
 

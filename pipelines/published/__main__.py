@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.artifacts import SIGN, read_json, start, write_json
-from curate.config import Config, parse_command, run_command
-from curate.errors import UserError
-from curate.lock import locked
-from curate.progress import progress, say, start_logging
-from curate.rng import generator
+from curate.core.artifacts import SIGN, read_json, start, write_json
+from curate.core.config import Config, parse_command, run_command
+from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.progress import progress, say, start_logging
+from curate.core.rng import generator
 from pipelines.published.agreement import bootstrap_ranks, interval
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.rng import generator
-from curate.scores.bootstrap import INTERVAL
+from curate.core.rng import generator
+from curate.stats.bootstrap import INTERVAL
 
 if TYPE_CHECKING:
     import numpy.typing as npt

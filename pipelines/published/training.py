@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.errors import UserError
-from curate.rng import derive_seed, generator
+from curate.core.errors import UserError
+from curate.core.rng import derive_seed, generator
 
 if TYPE_CHECKING:
     import numpy.typing as npt

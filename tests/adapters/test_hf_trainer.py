@@ -21,12 +21,12 @@ from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.run_capture import CaptureConfig
 from curate.embeddings.store import embed_window, plan_job
-from curate.errors import UserError
-from curate.formats.mds import MdsStream
+from curate.core.errors import UserError
+from curate.data.mds import MdsStream
 from curate.gradients.capture import GradientCapture
-from curate.trajectory.recorder import RecorderConfig
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.training.recorder import RecorderConfig
+from curate.training.replay import Replay
+from curate.training.run import Run
 from tests.tiny import SEQ_LEN, write_tiny_streams
 
 STEPS = 8

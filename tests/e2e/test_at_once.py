@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.artifacts import MANIFEST, SUMS, write_json
-from curate.lock import BusyError, locked
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.core.artifacts import MANIFEST, SUMS, write_json
+from curate.core.lock import BusyError, locked
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from tests.crash import crash_environment
 from tests.pipelines.test_pretrain import MODEL
 from tests.tiny import SEQ_LEN, TASK, Training, factory, write_tiny_streams

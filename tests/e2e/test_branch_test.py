@@ -13,19 +13,19 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from curate.artifacts import MANIFEST, read_hashed, read_json
+from curate.core.artifacts import MANIFEST, read_hashed, read_json
 from curate.branch_test import BranchTestCommand, branch_test
-from curate.errors import UserError
-from curate.fidelity.branch_record import FILE, check_tested, read_branch_test
-from curate.fidelity.branches import realised_changes
-from curate.formats.mds import COLUMNS, iterate, write_stream
+from curate.core.errors import UserError
+from curate.evaluation.branch_record import FILE, check_tested, read_branch_test
+from curate.evaluation.branches import realised_changes
+from curate.data.mds import COLUMNS, iterate, write_stream
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.target import load_target
-from curate.tracking import TrackingConfig
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
-from curate.trajectory.samples import trained_tokens
+from curate.training.target import load_target
+from curate.core.tracking import TrackingConfig
+from curate.training.replay import Replay
+from curate.training.run import Run
+from curate.training.samples import trained_tokens
 from tests.crash import crash_environment
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
 

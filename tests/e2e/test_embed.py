@@ -6,15 +6,15 @@ import logging
 import numpy as np
 import pytest
 
-from curate.config import parse_command
+from curate.core.config import parse_command
 from curate.embed import EmbedConfig, embed
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.store import plan_job
-from curate.errors import UserError
-from curate.target import load_target
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
-from curate.trajectory.windows import Found
+from curate.core.errors import UserError
+from curate.training.target import load_target
+from curate.training.replay import Replay
+from curate.training.run import Run
+from curate.training.windows import Found
 from tests.tiny import Training, record_tiny_run
 
 
@@ -74,7 +74,7 @@ def test_a_horizon_is_a_name_or_a_step():
 
 def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
     found = {"early": Found(start=3, stop=5, changes=5, line="early window: why")}
-    monkeypatch.setattr("curate.trajectory.windows.run_windows", lambda run: found)
+    monkeypatch.setattr("curate.training.windows.run_windows", lambda run: found)
     target = load_target(folder / "foreign.jsonl", run.spec, 100)
     with caplog.at_level(logging.INFO):
         embedding = embed(config_of(run, folder, estimator="adjoint", windows="auto"), run, target)["early"]

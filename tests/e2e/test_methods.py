@@ -8,18 +8,18 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from curate.artifacts import read_json
-from curate.config import parse_command
-from curate.errors import UserError
-from curate.formats.mds import iterate
+from curate.core.artifacts import read_json
+from curate.core.config import parse_command
+from curate.core.errors import UserError
+from curate.data.mds import iterate
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
-from curate.scores.importance import gumbel_keys
-from curate.scores.methods import VALUED, Method
+from curate.domains.importance import gumbel_keys
+from curate.domains.methods import VALUED, Method
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.tracking import TrackingConfig
-from curate.trajectory.run import Run
+from curate.core.tracking import TrackingConfig
+from curate.training.run import Run
 from tests.tiny import SEQ_LEN
 
 METHODS = sorted(set(get_args(Method)) - {"given"})

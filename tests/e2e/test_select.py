@@ -15,17 +15,17 @@ import pytest
 import yaml
 
 from curate.embeddings.estimators import AdjointConfig
-from curate.errors import UserError
-from curate.formats.dataset import open_dataset
-from curate.formats.mds import iterate, write_stream
-from curate.formats.memory import construct
+from curate.core.errors import UserError
+from curate.data.dataset import open_dataset
+from curate.data.mds import iterate, write_stream
+from curate.data.memory import construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
 from curate.select import select
 from curate.selection import SelectConfig
 from curate.shards.choose import ScreenConfig, ShardsConfig
-from curate.tracking import TrackingConfig
-from curate.trajectory.run import Run
+from curate.core.tracking import TrackingConfig
+from curate.training.run import Run
 from tests.crash import crash_environment
 from tests.tiny import SEQ_LEN, Training, write_tiny_target
 

@@ -9,16 +9,16 @@ import numpy as np
 import polars as pl
 import pytest
 
-from curate.config import parse_command
-from curate.errors import UserError
-from curate.formats.dataset import open_dataset
-from curate.formats.mds import COLUMNS, MdsStream, iterate, write_stream
+from curate.core.config import parse_command
+from curate.core.errors import UserError
+from curate.data.dataset import open_dataset
+from curate.data.mds import COLUMNS, MdsStream, iterate, write_stream
 from curate.mixture.record import read_mixture
 from curate.pools.values import ProbeConfig
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.tracking import TrackingConfig
-from curate.trajectory.run import Run
+from curate.core.tracking import TrackingConfig
+from curate.training.run import Run
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
 
 PROBE = {"share": 0.5, "min_per_domain": 20, "steps": 3}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from curate.config import parse_command
-from curate.errors import UserError
-from curate.fidelity.draw import DrawConfig
+from curate.core.config import parse_command
+from curate.core.errors import UserError
+from curate.evaluation.draw import DrawConfig
 from curate.verify import VerifyConfig, named_windows, verify
 from tests.tiny import record_tiny_run, write_tiny_target
 

@@ -6,16 +6,16 @@ import torch
 
 from curate.embeddings.baselines import BaselineConfig, BaselineEstimator
 from curate.embeddings.store import embed_window, plan_job
-from curate.errors import UserError
-from curate.target import load_target
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.snapshots import load_state
+from curate.core.errors import UserError
+from curate.training.target import load_target
+from curate.training.replay import Replay, records
+from curate.training.snapshots import load_state
 from tests.tiny import build_optimizers, factory, record_tiny_run, write_tiny_target
 
 
 @pytest.fixture(scope="module")
 def job(folder):
-    from curate.trajectory.run import Run
+    from curate.training.run import Run
 
     run = Run(folder / "run")
     target = load_target(folder / "target.jsonl", run.spec, 100)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.embeddings.basis import FILE, AnchorBasis, choose_metric, load_basis, save_basis, solve
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 ROUNDING = 2**-8  # of bfloat16, relative
 METRICS = st.sampled_from(["euclidean", "optimizer"])

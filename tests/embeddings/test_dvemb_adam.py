@@ -10,11 +10,11 @@ from curate.embeddings import dvemb, dvemb_adam_estimator
 from curate.embeddings.dvemb_adam import denominator, recursion, recursion_block, separable_inverse
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator, check_adam, preconditioners
 from curate.embeddings.store import embed_window, plan_job
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.optimizers.settings import GroupSettings
-from curate.target import load_target
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.training.target import load_target
+from curate.training.replay import Replay
+from curate.training.run import Run
 from tests.tiny import Training, record_tiny_run
 
 

@@ -15,13 +15,13 @@ from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEst
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.embeddings.store import embed_window, plan_job
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.gradients.projection import projection
-from curate.task import Task
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.run import Run
-from curate.trajectory.snapshots import load_state
+from curate.training.task import Task
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
+from curate.training.replay import Replay, records
+from curate.training.run import Run
+from curate.training.snapshots import load_state
 from tests.ranks import STEPS, train
 from tests.tiny import TASK, Training, factory, write_tiny_streams
 
@@ -223,7 +223,7 @@ FULL_DISK = """
 import json, resource, sys
 from pathlib import Path
 from curate.embeddings.run_capture import CaptureConfig
-from curate.trajectory.recorder import RecorderConfig
+from curate.training.recorder import RecorderConfig
 from tests.tiny import Training
 folder, data = Path(sys.argv[1]), Path(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))  # rows of a step are 77 kB, a snapshot 30 kB

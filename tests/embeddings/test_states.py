@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.embeddings.states import plan_states, states_backward
-from curate.errors import UserError
-from curate.trajectory.recorder import RecorderConfig
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.core.errors import UserError
+from curate.training.recorder import RecorderConfig
+from curate.training.replay import Replay
+from curate.training.run import Run
 from tests.tiny import Training, write_tiny_streams
 
 AMPLE = 10**12

@@ -7,10 +7,10 @@ import torch
 from curate.embeddings import adjoint_estimator, dvemb_adam_estimator, dvemb_estimator
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
-from curate.errors import UserError
-from curate.target import load_target, target_loss
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.run import Run
+from curate.core.errors import UserError
+from curate.training.target import load_target, target_loss
+from curate.training.replay import Replay, records
+from curate.training.run import Run
 from tests.tiny import Training
 
 NAMES = ["adjoint", "dvemb", "dvemb-adam", "dvemb-adam-shortcut"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis.strategies import SearchStrategy
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 ACCEPTED, REFUSED = "accepted", "refused"
 

@@ -11,18 +11,18 @@ import polars as pl
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from curate.artifacts import list_files
-from curate.config import parse_command
-from curate.formats.files import DocumentFile, open_reader, read_documents
-from curate.formats.phases import load_schedule
+from curate.core.artifacts import list_files
+from curate.core.config import parse_command
+from curate.data.files import DocumentFile, open_reader, read_documents
+from curate.data.phases import load_schedule
 from curate.mixture.record import Mixture, read_mixture
 from curate.pools.open import pool_streams
 from curate.reconstruct.description import ReconstructConfig
 from curate.reconstruct.records import read_log
-from curate.stages.plan import load_plan
-from curate.target import load_target
-from curate.trajectory.run import Run, RunSpec
-from curate.validation import kinds_of
+from curate.plans.plan import load_plan
+from curate.training.target import load_target
+from curate.training.run import Run, RunSpec
+from curate.core.validation import kinds_of
 from pipelines.vocabulary import train_tokenizer
 from tests.fuzz import inputs, oracles
 from tests.fuzz.corpus import CORPUS

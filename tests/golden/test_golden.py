@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from curate.embeddings.run_capture import CaptureConfig
-from curate.formats.mds import COLUMNS, MdsStream, iterate, write_stream
+from curate.data.mds import COLUMNS, MdsStream, iterate, write_stream
 from curate.mixture.record import read_mixture
 from curate.select import SelectConfig, select
-from curate.trajectory.run import Run
-from curate.trust import trust
+from curate.training.run import Run
+from curate.core.trust import trust
 from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -109,7 +109,9 @@ def summary_of(selection: Path) -> dict[str, Any]:
     exact: dict[str, Any] = {
         "samples": {name: mixture.domains[name].samples for name in domains},
         "binding": {name: mixture.domains[name].binding for name in domains},
-        "phases": [[phase.start_sample, phase.samples, dict(sorted(phase.domains.items()))] for phase in mixture.phases],
+        "phases": [
+            [phase.start_sample, phase.samples, dict(sorted(phase.domains.items()))] for phase in mixture.phases
+        ],
     }
     close = {"weights": [mixture.domains[name].weight for name in domains]}
     scores = pl.read_parquet(selection / "scores.parquet")

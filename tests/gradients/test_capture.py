@@ -6,10 +6,10 @@ import torch.utils.checkpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.gradients.capture import GradientCapture
 from curate.gradients.projection import projection
-from curate.task import Batch, Task
+from curate.training.task import Batch, Task
 from tests.tiny import TASK
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curate import artifacts
-from curate.errors import UserError
+from curate.core import artifacts
+from curate.core.errors import UserError
 from curate.index import exact, library
 from curate.index.build import IndexConfig, auto_factory, build
 from curate.index.exact import exact_search, recall

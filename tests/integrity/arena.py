@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 import pipelines.pretrain
-from curate.artifacts import sum_of
-from curate.config import parse_command, run_command
+from curate.core.artifacts import sum_of
+from curate.core.config import parse_command, run_command
 from curate.schedule import carry_out, selection_config
-from curate.stages.plan import load_plan
-from curate.trajectory.run import Run
+from curate.plans.plan import load_plan
+from curate.training.run import Run
 from pipelines.pretrain import PretrainConfig, train
 
 MODEL = {

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from curate.artifacts import SUMS
-from curate.trajectory.run import Run
+from curate.core.artifacts import SUMS
+from curate.training.run import Run
 from tests.integrity import arena
 from tests.integrity.arena import STEPS, Outcome, call, contents, link_copy
 
@@ -57,7 +57,7 @@ def dry_run(work: Path) -> Outcome:
 
 
 def ledger(work: Path) -> Outcome:
-    from curate.trajectory.ledger import main
+    from curate.training.token_accounting import main
 
     return call(main, "--run", work / TWO)
 
@@ -92,7 +92,7 @@ def resume(work: Path) -> Outcome:
 
 def train_finished(work: Path) -> Outcome:
     """Train a stage that is complete again."""
-    from curate.stages.plan import load_plan
+    from curate.plans.plan import load_plan
     from pipelines.pretrain import main
 
     return call(main, *load_plan(work / "plan.yaml").arguments(0)[3:])

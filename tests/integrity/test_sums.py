@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from curate.artifacts import (
+from curate.core.artifacts import (
     SUMS,
     check_contents,
     check_sizes,
@@ -17,7 +17,7 @@ from curate.artifacts import (
     write_hashed,
     write_json,
 )
-from curate.errors import UserError
+from curate.core.errors import UserError
 
 
 @pytest.fixture

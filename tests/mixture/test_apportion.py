@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.apportion import allocate, apportion
 from curate.mixture.constraints import Supply
 

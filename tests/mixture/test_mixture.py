@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.artifacts import SIGN
-from curate.errors import UserError
+from curate.core.artifacts import SIGN
+from curate.core.errors import UserError
 from curate.mixture.conflicts import check
 from curate.mixture.constraints import Facts, MixtureConfig, Supply, bounds_of, is_feasible, problem_of
 from curate.mixture.decide import Aims, decide

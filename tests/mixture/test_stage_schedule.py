@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.mixture.constraints import Facts, MixtureConfig, Supply
 from curate.mixture.decide import Aims, decide
 from curate.mixture.record import read_mixture, write_mixture

@@ -8,10 +8,10 @@ from html import unescape
 import numpy as np
 import pytest
 
-from curate.errors import UserError
-from curate.fidelity.branches import BranchTestConfig
-from curate.formats.documents import Document
-from curate.formats.files import read_documents
+from curate.core.errors import UserError
+from curate.evaluation.branches import BranchTestConfig
+from curate.data.documents import Document
+from curate.data.files import read_documents
 from curate.report.branches import best_sentence, branches_page
 from pipelines.branches.__main__ import bench, show
 from pipelines.branches.config import DEFAULT_TEMPERATURE, BranchesConfig, small

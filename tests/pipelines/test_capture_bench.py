@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from pipelines.capture_bench.__main__ import bench, print_table
 from pipelines.capture_bench.config import CASES, CaptureBenchConfig
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.artifacts import read_json
-from curate.errors import UserError
+from curate.core.artifacts import read_json
+from curate.core.errors import UserError
 from pipelines.corpus import sources
 from pipelines.corpus.build import CorpusConfig, build
 from pipelines.corpus.recipe import RECIPE, Source, domain, target

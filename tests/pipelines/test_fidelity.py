@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from curate.errors import UserError
-from curate.fidelity.draw import DrawConfig
+from curate.core.errors import UserError
+from curate.evaluation.draw import DrawConfig
 from pipelines.fidelity.__main__ import bench, show, table
 from pipelines.fidelity.config import BenchConfig
 from tests.pipelines.bench_data import write_bench_data

@@ -2,9 +2,9 @@
 
 import pytest
 
-from curate.errors import UserError
-from curate.trajectory.run import Run
-from curate.trajectory.snapshots import snapshot_path
+from curate.core.errors import UserError
+from curate.training.run import Run
+from curate.training.snapshots import snapshot_path
 from pipelines.fidelity.moments import MomentsConfig, agreement
 from tests.tiny import record_tiny_run, write_tiny_target
 

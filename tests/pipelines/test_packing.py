@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.formats.mds import Sample
+from curate.data.mds import Sample
 from pipelines.packing import Encoded, pack
 
 EOT = 99

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from curate.artifacts import read_hashed
+from curate.core.artifacts import read_hashed
 from pipelines.phases import PhasesConfig, describe, measure, smooth
 from tests.tiny import STEPS, record_tiny_run, write_tiny_target
 

@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from curate.artifacts import read_json
-from curate.config import parse_command
-from curate.errors import UserError
-from curate.formats.documents import eot_id, load_tokenizer
-from curate.formats.mds import MdsStream, iterate
-from curate.formats.streams import load_streams
+from curate.core.artifacts import read_json
+from curate.core.config import parse_command
+from curate.core.errors import UserError
+from curate.data.documents import eot_id, load_tokenizer
+from curate.data.mds import MdsStream, iterate
+from curate.data.streams import load_streams
 from pipelines import prepare as module
 from pipelines.prepare import PrepareConfig, prepare
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from curate.errors import UserError
-from curate.formats.mds import Columns, write_stream
-from curate.formats.streams import domain_folders
+from curate.core.errors import UserError
+from curate.data.mds import Columns, write_stream
+from curate.data.streams import domain_folders
 from curate.mixture.record import Phase
 from curate.shards.write import write_schedule
-from curate.trajectory.ledger import domain_ledger, uses
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.training.token_accounting import domain_ledger, uses
+from curate.training.replay import Replay
+from curate.training.run import Run
 from pipelines import pretrain
 from pipelines.optimizers import OptimizerConfig, learning_rate
 from pipelines.pretrain import PretrainConfig, train

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from curate.config import parse_command
-from curate.errors import UserError
-from curate.formats.mds import Columns, write_stream
-from curate.trajectory.replay import Replay
-from curate.trajectory.run import Run
+from curate.core.config import parse_command
+from curate.core.errors import UserError
+from curate.data.mds import Columns, write_stream
+from curate.training.replay import Replay
+from curate.training.run import Run
 from pipelines import pretrain
 from pipelines.pretrain import PretrainConfig, train
 from tests.pipelines.test_pretrain import MODEL

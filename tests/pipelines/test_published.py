@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.report.charts import fidelity_figure
 from pipelines.published import estimates
 from pipelines.published.__main__ import PublishedConfig, method_values, published, show

@@ -6,8 +6,8 @@ from typing import Annotated, get_args, get_origin
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from curate.config import Config, parse_command
-from curate.errors import UserError
+from curate.core.config import Config, parse_command
+from curate.core.errors import UserError
 from pipelines.branches.config import BranchesConfig
 from pipelines.capture_bench.config import CaptureBenchConfig
 from pipelines.corpus.build import CorpusConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.optimizers.settings import GroupSettings
 from curate.reconstruct.checkpoints import CheckpointKeys, check_settings, read_checkpoint, snapshot_tensors
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.reconstruct.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, Digits, judge
 from curate.reconstruct.checkpoints import CheckpointKeys, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
 from curate.select import select
 from curate.selection import SelectConfig
-from curate.trajectory.replay import Replay, records
-from curate.trajectory.run import Run
+from curate.training.replay import Replay, records
+from curate.training.run import Run
 from tests.reconstruct.training import Loop, in_processes
 from tests.tiny import write_tiny_streams, write_tiny_target
 

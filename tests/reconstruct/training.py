@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import distributed
 
-from curate.formats.mds import Columns, as_sample
-from curate.formats.memory import construct
-from curate.trajectory.recorder import RecorderConfig, TrajectoryRecorder
+from curate.data.mds import Columns, as_sample
+from curate.data.memory import construct
+from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from tests.tiny import CLIP_NORM, SEQ_LEN, TASK, factory
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,9 +4,9 @@ import math
 
 import polars as pl
 
-from curate.artifacts import SIGN
+from curate.core.artifacts import SIGN
 from curate.report.data import ReportData
-from curate.rng import generator
+from curate.core.rng import generator
 
 DOMAINS = ["api_prose", "cpp_headers", "docstrings", "endpoint_rules", "minified_js", "package_tests", "stdlib_python"]
 EFFECT = {"api_prose": 0.9, "docstrings": 1.6, "stdlib_python": 0.5, "cpp_headers": -0.3, "package_tests": 0.1}

@@ -11,12 +11,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from curate.errors import UserError
+from curate.core.errors import UserError
 from curate.report.__main__ import ReportConfig, newest_selection, render_again
 from curate.report.data import FOLDER, load_data, save_data
 from curate.report.page import render, write_report
 from curate.report.track import log_report, tell
-from curate.tracking import NoTracker, TrackingConfig
+from curate.core.tracking import NoTracker, TrackingConfig
 from tests.report.synthetic import TEXTS, report_data
 
 

@@ -22,7 +22,7 @@ from curate.report.fidelity import (
     verify_page,
 )
 from curate.report.fidelity_figures import front, grid, ordered, pareto_figure
-from curate.rng import generator
+from curate.core.rng import generator
 from tests.report.test_page import Page
 
 TARGETS = ["api_prose", "docstrings", "stdlib_python"]

@@ -1,0 +1,45 @@
+"""Progress bars, and logging for commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from curate.core.escape import terminal
+
+T = TypeVar("T")
+
+
+def progress(iterable: Iterable[T], *, total: int, what: str, unit: str = "step", done: int = 0) -> Iterator[T]:
+    """Iterate under a bar on stderr: live in a terminal, a line every 15 seconds elsewhere (batch logs)."""
+    live = sys.stderr.isatty()
+    bar = tqdm(
+        iterable, total=total, initial=done, desc=terminal(what), unit=unit, leave=not live, file=sys.stderr,
+        mininterval=0.2 if live else 15.0, ascii=not live, dynamic_ncols=live,
+    )  # fmt: skip
+    yield from bar
+
+
+def start_logging() -> None:
+    """Show what our own modules say on stderr; other packages only warn."""
+    shown = logging.StreamHandler()
+    shown.setFormatter(_Line("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    for name in ("curate", "pipelines", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def say(line: str) -> None:
+    """Print a line of a command's result."""
+    sys.stdout.write(f"{terminal(line)}\n")
+
+
+class _Line(logging.Formatter):
+    """A message is one line, whatever stands in it; a traceback below it is ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name that logging gives it)
+        return terminal(super().formatMessage(record))

@@ -1,0 +1,108 @@
+"""Old names of settings: the error for one says which new name to use. Nothing is read by its old name."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from curate.core.reading import shortened
+from curate.core.validation import group_of, is_list, kinds_of
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Old names of a command's settings; its config class holds them as `RENAMED`.
+
+    An entry for a group stands for all of its settings that have no entry. What replaces a name or a value is a new
+    one, or the rest of a sentence that starts with the old one ("is gone: it changed nothing").
+    """
+
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Old dotted name -> new dotted name."""
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Dotted name as it is used, old or new -> old value -> new value; only values that are no longer valid."""
+
+
+def replacements(config: type[BaseModel], given: Iterable[tuple[Keys, Any]], *, flags: bool = False) -> list[str]:
+    """What is to be written instead of each old name and value, as parts of a sentence.
+
+    Args:
+        config: the class that the settings are for; without `RENAMED` nothing is old.
+        given: keys and value of each setting.
+        flags: whether they stand on the command line; else they stand in a file.
+    """
+    table: Renamed = getattr(config, "RENAMED", Renamed())
+    texts = (text for keys, value in given for text in _replacements(config, table, keys, value, flags))
+    return list(dict.fromkeys(texts))
+
+
+def leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Keys and value of everything in nested mappings; an empty mapping is a value."""
+    for key, value in raw.items():
+        place = (*above, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, place)
+        else:
+            yield place, value
+
+
+def _replacements(config: type[BaseModel], table: Renamed, keys: Keys, value: Any, flags: bool) -> Iterator[str]:
+    name = ".".join(keys)
+    renamed = None if _fits(config, keys, value) else _entry(config, table, keys)
+    old, new = renamed or (name, name)
+    if old == name and " " not in new:
+        values = table.values.get(name, {})
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and each in values and not _is_choice(config, keys, each):
+                yield _sentence(old, new, flags, each, values[each])
+                renamed = None
+    if renamed:
+        yield _sentence(old, new, flags)
+
+
+def _sentence(old: str, new: str, flags: bool, old_value: str = "", new_value: str = "") -> str:
+    sign, colon = ("--", " ") if flags else ("", ": ")
+    old_text = f"{sign}{old}{colon}{shortened(old_value)}" if old_value else f"{sign}{old}"
+    if " " in new or " " in new_value:
+        return f"{old_text} {new_value or new}"
+    return f"{old_text} is now {sign}{new}{colon}{new_value}" if new_value else f"{old_text} is now {sign}{new}"
+
+
+def _entry(config: type[BaseModel], table: Renamed, keys: Keys) -> tuple[str, str] | None:
+    """The entry for a setting, else for the innermost group around it that there no longer is."""
+    for length in range(len(keys), 0, -1):
+        name = ".".join(keys[:length])
+        if name in table.settings and (length == len(keys) or _type_at(config, keys[:length]) is None):
+            return name, table.settings[name]
+    return None
+
+
+def _fits(config: type[BaseModel], keys: Keys, value: Any) -> bool:
+    """Whether there is such a setting; a group takes settings, not one value."""
+    annotation = _type_at(config, keys)
+    is_value = value is not None and not isinstance(value, Mapping)
+    return annotation is not None and not (is_value and kinds_of(annotation) == [group_of(annotation)])
+
+
+def _is_choice(config: type[BaseModel], keys: Keys, value: str) -> bool:
+    """Whether a setting, or each item of it where it is a list, may have a value."""
+    kinds = kinds_of(_type_at(config, keys))
+    kinds += [kind for holder in filter(is_list, kinds) for kind in kinds_of(get_args(holder)[0])]
+    return any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+
+
+def _type_at(config: type[BaseModel], keys: Keys) -> Any:
+    """Type of a setting; None: there is none. All keys of a mapping are settings."""
+    annotation: Any = config
+    for key in keys:
+        group = group_of(annotation)
+        if group is None:
+            takes_keys = any(kind is Any or get_origin(kind) is dict for kind in kinds_of(annotation))
+            return Any if takes_keys else None
+        if key not in group.model_fields:
+            return None
+        annotation = group.model_fields[key].annotation
+    return annotation

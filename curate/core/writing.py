@@ -1,0 +1,108 @@
+"""Files and folders that are on disk whole, or not at all: atomic replacement, with the disk asked to hold it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from curate.core.errors import UserError
+from curate.core.lock import is_locked_here
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name beside `path` to write to; on success it is renamed to `path`, on error removed.
+
+    Works for files and for folders (a folder that stands at `path` is replaced). All that was written is on disk before
+    the new name is, and the name when this returns: what is written later never survives a power loss without it.
+
+    Raises:
+        OSError: of what could not be written, with its path.
+    """
+    part = _part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(part)
+    try:
+        yield part
+        _flush(part)
+        if part.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        part.replace(path)
+        _flush_one(path.parent)
+    except Exception as error:
+        _remove(part)
+        failure = _write_failure(error, path, part)
+        if failure is None:
+            raise
+        raise failure from error
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _part_of(path: Path) -> Path:
+    """Where what is to stand at `path` is written: no name that a user may give, nor one of another process.
+
+    Under a lock it is always the same, so that the next process that holds the lock writes over what a killed one left.
+    """
+    token = "" if is_locked_here(path) else f".{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}{token}.part")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or all that lies below a folder, is on disk."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            _flush_one(Path(folder) / name)
+        _flush_one(Path(folder))
+    if path.is_file():
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_failure(error: Exception, path: Path, part: Path) -> OSError | None:
+    """What the system refused while `part` was written, with the path; None for other errors.
+
+    Libraries say it in their own exceptions, or without the path.
+    """
+    if isinstance(error, UserError):
+        return None
+    place = error.filename if isinstance(error, OSError) else None
+    if isinstance(place, str) and not Path(place).is_relative_to(part):
+        return None  # of something that was read
+    number = (error.errno if isinstance(error, OSError) else None) or _errno_in(str(error))
+    return None if number is None else OSError(number, os.strerror(number), str(path))
+
+
+def _errno_in(message: str) -> int | None:
+    """The system's error in a message of Rust ("os error 28"), of C++ ("No space left on device") or of NumPy."""
+    if match := re.search(r"os error (\d+)", message):
+        return int(match[1])
+    if re.search(r"\d+ requested and \d+ written", message):
+        return errno.ENOSPC
+    return next((number for number in _FULL if os.strerror(number) in message), None)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

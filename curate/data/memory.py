@@ -1,0 +1,85 @@
+"""What StreamingDataset takes of shared memory, had at once and given back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from tempfile import gettempdir
+from time import sleep
+from typing import TYPE_CHECKING, TypeVar
+
+from curate.core.errors import UserError
+
+if TYPE_CHECKING:
+    from streaming import StreamingDataset
+
+Dataset = TypeVar("Dataset", bound="StreamingDataset")
+
+_ATTEMPTS = 50  # at a name in shared memory
+
+_NAME = re.compile(r"\d{6}_(barrier|cache_usage|locals|next_epoch|resume|shard_access_times|shard_states)")
+
+
+def construct(make: Callable[[], Dataset]) -> Dataset:
+    """A `StreamingDataset` (and its `Stream`s), made anew when another process took its name in shared memory first.
+
+    Streaming looks for a free name and takes it later; two trainings that start together on one machine can collide.
+    Not so where ranks wait for each other in between: there the error is raised.
+
+    Raises:
+        UserError: no name can be had, time after time.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return make()
+        except FileExistsError as error:
+            if not str(error.filename).endswith("_locals") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
+            sleep(0.001 * attempt)
+    raise UserError(
+        "streaming finds no free name in shared memory, where a training that was killed left some: call "
+        "streaming.base.util.clean_stale_shared_memory() while no other training runs on this machine"
+    )
+
+
+def release(dataset: StreamingDataset) -> None:
+    """Give back the names in shared memory, and the lock files, of a dataset that no rank uses any more.
+
+    Streaming gives back the names when the process ends, and the files never. Until then each new dataset attaches to
+    all that are there, and keeps the file descriptors: a process that opens 140 of them runs out of 20,000.
+    """
+    from streaming.base import constant
+    from streaming.base.shared import _get_path
+
+    prefix = vars(dataset).pop("_shm_prefix_int", -1)
+    if prefix < 0:
+        return  # given back already; the names may be another dataset's by now
+    kinds = ("BARRIER", "CACHE_USAGE", "LOCALS", "NEXT_EPOCH", "RESUME", "SHARD_ACCESS_TIMES", "SHARD_STATES")
+    for kind in kinds:
+        with suppress(FileNotFoundError):
+            block = SharedMemory(_get_path(prefix, getattr(constant, kind)))
+            block.close()
+            block.unlink()
+    for kind in ("BARRIER_FILELOCK", "CACHE_FILELOCK"):
+        (Path(gettempdir()) / _get_path(prefix, getattr(constant, kind))).unlink(missing_ok=True)
+
+
+def sweep(folder: Path = Path("/dev/shm")) -> int:  # noqa: S108 - where streaming puts them
+    """Remove names in shared memory that killed processes left; returns how many.
+
+    Every new dataset attaches to all that are there: after a hundred killed trainings it runs out of file descriptors.
+    Only names of this user count that no visible process has open; call it where other containers do not share them.
+    """
+    own = [path for path in folder.glob("[0-9]*_*") if _NAME.fullmatch(path.name) and path.stat().st_uid == os.getuid()]
+    in_use = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            in_use.add(str(link.readlink()))
+    stale = [path for path in own if str(path) not in in_use]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)

@@ -1,0 +1,272 @@
+"""The order in which StreamingDataset and its loaders hand out samples, without training.
+
+The installed streaming's own code makes each epoch's partition; what a `DataLoader` does with it is repeated here.
+
+An order follows from the streams, their sizes, shuffle settings, seed, batch size, world size, workers per rank and
+epoch. It does not depend on predownload, cache limits or download settings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+from pydantic import Field
+
+from curate.core.config import Config
+from curate.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Ids = npt.NDArray[np.int64]
+
+PLACE = ("local", "split", "proportion", "repeat", "choose")
+"""Arguments of a `Stream` that say where it lies and how much of it is taken; the others concern downloads."""
+_REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError)  # what streaming raises
+_NO_PREFIX = 10**9  # of shared memory that no training has
+_ELSEWHERE = ("predownload", "cache_limit", "remote", "download_retry", "download_timeout", "validate_hash", "keep_zip")
+
+
+class Resumed(Config):
+    """Where a new process took over."""
+
+    step: int = Field(ge=0)
+    """Its first optimizer step."""
+    epoch: int | None = Field(default=None, ge=0)
+    """Epoch that it was given (`StreamingDataLoader.state_dict`); none: the one that the process before it was in."""
+    sample_in_epoch: int | None = Field(default=None, ge=0)
+    """Samples of that epoch that it skipped, over all ranks; none: as many as were trained on."""
+
+
+class LoaderConfig(Config):
+    """Processes and loaders of the training."""
+
+    batch_size: int = Field(ge=1)
+    """Samples of one batch of a rank's DataLoader."""
+    world_size: int = Field(default=1, ge=1)
+    """Ranks, over all nodes."""
+    nodes: int = Field(default=1, ge=1)
+    """Physical nodes."""
+    workers: int = Field(default=0, ge=0)
+    """`num_workers` of each rank's DataLoader."""
+    drop_last: bool = True
+    """Whether the DataLoader drops a short batch at the end of an epoch."""
+    accumulation: int = Field(default=1, ge=1)
+    """DataLoader batches of a rank per optimizer step."""
+    epoch_end: Literal["continue", "step", "drop"] = "continue"
+    """What happens to fewer batches than `accumulation` at the end of an epoch: the step continues with the next epoch,
+    is made of them alone, or they are left out."""
+    first_epoch: int = Field(default=0, ge=0)
+    """Epoch that the stage began in."""
+    first_sample: int = Field(default=0, ge=0)
+    """Samples of that epoch that were consumed before the stage began, over all ranks."""
+    resumed: tuple[Resumed, ...] = ()
+    """Every place where training went on in a new process; left out, training ran in one."""
+
+
+def streaming_version() -> str:
+    """Of the installed package."""
+    return version("mosaicml-streaming")
+
+
+class SampleOrder:
+    """Partitions of epochs.
+
+    Args:
+        streams: arguments of each `Stream`, in the order of the training.
+        dataset: other arguments of `StreamingDataset`.
+        loader: processes and loaders.
+
+    Raises:
+        UserError: streaming refuses the arguments.
+    """
+
+    def __init__(self, streams: Sequence[Mapping[str, Any]], dataset: Mapping[str, Any], loader: LoaderConfig) -> None:
+        from streaming.base.world import World
+
+        from curate.data.dataset import LocalStream
+
+        if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+            raise UserError("the order of all ranks is rebuilt in one process; unset WORLD_SIZE")
+        if loader.world_size % loader.nodes:
+            raise UserError(f"loader.world_size {loader.world_size} is not a multiple of loader.nodes {loader.nodes}")
+        self._loader = loader
+        chosen = {"batch_size": loader.batch_size, **{k: v for k, v in dataset.items() if k not in _ELSEWHERE}}
+        try:
+            places = [LocalStream(**{key: stream[key] for key in PLACE if key in stream}) for stream in streams]
+            self._dataset = _dataset(streams=places, predownload=8 * loader.batch_size, **chosen)
+            world = World(loader.nodes, loader.world_size // loader.nodes, max(loader.workers, 1), 0)
+            self._world = world.replicate(self._dataset.replication) if self._dataset.replication else world
+            self._dataset._resume(self._world, 0)  # noqa: SLF001 (fills in the defaults that depend on the world)
+        except _REFUSALS as error:
+            raise _refused(error) from None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the order was made with, defaults filled in."""
+        names = (
+            "num_canonical_nodes", "batch_size", "shuffle", "shuffle_algo", "shuffle_seed", "shuffle_block_size",
+            "sampling_method", "sampling_granularity", "partition_algo", "batching_method", "epoch_size",
+        )  # fmt: skip
+        return {name: getattr(self._dataset, name) for name in names}
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks: all, divided by the replication."""
+        return int(self._world.num_ranks)
+
+    def batches(self, epoch: int, sample_in_epoch: int = 0) -> list[list[Ids]]:
+        """Batches of each rank's loader in one epoch.
+
+        Args:
+            epoch: its number.
+            sample_in_epoch: samples of it that are skipped, over all ranks.
+
+        Returns:
+            Per rank, its batches of dataset-wide sample indexes (streams one after the other).
+
+        Raises:
+            UserError: streaming refuses, or ranks would get different numbers of batches.
+        """
+        from streaming.base.batching import generate_work
+
+        world = self._world
+        if sample_in_epoch:
+            self._dataset.initial_physical_nodes = world.num_nodes
+        try:
+            work = generate_work(self._dataset.batching_method, self._dataset, world, epoch, sample_in_epoch)
+        except _REFUSALS as error:
+            raise _refused(error) from None
+        by_rank = work.reshape(world.num_ranks, world.workers_per_rank, -1)
+        ranks = [_loader_batches(workers, self._loader) for workers in by_rank]
+        if len({len(batches) for batches in ranks}) > 1:
+            raise UserError(
+                f"ranks would have {sorted({len(batches) for batches in ranks})} batches in epoch {epoch}, so training "
+                "would have waited forever: check loader.batch_size and dataset.batching_method"
+            )
+        return ranks
+
+    def steps(self, steps: int) -> Iterator[list[list[Ids]]]:
+        """Per step, per rank, the batches of its loader.
+
+        Args:
+            steps: optimizer steps of the stage.
+
+        Raises:
+            UserError: an epoch has no batch, or a resumed process is given a place that is not in its epoch.
+        """
+        starts = {resumed.step: resumed for resumed in self._loader.resumed}
+        reader = _Reader(self, self._loader)
+        for step in range(steps):
+            if step in starts:
+                reader.seek(starts[step].epoch, starts[step].sample_in_epoch)
+            yield [list(batches) for batches in zip(*reader.take(), strict=True)]
+
+
+def _refused(error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return UserError(f"StreamingDataset {streaming_version()} refuses the description ({reason}); correct `dataset`")
+
+
+class _Private:
+    """Stands where a dataset shares a value with other processes: here there are none."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.value: Any = None
+        self.lock = None
+
+    def get(self) -> Any:
+        """The value."""
+        return self.value
+
+    def set(self, value: Any) -> None:
+        """Another value."""
+        self.value = value
+
+
+def _dataset(**arguments: Any) -> Any:
+    """A `StreamingDataset` that is never iterated, and so needs no shared memory.
+
+    Each real one takes file descriptors and a place among those of trainings on the same machine.
+    """
+    from streaming import StreamingDataset
+    from streaming.base import dataset as module
+
+    private: dict[str, Any] = {
+        "get_shm_prefix": lambda *_: (_NO_PREFIX, None), "SharedBarrier": _Private, "SharedScalar": _Private,
+        "SharedArray": lambda size, dtype, _: np.zeros(size, dtype),
+    }  # fmt: skip
+    with patch.multiple(module, **private):
+        return StreamingDataset(**arguments)
+
+
+class _Reader:
+    """Walks through the epochs as a training loop does."""
+
+    def __init__(self, order: SampleOrder, loader: LoaderConfig) -> None:
+        self._order, self._loader = order, loader
+        self._epoch, self._consumed = loader.first_epoch, loader.first_sample
+        self.seek(None, None)
+
+    def seek(self, epoch: int | None, sample_in_epoch: int | None) -> None:
+        """Go on at a place of an epoch; none: where the reader is."""
+        self._epoch = self._epoch if epoch is None else epoch
+        self._consumed = self._consumed if sample_in_epoch is None else sample_in_epoch
+        ranks = self._order.batches(self._epoch, self._consumed)
+        self._batches = iter(list(zip(*ranks, strict=True)))
+        self._left = min(map(len, ranks))
+
+    def take(self) -> list[tuple[Ids, ...]]:
+        """The batches of one step, each of them per rank."""
+        taken: list[tuple[Ids, ...]] = []
+        while len(taken) < self._loader.accumulation:
+            batch = next(self._batches, None)
+            if batch is not None:
+                taken.append(batch)
+                self._consumed += sum(map(len, batch))
+                continue
+            if taken and self._loader.epoch_end == "step":
+                break
+            if self._loader.epoch_end == "drop":
+                taken = []
+            self._next_epoch()
+        return taken
+
+    def _next_epoch(self) -> None:
+        self.seek(self._epoch + 1, 0)
+        needed = self._loader.accumulation if self._loader.epoch_end == "drop" else 1
+        if self._left < needed:
+            raise UserError(
+                f"epoch {self._epoch} of the description has {self._left} batches of {self._loader.batch_size} samples "
+                f"for each of {self._order.ranks} ranks, a step needs {needed}; check loader and streams"
+            )
+
+
+def _loader_batches(workers: Ids, loader: LoaderConfig) -> list[Ids]:
+    """What a DataLoader hands out of its workers' samples (W, N): one batch of each worker in turn, -1 left out."""
+    queues = []
+    for samples in workers:
+        kept = samples[samples != -1]
+        batches = [kept[at : at + loader.batch_size] for at in range(0, len(kept), loader.batch_size)]
+        queues.append([batch for batch in batches if len(batch) == loader.batch_size or not loader.drop_last])
+    longest = max(map(len, queues))
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+
+
+def stream_folder(stream: Mapping[str, Any]) -> Path:
+    """Where a stream's shards lie.
+
+    Raises:
+        UserError: it has no local folder.
+    """
+    if not stream.get("local"):
+        raise UserError(f"a stream of the description has no `local` folder (it has {sorted(stream)}); sync it first")
+    return Path(stream["local"]) / (stream.get("split") or "")

@@ -1,0 +1,74 @@
+"""`domains.parquet` at the border: one row per (sample, step, target) of a window, checked when written and read."""
+
+from pathlib import Path
+
+import dataframely as dy
+import polars as pl
+
+from curate.core.artifacts import checked
+from curate.core.errors import UserError
+from curate.core.writing import replacing
+
+
+class Scores(dy.Schema):
+    """The values frame without its documents. Sign: positive = removing the sample would raise the target's loss."""
+
+    row = dy.Int64(nullable=False, min=0)
+    step = dy.Int64(nullable=False, min=0)
+    sample_id = dy.Int64(nullable=False, min=0)
+    weight = dy.Float32(nullable=False)
+    tokens = dy.Int64(nullable=False, min=0)
+    length = dy.Int64(nullable=False, min=1)
+    source = dy.String(nullable=False)
+    horizon = dy.String(nullable=False)
+    domain = dy.String(nullable=False)
+    index = dy.Int64(nullable=False, min=0)
+    shard = dy.Int64(nullable=False, min=0)
+    target = dy.String(nullable=False)
+    value = dy.Float64(nullable=False)
+    value_a = dy.Float64(nullable=False)
+    value_b = dy.Float64(nullable=False)
+
+
+def no_scores() -> pl.DataFrame:
+    """A values frame (without documents) of no samples."""
+    return Scores.create_empty()
+
+
+def write_scores(path: Path, values: pl.DataFrame) -> None:
+    """Write the values frame atomically; columns that are not in `Scores` (documents) are left out.
+
+    Raises:
+        UserError: a column is missing, of another type, null, or not finite (the model diverged).
+    """
+    checked = _validated(values, "the values")
+    with replacing(path) as part:
+        checked.write_parquet(part)
+
+
+def read_scores(path: Path) -> pl.DataFrame:
+    """Read `domains.parquet`.
+
+    Raises:
+        UserError: it is missing, truncated, or does not hold the columns of `Scores`.
+    """
+    try:
+        values = pl.read_parquet(checked(path), glob=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; `python -m curate.select` writes it") from None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:  # it panics on some damage
+        raise UserError(
+            f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); delete it and select again"
+        ) from None
+    return _validated(values, f"the rows of {path}")
+
+
+def _validated(values: pl.DataFrame, name: str) -> pl.DataFrame:
+    missing = [column for column in Scores.column_names() if column not in values.columns]
+    if missing:
+        raise UserError(f"{name} lack the columns {', '.join(missing)}; `python -m curate.select` writes them")
+    try:
+        return Scores.validate(values.select(Scores.column_names()))
+    except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise UserError(f"{name} do not fit the columns of scores.parquet: {reason}") from None

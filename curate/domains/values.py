@@ -1,0 +1,60 @@
+"""The values frame: one row per (sample, step) of a window with its value for one target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+if TYPE_CHECKING:
+    from curate.embeddings.store import Embedding
+    from curate.training.target import Target
+
+_CHUNK = 1 << 16  # rows multiplied at once
+
+
+def value_frame(
+    rows: pl.DataFrame,
+    vectors: npt.NDArray[np.float32],
+    halves: npt.NDArray[np.float32],
+    half_weights: Sequence[float],
+    target: str,
+) -> pl.DataFrame:
+    """Values of all rows for a target and for each half of it.
+
+        value = <E[z], t>,    t = sum_h half_weights[h] t_h
+
+    Args:
+        rows: N rows of a window (`curate.training.samples.window_rows`).
+        vectors: (N, D) embeddings, usually memory-mapped; read in chunks.
+        halves: (2, D), t of each half of the target.
+        half_weights: each half's share of the target.
+        target: its name.
+
+    Returns:
+        `rows` with `target`, `value`, `value_a` and `value_b`, in nats per token of the target; positive = the sample
+        helped.
+    """
+    products = np.empty((len(rows), len(halves)))
+    for start in range(0, len(rows), _CHUNK):
+        products[start : start + _CHUNK] = vectors[start : start + _CHUNK].astype(np.float64) @ halves.T
+    return rows.with_columns(
+        pl.lit(target).alias("target"),
+        pl.Series("value", products @ np.asarray(half_weights)),
+        pl.Series("value_a", products[:, 0]),
+        pl.Series("value_b", products[:, 1]),
+    )
+
+
+def embedded_values(embedding: Embedding, target: Target) -> pl.DataFrame:
+    """The values frame of a window.
+
+    Args:
+        embedding: that holds the target's vectors.
+        target: the target.
+    """
+    assert embedding.targets is not None
+    return value_frame(embedding.rows, embedding.vectors, embedding.targets, target.half_weights, target.name)

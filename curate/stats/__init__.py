@@ -1,0 +1,1 @@
+"""Statistics: sums that repeat, deviations, bootstrap, rank correlation."""

@@ -1,0 +1,73 @@
+"""Do the samples of some streams fit the model and the tokenizer?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from curate.core.errors import UserError
+from curate.data.documents import load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_fit(catalogue: pl.DataFrame, streams: Mapping[str, Path], model: nn.Module) -> None:
+    """Refuse token ids and lengths that a model does not have, where its config says how many it has.
+
+    Args:
+        catalogue: as `Run.catalogue`.
+        streams: MDS folder of each domain.
+        model: a Hugging Face model, or any other.
+
+    Raises:
+        UserError: names the first such sample.
+    """
+    shape: Any = getattr(model, "config", None)
+    vocabulary, positions = getattr(shape, "vocab_size", None), getattr(shape, "max_position_embeddings", None)
+    if isinstance(vocabulary, int):
+        where, largest = _first(catalogue, streams, "largest", vocabulary - 1)
+        if where:
+            raise UserError(
+                f"{where} has token id {largest}, the model has a vocabulary of {vocabulary}: set vocab_size of the "
+                "model, or write the stream with the model's tokenizer"
+            )
+    if isinstance(positions, int):
+        where, longest = _first(catalogue, streams, "length", positions)
+        if where:
+            raise UserError(
+                f"{where} has {longest} tokens, the model has {positions} positions: set its max_position_embeddings, "
+                "or write the stream with shorter sequences"
+            )
+
+
+def check_tokens(catalogue: pl.DataFrame, streams: Mapping[str, Path], tokenizer: Path) -> None:
+    """Refuse token ids that a tokenizer does not have.
+
+    Args:
+        catalogue: as `Run.catalogue`.
+        streams: MDS folder of each domain.
+        tokenizer: its file.
+
+    Raises:
+        UserError: names the first such sample.
+    """
+    size = 1 + max(load_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values())
+    where, largest = _first(catalogue, streams, "largest", size - 1)
+    if where:
+        raise UserError(
+            f"{where} has token id {largest}, the tokenizer {tokenizer} has {size} tokens: give the one that the "
+            "stream was written with (tokenizer)"
+        )
+
+
+def _first(catalogue: pl.DataFrame, streams: Mapping[str, Path], column: str, limit: int) -> tuple[str | None, int]:
+    """The first sample that has more, in words, and what it has."""
+    over = catalogue.filter(pl.col(column) > limit)
+    if over.is_empty():
+        return None, 0
+    row = over.row(0, named=True)
+    return f"{streams[row['domain']]}, sample {row['index']}", row[column]

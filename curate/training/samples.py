@@ -1,0 +1,113 @@
+"""The samples of a run: read by content id, and listed as the rows of a window."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from curate.core.errors import UserError
+from curate.training.run import sample_uses
+
+if TYPE_CHECKING:
+    from curate.data.mds import Sample
+    from curate.training.run import Run
+    from curate.training.source import SampleSource
+
+
+class SampleReader:
+    """Random access to the samples of a source by content id.
+
+    Args:
+        source: its catalogue is read once. Exact duplicates resolve to their first place.
+    """
+
+    def __init__(self, source: SampleSource) -> None:
+        self._source = source
+        catalogue = source.unique_samples.sort("sample_id")
+        self._ids = catalogue["sample_id"].to_numpy()
+        self._indexes = catalogue["index"].to_numpy()
+        self._domains = catalogue["domain"].to_list()
+
+    def samples(self, sample_ids: Sequence[int]) -> list[Sample]:
+        """Read samples in the order of their ids.
+
+        Raises:
+            UserError: a sample is not in the streams (they were changed after training).
+        """
+        wanted = np.asarray(sample_ids, np.int64)
+        places = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
+        missing = self._ids[places] != wanted
+        if missing.any():
+            raise UserError(
+                f"sample {wanted[int(missing.argmax())]} is not in the streams {', '.join(self._source.folders)}: they "
+                "were changed after training (restore them), or other "
+                "rows than theirs were trained on (other labels, special tokens, packing)"
+            )
+        return [self._source.streams[self._domains[place]][int(self._indexes[place])] for place in places]
+
+
+def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> pl.DataFrame:
+    """The row table of a window: one row per (sample, step), in step order, then rank, micro-batch and position.
+
+    Args:
+        run: the run.
+        window: name of the window.
+        start: its first step.
+        stop: step after its last.
+        horizon: state that the target is read at.
+
+    Returns:
+        row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), source (the window), horizon, domain,
+        index (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
+    """
+    steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
+    rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
+    joined = rows.join(run.unique_samples, on="sample_id", how="left", maintain_order="left").with_row_index("row")
+    documents = [sample.document_tokens() for sample in SampleReader(run.source).samples(joined["sample_id"].to_list())]
+    return joined.select(
+        pl.col("row").cast(pl.Int64), "step", "sample_id", "weight", "tokens", "length",
+        pl.lit(window).alias("source"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
+        pl.Series("documents", documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+    )  # fmt: skip
+
+
+def trained_tokens(run: Run) -> dict[str, int]:
+    """Stored tokens of each domain that the run trained on, repeats counted.
+
+    Raises:
+        UserError: nothing that it trained on is in its streams.
+    """
+    if len(run.unknown) == len(sample_uses(run.steps)):
+        raise UserError(
+            f"none of the {len(run.unknown):,} samples that run {run.folder} trained on is in its streams: they were "
+            "changed since (restore them), or other rows than theirs were trained on"
+        )
+    samples = run.unique_samples.join(sample_uses(run.steps), on="sample_id")
+    tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+    return dict(tokens.sort("domain").iter_rows())
+
+
+def usable_samples(samples: pl.DataFrame) -> pl.DataFrame:
+    """The samples that predict a token, by domain and content id.
+
+    Args:
+        samples: as `SampleSource.unique_samples`.
+
+    Returns:
+        domain, index, shard, sample_id, length, tokens (predicted).
+    """
+    usable = samples.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
+    return usable.select("domain", "index", "shard", "sample_id", "length", "tokens")
+
+
+def samples_fingerprint(samples: pl.DataFrame) -> str:
+    """Identity of samples by domain and content, in that order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for (domain,), own in samples.group_by("domain", maintain_order=True):
+        digest.update(str(domain).encode())
+        digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

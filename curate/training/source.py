@@ -1,0 +1,107 @@
+"""Where samples come from: named MDS streams with their catalogue, of a run or of candidates never trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import polars as pl
+
+from curate.core.arrays import read_table
+from curate.core.artifacts import checked, file_fingerprint, fingerprint, folder_bytes, list_files, listed
+from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.writing import replacing
+from curate.data.mds import CATALOGUE, Columns, MdsStream
+
+if TYPE_CHECKING:
+    from curate.data.mds import Sample
+
+_log = logging.getLogger(__name__)
+CURRENT: Final = "current"
+"""Name of the run's own samples, measured at its last state."""
+CANDIDATES: Final = "candidates"
+"""Name of samples that were never trained on, measured at the same state."""
+
+
+class SampleSource:
+    """The samples of some streams.
+
+    Args:
+        folder: of the run that keeps the catalogue.
+        streams: domain -> MDS folder.
+        columns: names of the streams' columns.
+    """
+
+    def __init__(self, folder: Path, streams: Mapping[str, Path], columns: Columns) -> None:
+        self._folder, self.folders, self._columns = folder, dict(streams), columns
+
+    @cached_property
+    def streams(self) -> dict[str, MdsStream]:
+        """The opened streams, by domain."""
+        return {domain: MdsStream(folder, self._columns) for domain, folder in self.folders.items()}
+
+    @cached_property
+    def catalogue(self) -> pl.DataFrame:
+        """Every sample: `MdsStream.catalogue` plus `domain`; read once, then kept in the run's folder."""
+        return read_catalogue(self._folder, self.streams)
+
+    @cached_property
+    def unique_samples(self) -> pl.DataFrame:
+        """The catalogue with each distinct sample once, at its first place; copies elsewhere are reported.
+
+        Raises:
+            UserError: every sample of a domain is a copy of another domain's.
+        """
+        first = self.catalogue.unique("sample_id", keep="first", maintain_order=True)
+        copies = self.catalogue.join(first.select("sample_id", owner="domain"), on="sample_id")
+        copies = copies.filter(pl.col("domain") != pl.col("owner"))
+        if len(copies):
+            _log.warning("%d samples are exact copies of samples of an earlier domain and count there", len(copies))
+        lost = sorted(set(self.folders) - set(first["domain"]))
+        if lost:
+            raise UserError(
+                f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
+            )
+        return first
+
+    @property
+    def novel_shares(self) -> dict[str, float]:
+        """Share of novel text in each domain's stream: n-grams that occur for the first time (`data.ngrams`)."""
+        shares = self.catalogue.group_by("domain").agg(pl.col("fresh").sum() / pl.col("ngrams").sum().clip(1))
+        return dict(shares.sort("domain").iter_rows())
+
+    @property
+    def stored_bytes_per_token(self) -> float:
+        """Bytes of the streams on disk, per stored token."""
+        return sum(folder_bytes(folder) for folder in self.folders.values()) / int(self.catalogue["length"].sum())
+
+    def read_batches(self, samples: pl.DataFrame, size: int) -> Iterator[list[Sample]]:
+        """Read the samples of a table (`domain`, `index`) in its order, `size` at a time."""
+        for part in samples.iter_slices(size):
+            yield [self.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
+
+
+def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
+    """Every sample of some streams, by domain; kept in the folder of their run, under what the streams are."""
+    indexes = {
+        domain: [file_fingerprint(stream.folder / "index.json"), stream.columns.model_dump()]
+        for domain, stream in streams.items()
+    }
+    path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
+    if not path.exists() or path.name not in listed(folder):
+        with locked(folder, f".{path.name}.lock", wait=True):
+            # another process may have written it while this one waited
+            if not path.exists() or path.name not in listed(folder):
+                _write_catalogue(path, streams)
+                list_files(folder, [path])
+    return read_table(checked(path, remedy="delete it, and it is made again"))
+
+
+def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:
+    frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
+    with replacing(path) as part:
+        pl.concat(frames).write_parquet(part)

@@ -1,0 +1,130 @@
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+
+from curate.core.errors import UserError
+from curate.mixture.constraints import Supply
+from curate.shards.choose import ShardsConfig, choose
+from curate.shards.plan import make_plan, make_pool, supply_of
+from curate.shards.scan import held_out, leaks, scan
+
+NONE = pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64})
+
+
+def chosen_pool(streams, catalogues, values, used=NONE, *, consume_once=False, held=(), **settings):
+    """The pool after the choice; without randomness unless asked for."""
+    pool = make_pool(catalogues, values, used, consume_once=consume_once)
+    config = ShardsConfig(**{"sample_temperature": 0.0, **settings})
+    documents = held_out(held)
+    found = scan(pool, streams, documents, clusters=config.clusters > 0)
+    return choose(pool, found, leaks(found, documents, config.screen.overlap).filter("hit"), config, 0)
+
+
+def test_pool_drops_the_lowest_valued(streams, catalogues, values):
+    pool = chosen_pool(streams, catalogues, values)
+    assert pool.height == 75
+    lost = pool.filter(~pl.col("kept")).select("domain", "index").rows()
+    assert lost == [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("b", 0), ("b", 1), ("b", 2), ("b", 3), ("c", 0), ("c", 1)]
+    assert pool["value"].null_count() == 75 - 50
+    assert pool.filter(domain="a", index=7)["value"].item() == pytest.approx(0.07)
+    assert pool.filter(domain="a", index=3)["value"].item() == pytest.approx(0.03)  # seen twice: still per token
+
+
+def test_no_drop_keeps_all(streams, catalogues, values):
+    assert chosen_pool(streams, catalogues, values, drop_fraction=0.0)["kept"].all()
+
+
+def test_supply_of_the_kept(streams, catalogues, values):
+    ids = {domain: catalogues[domain].sort("index")["sample_id"].to_list() for domain in ("a", "c")}
+    used = pl.DataFrame({"sample_id": [ids["a"][0], *ids["a"][4:9], ids["c"][9]], "uses": [7, 1, 1, 1, 1, 4, 2]})
+    supply = supply_of(chosen_pool(streams, catalogues, values, used))
+    assert supply["a"] == Supply(samples=36, tokens=288, consumed_tokens=8 * 8)  # sample 0 is of low value
+    assert supply["c"] == Supply(samples=8, tokens=64, consumed_tokens=16)
+
+
+def test_what_was_consumed_is_left_out_where_asked(streams, catalogues, values):
+    used = catalogues["a"].sort("index").head(30).select("sample_id", uses=pl.lit(1, pl.Int64))
+    pool = chosen_pool(streams, catalogues, values, used, consume_once=True)
+    assert pool.filter(pl.col("kept") & (pl.col("domain") == "a"))["index"].to_list() == list(range(30, 40))
+    plan = make_plan(pool, {"a": 12, "b": 3, "c": 0}, 0)
+    reasons = plan.dropped.group_by("domain", "reason").len().sort("domain", "reason").rows()
+    assert ("a", "consumed", 30) in reasons
+    assert ("b", "low_value", 4) in reasons
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 10))
+def test_exact_counts_and_even_use(a, b, seed):
+    rows = [("a", 5), ("b", 3)]
+    pool = pl.DataFrame(
+        [
+            {
+                "domain": domain,
+                "index": i,
+                "sample_id": hash((domain, i)) % 997,
+                "length": 8,
+                "value": None,
+                "detail": None,
+                "reason": None if i > 0 else "low_value",
+                "kept": i > 0,
+            }
+            for domain, size in rows
+            for i in range(size)
+        ],
+        schema_overrides={"value": pl.Float64, "reason": pl.String, "detail": pl.String},
+    )
+    plan = make_plan(pool, {"a": a, "b": b}, seed)
+    for domain, wanted in (("a", a), ("b", b)):
+        uses = plan.uses.filter(domain=domain)["uses"]
+        assert uses.sum() == wanted
+        kept = dict(rows)[domain] - 1
+        assert ((uses == wanted // kept) | (uses == wanted // kept + 1)).all()
+        assert plan.tokens().get(domain, 0) == 8 * wanted
+    assert plan.uses.height + plan.dropped.height == pool.height
+
+
+def test_dropped_have_a_reason(streams, catalogues, values):
+    pool = chosen_pool(streams, catalogues, values)
+    plan = make_plan(pool, {"a": 10, "b": 42, "c": 0}, 0)
+    groups = plan.dropped.group_by("domain", "reason").len()
+    reasons = {(domain, reason): count for domain, reason, count in groups.iter_rows()}
+    assert reasons == {
+        ("a", "low_value"): 4,
+        ("a", "over_quota"): 26,
+        ("b", "low_value"): 4,
+        ("c", "low_value"): 2,
+        ("c", "over_quota"): 8,
+    }
+    assert plan.dropped.columns == ["domain", "index", "sample_id", "reason", "detail", "value"]
+
+
+def test_the_draw_does_not_depend_on_the_shard_layout(streams, catalogues, values):
+    pool = chosen_pool(streams, catalogues, values)
+    backwards = pool.with_columns(index=1000 - pl.col("index")).sort("domain", "index")
+    samples = {"a": 10, "b": 30, "c": 3}
+    dropped = [
+        make_plan(table, samples, 3).dropped.select("domain", "sample_id", "reason") for table in (pool, backwards)
+    ]
+    assert_frame_equal(*(table.sort("domain", "sample_id") for table in dropped))
+
+
+def test_seed_changes_the_draw(streams, catalogues, values):
+    pool = chosen_pool(streams, catalogues, values, drop_fraction=0.0)
+    chosen = [make_plan(pool, {"a": 10, "b": 10, "c": 5}, seed).uses for seed in (0, 0, 1)]
+    assert chosen[0].equals(chosen[1])
+    assert not chosen[0].equals(chosen[2])
+
+
+def test_a_rewritten_stream_is_refused(catalogues, values):
+    other = {**catalogues, "b": catalogues["b"].with_columns(sample_id=pl.col("sample_id") + 1)}
+    with pytest.raises(UserError, match=r"sample 0 of b is not the one the run trained on \(20 differ\)"):
+        make_pool(other, values, NONE)
+    with pytest.raises(UserError, match="of c is not"):
+        make_pool({name: table for name, table in catalogues.items() if name != "c"}, values, NONE)
+
+
+def test_values_of_two_windows_are_refused(catalogues, values):
+    both = pl.concat([values, values.with_columns(window=pl.lit("early"))])
+    with pytest.raises(ValueError, match="one window"):
+        make_pool(catalogues, both, NONE)

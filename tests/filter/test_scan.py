@@ -1,0 +1,56 @@
+"""The pass over a pool: what near-duplicates are found by where not every n-gram is held."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from curate.core.rng import generator
+from curate.shards import scan as module
+from curate.shards.choose import ShardsConfig
+from curate.shards.scan import held_out, near_duplicates, scan, sight
+from curate.shards.sift import sift
+
+LENGTH, PAIRS = 212, 400
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Samples of 200 n-grams, each with a copy that shares the first 180 of them."""
+    random = generator(0, "planted copies")
+    originals = random.integers(0, 30_000, (PAIRS, LENGTH), dtype=np.int32)
+    copies = originals.copy()
+    copies[:, 192:] = random.integers(0, 30_000, (PAIRS, LENGTH - 192), dtype=np.int32)
+    samples = [SimpleNamespace(tokens=tokens) for tokens in (*originals, *copies)]
+    table = pl.DataFrame({"domain": "a", "index": range(len(samples)), "length": LENGTH})
+    return table, {"a": samples}
+
+
+@pytest.mark.parametrize("memory", [1e6, 20_000, 8_000, 3_000, 400])
+def test_the_stated_recall_is_that_of_planted_copies(pool, memory, monkeypatch):
+    monkeypatch.setattr(module, "MEMORY", memory)
+    table, streams = pool
+    found = scan(table, streams, held_out([]))
+    order = pl.DataFrame({"place": range(len(table)), "domain": "a", "rank": range(len(table))})
+    doubles = near_duplicates(found, order, 0.8)
+    assert (doubles["place"] >= PAIRS).all()
+    seen = sight(table, 0.8)
+    if memory == 1e6:
+        assert seen is None
+        assert len(doubles) == PAIRS
+        return
+    assert (seen.ngrams, seen.alike) == (200, 0.9)
+    assert seen.held == pytest.approx(len(found.grams) / len(table), rel=0.1)
+    assert len(doubles) / PAIRS == pytest.approx(seen.recall, abs=0.06)
+
+
+def test_what_is_missed_is_said_before_the_pass(pool, monkeypatch, caplog):
+    table, _ = pool
+    monkeypatch.setattr(module, "MEMORY", 16_000)
+    sift(table.with_columns(sample_id="index"), {}, held_out([]), ShardsConfig(), filtered=False, seed=0)
+    assert not caplog.records  # nothing is left out for being a near-duplicate
+    with pytest.raises(KeyError):  # no stream to read
+        sift(table, {}, held_out([]), ShardsConfig(), filtered=True, seed=0)
+    assert "9.4 % of the n-grams, 18.9 of 200" in caplog.text
+    assert "90 % of their n-grams in common" in caplog.text
