@@ -118,7 +118,7 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
     first_step = resume(config.out, model, optimizers, loader)
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizers)
-    seq_len = int(catalogue["length"].max())  # type: ignore[arg-type]
+    seq_len = int(catalogue["stored_tokens"].max())  # type: ignore[arg-type]
     recorder = _recorder(config, model, optimizers, streams, seq_len, first_step, tokenizer)
     batches = _forever(loader)
     losses = []
@@ -209,7 +209,7 @@ def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: Pretr
         _log.info("no column %r in %s: all tokens but the first are predicted", mask, ", ".join(unmasked))
     catalogue = read_catalogue(config.out, opened)
     check_fit(catalogue, domain_folders(streams), model)
-    predicted = dict(catalogue.group_by("domain").agg(pl.col("tokens").sum()).iter_rows())
+    predicted = dict(catalogue.group_by("domain").agg(pl.col("predicted_tokens").sum()).iter_rows())
     silent = [domain for domain in opened if not predicted[domain]]
     if silent:
         raise UserError(

@@ -36,7 +36,16 @@ COLUMNS = {
     "documents": "json",  # [[document id, first token, token after the last], ...]
 }
 
-CATALOGUE = ("index", "shard", "sample_id", "length", "tokens", "largest", "fresh", "ngrams")
+CATALOGUE = (
+    "index",
+    "shard",
+    "sample_id",
+    "stored_tokens",
+    "predicted_tokens",
+    "largest_token_id",
+    "novel_ngrams",
+    "ngrams",
+)
 
 _BYTES_PER_TOKEN = 4  # of a shard, at least; bounds the number of tokens from above
 
@@ -76,7 +85,7 @@ class Sample:
     def document_tokens(self) -> list[dict[str, str | int]]:
         """`id` and predicted `tokens` of each document in the sample: its share of the sample's value."""
         return [
-            {"id": name, "tokens": int(self.loss_mask[max(start, 1) : stop].sum())}
+            {"id": name, "predicted_tokens": int(self.loss_mask[max(start, 1) : stop].sum())}
             for name, start, stop in self.documents
         ]
 

@@ -1,37 +1,42 @@
 """Document values: a packed sample's value divided among the documents whose tokens it holds."""
 
+import dataframely as dy
 import polars as pl
 
 from curate.stats.sums import row_sum
+from curate.tables import DocumentValues, MeasuredValues
 
 
-def document_values(values: pl.DataFrame) -> pl.DataFrame:
+def document_values(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[DocumentValues]:
     """Sum, for each document, its share of the samples that it is part of.
 
     A document's share of a sample's value is its predicted tokens over the sample's predicted tokens. The estimators
     value a whole sequence; this share is a convention, exact only where a sample's tokens are worth the same.
 
     Args:
-        values: columns `source`, `target`, `domain`, `value`, `tokens` and `documents` (list of {id, tokens}).
+        values: columns `source`, `target`, `domain`, `value_total_nats`, `predicted_tokens` and `documents`.
 
     Returns:
-        One row per (source, target, domain, document), sorted so: `samples` (rows that hold it), `tokens` (predicted,
-        each use counted), `value`, `value_per_token`.
+        One row per (source, target, domain, document), sorted so: `samples` (rows that hold it), `predicted_tokens`
+        (each use counted), `value_total_nats`, `value_per_token`.
     """
     spans = (
-        values.filter(pl.col("tokens") > 0)
-        .select("source", "target", "domain", pl.col("value") / pl.col("tokens"), pl.col("documents"))
+        values.filter(pl.col("predicted_tokens") > 0)
+        .select(
+            "source", "target", "domain", pl.col("value_total_nats") / pl.col("predicted_tokens"), pl.col("documents")
+        )
         .explode("documents", empty_as_null=False)
         .unnest("documents")
-        .filter(pl.col("tokens") > 0)
+        .filter(pl.col("predicted_tokens") > 0)
     )
-    return (
+    rolled = (
         spans.group_by("source", "target", "domain", pl.col("id").alias("document"))
         .agg(
             samples=pl.len().cast(pl.Int64),
-            tokens=pl.col("tokens").sum(),
-            value=row_sum(pl.col("value") * pl.col("tokens")),
+            predicted_tokens=pl.col("predicted_tokens").sum(),
+            value_total_nats=row_sum(pl.col("value_total_nats") * pl.col("predicted_tokens")),
         )
-        .with_columns(value_per_token=pl.col("value") / pl.col("tokens"))
+        .with_columns(value_per_token=pl.col("value_total_nats") / pl.col("predicted_tokens"))
         .sort("source", "target", "domain", "document")
     )
+    return DocumentValues.validate(rolled)

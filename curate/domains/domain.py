@@ -5,6 +5,7 @@ Shape legend: S steps of the window, D domains, R resamples.
 
 from collections.abc import Mapping
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
@@ -12,16 +13,17 @@ from curate.core.errors import UserError
 from curate.core.rng import generator
 from curate.stats.bootstrap import MIN_STEPS, Floats, ratio, spread, step_sums, step_weights
 from curate.stats.deviation import pooled_deviation
+from curate.tables import MeasuredValues, ValueScores
 
 
 def domain_scores(
-    values: pl.DataFrame,
+    values: dy.DataFrame[MeasuredValues],
     prior: Mapping[str, float],
     *,
     seed: int,
     fresh: Mapping[str, float] | None = None,
     resamples: int = 1000,
-) -> pl.DataFrame:
+) -> dy.DataFrame[ValueScores]:
     """Score every domain of the prior for every window and target of `values`; windows are never averaged.
 
     With `x_d = sum of values / sum of predicted tokens` of domain d, `x = sum_d prior_d x_d` over the domains seen and
@@ -71,7 +73,7 @@ def domain_scores(
         )
         for (source, target), group in values.group_by("source", "target")
     ]
-    return pl.concat(parts).sort("source", "target", "domain")
+    return ValueScores.validate(pl.concat(parts).sort("source", "target", "domain"))
 
 
 def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float]:
@@ -94,7 +96,7 @@ def _score(
     resamples: int,
 ) -> pl.DataFrame:
     """Scores of one source and target."""
-    sums = step_sums(group, list(prior), "value"), step_sums(group, list(prior), "tokens")
+    sums = step_sums(group, list(prior), "value_total_nats"), step_sums(group, list(prior), "predicted_tokens")
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
     weights = step_weights(len(sums[0]), resamples, random)
     own = _means(*sums, weights)
@@ -111,8 +113,8 @@ def _score(
         {
             "domain": list(prior),
             "prior": shares,
-            "fresh": fresh,
-            "tokens": sums[1].sum(axis=0).astype(np.int64),
+            "novel_share": fresh,
+            "predicted_tokens": sums[1].sum(axis=0).astype(np.int64),
             "value_per_token": own[0][0],
             "se": se,
             "low": low,
@@ -131,9 +133,9 @@ def _score(
         .select(
             "domain",
             "prior",
-            "fresh",
+            "novel_share",
             pl.col("samples").fill_null(0),
-            pl.exclude("domain", "prior", "fresh", "samples"),
+            pl.exclude("domain", "prior", "novel_share", "samples"),
         )
     )
 

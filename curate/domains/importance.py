@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from curate.core.progress import progress
 from curate.core.rng import generator
 from curate.ngrams.counts import Floats, Sequence, bag, buckets_of
+from curate.tables import DrawKeys
 
 if TYPE_CHECKING:
     from curate.data.mds import MdsStream
@@ -57,18 +59,18 @@ def _sequences(stream: MdsStream, what: str) -> Iterator[Sequence]:
         yield sample.tokens, sample.loss_mask
 
 
-def gumbel_keys(pool: pl.DataFrame, log_weights: Mapping[str, Floats] | None, seed: int) -> pl.DataFrame:
+def gumbel_keys(pool: pl.DataFrame, log_weights: Mapping[str, Floats] | None, seed: int) -> dy.DataFrame[DrawKeys]:
     """Every sample's key: the k samples of largest key are a draw of k without replacement, in proportion to w.
 
     The noise belongs to a sample's content, so re-sharding changes nothing.
 
     Args:
-        pool: `domain`, `index`, `sample_id`, `length`.
+        pool: `domain`, `index`, `sample_id`, `stored_tokens`.
         log_weights: log w of each domain's samples by `index`; None: all equal.
         seed: of the noise.
 
     Returns:
-        `domain`, `index`, `sample_id`, `length` and `key`, largest key first.
+        `domain`, `index`, `sample_id`, `stored_tokens` and `key`, largest key first.
     """
     table = pool.sort("sample_id", "domain", "index")
     noise = generator(seed, "gumbel").gumbel(size=table.height)
@@ -80,11 +82,11 @@ def gumbel_keys(pool: pl.DataFrame, log_weights: Mapping[str, Floats] | None, se
         )
         keyed = keyed.join(weights, on=["domain", "index"], how="left", maintain_order="left")
         keyed = keyed.with_columns(pl.col("key") + pl.col("log_weight")).drop("log_weight")
-    chosen = keyed.select("domain", "index", "sample_id", "length", "key")
-    return chosen.sort("key", "sample_id", "domain", "index", descending=[True, False, False, False])
+    chosen = keyed.select("domain", "index", "sample_id", "stored_tokens", "key")
+    return DrawKeys.validate(chosen.sort("key", "sample_id", "domain", "index", descending=[True, False, False, False]))
 
 
-def drawn_shares(keys: pl.DataFrame, budget_tokens: int) -> dict[str, float]:
+def drawn_shares(keys: dy.DataFrame[DrawKeys], budget_tokens: int) -> dict[str, float]:
     """Domain -> share of the tokens in the draw that fills a budget, by name; sums to 1.
 
     A domain that is not drawn counts as half a mean sample of it, so that its weight has a logarithm.
@@ -93,9 +95,10 @@ def drawn_shares(keys: pl.DataFrame, budget_tokens: int) -> dict[str, float]:
         keys: see `gumbel_keys`.
         budget_tokens: of the next stage; one larger than the pool draws all of it.
     """
-    taken = keys.with_columns(before=pl.col("length").cum_sum() - pl.col("length"))
+    taken = keys.with_columns(before=pl.col("stored_tokens").cum_sum() - pl.col("stored_tokens"))
     sums = taken.group_by("domain").agg(
-        drawn=pl.col("length").filter(pl.col("before") < budget_tokens).sum(), least=pl.col("length").mean() / 2
+        drawn=pl.col("stored_tokens").filter(pl.col("before") < budget_tokens).sum(),
+        least=pl.col("stored_tokens").mean() / 2,
     )
     tokens = {domain: max(float(drawn), least) for domain, drawn, least in sums.sort("domain").iter_rows()}
     return {domain: own / sum(tokens.values()) for domain, own in tokens.items()}

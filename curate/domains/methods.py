@@ -17,10 +17,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.rng import generator
 from curate.domains.importance import drawn_shares, gumbel_keys, log_importance
+from curate.tables import VALUES_NATS, DrawKeys, MeasuredValues, ValueScores
 
 if TYPE_CHECKING:
     from curate.training.source import SampleSource
@@ -45,7 +47,7 @@ def scores_without_values(
     prior_strength: float,
     dsir_temperature: float,
     seed: int,
-) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+) -> tuple[dy.DataFrame[ValueScores], dy.DataFrame[DrawKeys] | None]:
     """Domain scores of a method that values no samples; for `random` and `dsir`, the keys of the samples too.
 
     Args:
@@ -72,7 +74,7 @@ def scores_without_values(
 
 def weight_scores(
     weights: Mapping[str, float], prior: Mapping[str, float], source: str, target: str, prior_strength: float
-) -> pl.DataFrame:
+) -> dy.DataFrame[ValueScores]:
     """Domain scores of a method that has weights: one row per domain, columns as of `domains.domain.domain_scores`.
 
     Args:
@@ -89,30 +91,30 @@ def weight_scores(
         score = prior_strength * math.log(weights[domain] / all_weights / share)
         rows.append({"domain": domain, "prior": share, "score": score, "shrunk": score})
     unknown = ("value_per_token", "se", "low", "high", "score_se", "score_low", "score_high")
-    return pl.DataFrame(rows).select(
-        pl.lit(source).alias("source"), pl.lit(target).alias("target"), "domain", "prior",
-        pl.lit(1.0).alias("fresh"), pl.lit(0).cast(pl.Int64).alias("samples"), pl.lit(0).cast(pl.Int64).alias("tokens"),
-        *(pl.lit(None, pl.Float64).alias(name) for name in unknown[:4]), "score",
-        *(pl.lit(None, pl.Float64).alias(name) for name in unknown[4:]), "shrunk",
+    nothing = pl.lit(0, pl.Int64)
+    table = pl.DataFrame(rows).with_columns(
+        *(pl.lit(None, pl.Float64).alias(name) for name in unknown), source=pl.lit(source), target=pl.lit(target),
+        novel_share=pl.lit(1.0), samples=nothing, predicted_tokens=nothing,
     )  # fmt: skip
+    return ValueScores.validate(table)
 
 
-def shuffled(values: pl.DataFrame, seed: int) -> pl.DataFrame:
+def shuffled(values: dy.DataFrame[MeasuredValues], seed: int) -> dy.DataFrame[MeasuredValues]:
     """The values frame with the values per token dealt anew among the samples of each source: a null control.
 
     Per token, because a sample with more tokens has a larger value whatever it is worth. Samples without predicted
     tokens keep theirs.
 
     Args:
-        values: columns `source`, `row`, `tokens`, `value`, `value_a` and `value_b`.
+        values: of any sources.
         seed: of the permutation.
     """
-    names = ["value", "value_a", "value_b"]
+    names = VALUES_NATS
     parts = []
     for (source,), frame in values.group_by("source", maintain_order=True):
-        counted = frame.filter(pl.col("tokens") > 0)
+        counted = frame.filter(pl.col("predicted_tokens") > 0)
         order = generator(seed, "shuffled values", str(source)).permutation(counted.height)
-        per_token = counted.select(pl.col(name) / pl.col("tokens") for name in names)[order]
-        dealt = counted.with_columns(per_token[name] * counted["tokens"] for name in names)
-        parts.append(pl.concat([dealt, frame.filter(pl.col("tokens") == 0)]).sort("row"))
-    return pl.concat(parts)
+        per_token = counted.select(pl.col(name) / pl.col("predicted_tokens") for name in names)[order]
+        dealt = counted.with_columns(per_token[name] * counted["predicted_tokens"] for name in names)
+        parts.append(pl.concat([dealt, frame.filter(pl.col("predicted_tokens") == 0)]).sort("row"))
+    return MeasuredValues.validate(pl.concat(parts))

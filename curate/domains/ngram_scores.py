@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
@@ -25,6 +26,7 @@ from curate.core.progress import progress
 from curate.core.rng import generator
 from curate.ngrams.counts import BUCKETS, Floats, bag
 from curate.ngrams.ratios import log_ratios, mean_log_ratios
+from curate.tables import Catalogue, DomainScores, NgramRatios, Samples, ValueScores
 from curate.training.samples import usable_samples
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ _SCORES = ("score", "score_low", "score_high", "shrunk")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NgramRatios:
+class TargetRatios:
     """What n-grams say of a pool.
 
     Attributes:
@@ -54,7 +56,9 @@ class NgramRatios:
     domains: pl.DataFrame
 
 
-def ngram_ratios(source: SampleSource, targets: Sequence[Target], prior: Mapping[str, float], seed: int) -> NgramRatios:
+def ngram_ratios(
+    source: SampleSource, targets: Sequence[Target], prior: Mapping[str, float], seed: int
+) -> TargetRatios:
     """Read some samples of every domain.
 
     The pool's distribution of n-grams is that of its domains, weighted by the prior: no domain counts for more because
@@ -91,10 +95,12 @@ def ngram_ratios(source: SampleSource, targets: Sequence[Target], prior: Mapping
     table = pl.DataFrame(
         rows, schema={"target": pl.String, "domain": pl.String, "ngram_ratio": pl.Float64}, orient="row"
     )
-    return NgramRatios(targets=names, ratios=ratios, deviations=deviations, domains=table)
+    return TargetRatios(targets=names, ratios=ratios, deviations=deviations, domains=table)
 
 
-def with_ratios(domains: pl.DataFrame, ratios: NgramRatios | None, share: float) -> pl.DataFrame:
+def with_ratios(
+    domains: dy.DataFrame[ValueScores], ratios: TargetRatios | None, share: float
+) -> dy.DataFrame[DomainScores]:
     """Domain scores that n-grams have a share in.
 
     Args:
@@ -107,17 +113,15 @@ def with_ratios(domains: pl.DataFrame, ratios: NgramRatios | None, share: float)
         interval move with the score: n-gram ratios have no error that would count.
     """
     if ratios is None:
-        return domains.with_columns(value_score="score", ngram_ratio=pl.lit(None, pl.Float64))
+        return DomainScores.validate(domains.with_columns(value_score="score", ngram_ratio=pl.lit(None, pl.Float64)))
     joined = domains.join(ratios.domains, on=["target", "domain"], how="left", maintain_order="left")
     mixed = (pl.col(name) * (1 - share) + pl.col("ngram_ratio") * share for name in _SCORES)
-    return joined.with_columns(pl.col("score").alias("value_score"), *mixed).select(
-        *domains.columns, "value_score", "ngram_ratio"
-    )
+    return DomainScores.validate(joined.with_columns(pl.col("score").alias("value_score"), *mixed))
 
 
 def sample_ratios(
-    source: SampleSource, samples: pl.DataFrame, ratios: NgramRatios, weights: Mapping[str, float]
-) -> pl.DataFrame:
+    source: SampleSource, samples: dy.DataFrame[Samples], ratios: TargetRatios, weights: Mapping[str, float]
+) -> dy.DataFrame[NgramRatios]:
     """How like the targets samples are; reads all of them.
 
     Args:
@@ -132,7 +136,7 @@ def sample_ratios(
     shares = np.array([weights.get(name, 0.0) for name in ratios.targets]) / sum(weights.values())
     factors = np.divide(shares, ratios.deviations, out=np.zeros_like(shares), where=ratios.deviations > 0)
     values = _sample_ratios(source, samples, ratios.ratios) @ factors
-    return samples.select("domain", "sample_id", ngram_ratio=pl.Series(values, dtype=pl.Float64))
+    return NgramRatios.validate(samples.with_columns(ngram_ratio=pl.Series(values, dtype=pl.Float64)))
 
 
 def _sample_ratios(source: SampleSource, samples: pl.DataFrame, ratios: Floats) -> Floats:
@@ -143,10 +147,10 @@ def _sample_ratios(source: SampleSource, samples: pl.DataFrame, ratios: Floats) 
     return np.concatenate(found).astype(np.float64) if found else np.zeros((0, len(ratios)))
 
 
-def _drawn(source: SampleSource, domain: str, seed: int) -> pl.DataFrame:
+def _drawn(source: SampleSource, domain: str, seed: int) -> dy.DataFrame[Samples]:
     """Samples of a domain, all of them where there are not too many, in the order of their content."""
-    samples = usable_samples(source.unique_samples.filter(domain=domain))
+    samples = usable_samples(Catalogue.validate(source.unique_samples.filter(domain=domain)))
     if len(samples) <= _DRAWN:
         return samples
     chosen = generator(seed, "likeness", domain).choice(len(samples), _DRAWN, replace=False)
-    return samples.filter(pl.int_range(pl.len()).is_in(chosen.tolist()))
+    return Samples.validate(samples.filter(pl.int_range(pl.len()).is_in(chosen.tolist())))

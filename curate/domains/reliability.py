@@ -3,12 +3,14 @@
 Shape legend: S steps of the window, R resamples.
 """
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from curate.core.rng import generator
 from curate.stats.bootstrap import Floats, spread, step_weights
 from curate.stats.sums import row_sum
+from curate.tables import LengthBias, MeasuredValues, Reliability
 
 LENGTH_BIAS = 0.3
 """Rank correlation with length from which a choice of samples is said to be one by length too."""
@@ -16,7 +18,9 @@ _STEP = ["source", "target", "step"]
 _WINDOW = ["source", "target"]
 
 
-def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl.DataFrame:
+def halves_reliability(
+    values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: int = 1000
+) -> dy.DataFrame[Reliability]:
     """Rank correlation of the values for the two halves of the target, and what it implies for the whole target.
 
         reliability = 2 r / (1 + r)      Spearman-Brown: the whole target is twice as long as a half; 0 where r <= 0
@@ -36,10 +40,10 @@ def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000
     """
     ranked = values.select(
         *_STEP,
-        pooled_a=_rank("value_a", _WINDOW),
-        pooled_b=_rank("value_b", _WINDOW),
-        within_step_a=_rank("value_a", _STEP),
-        within_step_b=_rank("value_b", _STEP),
+        pooled_a=_rank("value_half_a_nats", _WINDOW),
+        pooled_b=_rank("value_half_b_nats", _WINDOW),
+        within_step_a=_rank("value_half_a_nats", _STEP),
+        within_step_b=_rank("value_half_b_nats", _STEP),
     )
     rows = []
     for (source, target), group in ranked.group_by(_WINDOW):
@@ -61,10 +65,10 @@ def halves_reliability(values: pl.DataFrame, *, seed: int, resamples: int = 1000
         **dict.fromkeys(names, pl.Float64),
     }
     frame = pl.DataFrame(rows, schema=schema, orient="row")
-    return frame.with_columns(pl.col(names).fill_nan(None)).sort(*_WINDOW, "ranking")
+    return Reliability.validate(frame.with_columns(pl.col(names).fill_nan(None)).sort(*_WINDOW, "ranking"))
 
 
-def length_bias(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl.DataFrame:
+def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: int = 1000) -> dy.DataFrame[LengthBias]:
     """Rank correlation of a sample's value with its predicted tokens inside its domain.
 
     Far from 0, choosing samples by value also chooses them by length. Intervals as in `halves_reliability`.
@@ -79,7 +83,9 @@ def length_bias(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl
         of one length.
     """
     ranked = values.select(
-        *_STEP, value_rank=_rank("value", [*_WINDOW, "domain"]), length_rank=_rank("tokens", [*_WINDOW, "domain"])
+        *_STEP,
+        value_rank=_rank("value_total_nats", [*_WINDOW, "domain"]),
+        length_rank=_rank("predicted_tokens", [*_WINDOW, "domain"]),
     )
     rows = []
     for (source, target), group in ranked.group_by(_WINDOW):
@@ -91,7 +97,7 @@ def length_bias(values: pl.DataFrame, *, seed: int, resamples: int = 1000) -> pl
     numbers = dict.fromkeys(("spearman", "low", "high"), pl.Float64)
     schema = {"source": pl.String, "target": pl.String, "samples": pl.Int64, **numbers}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
-    return frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_WINDOW)
+    return LengthBias.validate(frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_WINDOW))
 
 
 def _rank(column: str, group: list[str]) -> pl.Expr:

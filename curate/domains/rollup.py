@@ -1,38 +1,77 @@
 """The roll-ups of one source's or several sources' values that a selection reads and keeps."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import dataframely as dy
 import polars as pl
 
 from curate.domains.documents import document_values
 from curate.domains.domain import domain_scores
 from curate.domains.reliability import halves_reliability, length_bias
 from curate.domains.shards import between_shards, shard_scores
+from curate.tables import (
+    DocumentValues,
+    LengthBias,
+    MeasuredValues,
+    Reliability,
+    ShardScores,
+    ShardTests,
+    ValueScores,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollUps:
+    """Values rolled up: domains for every target, the others for the main one.
+
+    Attributes:
+        domains: scores from values alone.
+        shards: value of each shard.
+        documents: value of each document.
+        between_shards: whether shards differ at all.
+        reliability: of values, by the halves of the target.
+        length_bias: of values.
+    """
+
+    domains: dy.DataFrame[ValueScores]
+    shards: dy.DataFrame[ShardScores]
+    documents: dy.DataFrame[DocumentValues]
+    between_shards: dy.DataFrame[ShardTests]
+    reliability: dy.DataFrame[Reliability]
+    length_bias: dy.DataFrame[LengthBias]
+
+    @property
+    def of_main_target(self) -> dict[str, pl.DataFrame]:
+        """By name, but for domains."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "domains"}
 
 
 def roll_ups(
-    every: pl.DataFrame,
+    values: dy.DataFrame[MeasuredValues],
     target: str,
-    trained: Mapping[str, int],
-    fresh: Mapping[str, float],
+    prior_tokens: Mapping[str, int],
+    novel_shares: Mapping[str, float],
     seed: int,
-) -> dict[str, pl.DataFrame]:
-    """Tables by name: domains for every target, the others for one.
+) -> RollUps:
+    """Roll values up.
 
     Args:
-        every: values frames of all targets, see `curate.domains.values.value_frame`.
-        target: the one.
-        trained: tokens that the run trained on, by domain.
-        fresh: share of new text, by domain.
+        values: of all targets.
+        target: the main one.
+        prior_tokens: stored tokens of each domain that stand for its prior.
+        novel_shares: share of novel text, by domain.
         seed: of bootstrap intervals.
     """
-    values = every.filter(target=target)
-    prior = {domain: float(tokens) for domain, tokens in trained.items()}
-    return {
-        "domains": domain_scores(every, prior, seed=seed, fresh=fresh),
-        "shards": shard_scores(values),
-        "documents": document_values(values),
-        "between_shards": between_shards(values),
-        "reliability": halves_reliability(values, seed=seed),
-        "length_bias": length_bias(values, seed=seed),
-    }
+    own = MeasuredValues.validate(values.filter(target=target))
+    prior = {domain: float(tokens) for domain, tokens in prior_tokens.items()}
+    return RollUps(
+        domains=domain_scores(values, prior, seed=seed, fresh=novel_shares),
+        shards=shard_scores(own),
+        documents=document_values(own),
+        between_shards=between_shards(own),
+        reliability=halves_reliability(own, seed=seed),
+        length_bias=length_bias(own, seed=seed),
+    )

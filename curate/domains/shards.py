@@ -4,16 +4,18 @@ Re-weighting whole shards does nothing where samples were shuffled into shards w
 variance between shards is tested first.
 """
 
+import dataframely as dy
 import polars as pl
 
 from curate.stats.sums import row_mean, row_sum
+from curate.tables import MeasuredValues, ShardScores, ShardTests
 
 _KEYS = ["source", "target", "domain"]
 _ALPHA = 0.01
 _WORTH_IT = 0.05  # share of variance below which shard weights cannot do much, however significant
 
 
-def shard_scores(values: pl.DataFrame) -> pl.DataFrame:
+def shard_scores(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardScores]:
     """Value of each shard.
 
     Args:
@@ -23,19 +25,24 @@ def shard_scores(values: pl.DataFrame) -> pl.DataFrame:
         One row per (source, target, domain, shard), sorted so: `samples` (distinct), `tokens` (predicted, each use
         counted), `value` (sum), `value_per_token` (null without predicted tokens).
     """
-    return (
+    rolled = (
         values.group_by(*_KEYS, "shard")
         .agg(
             samples=pl.col("sample_id").n_unique().cast(pl.Int64),
-            tokens=pl.col("tokens").sum(),
-            value=row_sum(pl.col("value")),
+            predicted_tokens=pl.col("predicted_tokens").sum(),
+            value_total_nats=row_sum(pl.col("value_total_nats")),
         )
-        .with_columns(value_per_token=pl.when(pl.col("tokens") > 0).then(pl.col("value") / pl.col("tokens")))
+        .with_columns(
+            value_per_token=pl.when(pl.col("predicted_tokens") > 0).then(
+                pl.col("value_total_nats") / pl.col("predicted_tokens")
+            )
+        )
         .sort(*_KEYS, "shard")
     )
+    return ShardScores.validate(rolled)
 
 
-def between_shards(values: pl.DataFrame) -> pl.DataFrame:
+def between_shards(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardTests]:
     """Test per domain whether shards differ in value (Kruskal-Wallis on ranks within each step).
 
     A sample's value per token is ranked among all samples of its step, which takes out what differs between steps (lr,
@@ -51,10 +58,10 @@ def between_shards(values: pl.DataFrame) -> pl.DataFrame:
         One row per (source, target, domain), sorted so: `shards`, `samples`, `share_between`, `p_value` (both null
         where there is one shard only, one sample per shard or no variance) and `verdict`, a sentence.
     """
-    per_token = pl.col("value") / pl.col("tokens")
+    per_token = pl.col("value_total_nats") / pl.col("predicted_tokens")
     step = ["source", "target", "step"]
     ranks = (
-        values.filter(pl.col("tokens") > 0)
+        values.filter(pl.col("predicted_tokens") > 0)
         .with_columns(rank=per_token.rank().over(step) / (pl.len().over(step) + 1))
         .group_by(*_KEYS, "shard", "index", maintain_order=True)
         .agg(row_mean(pl.col("rank")))
@@ -74,7 +81,7 @@ def between_shards(values: pl.DataFrame) -> pl.DataFrame:
         .sort(_KEYS)
     )
     tests = [_kruskal(*row) for row in sums.select("shards", "samples", "between", "around").iter_rows()]
-    return sums.select(
+    tested = sums.select(
         *_KEYS,
         "shards",
         "samples",
@@ -82,6 +89,7 @@ def between_shards(values: pl.DataFrame) -> pl.DataFrame:
         pl.Series("p_value", [p for _, p in tests], dtype=pl.Float64),
         pl.Series("verdict", [_verdict(*test) for test in tests], dtype=pl.String),
     )
+    return ShardTests.validate(tested)
 
 
 def _kruskal(shards: int, samples: int, between: float, around: float) -> tuple[float | None, float | None]:

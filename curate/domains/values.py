@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+
+from curate.tables import MeasuredValues, WindowRows
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
@@ -17,12 +20,12 @@ _CHUNK = 1 << 16  # rows multiplied at once
 
 
 def value_frame(
-    rows: pl.DataFrame,
+    rows: dy.DataFrame[WindowRows],
     vectors: npt.NDArray[np.float32],
     halves: npt.NDArray[np.float32],
     half_weights: Sequence[float],
     target: str,
-) -> pl.DataFrame:
+) -> dy.DataFrame[MeasuredValues]:
     """Values of all rows for a target and for each half of it.
 
         value = <E[z], t>,    t = sum_h half_weights[h] t_h
@@ -41,15 +44,16 @@ def value_frame(
     products = np.empty((len(rows), len(halves)))
     for start in range(0, len(rows), _CHUNK):
         products[start : start + _CHUNK] = vectors[start : start + _CHUNK].astype(np.float64) @ halves.T
-    return rows.with_columns(
+    valued = rows.with_columns(
         pl.lit(target).alias("target"),
-        pl.Series("value", products @ np.asarray(half_weights)),
-        pl.Series("value_a", products[:, 0]),
-        pl.Series("value_b", products[:, 1]),
+        pl.Series("value_total_nats", products @ np.asarray(half_weights)),
+        pl.Series("value_half_a_nats", products[:, 0]),
+        pl.Series("value_half_b_nats", products[:, 1]),
     )
+    return MeasuredValues.validate(valued)
 
 
-def embedded_values(embedding: Embedding, target: Target) -> pl.DataFrame:
+def embedded_values(embedding: Embedding, target: Target) -> dy.DataFrame[MeasuredValues]:
     """The values frame of a window.
 
     Args:

@@ -172,7 +172,8 @@ def draw_samples(run: Run, domain: str, own: int, shared: int, purpose: str = "a
     The order depends on the contents of the samples, not on their places in shards.
     """
     trained = run.steps.select(sample_id="sample_ids").explode("sample_id").unique()
-    usable = run.unique_samples.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).select("sample_id")
+    of_domain = run.unique_samples.filter(domain=domain)
+    usable = of_domain.filter(pl.col("predicted_tokens") > 0).select("sample_id")
     pools = [usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi")]
     fresh, used = (
         generator(0, purpose, domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
@@ -21,6 +22,7 @@ from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.core.writing import replacing
 from curate.embeddings.estimator import Encoded, WindowJob
+from curate.tables import WindowRows
 from curate.training.replay import records
 from curate.training.samples import window_rows
 
@@ -52,7 +54,7 @@ class Embedding:
 
     folder: Path
     vectors: npt.NDArray[np.float32]
-    rows: pl.DataFrame
+    rows: dy.DataFrame[WindowRows]
     targets: npt.NDArray[np.float32] | None
     residual: float | None
     seconds: float
@@ -155,7 +157,7 @@ def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
     return Embedding(
         folder=folder,
         vectors=read_array(folder / "embeddings.npy"),
-        rows=read_table(folder / "rows.parquet"),
+        rows=WindowRows.validate(read_table(folder / "rows.parquet")),
         targets=None if encoded is None else encoded.vectors,
         residual=None if encoded is None else encoded.residual,
         seconds=timings["seconds"],

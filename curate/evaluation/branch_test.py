@@ -17,6 +17,7 @@ from curate.core.artifacts import MANIFEST, fingerprint, making, read_json, seal
 from curate.core.errors import UserError
 from curate.evaluation.branch_record import FILE, BranchTest, strength_factor, verdict_of
 from curate.evaluation.branches import BranchTestConfig
+from curate.tables import DomainScores
 from curate.training.run import Run
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores
     mixture = read_mixture(folder / "mixture.yaml")
     domains = read_table(folder / "domains.parquet")
     # The selection's own target comes first; its file may have been renamed since.
-    rows = domains.filter(source=mixture.source, target=next(iter(mixture.targets)))
+    rows = DomainScores.validate(domains.filter(source=mixture.source, target=next(iter(mixture.targets))))
     return _Scores(selection=manifest["fingerprint"], source=mixture.source, scores=tested_scores(rows))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from pydantic import Field
@@ -28,6 +29,7 @@ from curate.core.lock import locked
 from curate.core.progress import progress
 from curate.core.rng import generator
 from curate.stats.rank_correlation import spearman, spearman_interval
+from curate.tables import DomainScores
 from curate.training.replay import records
 from curate.training.target import target_loss
 from curate.training.task import collate
@@ -200,7 +202,8 @@ def _draw(run: Run, prior: Mapping[str, float], config: BranchTestConfig, batch_
 
 def _order(run: Run, domain: str, seed: int) -> Ids:
     """Ids of a domain's samples with predicted tokens in random order, whatever their places in shards."""
-    usable = run.unique_samples.filter((pl.col("domain") == domain) & (pl.col("tokens") > 0)).sort("sample_id")
+    of_domain = run.unique_samples.filter(domain=domain)
+    usable = of_domain.filter(pl.col("predicted_tokens") > 0).sort("sample_id")
     return np.asarray(generator(seed, "branch test", domain).permutation(usable["sample_id"].to_numpy()))
 
 
@@ -243,11 +246,11 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 
-def tested_scores(domains: pl.DataFrame) -> dict[str, float]:
+def tested_scores(domains: dy.DataFrame[DomainScores]) -> dict[str, float]:
     """The scores that branches can be held against.
 
     Args:
-        domains: `domain`, `samples` and `score` of one source and target.
+        domains: of one source and target.
 
     Returns:
         Score of each domain of which samples were valued.

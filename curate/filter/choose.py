@@ -6,6 +6,7 @@ and when it is known how many the stage takes, not_sampled.
 
 from collections.abc import Mapping
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from pydantic import Field
@@ -14,6 +15,7 @@ from curate.core.config import Config, FileName
 from curate.core.rng import generator
 from curate.filter.overlap import OverlapScan, near_duplicates
 from curate.stats.deviation import EQUAL
+from curate.tables import VALUES_PER_TOKEN, DrawKeys, RankedPool, SamplePool
 
 # What samples are chosen by and how, part of a selection's identity.
 CHOICE = ("n-grams: Dirichlet, deviations over all domains", "Gumbel top-k for what is left out and for what is taken")
@@ -46,7 +48,7 @@ class FilterConfig(Config):
 
 
 def choose(
-    pool: pl.DataFrame,
+    pool: dy.DataFrame[SamplePool],
     scan: OverlapScan,
     contaminated: pl.DataFrame,
     config: FilterConfig,
@@ -54,7 +56,7 @@ def choose(
     *,
     ngram_share: float,
     noise: float = NOISE,
-) -> pl.DataFrame:
+) -> dy.DataFrame[RankedPool]:
     """Give every sample that is not good enough its reason.
 
     Nothing depends on the order of shards: ties and draws go by the samples' content ids.
@@ -79,10 +81,10 @@ def choose(
     ranked = _mark(ranked, doubles.join(names, on="of").select("row", "detail"), "near_duplicate")
     ranked = _mark(ranked, _copies(ranked), "near_duplicate")
     ranked = _mark(ranked, _low(ranked, config.drop_fraction), "low_value")
-    return ranked.sort("row").with_columns(kept=pl.col("reason").is_null()).select(*pool.columns, "key")
+    return RankedPool.validate(ranked.sort("row").with_columns(kept=pl.col("reason").is_null()))
 
 
-def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
+def with_keys(pool: dy.DataFrame[RankedPool], keys: dy.DataFrame[DrawKeys]) -> dy.DataFrame[RankedPool]:
     """A pool with other keys, which are its values too.
 
     Args:
@@ -90,10 +92,10 @@ def with_keys(pool: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
         keys: see `domains.importance.gumbel_keys`.
     """
     keyed = pool.drop("key").join(keys.select("domain", "index", "key"), on=["domain", "index"], how="left")
-    return keyed.with_columns(value="key")
+    return RankedPool.validate(keyed.with_columns(pl.col("key").alias("value_per_token")))
 
 
-def top_k(pool: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
+def top_k(pool: dy.DataFrame[RankedPool], samples: Mapping[str, int]) -> dy.DataFrame[RankedPool]:
     """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
 
     Args:
@@ -109,16 +111,18 @@ def top_k(pool: pl.DataFrame, samples: Mapping[str, int]) -> pl.DataFrame:
     drawn = pool.with_columns(
         reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("not_sampled")).otherwise(pl.col("reason"))
     )
-    return drawn.with_columns(kept=pl.col("reason").is_null())
+    return RankedPool.validate(drawn.with_columns(kept=pl.col("reason").is_null()))
 
 
-def length_correlation(pool: pl.DataFrame) -> float | None:
+def length_correlation(pool: dy.DataFrame[RankedPool]) -> float | None:
     """Rank correlation, inside domains, of what the samples of a pool are drawn by (`key`) with their stored tokens.
 
     None where the samples of each domain are of one length. Far from 0, what is taken is shorter or longer than the
     rest.
     """
-    ranks = (pl.col(name).rank().over("domain") - (pl.len().over("domain") + 1) / 2 for name in ("key", "length"))
+    ranks = (
+        pl.col(name).rank().over("domain") - (pl.len().over("domain") + 1) / 2 for name in ("key", "stored_tokens")
+    )
     key, length = (column.to_numpy() for column in pool.filter("kept").select(*ranks).iter_columns())
     scale = float(np.sqrt((key**2).sum() * (length**2).sum()))
     return float((key * length).sum()) / scale if scale > 0 else None
@@ -148,11 +152,11 @@ def _ranked(pool: pl.DataFrame, ngram_share: float, noise: float, seed: int) -> 
 
 
 def combined_z(ngram_share: float) -> pl.Expr:
-    """`value` and `ngram_ratio`, each in its deviations within the domain, added by their shares.
+    """`value_per_token` and `ngram_ratio`, each in its deviations within the domain, added by their shares.
 
     Divided by the deviation that the sum would have if they were independent.
     """
-    mixed = (1 - ngram_share) * _deviations("value") + ngram_share * _deviations("ngram_ratio")
+    mixed = (1 - ngram_share) * _deviations("value_per_token") + ngram_share * _deviations("ngram_ratio")
     z: pl.Expr = mixed / ((1 - ngram_share) ** 2 + ngram_share**2) ** 0.5
     return z
 
@@ -184,7 +188,7 @@ def _comparable(ranked: pl.DataFrame, scan: OverlapScan) -> pl.DataFrame:
     """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
     enough = scan.grams.group_by("row").len().filter(pl.col("len") >= _FEW)
     rest = _open(ranked).join(enough, on="row", how="semi")
-    ordered = rest.sort(["value", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
+    ordered = rest.sort(["value_per_token", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
     return ordered.with_row_index("rank").select("row", "domain", pl.col("rank").cast(pl.Int64))
 
 
@@ -197,9 +201,9 @@ def _copies(ranked: pl.DataFrame) -> pl.DataFrame:
 
 def _low(ranked: pl.DataFrame, drop_fraction: float | None) -> pl.DataFrame:
     """The measured samples that lose the draw, as many of each domain as are to be left out."""
-    known = _open(ranked).filter(pl.col("value").is_not_null() | pl.col("ngram_ratio").is_not_null())
+    known = _open(ranked).filter(pl.col("value_per_token").is_not_null() | pl.col("ngram_ratio").is_not_null())
     if drop_fraction is None:
-        far = [_deviations(half) < -_FAR for half in ("value_a", "value_b")]
+        far = [_deviations(half) < -_FAR for half in VALUES_PER_TOKEN[1:]]
         count = pl.all_horizontal(far).fill_null(value=False).sum().over("domain")
     else:
         # 1e-9: a product such as .2 x 5 must not fall below its whole number by rounding

@@ -69,7 +69,7 @@ def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut) ->
         held: what must not be trained on.
     """
     reference = np.unique(held.grams["hash"].to_numpy())
-    total = int(pool["length"].sum())
+    total = int(pool["stored_tokens"].sum())
     own: list[Hashes] = []
     common: list[Hashes] = []
     counts = np.zeros(len(pool), np.int64)
@@ -105,11 +105,11 @@ class Sight:
 
 def sight(pool: pl.DataFrame, overlap: float) -> Sight | None:
     """How well `near_duplicates` sees in a pool (`length` of its samples), or None where it sees everything."""
-    total = int(pool["length"].sum())
+    total = int(pool["stored_tokens"].sum())
     if total <= MEMORY:
         return None
     share, alike = MEMORY / total, (1 + overlap) / 2
-    ngrams = max(int(np.median(pool["length"].to_numpy())) - N + 1, 0)
+    ngrams = max(int(np.median(pool["stored_tokens"].to_numpy())) - N + 1, 0)
     # Of the copy's n-grams k are held, of which a share of `overlap` must be the original's.
     held = np.arange(1, ngrams + 1)
     found = binom.sf(np.ceil(overlap * held - 1e-9) - 1, held, alike)

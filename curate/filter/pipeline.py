@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.escape import visible
@@ -14,6 +15,7 @@ from curate.data.documents import encode, load_tokenizer
 from curate.data.files import read_documents
 from curate.filter.choose import FilterConfig, choose
 from curate.filter.overlap import HeldOut, Sight, contamination, held_out, scan, sight
+from curate.tables import Contamination, RankedPool, SamplePool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +44,7 @@ def read_held_out(aimed: Sequence[Path], config: FilterConfig, tokenizer_file: P
 
 
 def filter_pool(
-    pool: pl.DataFrame,
+    pool: dy.DataFrame[SamplePool],
     streams: Mapping[str, MdsStream],
     held: HeldOut,
     config: FilterConfig,
@@ -50,7 +52,7 @@ def filter_pool(
     leave_out: bool,
     ngram_share: float,
     seed: int,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+) -> tuple[dy.DataFrame[SamplePool] | dy.DataFrame[RankedPool], dy.DataFrame[Contamination]]:
     """Give every sample of a pool that is not good enough its reason.
 
     Args:
@@ -63,8 +65,7 @@ def filter_pool(
         seed: of the draws.
 
     Returns:
-        The pool, and the contamination that was found: `domain`, `index`, `sample_id`, `file`, `id`, `shared`
-        (n-grams), `of_sample`, `of_document`, `removed`.
+        The pool, ranked where samples can be left out, and the contamination that was found.
     """
     wanted = leave_out or not held.grams.is_empty()  # else there is nothing to compare samples with
     if leave_out:
@@ -76,8 +77,7 @@ def filter_pool(
     rows = pool.with_row_index("row").select(pl.col("row").cast(pl.Int64), "domain", "index", "sample_id")
     report = hits.join(rows, on="row", maintain_order="left")
     _say(report, held, removing=leave_out)
-    columns = ("domain", "index", "sample_id", "file", "id", "shared", "of_sample", "of_document")
-    return pool, report.select(*columns, removed=pl.lit(leave_out))
+    return pool, Contamination.validate(report.with_columns(removed=pl.lit(leave_out)))
 
 
 def _say_sight(seen: Sight | None) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
@@ -32,10 +33,11 @@ from curate.core.progress import progress
 from curate.core.writing import replacing
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
-from curate.influence.draw import VALUES, draw_measured, measured_frame, values_frame
+from curate.influence.draw import draw_measured, measured_frame, values_frame
 from curate.influence.extrapolate import blocks_of, from_fit, with_fallback
 from curate.ngrams.regression import fit, means, ngrams_of
 from curate.stats.deviation import combined_values, target_shares
+from curate.tables import MeasuredValues, PredictedValues, PredictionQuality, Samples, SampleValues
 from curate.training.fit import check_fit
 from curate.training.replay import Replay, records
 from curate.training.run import ContinuedRun
@@ -94,9 +96,8 @@ class NextStep:
         name: of the source: current or candidates.
         folder: the artifact; `directions.npz` has `u` of each target, float32 (T, P), `tokens.npz` the values of the
             predicted tokens of that part, float32 (n, T), one sample after the other.
-        values: the values frame (`domains.schema`, with documents) of a part of every domain for every target; `step`
-            is a group, see `draw_measured`. Derivatives know no halves of a target: `value_a` and `value_b` are
-            `value`.
+        values: of a part of every domain for every target; `step` is a group, see `draw_measured`. Derivatives know no
+            halves of a target: these have the whole value.
         fingerprint: identity of what it is made from.
         seconds: time that it took.
         passes: the same in forward+backward passes of a training batch.
@@ -104,7 +105,7 @@ class NextStep:
 
     name: str
     folder: Path
-    values: pl.DataFrame
+    values: dy.DataFrame[MeasuredValues]
     fingerprint: str
     seconds: float
     passes: float
@@ -116,15 +117,13 @@ class MeasuredSamples:
 
     Attributes:
         folder: the artifact.
-        values: the values frame that samples are chosen by, for all targets together (`deviation.combined_values`):
-            `source`, `target` (the first), `domain`, `index`, `sample_id`, `tokens` (predicted), `value`, `value_a`,
-            `value_b`; all three are the same.
+        values: for all targets together (`deviation.combined_values`); those of halves are the same.
         seconds: time that it took.
         passes: the same in forward+backward passes of a training batch.
     """
 
     folder: Path
-    values: pl.DataFrame
+    values: dy.DataFrame[SampleValues]
     seconds: float
     passes: float
 
@@ -132,7 +131,7 @@ class MeasuredSamples:
 def value_next_step(
     run: Run,
     source: SampleSource,
-    samples: pl.DataFrame,
+    samples: dy.DataFrame[Samples],
     targets: Sequence[Target],
     options: NextStepOptions,
     name: Literal["current", "candidates"] = CURRENT,
@@ -142,7 +141,7 @@ def value_next_step(
     Args:
         run: a finished run, whose last state is the current one.
         source: of the samples.
-        samples: N rows of `usable_samples` of the source, in that order: what the part is drawn from.
+        samples: N samples of the source: what the part is drawn from.
         targets: T targets.
         options: how many, and how.
         name: of the source.
@@ -203,7 +202,7 @@ def _measure_part(
     ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
     write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / _TOKENS, {"values": tokens.astype(np.float32)})
-    of_samples = means(tokens, drawn["tokens"].to_numpy())
+    of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
     with replacing(folder / "values.parquet") as part:
         pl.concat(_of_target(drawn, place, own) for place, own in enumerate(of_samples.T)).write_parquet(part)
 
@@ -211,7 +210,7 @@ def _measure_part(
 def measure_samples(
     run: Run,
     source: SampleSource,
-    samples: pl.DataFrame,
+    samples: dy.DataFrame[Samples],
     next_step: NextStep,
     targets: Sequence[Target],
     weights: Mapping[str, float],
@@ -225,7 +224,7 @@ def measure_samples(
     Args:
         run: a finished run, whose last state is the current one.
         source: of the samples.
-        samples: N rows of `usable_samples` of the source, in that order.
+        samples: N samples of the source.
         next_step: of the run and the targets; samples that it values are not passed over again.
         targets: T targets.
         weights: target -> weight.
@@ -257,45 +256,45 @@ def measure_samples(
                     read=partial(read_together, run, source), scratch=scratch,
                 ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
                 with replacing(folder / "values.parquet") as part:
-                    rest.select("domain", "sample_id", value=pl.Series(value[:, 0])).write_parquet(part)
+                    rest.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0])).write_parquet(part)
             seal(folder, "measured samples", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     stored = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
-    stored = stored.with_columns(pl.col("value") * pl.col("tokens"))
-    again = samples.join(known.select("sample_id", "value"), on="sample_id", maintain_order="left")
+    stored = stored.select(*samples.columns, value_total=pl.col("value_per_token") * pl.col("predicted_tokens"))
+    again = samples.join(known.select("sample_id", "value_total"), on="sample_id", maintain_order="left")
     values = values_frame(pl.concat([stored, again]), next_step.name, targets[0].name)
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
 
 
 def predict_samples(
-    source: SampleSource, samples: pl.DataFrame, next_step: NextStep, weights: Mapping[str, float], seed: int
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+    source: SampleSource, samples: dy.DataFrame[Samples], next_step: NextStep, weights: Mapping[str, float], seed: int
+) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
     """Predict what samples would do in the next step, for all targets together; no pass through the model.
 
     Args:
         source: of the samples.
-        samples: rows of `usable_samples` of the source, in that order, among them those that `next_step` values.
+        samples: of the source, among them those that `next_step` values.
         next_step: of the run and the targets.
         weights: target -> weight.
         seed: of folds and intervals.
 
     Returns:
-        `domain`, `sample_id`, `value` (per token) of the samples; those that `next_step` values have that value.
-        `domain`, `samples`, `measured`, `spearman` (held out), `low`, `high`, `used` (see `extrapolate.with_fallback`).
+        Values of all samples; those that `next_step` values have that value.
+        How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
     """
     measured = combined_values(next_step.values, weights)
     shares = np.array(list(target_shares(next_step.values, weights).values()))
     stored = read_arrays(next_step.folder / _TOKENS)["values"][:, [_places(next_step)[name] for name in weights]]
     keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
     tokens = stored.astype(np.float64) @ shares
-    made, held_out = fit(np.concatenate(keys), tokens[:, None], measured["tokens"].to_numpy(), seed)
+    made, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
     batches = source.read_batches(samples, _BATCH)
     shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
-    known = (measured["value"] / measured["tokens"]).to_numpy()
+    known = (measured["value_total"] / measured["predicted_tokens"]).to_numpy()
     predicted = np.concatenate([made.samples(batch) for batch in shown])
     judged = from_fit(samples, measured, known, predicted[:, 0], held_out[:, 0], seed)
     every, quality = with_fallback(*judged, MIN_RANK_CORRELATION)
-    return every.select("domain", "sample_id", "value"), quality.drop("of")
+    return PredictedValues.validate(every), PredictionQuality.validate(quality)
 
 
 def _places(next_step: NextStep) -> dict[str, int]:
@@ -305,16 +304,16 @@ def _places(next_step: NextStep) -> dict[str, int]:
 
 def _of_target(drawn: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
     """Values (N,) per token of samples for one target."""
-    return drawn.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value=pl.Series(values))
+    return drawn.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value_per_token=pl.Series(values))
 
 
 def _part_frame(
     run: Run, source: SampleSource, folder: Path, drawn: pl.DataFrame, targets: Sequence[Target], name: str
-) -> pl.DataFrame:
+) -> dy.DataFrame[MeasuredValues]:
     names = pl.DataFrame({"of": range(len(targets)), "target": [target.name for target in targets]})
     stored = read_table(folder / "values.parquet").join(names, on="of", maintain_order="left")
     measured = stored.join(drawn, on=["domain", "sample_id"], maintain_order="left").with_columns(
-        *((pl.col("value") * pl.col("tokens")).alias(column) for column in VALUES)
+        value_total_nats=pl.col("value_per_token") * pl.col("predicted_tokens")
     )
     return measured_frame(measured, name, step_tokens(run), partial(read_together, run, source))
 

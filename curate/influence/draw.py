@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from curate.core.rng import generator
+from curate.tables import DOCUMENTS, VALUES_NATS, VALUES_TOTAL, DrawnSamples, MeasuredValues, Samples, SampleValues
 
 if TYPE_CHECKING:
     from curate.data.mds import Sample
 
-VALUES = ("value", "value_a", "value_b")
 HORIZON = "1_steps_on"
 """The state that the targets are read at: the one after the step that a sample is added to."""
 
 
-def draw_measured(samples: pl.DataFrame, per_domain: int, batch: int, seed: int) -> pl.DataFrame:
+def draw_measured(samples: dy.DataFrame[Samples], per_domain: int, batch: int, seed: int) -> dy.DataFrame[DrawnSamples]:
     """Draw the samples of every domain that are measured, spread evenly over the lengths of its samples.
 
     A systematic sample: every k-th one of a domain in the order of length, ties in random order, from a random start.
     Nothing depends on the order of the samples in shards.
 
     Args:
-        samples: `domain`, `sample_id` and `tokens`, by domain and content id.
+        samples: `domain`, `sample_id` and `predicted_tokens`, by domain and content id.
         per_domain: so many of each domain, or all where it has fewer.
         batch: samples in a group.
         seed: of the draw.
@@ -39,13 +40,15 @@ def draw_measured(samples: pl.DataFrame, per_domain: int, batch: int, seed: int)
     for (domain,), own in samples.group_by("domain", maintain_order=True):
         random = generator(seed, "probes", str(domain))
         wanted = min(len(own), per_domain)
-        ordered = own.with_columns(noise=pl.Series(random.random(len(own)))).sort("tokens", "noise").drop("noise")
+        ordered = (
+            own.with_columns(noise=pl.Series(random.random(len(own)))).sort("predicted_tokens", "noise").drop("noise")
+        )
         places = np.floor((np.arange(wanted) + random.random()) * len(own) / wanted).astype(np.int64)
         parts.append(ordered[places])
     drawn: pl.DataFrame = pl.concat(parts).sort("domain", "sample_id")
     size = max(1, min(batch, len(drawn) // 8))
     dealt = generator(seed, "probe groups").permutation(len(drawn)) // size
-    return drawn.with_columns(step=pl.Series(dealt, dtype=pl.Int64))
+    return DrawnSamples.validate(drawn.with_columns(step=pl.Series(dealt, dtype=pl.Int64)))
 
 
 def measured_frame(
@@ -53,12 +56,12 @@ def measured_frame(
     source: str,
     step_tokens: float,
     read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
-) -> pl.DataFrame:
-    """Measured samples as a values frame; see `domains.schema`.
+) -> dy.DataFrame[MeasuredValues]:
+    """Measured samples as a values frame.
 
     Args:
-        measured: `target`, the columns of `draw_measured`, `value`, `value_a` and `value_b` (of all tokens of a
-            sample), every target with the same samples in the same order.
+        measured: `target`, the columns of `draw_measured` and `value_total_nats`, every target with the same samples
+            in the same order. Derivatives know no halves of a target: those have the whole value.
         source: where the values come from: current or candidates.
         step_tokens: predicted tokens of a training step: a sample's weight is its share of them.
         read: gives the samples of a table in its order, some at a time.
@@ -67,25 +70,26 @@ def measured_frame(
     documents = [sample.document_tokens() for samples in read(first) for sample in samples]
     rows = first.select(
         "domain", "sample_id", row=pl.int_range(pl.len()).cast(pl.Int64),
-        documents=pl.Series(documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+        documents=pl.Series(documents, dtype=DOCUMENTS),
     )  # fmt: skip
     joined = measured.join(rows, on=["domain", "sample_id"], maintain_order="left")
-    return joined.select(
-        "row", "step", "sample_id", (pl.col("tokens") / step_tokens).cast(pl.Float32).alias("weight"), "tokens",
-        "length", pl.lit(source).alias("source"), pl.lit(HORIZON).alias("horizon"), "domain", "index",
-        "shard", "documents", "target", *VALUES,
+    frame = joined.with_columns(
+        (pl.col("predicted_tokens") / step_tokens).cast(pl.Float32).alias("weight"),
+        *(pl.col("value_total_nats").alias(name) for name in VALUES_NATS),
+        source=pl.lit(source), horizon=pl.lit(HORIZON),
     )  # fmt: skip
+    return MeasuredValues.validate(frame)
 
 
-def values_frame(samples: pl.DataFrame, source: str, target: str) -> pl.DataFrame:
+def values_frame(samples: pl.DataFrame, source: str, target: str) -> dy.DataFrame[SampleValues]:
     """What samples are chosen by, as a values frame; halves of a target are not told apart.
 
     Args:
-        samples: rows of `usable_samples`, with `value` of all their tokens.
+        samples: rows of `Samples`, with `value_total` of all their tokens.
         source: where the values come from.
         target: whose name the values have.
     """
-    return samples.sort("domain", "sample_id").select(
-        pl.lit(source).alias("source"), pl.lit(target).alias("target"), "domain", "index", "sample_id", "tokens",
-        *(pl.col("value").alias(name) for name in VALUES),
-    )  # fmt: skip
+    frame = samples.sort("domain", "sample_id").with_columns(
+        *(pl.col("value_total").alias(name) for name in VALUES_TOTAL), source=pl.lit(source), target=pl.lit(target)
+    )
+    return SampleValues.validate(frame)

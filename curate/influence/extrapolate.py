@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 
 from curate.core.progress import progress
-from curate.influence.draw import VALUES
 from curate.ngrams.ratios import mean_log_ratios, ngram_features
 from curate.stats.rank_correlation import spearman, spearman_interval
 from curate.stats.rank_ridge import fit, held_out_scores
+from curate.tables import VALUES_PER_TOKEN
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -78,22 +78,21 @@ def extrapolate(
 
     Args:
         samples: by domain and content id.
-        measured: some of them in that order, with `step`.
-        values: (n, 3 T) of the measured, per token: value, value_a, value_b for each target.
+        measured: some of them in that order.
+        values: (n, 3 T) of the measured: `VALUES_PER_TOKEN` for each target.
         reader: of features.
         seed: of folds and intervals.
         least: only domains are predicted that `with_fallback` will use at this threshold; None: all.
 
     Returns:
-        `of` (place of the target), `domain`, `sample_id`, `step` (of measured ones, else null), `value`, `value_a`,
-        `value_b` (per token; predicted, but of measured ones) and `origin` (measured or predicted) of every target
-        and sample.
-        `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the
-        tokens of measured ones (`mean_value` and so on), of every target and domain.
+        `of` (place of the target), `domain`, `sample_id`, `VALUES_PER_TOKEN` (predicted, but of measured ones) and
+        `origin` (measured or predicted) of every target and sample.
+        `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the tokens of
+        measured ones (`mean_value_per_token` and so on), of every target and domain.
     """
     features, domains = reader.of_measured(measured), measured["domain"].to_numpy().astype(str)
     judged = _judge(samples, measured, values, held_out_scores(features, values, domains, seed), seed)
-    predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES))
+    predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES_PER_TOKEN))
     wanted = judged if least is None else judged.filter(_good(least))
     parts = [_rows(place, measured.clear(), values[:0]) for place in targets]
     for block, own in reader.of_all(wanted["domain"].unique().to_list()):
@@ -111,27 +110,28 @@ def from_fit(
 
     Args:
         samples: by domain and content id.
-        measured: some of them in that order, with `step`.
+        measured: some of them in that order.
         values: (n,) of the measured, per token.
         predicted: (N,) of all samples.
         held_out: (n,) of the measured by fits without them; NaN where there is none.
         seed: of intervals.
     """
-    known, told, judged_by = (np.repeat(own[:, None], len(VALUES), axis=1) for own in (values, predicted, held_out))
+    known, told, judged_by = (
+        np.repeat(own[:, None], len(VALUES_PER_TOKEN), axis=1) for own in (values, predicted, held_out)
+    )
     return _with_measured([_rows(0, samples, told)], measured, known), _judge(samples, measured, known, judged_by, seed)
 
 
 def _with_measured(parts: Sequence[pl.DataFrame], measured: pl.DataFrame, values: Floats) -> pl.DataFrame:
     """Tables of `_rows`, where what was measured has its own values; see `extrapolate`."""
-    targets = range(values.shape[1] // len(VALUES))
-    known = pl.concat(_rows(place, measured, values).with_columns(measured["step"]) for place in targets)
+    targets = range(values.shape[1] // len(VALUES_PER_TOKEN))
+    known = pl.concat(_rows(place, measured, values) for place in targets).with_columns(is_measured=True)
     keys = ["of", "domain", "sample_id"]
     both = pl.concat(parts).join(known, on=keys, how="left", suffix="_measured", maintain_order="left")
-    is_measured = pl.col("step").is_not_null()
+    is_measured = pl.col("is_measured").is_not_null()
     every = both.select(
         *keys,
-        "step",
-        *(pl.when(is_measured).then(f"{name}_measured").otherwise(name).alias(name) for name in VALUES),
+        *(pl.when(is_measured).then(f"{name}_measured").otherwise(name).alias(name) for name in VALUES_PER_TOKEN),
         origin=pl.when(is_measured).then(pl.lit("measured")).otherwise(pl.lit("predicted")),
     )
     return every.sort(keys)
@@ -152,10 +152,10 @@ def with_fallback(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> t
     weak = pl.when(_good(least)).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
     used = pl.when(pl.col("measured") == pl.col("samples")).then(pl.lit("measured")).otherwise(weak)
     judged = domains.with_columns(used=used)
-    means = [f"mean_{name}" for name in VALUES]
+    means = [f"mean_{name}" for name in VALUES_PER_TOKEN]
     joined = every.join(judged.select("of", "domain", "used", *means), on=["of", "domain"], maintain_order="left")
     falls = (pl.col("origin") == "predicted") & (pl.col("used") == "domain mean")
-    values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES]
+    values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES_PER_TOKEN]
     origin = pl.when(falls).then("used").otherwise("origin")
     return joined.with_columns(*values, origin=origin).drop("used", *means), judged.drop(means)
 
@@ -166,28 +166,27 @@ def _good(least: float) -> pl.Expr:
 
 def _rows(place: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:
     """The samples with their values (N, 3 T) for one target."""
-    own = {name: pl.Series(values[:, len(VALUES) * place + at]) for at, name in enumerate(VALUES)}
+    own = {name: pl.Series(values[:, len(VALUES_PER_TOKEN) * place + at]) for at, name in enumerate(VALUES_PER_TOKEN)}
     return samples.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**own)
 
 
 def _judge(samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, held_out: Floats, seed: int) -> pl.DataFrame:
     """How well held-out predictions rank the measured of each domain, and their means; see `extrapolate`."""
     sizes = dict(samples.group_by("domain").len().iter_rows())
-    domains, tokens = measured["domain"].to_numpy().astype(str), measured["tokens"].to_numpy()
+    domains, tokens = measured["domain"].to_numpy().astype(str), measured["predicted_tokens"].to_numpy()
     rows: list[dict[str, Any]] = []
-    for place in range(values.shape[1] // len(VALUES)):
-        first = len(VALUES) * place
+    for place in range(values.shape[1] // len(VALUES_PER_TOKEN)):
+        first = len(VALUES_PER_TOKEN) * place
         for name in map(str, np.unique(domains)):
             own = domains == name
             known = own & np.isfinite(held_out[:, first])
             truth, found = values[known, first], held_out[known, first]
             r = spearman(found, truth)
             low, high = (None, None) if r is None else spearman_interval(found, truth, np.arange(len(found)), seed)
-            means = np.average(values[own, first : first + len(VALUES)], axis=0, weights=tokens[own])
-            rows.append(
-                {"of": place, "domain": name, "samples": sizes[name], "measured": int(own.sum()), "spearman": r,
-                 "low": low, "high": high, **{f"mean_{one}": float(means[at]) for at, one in enumerate(VALUES)}}
-            )  # fmt: skip
-    floats = ("spearman", "low", "high", *(f"mean_{name}" for name in VALUES))
+            means = np.average(values[own, first : first + len(VALUES_PER_TOKEN)], axis=0, weights=tokens[own])
+            row = {"of": place, "domain": name, "samples": sizes[name], "measured": int(own.sum())}
+            quality = {"spearman": r, "low": low, "high": high}
+            rows.append(row | quality | {f"mean_{one}": float(means[at]) for at, one in enumerate(VALUES_PER_TOKEN)})
+    floats = ("spearman", "low", "high", *(f"mean_{name}" for name in VALUES_PER_TOKEN))
     counts = {"of": pl.Int64, "domain": pl.String, "samples": pl.Int64, "measured": pl.Int64}
     return pl.DataFrame(rows, schema={**counts, **dict.fromkeys(floats, pl.Float64)}, orient="row")

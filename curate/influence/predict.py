@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.rng import generator
-from curate.influence.draw import VALUES
 from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
 from curate.ngrams.ratios import ratios_of
 from curate.stats.sums import row_sum
+from curate.tables import VALUES_PER_TOKEN, VALUES_TOTAL, PredictionQuality, SampleValues
 from curate.training.samples import usable_samples
 
 if TYPE_CHECKING:
@@ -30,23 +31,22 @@ _JUDGED = ("domain", "samples", "measured", "spearman", "low", "high", "used")
 
 
 def predict_rest(
-    source: SampleSource, values: pl.DataFrame, targets: Sequence[Target], least: float, seed: int
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+    source: SampleSource, values: dy.DataFrame[SampleValues], targets: Sequence[Target], least: float, seed: int
+) -> tuple[dy.DataFrame[SampleValues], dy.DataFrame[PredictionQuality]]:
     """Predict the values of the samples of a source that have none.
 
     Features are n-grams and their ratios for the targets; no pass through the model.
 
     Args:
         source: the streams.
-        values: the values frame of one source and one target (or of several, combined).
+        values: of one source.
         targets: what the values are for.
         least: held-out rank correlation from which a domain's predictions are used, if it is certainly positive.
         seed: of folds and intervals.
 
     Returns:
         The values, and below them those that were predicted.
-        `domain`, `samples`, `measured` (those that the fit was made from), `spearman` (held out) with `low` and
-        `high`, and `used`: "predictor" or "domain mean", or "too few" to say anything.
+        How good predictions are in each domain; `used`: "predictor" or "domain mean", or "too few" to say anything.
     """
     seen = _per_token(values)
     samples = usable_samples(source.unique_samples)
@@ -55,30 +55,35 @@ def predict_rest(
     sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
     few = _too_few(sizes, valued, enough)
     if enough.is_empty():
-        return values, few
+        return values, PredictionQuality.validate(few)
     measured = _fitted(enough, seed)
 
     read = partial(source.read_batches, size=_BATCH)
     reader = FeatureReader(samples, read, ratios_of(targets, read(measured)))
     every, judged = with_fallback(
-        *extrapolate(samples, measured, measured.select(VALUES).to_numpy(), reader, seed, least), least
+        *extrapolate(samples, measured, measured.select(VALUES_PER_TOKEN).to_numpy(), reader, seed, least), least
     )
     rest = every.filter(origin="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")
     located = rest.join(samples, on=["domain", "sample_id"], maintain_order="left")
-    columns = ("source", "target", "domain", "index", "sample_id", "tokens", *VALUES)
     predicted = located.with_columns(
-        *(pl.col(name) * pl.col("tokens") for name in VALUES),
-        *(pl.lit(values[name][0]).alias(name) for name in columns[:2]),
+        *(
+            (pl.col(name) * pl.col("predicted_tokens")).alias(total)
+            for name, total in zip(VALUES_PER_TOKEN, VALUES_TOTAL, strict=True)
+        ),
+        *(pl.lit(values[name][0]).alias(name) for name in ("source", "target")),
     )
     table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
-    return pl.concat([values.select(columns), predicted.select(columns)]), table
+    both = pl.concat([values, SampleValues.validate(predicted)])
+    return SampleValues.validate(both), PredictionQuality.validate(table)
 
 
 def _per_token(values: pl.DataFrame) -> pl.DataFrame:
-    """`domain`, `sample_id`, the values per token over all uses, and `step`, where there is one."""
-    sums = (row_sum(pl.col(name)) / pl.col("tokens").sum() for name in VALUES)
-    steps = [pl.col("step").min()] if "step" in values.columns else []
-    return values.filter(pl.col("tokens") > 0).group_by("domain", "sample_id").agg(*steps, *sums)
+    """`domain`, `sample_id` and the values per token over all uses."""
+    sums = (
+        (row_sum(pl.col(total)) / pl.col("predicted_tokens").sum()).alias(name)
+        for name, total in zip(VALUES_PER_TOKEN, VALUES_TOTAL, strict=True)
+    )
+    return values.filter(pl.col("predicted_tokens") > 0).group_by("domain", "sample_id").agg(*sums)
 
 
 def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:

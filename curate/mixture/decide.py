@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
@@ -23,6 +24,7 @@ from curate.mixture.constraints import (
 )
 from curate.mixture.record import DomainMixture, GroupLimit, Mixture, SourceWeights, SweepPoint, counts_of, with_totals
 from curate.mixture.weights import Solution, divergence, effective_number, expected_gain, optimum
+from curate.tables import DomainScores
 
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # prior strengths of the sweep, as multiples of the one chosen
 RETAIN_WEIGHT = 0.5
@@ -51,7 +53,7 @@ class Objectives:
 
 
 def decide(
-    scores: pl.DataFrame,
+    scores: dy.DataFrame[DomainScores],
     previous: Mapping[str, float],
     supply: Mapping[str, Supply],
     budget_tokens: int,
@@ -105,7 +107,7 @@ def decide(
 
 
 def tilted_prior(
-    scores: pl.DataFrame, previous: Mapping[str, float], config: MixtureConfig, objectives: Objectives
+    scores: dy.DataFrame[DomainScores], previous: Mapping[str, float], config: MixtureConfig, objectives: Objectives
 ) -> dict[str, float]:
     """About which shares a mixture will have, bounds and repetition left aside: w_d ~ prior_d exp(score_d / T).
 

@@ -29,7 +29,9 @@ from curate.mixture.record import Mixture, Phase, with_phases
 from curate.mixture.weights import optimum
 
 if TYPE_CHECKING:
-    import polars as pl
+    import dataframely as dy
+
+    from curate.tables import DomainScores
 
 _WHOLE = 1e-6  # samples; what rounding may take from a sum that is a whole number
 
@@ -53,7 +55,7 @@ def parts(config: MixtureConfig) -> list[Part]:
 
 
 def decide_stage(
-    scores: pl.DataFrame,
+    scores: dy.DataFrame[DomainScores],
     prior: Mapping[str, float],
     supply: Mapping[str, Supply],
     budget_tokens: int,

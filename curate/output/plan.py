@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import dataframely as dy
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -11,8 +12,17 @@ from curate.core.errors import UserError
 from curate.core.rng import generator
 from curate.mixture.constraints import Supply
 from curate.stats.sums import row_sum
-
-VALUES = ("value", "value_a", "value_b")
+from curate.tables import (
+    VALUES_PER_TOKEN,
+    VALUES_TOTAL,
+    Catalogue,
+    DroppedSamples,
+    NgramRatios,
+    PlannedUses,
+    SamplePool,
+    SampleUses,
+    SampleValues,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,49 +35,46 @@ class SamplePlan:
             `filter.choose`, or "not_sampled"), `detail` of it, `value` (per token; null where it is not known).
     """
 
-    uses: pl.DataFrame
-    dropped: pl.DataFrame
+    uses: dy.DataFrame[PlannedUses]
+    dropped: dy.DataFrame[DroppedSamples]
 
     def tokens(self) -> dict[str, int]:
         """Stored tokens delivered per domain (only of domains that are used)."""
-        sums = self.uses.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+        sums = self.uses.group_by("domain").agg((pl.col("stored_tokens") * pl.col("uses")).sum())
         return dict(sums.sort("domain").iter_rows())
 
 
 def make_pool(
-    catalogues: Mapping[str, pl.DataFrame],
-    values: pl.DataFrame,
-    consumed: pl.DataFrame,
+    catalogue: dy.DataFrame[Catalogue],
+    values: dy.DataFrame[SampleValues],
+    seen: dy.DataFrame[SampleUses],
     *,
-    ngram_ratios: pl.DataFrame | None = None,
+    ngram_ratios: dy.DataFrame[NgramRatios] | None = None,
     unseen_only: bool = False,
-) -> pl.DataFrame:
+) -> dy.DataFrame[SamplePool]:
     """Every sample of the streams with its value per token, and whether it may be used.
 
     Args:
-        catalogues: `MdsStream.catalogue()` of each domain.
-        values: the values frame of one source and one target.
-        consumed: how often each sample was trained on so far, see `training.ledger.consumed`.
+        catalogue: of the domains that are drawn from.
+        values: of one source.
+        seen: how often each sample was trained on so far.
         ngram_ratios: see `domains.ngram_scores.sample_ratios`; None: not known.
         unseen_only: leave out what was trained on.
 
     Returns:
-        One row per sample, sorted: `domain`, `index`, `sample_id`, `length` (stored tokens), `value`, `value_a`,
-        `value_b` (for the target and its halves, per predicted token, summed over its uses; null where it was not
-        valued), `ngram_ratio` (null where it is not known), `consumed` (uses so far; those of a sample with copies
-        count at its first place), `reason` not to use it ("seen" or null), `detail` (null), `kept` (no reason).
+        One row per sample, by domain and index. Values are per predicted token, over all uses of a sample.
 
     Raises:
         UserError: the values are of other samples than the streams hold.
     """
     if values.select("source", "target").n_unique() > 1:
         raise ValueError("values of one source and one target are needed")
-    columns = ["domain", "index", "sample_id", "length"]
-    samples = pl.concat([table.with_columns(domain=pl.lit(name)).select(columns) for name, table in catalogues.items()])
+    samples = catalogue.select("domain", "index", "sample_id", "stored_tokens")
     _check_same(samples, values.select("domain", "index", "sample_id").unique())
+    tokens = pl.col("predicted_tokens").sum()
     per_token = [
-        pl.when(pl.col("tokens").sum() > 0).then(row_sum(pl.col(name)) / pl.col("tokens").sum()).alias(name)
-        for name in VALUES
+        pl.when(tokens > 0).then(row_sum(pl.col(total)) / tokens).alias(name)
+        for name, total in zip(VALUES_PER_TOKEN, VALUES_TOTAL, strict=True)
     ]
     valued = values.group_by("sample_id").agg(per_token)
     pool = samples.join(valued, on="sample_id", how="left")  # copies of a sample share its value
@@ -75,14 +82,14 @@ def make_pool(
         pool = pool.with_columns(ngram_ratio=pl.lit(None, pl.Float64))
     else:
         pool = pool.join(ngram_ratios.select("sample_id", "ngram_ratio"), on="sample_id", how="left")  # copies share it
-    counted = pool.join(consumed.select("sample_id", "uses"), on="sample_id", how="left").sort("domain", "index")
-    seen = pl.col("uses").fill_null(0)
-    return counted.select(
-        *("domain", "index", "sample_id", "length", *VALUES, "ngram_ratio"),
-        consumed=pl.when(pl.col("sample_id").is_first_distinct()).then(seen).otherwise(0),
-        reason=pl.when(pl.lit(unseen_only) & (seen > 0)).then(pl.lit("seen")),
+    counted = pool.join(seen.select("sample_id", "uses"), on="sample_id", how="left").sort("domain", "index")
+    uses = pl.col("uses").fill_null(0)
+    marked = counted.with_columns(
+        uses_so_far=pl.when(pl.col("sample_id").is_first_distinct()).then(uses).otherwise(0),
+        reason=pl.when(pl.lit(unseen_only) & (uses > 0)).then(pl.lit("seen")),
         detail=pl.lit(None, pl.String),
-    ).with_columns(kept=pl.col("reason").is_null())
+    )
+    return SamplePool.validate(marked.with_columns(kept=pl.col("reason").is_null()))
 
 
 def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
@@ -96,13 +103,13 @@ def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
         )
 
 
-def supply_of(pool: pl.DataFrame) -> dict[str, Supply]:
+def supply_of(pool: dy.DataFrame[SamplePool]) -> dict[str, Supply]:
     """What the kept samples of a pool supply to the mixture; see `make_pool`."""
     kept = pl.col("kept")
     sums = pool.group_by("domain").agg(
         samples=kept.sum(),
-        tokens=pl.col("length").filter(kept).sum(),
-        consumed_tokens=(pl.col("length") * pl.col("consumed")).filter(kept).sum(),
+        tokens=pl.col("stored_tokens").filter(kept).sum(),
+        consumed_tokens=(pl.col("stored_tokens") * pl.col("uses_so_far")).filter(kept).sum(),
     )
     return {
         domain: Supply(samples=samples, tokens=tokens, consumed_tokens=consumed_tokens)
@@ -110,7 +117,7 @@ def supply_of(pool: pl.DataFrame) -> dict[str, Supply]:
     }
 
 
-def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> SamplePlan:
+def make_plan(pool: dy.DataFrame[SamplePool], samples: Mapping[str, int], seed: int) -> SamplePlan:
     """Use every kept sample equally often, and a random part of them once more, until each domain has its samples.
 
     The part drawn depends on the samples' content ids, not on their order in the shards.
@@ -132,17 +139,13 @@ def make_plan(pool: pl.DataFrame, samples: Mapping[str, int], seed: int) -> Samp
             )
         counts = _uses(kept.height, samples[str(domain)], generator(seed, "uses", str(domain)))
         parts.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
-    uses = pl.concat(parts).select("domain", "index", "length", "uses")
+    uses = pl.concat(parts).select("domain", "index", "stored_tokens", "uses")
     planned = pool.join(uses, on=["domain", "index"], how="left").sort("domain", "index")
-    dropped = planned.filter(pl.col("uses").fill_null(0) == 0).select(
-        "domain",
-        "index",
-        "sample_id",
-        reason=pl.col("reason").fill_null("not_sampled"),
-        detail="detail",
-        value="value",
+    unused = planned.filter(pl.col("uses").fill_null(0) == 0)
+    return SamplePlan(
+        uses=PlannedUses.validate(uses.filter(pl.col("uses") > 0).sort("domain", "index")),
+        dropped=DroppedSamples.validate(unused.with_columns(pl.col("reason").fill_null("not_sampled"))),
     )
-    return SamplePlan(uses=uses.filter(pl.col("uses") > 0).sort("domain", "index"), dropped=dropped)
 
 
 def _uses(kept: int, wanted: int, random: np.random.Generator) -> npt.NDArray[np.int64]:

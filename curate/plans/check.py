@@ -17,7 +17,7 @@ from curate.plans.state import difference, readable
 from curate.training.declared import window_steps
 from curate.training.run import Run
 from curate.training.samples import trained_tokens
-from curate.training.token_accounting import domain_ledger, uses
+from curate.training.token_accounting import domains_seen, uses
 
 if TYPE_CHECKING:
     from curate.mixture.constraints import MixtureConfig
@@ -212,10 +212,10 @@ def check_supply(plan: PlanConfig, index: int, run: Run, config: MixtureConfig) 
     Raises:
         UserError: they do not; names the first stage that cannot be filled.
     """
-    ledger = domain_ledger(run.source, uses([*map(plan.run_folder, range(index)), run.folder]))
+    ledger = domains_seen(run.source, uses([*map(plan.run_folder, range(index)), run.folder]))
     left = sum(
         max(0.0, config.max_epochs * tokens - consumed)
-        for tokens, consumed in ledger.select("tokens", "consumed_tokens").iter_rows()
+        for tokens, consumed in ledger.select("stored_tokens", "seen_tokens").iter_rows()
     )
     each = sum(trained_tokens(run).values()) / run.spec.steps
     wanted = 0.0

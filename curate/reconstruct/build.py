@@ -133,7 +133,7 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
     spec = RunSpec(
         task=keep_model_config(part, config.task), streams={name: path.resolve() for name, path in folders.items()},
         columns=config.columns, tokenizer=tokenizer,
-        seq_len=int(catalogue["length"].max()), steps=config.steps, windows=_windows(config),  # type: ignore[arg-type]
+        seq_len=int(catalogue["stored_tokens"].max()), steps=config.steps, windows=_windows(config),  # type: ignore[arg-type]
         optimizers=[type(optimizer).__name__ for optimizer in optimizers for _ in optimizer.param_groups],
         groups=[[names[id(p)] for p in group["params"]] for each in optimizers for group in each.param_groups],
         clip_norm=config.clip_norm, previous=config.previous and config.previous.resolve(),

@@ -85,8 +85,8 @@ def learning_rates(config: ReconstructConfig, log: pl.DataFrame) -> list[float]:
 def content(catalogue: pl.DataFrame, domains: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Content id and predicted tokens of every sample, by its index in the dataset (one stream after the other)."""
     frames = [catalogue.filter(domain=domain).sort("index") for domain in domains]
-    joined = pl.concat([frame.select("sample_id", "tokens") for frame in frames])
-    return joined["sample_id"].to_numpy(), joined["tokens"].to_numpy().astype(np.int32)
+    joined = pl.concat([frame.select("sample_id", "predicted_tokens") for frame in frames])
+    return joined["sample_id"].to_numpy(), joined["predicted_tokens"].to_numpy().astype(np.int32)
 
 
 def micro_batches(config: ReconstructConfig, order: SampleOrder) -> Iterator[list[list[npt.NDArray[np.int64]]]]:

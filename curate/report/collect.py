@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.artifacts import folder_bytes
 from curate.data.documents import load_tokenizer
 from curate.stats.sums import row_sum
+from curate.tables import Costs
 from curate.training.samples import SampleReader
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ def training_curve(run: Run) -> pl.DataFrame:
 
 def value_curve(values: pl.DataFrame, training: pl.DataFrame) -> pl.DataFrame:
     """Mean value per predicted token of each (source, step, domain), raw and divided by the step's lr."""
-    sums = values.group_by("source", "step", "domain").agg(value=row_sum(pl.col("value")) / pl.col("tokens").sum())
+    sums = values.group_by("source", "step", "domain").agg(
+        value=row_sum(pl.col("value_total_nats")) / pl.col("predicted_tokens").sum()
+    )
     joined = sums.join(training.select("step", "lr"), on="step", how="left").sort("source", "step", "domain")
     return joined.select("source", "step", "domain", "value", value_per_lr=pl.col("value") / pl.col("lr"))
 
@@ -107,12 +111,13 @@ def example_table(
             row = frame.row(int(place), named=True)
             tokens = reader.samples([row["sample_id"]])[0].tokens.tolist()
             text = tokenizer.decode(tokens, skip_special_tokens=False) if tokenizer else " ".join(map(str, tokens))
-            chosen = {column: row[column] for column in ("source", "step", "domain", "sample_id", "value")}
+            chosen = {column: row[column] for column in ("source", "step", "domain", "sample_id")}
+            chosen["value"] = row["value_total_nats"]
             rows.append({"kind": kind, "rank": rank, **chosen, "text": text})
     return pl.DataFrame(rows)
 
 
-def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> pl.DataFrame:
+def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> dy.DataFrame[Costs]:
     """What each phase cost, the stage's training for comparison.
 
     Args:
@@ -136,5 +141,4 @@ def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> pl.
         )
     written = folder_bytes(out)
     rows.append({"phase": "select", "passes": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
-    columns = {"phase": pl.String, "passes": pl.Float64, "seconds": pl.Float64, "bytes": pl.Int64, "note": pl.String}
-    return pl.DataFrame(rows, schema=columns)
+    return Costs.validate(pl.DataFrame(rows, schema_overrides={"seconds": pl.Float64, "bytes": pl.Int64}))

@@ -22,8 +22,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "curve": ("source", "step", "domain", "value", "value_per_lr"),
     "training": ("step", "loss", "lr", "grad_norm"),
     "domains": (
-        *("source", "target", "domain", "samples", "tokens", "value_per_token", "se", "low", "high"),
-        *("score", "score_low", "score_high", "shrunk", "value_score", "ngram_ratio", "fresh"),
+        *("source", "target", "domain", "samples", "predicted_tokens", "value_per_token", "se", "low", "high"),
+        *("score", "score_low", "score_high", "shrunk", "value_score", "ngram_ratio", "novel_share"),
     ),
     "mixture": (
         *(

@@ -58,12 +58,12 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
             **(parts if domains["ngram_ratio"].drop_nulls().len() else {}),
-            "fresh": ("new text", percent),
+            "novel_share": ("new text", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),
             "high": ("high", number),
             "samples": ("samples", count),
-            "tokens": ("tokens", count),
+            "predicted_tokens": ("tokens", count),
         },
     )
 

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import polars as pl
+import dataframely as dy
 
 from curate.core.artifacts import file_fingerprint, fingerprint
 from curate.core.errors import UserError
 from curate.data.streams import check_same_tokenizer, domain_folders, find_tokenizer, load_streams
+from curate.tables import Catalogue, SampleUses
 from curate.training.run import Run
 from curate.training.source import SampleSource
 
@@ -51,7 +52,7 @@ def open_candidates(folder: Path, run: Run) -> SampleSource:
     if own is not None and own.exists() and theirs is not None:
         check_same_tokenizer(theirs, own, "of the run")
     source = SampleSource(run.folder, candidate_streams(folder), run.spec.columns)
-    longest = int(source.unique_samples["length"].max())  # type: ignore[arg-type]
+    longest = int(source.unique_samples["stored_tokens"].max())  # type: ignore[arg-type]
     if longest > run.spec.seq_len:
         raise UserError(
             f"the candidates {folder} have sequences of {longest} tokens, the run trains on {run.spec.seq_len}: write "
@@ -60,7 +61,9 @@ def open_candidates(folder: Path, run: Run) -> SampleSource:
     return source
 
 
-def unseen_samples(folder: Path, samples: pl.DataFrame, seen: pl.DataFrame, *, unseen_only: bool) -> pl.DataFrame:
+def unseen_samples(
+    folder: Path, samples: dy.DataFrame[Catalogue], seen: dy.DataFrame[SampleUses], *, unseen_only: bool
+) -> dy.DataFrame[Catalogue]:
     """The candidates that may be used, and a line that says which were trained on already.
 
     Args:
@@ -83,7 +86,7 @@ def unseen_samples(folder: Path, samples: pl.DataFrame, seen: pl.DataFrame, *, u
     )
     if not unseen_only:
         return samples
-    left = samples.join(seen, on="sample_id", how="anti", maintain_order="left")
+    left = Catalogue.validate(samples.join(seen, on="sample_id", how="anti", maintain_order="left"))
     if left.is_empty():
         raise UserError(
             f"every sample of the candidates {folder} was trained on already: give others, or set filter.unseen_only "

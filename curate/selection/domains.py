@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.domains.methods import scores_without_values
 from curate.domains.ngram_scores import ngram_ratios, with_ratios
-from curate.domains.rollup import roll_ups
+from curate.domains.rollup import RollUps, roll_ups
 from curate.evaluation.branch_record import check_tested, read_branch_test
 from curate.evaluation.branches import tested_scores
+from curate.tables import DomainScores, DrawKeys, Reliability
 
 if TYPE_CHECKING:
-    from curate.domains.ngram_scores import NgramRatios
+    from curate.domains.ngram_scores import TargetRatios
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.selection.values import Values
@@ -30,15 +31,15 @@ class Domains:
 
     Attributes:
         table: scores by source, target and domain, see `domains.domain.domain_scores` and `domains.ngram_scores`.
-        tables: further roll-ups by name, see `domains.rollup`; none where nothing was valued.
         ratios: n-gram ratios of the targets; None: they have no share.
+        rolled: roll-ups; None: nothing was valued.
         keys: by which a method draws samples, where it does.
     """
 
-    table: pl.DataFrame
-    tables: Mapping[str, pl.DataFrame]
-    ratios: NgramRatios | None
-    keys: pl.DataFrame | None = None
+    table: dy.DataFrame[DomainScores]
+    ratios: TargetRatios | None
+    rolled: RollUps | None = None
+    keys: dy.DataFrame[DrawKeys] | None = None
 
 
 def score_domains(plan: Resolved, source: Source, targets: Targets, values: Values) -> Domains:
@@ -53,15 +54,16 @@ def score_domains(plan: Resolved, source: Source, targets: Targets, values: Valu
             budget=plan.budget_tokens, prior_strength=plan.mixture.prior_strength,
             dsir_temperature=config.values.dsir_temperature, seed=config.seed,
         )  # fmt: skip
-        return Domains(table=with_ratios(table, None, 0.0), tables={}, ratios=None, keys=keys)
-    tables = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
-    table = with_ratios(tables.pop("domains"), ratios, plan.ngram_share)
+        return Domains(table=with_ratios(table, None, 0.0), ratios=None, keys=keys)
+    rolled = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
+    table = with_ratios(rolled.domains, ratios, plan.ngram_share)
     _check_branch_test(plan, targets, table)
-    tables["reliability"] = tables["reliability"].filter(~pl.col("source").is_in(_WITHOUT_HALVES))
-    return Domains(table=table, tables=tables, ratios=ratios)
+    halves = rolled.reliability.filter(~pl.col("source").is_in(_WITHOUT_HALVES))
+    rolled = replace(rolled, reliability=Reliability.validate(halves))
+    return Domains(table=table, ratios=ratios, rolled=rolled)
 
 
-def _check_branch_test(plan: Resolved, targets: Targets, table: pl.DataFrame) -> None:
+def _check_branch_test(plan: Resolved, targets: Targets, table: dy.DataFrame[DomainScores]) -> None:
     """Refuse a branch test of other scores than these.
 
     Raises:
@@ -70,5 +72,5 @@ def _check_branch_test(plan: Resolved, targets: Targets, table: pl.DataFrame) ->
     path = plan.config.mixture.branch_test
     if path is not None:
         test = read_branch_test(path, plan.run.fingerprint, targets.main.fingerprint)
-        rows = table.filter(source=plan.source, target=targets.main.name)
+        rows = DomainScores.validate(table.filter(source=plan.source, target=targets.main.name))
         check_tested(path, test, plan.source, tested_scores(rows))

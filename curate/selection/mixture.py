@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.errors import UserError
@@ -17,6 +18,7 @@ from curate.filter.pipeline import filter_pool, read_held_out
 from curate.mixture.record import with_tokens
 from curate.mixture.schedule import decide_stage
 from curate.output.plan import make_plan, make_pool, supply_of
+from curate.tables import Contamination, DomainScores, RankedPool, SamplePool
 
 if TYPE_CHECKING:
     from curate.mixture.constraints import MixtureConfig, Supply
@@ -40,16 +42,15 @@ class Kept:
         contamination: what was found of held-out text, see `filter.pipeline.filter_pool`.
     """
 
-    pool: pl.DataFrame
-    contamination: pl.DataFrame
+    pool: dy.DataFrame[SamplePool] | dy.DataFrame[RankedPool]
+    contamination: dy.DataFrame[Contamination]
 
 
 def filter_samples(plan: Resolved, source: Source, samples: SampleScores) -> Kept:
     """Leave out what was seen, contamination, near-duplicates and samples of low value."""
     config = plan.config
-    catalogues = {str(domain): table for (domain,), table in source.catalogue.group_by("domain")}
     pool = make_pool(
-        catalogues, samples.values, plan.seen, ngram_ratios=samples.ngram_ratios, unseen_only=plan.unseen_only
+        source.catalogue, samples.values, plan.seen, ngram_ratios=samples.ngram_ratios, unseen_only=plan.unseen_only
     )
     aimed = [config.target, *map(Path, config.more_targets), *([config.retain] if config.retain else [])]
     held = read_held_out(aimed, config.filter, plan.run.spec.tokenizer)
@@ -58,7 +59,7 @@ def filter_samples(plan: Resolved, source: Source, samples: SampleScores) -> Kep
         seed=config.seed,
     )  # fmt: skip
     if config.takes_samples and samples.keys is not None:
-        pool = with_keys(pool, samples.keys)
+        pool = with_keys(RankedPool.validate(pool), samples.keys)
     return Kept(pool=pool, contamination=contamination)
 
 
@@ -68,8 +69,8 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
     Raises:
         UserError: no mixture satisfies the constraints, or nothing is left of what must be there.
     """
-    prior, supply, constraints = _left(plan, source, kept.pool)
-    scores = domains.table.filter(pl.col("domain").is_in(list(prior)))
+    prior, supply, constraints = _left(plan, source, SamplePool.validate(kept.pool))
+    scores = DomainScores.validate(domains.table.filter(pl.col("domain").is_in(list(prior))))
     mixture = decide_stage(
         scores,
         prior,
@@ -82,17 +83,18 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
     )
     counts = dict.fromkeys(source.prior_tokens, 0)
     counts |= {domain: part.samples for domain, part in mixture.domains.items()}
-    pool = kept.pool
+    pool = SamplePool.validate(kept.pool)
     if plan.config.takes_samples:
-        _warn_of_length(pool)
-        pool = top_k(pool, counts)
+        ranked = RankedPool.validate(kept.pool)
+        _warn_of_length(ranked)
+        pool = SamplePool.validate(top_k(ranked, counts))
     chosen = make_plan(pool, counts, plan.config.seed)
     delivered = chosen.tokens()
     _warn_of_budget(sum(delivered.values()), plan.budget_tokens)
     return with_tokens(mixture, {**dict.fromkeys(mixture.domains, 0), **delivered}), chosen
 
 
-def _warn_of_length(pool: pl.DataFrame) -> None:
+def _warn_of_length(pool: dy.DataFrame[RankedPool]) -> None:
     bias = length_correlation(pool)
     if bias is not None and abs(bias) > LENGTH_BIAS:
         _log.warning("inside domains the choice goes with length too (rank correlation %+.2f)", bias)
@@ -107,7 +109,7 @@ def _warn_of_budget(delivered: int, budget_tokens: int) -> None:
 
 
 def _left(
-    plan: Resolved, source: Source, pool: pl.DataFrame
+    plan: Resolved, source: Source, pool: dy.DataFrame[SamplePool]
 ) -> tuple[Mapping[str, float], Mapping[str, Supply], MixtureConfig]:
     """What a mixture can be made of: domains of which no sample is left have no weight, and a warning says why.
 

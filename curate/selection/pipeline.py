@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from curate.core.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
 from curate.core.writing import replacing
-from curate.domains.schema import write_scores
+from curate.domains.scores_file import write_scores
 from curate.mixture.record import write_mixture
 from curate.output.export import export
 from curate.output.layout import SelectionFolder
@@ -24,7 +24,7 @@ from curate.selection.samples import score_samples
 from curate.selection.source import Source, open_source
 from curate.selection.values import Cost, Values, measure
 from curate.training.target import Targets, load_targets
-from curate.training.token_accounting import domain_ledger
+from curate.training.token_accounting import domains_seen
 
 if TYPE_CHECKING:
     import polars as pl
@@ -156,8 +156,10 @@ def _finish(job: _Job, result: _Result) -> None:
 
 
 def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
-    tables = {"domains": result.domains.table, **result.domains.tables}
-    tables["seen"] = domain_ledger(result.source.samples, plan.uses)
+    rolled = result.domains.rolled
+    tables: dict[str, pl.DataFrame] = {"domains": result.domains.table}
+    tables |= {} if rolled is None else rolled.of_main_target
+    tables["seen"] = domains_seen(result.source.samples, plan.uses)
     tables["contamination"] = result.kept.contamination
     if result.samples.quality is not None:
         tables["predicted"] = result.samples.quality

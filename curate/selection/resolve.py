@@ -26,10 +26,11 @@ from curate.training.source import CANDIDATES, CURRENT
 from curate.training.token_accounting import seen_uses, stages, uses
 
 if TYPE_CHECKING:
-    import polars as pl
+    import dataframely as dy
 
     from curate.evaluation.branch_record import BranchTest
     from curate.selection.config import SelectConfig
+    from curate.tables import SampleUses, StageUses
     from curate.training.run import Run
 
 SAMPLE_RETAIN_WEIGHT = 1.0
@@ -139,13 +140,13 @@ class Resolved:
         return stages(self.run, self.config.source.earlier_runs)
 
     @cached_property
-    def uses(self) -> pl.DataFrame:
+    def uses(self) -> dy.DataFrame[StageUses]:
         """How often each sample was trained on in each stage, see `ledger.uses`."""
         return uses(self.stages)
 
     @cached_property
-    def seen(self) -> pl.DataFrame:
-        """How often each sample was trained on in all stages: sample_id, uses."""
+    def seen(self) -> dy.DataFrame[SampleUses]:
+        """How often each sample was trained on in all stages."""
         return seen_uses(self.uses)
 
     @cached_property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.domains.ngram_scores import sample_ratios
@@ -18,6 +19,7 @@ from curate.influence.draw import values_frame
 from curate.influence.predict import predict_rest
 from curate.mixture.decide import tilted_prior
 from curate.stats.deviation import combined_values
+from curate.tables import DomainScores, DrawKeys, NgramRatios, Samples, SampleValues
 
 if TYPE_CHECKING:
     from curate.influence.current import MeasuredSamples
@@ -37,7 +39,7 @@ class SampleScores:
     """What samples are chosen by.
 
     Attributes:
-        values: a values frame, for all targets together; samples that are not in it stand for the mean of their domain.
+        values: for all targets together; samples that are not in it stand for the mean of their domain.
         ngram_ratios: see `domains.ngram_scores.sample_ratios`; None: they have no share.
         quality: how good predicted values are, see `influence.current.predict_samples` and `influence.predict`.
         measured: samples that were measured beside the part of every domain.
@@ -45,18 +47,18 @@ class SampleScores:
         measuring_seconds: that measuring took now.
     """
 
-    values: pl.DataFrame
-    ngram_ratios: pl.DataFrame | None = None
+    values: dy.DataFrame[SampleValues]
+    ngram_ratios: dy.DataFrame[NgramRatios] | None = None
     quality: pl.DataFrame | None = None
     measured: MeasuredSamples | None = None
-    keys: pl.DataFrame | None = None
+    keys: dy.DataFrame[DrawKeys] | None = None
     measuring_seconds: float = 0.0
 
 
 def score_samples(plan: Resolved, source: Source, targets: Targets, values: Values, domains: Domains) -> SampleScores:
     """Score samples by what the next step asks for, by a window's values, or by n-grams alone."""
     weights = plan.sample_weights
-    own = combined_values(values.frame.filter(source=plan.source), weights)
+    own = combined_values(values.of(plan.source), weights)
     if not plan.config.takes_samples:
         return SampleScores(values=own)
     ratios = None if domains.ratios is None else sample_ratios(source.samples, source.usable, domains.ratios, weights)
@@ -75,14 +77,15 @@ def _by_next_step(
     targets: Targets,
     values: Values,
     domains: Domains,
-    ratios: pl.DataFrame | None,
+    ratios: dy.DataFrame[NgramRatios] | None,
 ) -> SampleScores:
     """Every sample has what its n-grams predict, the most promising are measured."""
     next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
     assert next_step is not None
     predicted, quality = predict_samples(source.samples, samples, next_step, weights, plan.config.seed)
-    per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value")
-    told = samples.join(per_token, on="sample_id").with_columns(pl.col("value") * pl.col("tokens"))
+    per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
+    value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
+    told = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
     every = values_frame(told, next_step.name, targets.main.name)
     promising = _promising(plan, source, every, domains, ratios)
     measured, begin = None, perf_counter()
@@ -91,25 +94,29 @@ def _by_next_step(
             plan.run, source.samples, promising, next_step, targets.every, weights, plan.next_step
         )
         rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
-        every = pl.concat([measured.values.select(every.columns), rest]).sort("domain", "sample_id")
+        every = SampleValues.validate(pl.concat([measured.values, rest]).sort("domain", "sample_id"))
     measuring_seconds = perf_counter() - begin
     counts = promising.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
-    quality = quality.join(counts, on="domain", how="left", maintain_order="left")
-    quality = _told(quality.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
+    counted = quality.join(counts, on="domain", how="left", maintain_order="left")
+    told_quality = _told(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
     return SampleScores(
-        values=every, ngram_ratios=ratios, quality=quality, measured=measured, measuring_seconds=measuring_seconds
+        values=every, ngram_ratios=ratios, quality=told_quality, measured=measured, measuring_seconds=measuring_seconds
     )
 
 
 def _promising(
-    plan: Resolved, source: Source, values: pl.DataFrame, domains: Domains, ratios: pl.DataFrame | None
-) -> pl.DataFrame:
+    plan: Resolved,
+    source: Source,
+    values: dy.DataFrame[SampleValues],
+    domains: Domains,
+    ratios: dy.DataFrame[NgramRatios] | None,
+) -> dy.DataFrame[Samples]:
     """The samples that are measured: some of each domain for each one that the stage is about to take."""
     if plan.config.values.measured_passes == 0:
-        return source.usable.clear()
-    lengths = source.usable.group_by("domain").agg(pl.col("length").mean())
+        return Samples.create_empty()
+    lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
     mean_length = dict(lengths.iter_rows())
-    scores = domains.table.filter(source=plan.source)
+    scores = DomainScores.validate(domains.table.filter(source=plan.source))
     shares = tilted_prior(scores, source.prior_tokens, plan.mixture, plan.objectives)
     wanted = {
         domain: share * plan.budget_tokens / mean_length[domain]
@@ -122,19 +129,19 @@ def _promising(
 
 
 def most_promising(
-    samples: pl.DataFrame,
-    values: pl.DataFrame,
-    ratios: pl.DataFrame | None,
+    samples: dy.DataFrame[Samples],
+    values: dy.DataFrame[SampleValues],
+    ratios: dy.DataFrame[NgramRatios] | None,
     ngram_share: float,
     wanted: Mapping[str, float],
     per_sample: float,
-) -> pl.DataFrame:
+) -> dy.DataFrame[Samples]:
     """The best samples of each domain by what is known of all.
 
     Args:
-        samples: rows of `usable_samples`.
-        values: the values frame that they would be chosen by otherwise.
-        ratios: see `domains.ngram_scores.sample_ratios`; None: n-grams have no share.
+        samples: all that may be taken.
+        values: that they would be chosen by otherwise.
+        ratios: of n-grams; None: n-grams have no share.
         ngram_share: of n-gram ratios.
         wanted: how many samples of each domain the stage takes.
         per_sample: how many for each of them.
@@ -142,7 +149,8 @@ def most_promising(
     Returns:
         Those rows, in their order.
     """
-    per_token = values.select("sample_id", value=pl.col("value") / pl.col("tokens")).unique("sample_id", keep="first")
+    per_token = values.select("sample_id", value_per_token=pl.col("value_total") / pl.col("predicted_tokens"))
+    per_token = per_token.unique("sample_id", keep="first")
     told = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
     if ratios is None:
         told, ngram_share = told.with_columns(ngram_ratio=pl.lit(None, pl.Float64)), 0.0
@@ -155,7 +163,7 @@ def most_promising(
     )
     told = told.join(most, on="domain", how="left", maintain_order="left")
     place = combined_z(ngram_share).rank("ordinal", descending=True).over("domain")
-    return told.filter(place <= pl.col("most").fill_null(0)).select(samples.columns)
+    return Samples.validate(told.filter(place <= pl.col("most").fill_null(0)))
 
 
 def _told(quality: pl.DataFrame, source: str) -> pl.DataFrame:

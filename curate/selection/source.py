@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.errors import UserError
 from curate.mixture.conflicts import check_settings
 from curate.output.write import columns_of
 from curate.selection.candidates import open_candidates, unseen_samples
+from curate.tables import Catalogue, Samples
 from curate.training.samples import samples_fingerprint, usable_samples
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Source:
 
     samples: SampleSource
     prior_tokens: Mapping[str, int]
-    usable: pl.DataFrame
+    usable: dy.DataFrame[Samples]
 
     @property
     def streams(self) -> dict[str, MdsStream]:
@@ -49,9 +51,10 @@ class Source:
         return self.samples.folders
 
     @property
-    def catalogue(self) -> pl.DataFrame:
+    def catalogue(self) -> dy.DataFrame[Catalogue]:
         """Every sample of the domains that are drawn from."""
-        return self.samples.catalogue.filter(pl.col("domain").is_in(list(self.prior_tokens)))
+        drawn = pl.col("domain").is_in(list(self.prior_tokens))
+        return Catalogue.validate(self.samples.catalogue.filter(drawn))
 
     @property
     def fingerprint(self) -> str:
@@ -75,8 +78,10 @@ def open_source(plan: Resolved) -> Source:
 
 def _run_source(plan: Resolved) -> Source:
     drawn = pl.col("domain").is_in(list(plan.trained))
-    usable = usable_samples(plan.run.unique_samples.filter(drawn))
-    unseen = usable.join(plan.seen, on="sample_id", how="anti", maintain_order="left") if plan.unseen_only else usable
+    usable = usable_samples(Catalogue.validate(plan.run.unique_samples.filter(drawn)))
+    unseen = usable
+    if plan.unseen_only:
+        unseen = Samples.validate(usable.join(plan.seen, on="sample_id", how="anti", maintain_order="left"))
     # that nothing is left is said where the mixture is made, with what else leaves samples out
     return Source(samples=plan.run.source, prior_tokens=plan.trained, usable=usable if unseen.is_empty() else unseen)
 
@@ -91,5 +96,5 @@ def _candidates(plan: Resolved, folder: Path) -> Source:
             f"{old} of the candidates were trained on already, and mode weights keeps every sample of a stream: set "
             "--mode samples to leave them out, or filter.unseen_only false"
         )
-    tokens = dict(kept.group_by("domain").agg(pl.col("length").sum()).sort("domain").iter_rows())
+    tokens = dict(kept.group_by("domain").agg(pl.col("stored_tokens").sum()).sort("domain").iter_rows())
     return Source(samples=source, prior_tokens=tokens, usable=usable_samples(kept))

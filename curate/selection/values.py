@@ -8,15 +8,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from curate.domains.methods import shuffled
-from curate.domains.schema import no_scores
 from curate.domains.values import embedded_values
 from curate.embeddings.embed import embed, index_folder
 from curate.influence.current import value_next_step
 from curate.influence.draw import HORIZON
+from curate.tables import MeasuredValues
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
@@ -30,8 +31,8 @@ class SourceValues(Protocol):
     """Values of one source's samples for every target."""
 
     @property
-    def frame(self) -> pl.DataFrame:
-        """The values frames of all targets, see `domains.schema`, with documents."""
+    def frame(self) -> dy.DataFrame[MeasuredValues]:
+        """Of all targets, one after the other."""
 
     @property
     def horizon(self) -> str:
@@ -74,7 +75,7 @@ class WindowValues:
     embeddings: Sequence[Embedding]  # one per target
     targets: Sequence[Target]
     index: Path
-    frame: pl.DataFrame
+    frame: dy.DataFrame[MeasuredValues]
 
     @property
     def horizon(self) -> str:
@@ -109,7 +110,7 @@ class CurrentValues:
     next_step: NextStep
 
     @property
-    def frame(self) -> pl.DataFrame:
+    def frame(self) -> dy.DataFrame[MeasuredValues]:
         """Of the measured samples."""
         return self.next_step.values
 
@@ -131,7 +132,7 @@ class CurrentValues:
 
     def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
         """By sorting: there are few."""
-        order = self.frame.filter(target=target.name)["value"].arg_sort(descending=True).to_list()
+        order = self.frame.filter(target=target.name)["value_total_nats"].arg_sort(descending=True).to_list()
         return {"most": order[:count], "least": order[::-1][:count]}
 
 
@@ -150,10 +151,15 @@ class Values:
     finished: float = field(default_factory=perf_counter)
 
     @property
-    def frame(self) -> pl.DataFrame:
-        """The values frames of all sources, one below the other; without rows where nothing was valued."""
-        frames = [values.frame for values in self.by_source.values()]
-        return pl.concat(frames) if frames else no_scores()
+    def frame(self) -> dy.DataFrame[MeasuredValues]:
+        """Of all sources, one below the other; without rows where nothing was valued."""
+        frames = [MeasuredValues.create_empty(), *(values.frame for values in self.by_source.values())]
+        return MeasuredValues.validate(pl.concat(frames))
+
+    def of(self, source: str) -> dy.DataFrame[MeasuredValues]:
+        """Of one source; without rows where it was not valued."""
+        own = self.by_source.get(source)
+        return MeasuredValues.create_empty() if own is None else own.frame
 
     @property
     def residuals(self) -> dict[str, float]:
@@ -185,6 +191,6 @@ def _windows(plan: Resolved, targets: Targets) -> dict[str, SourceValues]:
             frames = [shuffled(frame, plan.config.seed) for frame in frames]
         found[window] = WindowValues(
             window=window, embeddings=parts, targets=targets.every, index=index_folder(parts[0], plan.embedding.index),
-            frame=pl.concat(frames),
+            frame=MeasuredValues.validate(pl.concat(frames)),
         )  # fmt: skip
     return found

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.errors import UserError
 from curate.data.documents import load_tokenizer
+from curate.tables import Catalogue
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def check_fit(catalogue: pl.DataFrame, streams: Mapping[str, Path], model: nn.Module) -> None:
+def check_fit(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], model: nn.Module) -> None:
     """Refuse token ids and lengths that a model does not have, where its config says how many it has.
 
     Args:
@@ -29,14 +31,14 @@ def check_fit(catalogue: pl.DataFrame, streams: Mapping[str, Path], model: nn.Mo
     shape: Any = getattr(model, "config", None)
     vocabulary, positions = getattr(shape, "vocab_size", None), getattr(shape, "max_position_embeddings", None)
     if isinstance(vocabulary, int):
-        where, largest = _first(catalogue, streams, "largest", vocabulary - 1)
+        where, largest = _first(catalogue, streams, "largest_token_id", vocabulary - 1)
         if where:
             raise UserError(
                 f"{where} has token id {largest}, the model has a vocabulary of {vocabulary}: set vocab_size of the "
                 "model, or write the stream with the model's tokenizer"
             )
     if isinstance(positions, int):
-        where, longest = _first(catalogue, streams, "length", positions)
+        where, longest = _first(catalogue, streams, "stored_tokens", positions)
         if where:
             raise UserError(
                 f"{where} has {longest} tokens, the model has {positions} positions: set its max_position_embeddings, "
@@ -44,7 +46,7 @@ def check_fit(catalogue: pl.DataFrame, streams: Mapping[str, Path], model: nn.Mo
             )
 
 
-def check_tokens(catalogue: pl.DataFrame, streams: Mapping[str, Path], tokenizer: Path) -> None:
+def check_tokens(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], tokenizer: Path) -> None:
     """Refuse token ids that a tokenizer does not have.
 
     Args:
@@ -56,7 +58,7 @@ def check_tokens(catalogue: pl.DataFrame, streams: Mapping[str, Path], tokenizer
         UserError: names the first such sample.
     """
     size = 1 + max(load_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values())
-    where, largest = _first(catalogue, streams, "largest", size - 1)
+    where, largest = _first(catalogue, streams, "largest_token_id", size - 1)
     if where:
         raise UserError(
             f"{where} has token id {largest}, the tokenizer {tokenizer} has {size} tokens: give the one that the "
@@ -64,7 +66,9 @@ def check_tokens(catalogue: pl.DataFrame, streams: Mapping[str, Path], tokenizer
         )
 
 
-def _first(catalogue: pl.DataFrame, streams: Mapping[str, Path], column: str, limit: int) -> tuple[str | None, int]:
+def _first(
+    catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], column: str, limit: int
+) -> tuple[str | None, int]:
     """The first sample that has more, in words, and what it has."""
     over = catalogue.filter(pl.col(column) > limit)
     if over.is_empty():

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
+import dataframely as dy
 import polars as pl
 from pydantic import Field, ValidationError
 
@@ -23,6 +24,7 @@ from curate.core.writing import replacing
 from curate.data.documents import tokenizer_file
 from curate.data.mds import Columns, MdsStream
 from curate.data.streams import NAME, DomainName, check_same_tokenizer
+from curate.tables import Catalogue, SampleUses
 from curate.training.fit import check_tokens
 from curate.training.snapshots import snapshot_path, snapshot_steps
 from curate.training.source import SampleSource
@@ -129,10 +131,10 @@ class Run:
         self.spec = self.spec.model_copy(update={"tokenizer": tokenizer})
 
     @cached_property
-    def unknown(self) -> pl.DataFrame:
-        """Samples that the run trained on and that are in none of its streams: sample_id, uses; they are said."""
+    def unknown(self) -> dy.DataFrame[SampleUses]:
+        """Samples that the run trained on and that are in none of its streams; they are said."""
         trained = sample_uses(self.steps)
-        unknown = trained.join(self.catalogue, on="sample_id", how="anti").sort("sample_id")
+        unknown = SampleUses.validate(trained.join(self.catalogue, on="sample_id", how="anti").sort("sample_id"))
         if len(unknown):
             _log.warning(
                 "%s of %s samples that run %s trained on (%s of %s uses) are in none of its streams and count nowhere: "
@@ -233,12 +235,12 @@ class Run:
         return self.source.streams
 
     @property
-    def catalogue(self) -> pl.DataFrame:
+    def catalogue(self) -> dy.DataFrame[Catalogue]:
         """Every sample of the streams, see `SampleSource.catalogue`."""
         return self.source.catalogue
 
     @property
-    def unique_samples(self) -> pl.DataFrame:
+    def unique_samples(self) -> dy.DataFrame[Catalogue]:
         """Every distinct sample of the streams once, see `SampleSource.unique_samples`."""
         return self.source.unique_samples
 
@@ -277,10 +279,10 @@ def _continued_steps(run: Run, lr_share: float) -> pl.DataFrame:
     return pl.concat([run.steps, added.join(usual, how="cross").select(STEPS.names())])
 
 
-def sample_uses(steps: pl.DataFrame) -> pl.DataFrame:
-    """How often each sample occurs in a table of steps (its `sample_ids`): sample_id, uses."""
+def sample_uses(steps: pl.DataFrame) -> dy.DataFrame[SampleUses]:
+    """How often each sample occurs in a table of steps (its `sample_ids`)."""
     counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
-    return counted.with_columns(pl.col("uses").cast(pl.Int64))
+    return SampleUses.validate(counted.with_columns(pl.col("uses").cast(pl.Int64)))
 
 
 def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> TaskSpec:

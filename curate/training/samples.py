@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from curate.core.errors import UserError
+from curate.tables import DOCUMENTS, Catalogue, Samples, WindowRows
 from curate.training.run import sample_uses
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class SampleReader:
         return [self._source.streams[self._domains[place]][int(self._indexes[place])] for place in places]
 
 
-def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> pl.DataFrame:
+def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> dy.DataFrame[WindowRows]:
     """The row table of a window: one row per (sample, step), in step order, then rank, micro-batch and position.
 
     Args:
@@ -61,17 +63,17 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> p
         horizon: state that the target is read at.
 
     Returns:
-        row, step, sample_id, weight (`c_z`), tokens (predicted), length (stored), source (the window), horizon, domain,
-        index (stream-wide), shard, documents (id and predicted tokens of each document in the sample).
+        Rows without values; `source` is the window.
     """
     steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
     rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
     joined = rows.join(run.unique_samples, on="sample_id", how="left", maintain_order="left").with_row_index("row")
     documents = [sample.document_tokens() for sample in SampleReader(run.source).samples(joined["sample_id"].to_list())]
-    return joined.select(
-        pl.col("row").cast(pl.Int64), "step", "sample_id", "weight", "tokens", "length",
-        pl.lit(window).alias("source"), pl.lit(horizon).alias("horizon"), "domain", "index", "shard",
-        pl.Series("documents", documents, dtype=pl.List(pl.Struct({"id": pl.String, "tokens": pl.Int64}))),
+    return WindowRows.validate(
+        joined.with_columns(
+            pl.col("row").cast(pl.Int64), source=pl.lit(window), horizon=pl.lit(horizon),
+            documents=pl.Series(documents, dtype=DOCUMENTS),
+        )
     )  # fmt: skip
 
 
@@ -87,21 +89,18 @@ def trained_tokens(run: Run) -> dict[str, int]:
             "changed since (restore them), or other rows than theirs were trained on"
         )
     samples = run.unique_samples.join(sample_uses(run.steps), on="sample_id")
-    tokens = samples.group_by("domain").agg((pl.col("length") * pl.col("uses")).sum())
+    tokens = samples.group_by("domain").agg((pl.col("stored_tokens") * pl.col("uses")).sum())
     return dict(tokens.sort("domain").iter_rows())
 
 
-def usable_samples(samples: pl.DataFrame) -> pl.DataFrame:
+def usable_samples(samples: dy.DataFrame[Catalogue]) -> dy.DataFrame[Samples]:
     """The samples that predict a token, by domain and content id.
 
     Args:
         samples: as `SampleSource.unique_samples`.
 
-    Returns:
-        domain, index, shard, sample_id, length, tokens (predicted).
     """
-    usable = samples.filter(pl.col("tokens") > 0).sort("domain", "sample_id")
-    return usable.select("domain", "index", "shard", "sample_id", "length", "tokens")
+    return Samples.validate(samples.filter(pl.col("predicted_tokens") > 0).sort("domain", "sample_id"))
 
 
 def samples_fingerprint(samples: pl.DataFrame) -> str:

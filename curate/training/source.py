@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.arrays import read_table
@@ -16,6 +17,7 @@ from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.core.writing import replacing
 from curate.data.mds import CATALOGUE, Columns, MdsStream
+from curate.tables import Catalogue
 
 if TYPE_CHECKING:
     from curate.data.mds import Sample
@@ -45,12 +47,12 @@ class SampleSource:
         return {domain: MdsStream(folder, self._columns) for domain, folder in self.folders.items()}
 
     @cached_property
-    def catalogue(self) -> pl.DataFrame:
+    def catalogue(self) -> dy.DataFrame[Catalogue]:
         """Every sample: `MdsStream.catalogue` plus `domain`; read once, then kept in the run's folder."""
         return read_catalogue(self._folder, self.streams)
 
     @cached_property
-    def unique_samples(self) -> pl.DataFrame:
+    def unique_samples(self) -> dy.DataFrame[Catalogue]:
         """The catalogue with each distinct sample once, at its first place; copies elsewhere are reported.
 
         Raises:
@@ -66,18 +68,20 @@ class SampleSource:
             raise UserError(
                 f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
             )
-        return first
+        return Catalogue.validate(first)
 
     @property
     def novel_shares(self) -> dict[str, float]:
         """Share of novel text in each domain's stream: n-grams that occur for the first time (`data.ngrams`)."""
-        shares = self.catalogue.group_by("domain").agg(pl.col("fresh").sum() / pl.col("ngrams").sum().clip(1))
+        shares = self.catalogue.group_by("domain").agg(pl.col("novel_ngrams").sum() / pl.col("ngrams").sum().clip(1))
         return dict(shares.sort("domain").iter_rows())
 
     @property
     def stored_bytes_per_token(self) -> float:
         """Bytes of the streams on disk, per stored token."""
-        return sum(folder_bytes(folder) for folder in self.folders.values()) / int(self.catalogue["length"].sum())
+        return sum(folder_bytes(folder) for folder in self.folders.values()) / int(
+            self.catalogue["stored_tokens"].sum()
+        )
 
     def read_batches(self, samples: pl.DataFrame, size: int) -> Iterator[list[Sample]]:
         """Read the samples of a table (`domain`, `index`) in its order, `size` at a time."""
@@ -85,7 +89,7 @@ class SampleSource:
             yield [self.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
 
 
-def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFrame:
+def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> dy.DataFrame[Catalogue]:
     """Every sample of some streams, by domain; kept in the folder of their run, under what the streams are."""
     indexes = {
         domain: [file_fingerprint(stream.folder / "index.json"), stream.columns.model_dump()]
@@ -98,7 +102,7 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> pl.DataFra
             if not path.exists() or path.name not in listed(folder):
                 _write_catalogue(path, streams)
                 list_files(folder, [path])
-    return read_table(checked(path, remedy="delete it, and it is made again"))
+    return Catalogue.validate(read_table(checked(path, remedy="delete it, and it is made again")))
 
 
 def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:

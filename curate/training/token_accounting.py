@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import dataframely as dy
 import polars as pl
 
 from curate.core.arrays import read_table
@@ -17,6 +18,7 @@ from curate.core.artifacts import file_fingerprint, read_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.progress import start_logging
+from curate.tables import DomainsSeen, SampleUses, StageUses
 from curate.training.run import Run, open_run, sample_uses
 from curate.training.source import SampleSource
 
@@ -68,14 +70,11 @@ def _previous(folder: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def uses(folders: Sequence[Path]) -> pl.DataFrame:
+def uses(folders: Sequence[Path]) -> dy.DataFrame[StageUses]:
     """How often each sample was trained on.
 
     Args:
         folders: of the stages, see `stages`.
-
-    Returns:
-        stage (position in `folders`), sample_id, uses; sorted.
 
     Raises:
         UserError: a table of steps is unreadable.
@@ -84,12 +83,13 @@ def uses(folders: Sequence[Path]) -> pl.DataFrame:
     for stage, folder in enumerate(folders):
         ids = read_table(folder / "steps.parquet", ["sample_ids"])
         frames.append(sample_uses(ids).select(pl.lit(stage).alias("stage"), "sample_id", "uses"))
-    return pl.concat(frames).sort("stage", "sample_id")
+    return StageUses.validate(pl.concat(frames).sort("stage", "sample_id"))
 
 
-def seen_uses(ledger: pl.DataFrame) -> pl.DataFrame:
-    """`uses` summed over the stages: sample_id, uses."""
-    return ledger.group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
+def seen_uses(stage_uses: dy.DataFrame[StageUses]) -> dy.DataFrame[SampleUses]:
+    """`uses` summed over the stages."""
+    summed = stage_uses.group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
+    return SampleUses.validate(summed)
 
 
 def ledger_identity(folders: Sequence[Path]) -> list[str]:
@@ -97,35 +97,36 @@ def ledger_identity(folders: Sequence[Path]) -> list[str]:
     return [file_fingerprint(folder / "steps.parquet") for folder in folders]
 
 
-def domain_ledger(source: SampleSource, ledger: pl.DataFrame) -> pl.DataFrame:
-    """Per domain of a source, what all stages consumed of it.
+def domains_seen(source: SampleSource, stage_uses: dy.DataFrame[StageUses]) -> dy.DataFrame[DomainsSeen]:
+    """Per domain of a source, what all stages trained on of it.
 
     Samples of earlier stages that are in none of its streams are not in it.
 
     Args:
         source: of the samples.
-        ledger: see `uses`.
-
-    Returns:
-        domain, samples (distinct), seen (distinct samples that were trained on), most_uses (of one sample), tokens
-        (stored, of the distinct samples), consumed_tokens (repeats counted), epochs (their ratio), and one column of
-        consumed tokens per stage, `stage_0` on.
+        stage_uses: see `uses`.
     """
-    samples = source.unique_samples.select("domain", "sample_id", "length")
-    each = samples.join(seen_uses(ledger), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
+    samples = source.unique_samples.select("domain", "sample_id", "stored_tokens")
+    each = samples.join(seen_uses(stage_uses), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
     sums = each.group_by("domain").agg(
         samples=pl.len().cast(pl.Int64),
         seen=(pl.col("uses") > 0).sum().cast(pl.Int64),
         most_uses=pl.col("uses").max(),
-        tokens=pl.col("length").sum(),
-        consumed_tokens=(pl.col("length") * pl.col("uses")).sum(),
+        stored_tokens=pl.col("stored_tokens").sum(),
+        seen_tokens=(pl.col("stored_tokens") * pl.col("uses")).sum(),
     )
-    table = sums.with_columns(epochs=pl.col("consumed_tokens") / pl.col("tokens")).sort("domain")
-    for stage in ledger["stage"].unique().sort():
-        own = samples.join(ledger.filter(stage=stage), on="sample_id").group_by("domain")
-        tokens = own.agg((pl.col("length") * pl.col("uses")).sum().alias(f"stage_{stage}"))
-        table = table.join(tokens, on="domain", how="left", maintain_order="left")
-    return table.with_columns(pl.col("^stage_.*$").fill_null(0))
+    by_stage = _tokens_by_stage(samples, stage_uses)
+    table = sums.with_columns(epochs=pl.col("seen_tokens") / pl.col("stored_tokens"))
+    return DomainsSeen.validate(table.join(by_stage, on="domain").sort("domain"))
+
+
+def _tokens_by_stage(samples: pl.DataFrame, stage_uses: dy.DataFrame[StageUses]) -> pl.DataFrame:
+    """`domain` and `seen_tokens_by_stage`: stored tokens, 0 where a stage trained on none."""
+    stages_and_domains = stage_uses.select("stage").unique().join(samples.select("domain").unique(), how="cross")
+    trained = samples.join(stage_uses, on="sample_id").group_by("stage", "domain")
+    tokens = trained.agg(tokens=(pl.col("stored_tokens") * pl.col("uses")).sum())
+    every = stages_and_domains.join(tokens, on=["stage", "domain"], how="left").sort("domain", "stage")
+    return every.group_by("domain").agg(seen_tokens_by_stage=pl.col("tokens").fill_null(0))
 
 
 def main() -> None:
@@ -141,11 +142,11 @@ def main() -> None:
     for stage, folder in enumerate(folders):
         _log.info("stage %d: %s", stage, folder)
     _log.info("%-20s %10s %10s %14s %14s %7s %5s", "domain", "samples", "seen", "tokens", "consumed", "epochs", "most")
-    for row in domain_ledger(run.source, uses(folders)).iter_rows(named=True):
+    for row in domains_seen(run.source, uses(folders)).iter_rows(named=True):
         _log.info(
             "%-20s %10s %10s %14s %14s %7.2f %5d",
-            row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['tokens']:,}",
-            f"{row['consumed_tokens']:,}", row["epochs"], row["most_uses"],
+            row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['stored_tokens']:,}",
+            f"{row['seen_tokens']:,}", row["epochs"], row["most_uses"],
         )  # fmt: skip
     unknown = run.unknown
     if len(unknown):

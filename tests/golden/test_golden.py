@@ -116,7 +116,7 @@ def summary_of(selection: Path) -> dict[str, Any]:
     close = {"weights": [mixture.domains[name].weight for name in domains]}
     scores = pl.read_parquet(selection / "scores.parquet")
     for (target, source), part in scores.group_by("target", "source", maintain_order=True):
-        close[f"values {target} {source}"] = part.sort("domain", "step", "row")["value"].to_list()
+        close[f"values {target} {source}"] = part.sort("domain", "step", "row")["value_total_nats"].to_list()
     table = pl.read_parquet(selection / "domains.parquet").sort("source", "target", "domain")
     close["shrunk"] = [value or 0.0 for value in table["shrunk"].to_list()]
     if (selection / "data" / "mds").exists():

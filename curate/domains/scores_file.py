@@ -1,4 +1,4 @@
-"""`domains.parquet` at the border: one row per (sample, step, target) of a window, checked when written and read."""
+"""`scores.parquet`: values of measured samples, checked when written and read."""
 
 from pathlib import Path
 
@@ -8,31 +8,7 @@ import polars as pl
 from curate.core.artifacts import checked
 from curate.core.errors import UserError
 from curate.core.writing import replacing
-
-
-class Scores(dy.Schema):
-    """The values frame without its documents. Sign: positive = removing the sample would raise the target's loss."""
-
-    row = dy.Int64(nullable=False, min=0)
-    step = dy.Int64(nullable=False, min=0)
-    sample_id = dy.Int64(nullable=False, min=0)
-    weight = dy.Float32(nullable=False)
-    tokens = dy.Int64(nullable=False, min=0)
-    length = dy.Int64(nullable=False, min=1)
-    source = dy.String(nullable=False)
-    horizon = dy.String(nullable=False)
-    domain = dy.String(nullable=False)
-    index = dy.Int64(nullable=False, min=0)
-    shard = dy.Int64(nullable=False, min=0)
-    target = dy.String(nullable=False)
-    value = dy.Float64(nullable=False)
-    value_a = dy.Float64(nullable=False)
-    value_b = dy.Float64(nullable=False)
-
-
-def no_scores() -> pl.DataFrame:
-    """A values frame (without documents) of no samples."""
-    return Scores.create_empty()
+from curate.tables import Scores
 
 
 def write_scores(path: Path, values: pl.DataFrame) -> None:
@@ -46,8 +22,8 @@ def write_scores(path: Path, values: pl.DataFrame) -> None:
         checked.write_parquet(part)
 
 
-def read_scores(path: Path) -> pl.DataFrame:
-    """Read `domains.parquet`.
+def read_scores(path: Path) -> dy.DataFrame[Scores]:
+    """Read `scores.parquet`.
 
     Raises:
         UserError: it is missing, truncated, or does not hold the columns of `Scores`.
@@ -63,7 +39,7 @@ def read_scores(path: Path) -> pl.DataFrame:
     return _validated(values, f"the rows of {path}")
 
 
-def _validated(values: pl.DataFrame, name: str) -> pl.DataFrame:
+def _validated(values: pl.DataFrame, name: str) -> dy.DataFrame[Scores]:
     missing = [column for column in Scores.column_names() if column not in values.columns]
     if missing:
         raise UserError(f"{name} lack the columns {', '.join(missing)}; `python -m curate.select` writes them")
