@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from curate.artifacts import MANIFEST, fingerprint, is_complete, read_json
+from curate.callable_module import calls_module
 from curate.config import Config, FileName, parse_command, run_command
 from curate.embeddings.estimators import (
     AdjointConfig,
@@ -95,6 +96,7 @@ class EmbedConfig(Config):
         return {"both": ["early", "late"], "none": []}.get(self.window, [self.window])
 
 
+@calls_module
 def embed(config: EmbedConfig, run: Run, target: Target | None) -> dict[str, Embedding]:
     """Embed and index every window of the config; complete ones are reused, missing ones are announced with their cost.
 

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from curate.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
+from curate.callable_module import calls_module
 from curate.choice import Choice, Known, choice_of, likeness_of, next_step_of
 from curate.config import parse_command, run_command
 from curate.embed import embed, embed_others, index_folder, other_targets, read_target
@@ -46,6 +47,7 @@ _log = logging.getLogger(__name__)
 _UNEVEN = 0.05  # of the budget that samples of uneven length may miss it by in silence
 
 
+@calls_module
 def select(config: SelectConfig, run: Run) -> Path:
     """Select the next stage's data.
 

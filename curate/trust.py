@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from curate.callable_module import calls_module
 from curate.errors import UserError
 
 VARIABLE = "CURATE_TRUST"
 OPTION = "--trust"
 
 
+@calls_module
 def trust(modules: Iterable[str]) -> None:
     """Let modules, and what lies in them where they are packages, be imported in this process and its children."""
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*_trusted(), *modules]))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from curate.artifacts import SIGN, fingerprint, making, read_json, seal, start, write_json
+from curate.callable_module import calls_module
 from curate.config import Config, parse_command, run_command
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, EstimatorName, make_estimator
 from curate.errors import UserError
@@ -73,6 +74,7 @@ class VerifyConfig(Config):
     """Settings of dvemb-adam."""
 
 
+@calls_module
 def verify(config: VerifyConfig, run: Run) -> Path:
     """Rerun, estimate, compare.
 
