@@ -304,6 +304,7 @@ def test_one_word_of_a_command_stays_one_word(tmp_path):
         assert plan.arguments(0) == ["first", str(Path(text).expanduser())]
 
 
+@pytest.mark.slow
 def test_a_selection_in_places_of_hostile_names(folder, tmp_path):
     """The run lies in a folder, and the target has a name, that is a pattern, a markup, a command and a second line."""
     place = tmp_path / "[1]*?{x} 'q' \"p\" <b> %s $(touch marker)"

@@ -154,6 +154,7 @@ def command(folder, run, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, both, tmp_path):
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -77,6 +77,7 @@ def test_the_memory_limit_changes_no_bit(folder, plain, copy, limit):
     assert found.folder.name == plain.folder.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_how_many_anchors_go_at_once_changes_only_rounding(folder, copy, at_once):
     plain = embedded(copy(), folder, **same_anchors(hessian="gauss-newton"))
@@ -90,6 +91,7 @@ class Killed(BaseException):
     """Stands for kill -9 at a chosen place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2 * STATE, 100 * STATE])
 def test_interrupted_at_any_step_it_ends_with_the_same_bytes(folder, plain, copy, monkeypatch, limit):
     """Killed before each of the 12 steps in turn: one step of progress per call."""
@@ -324,6 +326,7 @@ def test_an_opaque_model_is_refused_before_long_work(folder, copy, opaque, monke
         embedded(copy(), folder, hessian=hessian)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"own_step": "exact"}, {"own_step": "embedding"}, {"own_step": "linear", "hessian_share": 0.5}]
 )

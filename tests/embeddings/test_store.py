@@ -38,6 +38,7 @@ def make_dvemb(**settings):
     return make_estimator("dvemb", AdjointConfig(), DvembConfig(**settings), DvembAdamConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_values_rank_samples_like_removing_them(folder, run, name):
     """Replay the late window with one sample's gradient taken out, for every sample, and compare the target's loss."""

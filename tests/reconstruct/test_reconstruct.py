@@ -120,6 +120,7 @@ def test_frozen_parameters_that_are_not_said_are_refused(frozen_loop, tmp_path, 
         rebuild(frozen_loop, out=str(tmp_path / "other"), frozen=frozen)
 
 
+@pytest.mark.slow
 def test_two_real_processes_are_rebuilt_in_one(streams, tmp_path):
     loop = Loop(folder=str(tmp_path), streams=streams, dataset=SHUFFLED, batch_size=3, workers=1, kills=[13])
     in_processes(loop, 2)

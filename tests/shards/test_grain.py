@@ -141,6 +141,7 @@ def test_what_is_made_for_parts_serves_whole_domains_too(folder, tmp_path):
     assert set(scores[0]["domain"]) == set(read_mixture(fine / "mixture.yaml").domains)
 
 
+@pytest.mark.slow
 def test_parts_that_are_used_up_leave_their_share_to_the_others(folder, tmp_path, caplog):
     """In small shards, so that the training used all of some."""
     moved = {}
