@@ -70,6 +70,7 @@ def same_anchors(**settings):
     return {"anchors_per_domain": 1, "samples_per_anchor": 4, **settings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [STATE, 5 * STATE, 100 * STATE])
 def test_the_memory_limit_changes_no_bit(folder, plain, copy, limit):
     found = embedded(copy(), folder, **same_anchors(memory_bytes=limit))
@@ -115,6 +116,7 @@ def test_interrupted_at_any_step_it_ends_with_the_same_bytes(folder, plain, copy
     assert not (found.folder / "scratch").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_step", ["exact", "linear"])
 def test_windows_chained_by_influence_checkpoints_have_the_values_of_one_pass(
     folder, plain, copy, monkeypatch, caplog, own_step
@@ -130,6 +132,7 @@ def test_windows_chained_by_influence_checkpoints_have_the_values_of_one_pass(
     assert found.vectors.tobytes() == plain.vectors.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("late", "early"),
     [
@@ -204,6 +207,7 @@ def test_a_horizon_before_the_windows_end_or_behind_the_stage_is_refused(folder,
         embedded(Run(folder / "run"), folder, window=window, horizon=horizon)
 
 
+@pytest.mark.slow
 def test_skipping_curvature_between_window_and_horizon(folder, copy):
     """1 is exact; 3 is another cotangent, unless the horizon is the window's end; 4 stands for no step behind it."""
     run = copy()
@@ -286,6 +290,7 @@ def test_settings_that_change_values_have_folders_of_their_own(folder):
     assert {place(memory_bytes=1), place(at_once=1), place(disk_bytes=1), place(save_seconds=1)} == {place()}
 
 
+@pytest.mark.slow
 def test_own_steps_differ_only_in_the_window(folder, copy):
     run = copy()
     found = {kind: embedded(run, folder, own_step=kind).vectors for kind in ("exact", "embedding", "linear")}

@@ -149,6 +149,7 @@ def test_gradients_alone_do_not_serve_adam(streams, tmp_path):
     assert estimator_of("dvemb-adam").cost_units(job_of(Run(tmp_path / "run"))) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_other_samples_or_damaged_files_are_replayed(streams, tmp_path, caplog):
     Training(streams, capture=CaptureConfig(width=WIDTH)).run(tmp_path / "run", WINDOWS)
     run = Run(tmp_path / "run")
@@ -167,6 +168,7 @@ def test_rows_of_other_samples_or_damaged_files_are_replayed(streams, tmp_path, 
         np.testing.assert_allclose(found[step][0], rows, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_resumes_its_capture(streams, tmp_path, monkeypatch):
     """Stopped in the window, and again with rows on disk of steps that are repeated."""
     settings = RecorderConfig(windows={"early": (0, 8), "late": (8, 12)}, cadence_snapshots=6, flush_steps=1)
@@ -182,6 +184,7 @@ def test_a_crashed_run_resumes_its_capture(streams, tmp_path, monkeypatch):
         assert np.array_equal(found[step][0], rows)
 
 
+@pytest.mark.slow
 def test_a_scale_of_the_loss_that_is_not_said_ends_the_capture_not_the_training(streams, tmp_path, caplog):
     settings = {"loss_scale": 1024.0}
     losses = Training(streams, **settings).run(None)

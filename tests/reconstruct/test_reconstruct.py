@@ -65,6 +65,7 @@ def test_a_run_is_rebuilt_to_the_same_bytes(loop):
     assert reconstruct(ReconstructConfig(**loop.description())) == rebuilt.folder  # complete already
 
 
+@pytest.mark.slow
 def test_a_selection_from_it_is_that_of_the_recorded_run(loop, tmp_path):
     target = write_tiny_target(tmp_path / "target.jsonl")
     made = {}
@@ -78,6 +79,7 @@ def test_a_selection_from_it_is_that_of_the_recorded_run(loop, tmp_path):
     assert made["recorded"] == made["rebuilt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "dataset", "weights"),
     [

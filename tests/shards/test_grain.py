@@ -88,6 +88,7 @@ def test_texts_of_two_kinds_are_two_clusters(folder, tmp_path):
     assert shares[1] > 0.8
 
 
+@pytest.mark.slow
 @BY
 def test_a_selection_by_parts_writes_the_mixture_exactly(folder, by):
     out = selected(folder, grain=GrainConfig(by=by, clusters=2))
@@ -128,6 +129,7 @@ def test_a_floor_of_a_domain_that_is_divided_names_the_parts(folder):
         selected(folder, grain=GrainConfig(by="clusters", clusters=2), mixture=MixtureConfig(floors={"json": 0.2}))
 
 
+@pytest.mark.slow
 def test_what_is_made_for_parts_serves_whole_domains_too(folder, tmp_path):
     """One artifact per target: that of the guard is made while the domains are divided."""
     lines = (folder / "target.jsonl").read_text().splitlines()
