@@ -2,12 +2,14 @@
 
 import shlex
 
+from curate.core.callable_module import make_callable
 from curate.core.config import parse_command, run_command
 from curate.core.progress import say, start_logging
 from curate.evaluation.branch_record import read_branch_test, summary
 from curate.evaluation.branch_test import BranchTestCommand, branch_test
 
 __all__ = ["BranchTestCommand", "branch_test"]
+make_callable(__name__, branch_test)
 
 
 def main() -> None:

@@ -2,14 +2,16 @@
 
 import logging
 
+from curate.core.callable_module import make_callable
 from curate.core.config import parse_command, run_command
 from curate.core.progress import start_logging
-from curate.embeddings.embed import EmbedConfig, embed, read_targets
+from curate.embeddings.embed import EmbedConfig, embed
 from curate.training.run import open_run
 
 __all__ = ["EmbedConfig", "embed"]
 
 _log = logging.getLogger(__name__)
+make_callable(__name__, embed)
 
 
 def main() -> None:
@@ -19,7 +21,7 @@ def main() -> None:
     )
     start_logging()
     run = open_run(config.run, config.streams, config.tokenizer)
-    embeddings = embed(config, run, read_targets(config, run))
+    embeddings = embed(config, run)
     for window, (embedding, *_) in embeddings.items():
         _log.info("%s: %d rows x %d -> %s", window, *embedding.vectors.shape, embedding.folder)
 

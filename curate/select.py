@@ -4,6 +4,7 @@ Which of the data that the last stage trained on moved the model towards the tar
 train on? The line itself is `curate.selection.pipeline`.
 """
 
+from curate.core.callable_module import make_callable
 from curate.core.config import parse_command, run_command
 from curate.core.progress import start_logging
 from curate.selection.config import SelectConfig
@@ -11,6 +12,7 @@ from curate.selection.pipeline import is_selected, select
 from curate.training.run import open_run
 
 __all__ = ["SelectConfig", "is_selected", "select"]
+make_callable(__name__, select)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Schemas of every table that crosses from one folder to another. A column's name carries its unit.
 
-Tokens are `stored_tokens` (what a step consumes and a budget counts) or `predicted_tokens` (what has a loss). Values are
-`value_total_nats` (of all tokens of a sample, nats per token of the target), `value_total` (the same for several
+Tokens are `stored_tokens` (what a step consumes and a budget counts) or `predicted_tokens` (what has a loss). Values
+are `value_total_nats` (of all tokens of a sample, nats per token of the target), `value_total` (the same for several
 targets together, then in deviations) or `value_per_token`. Sign: positive = the sample lowers the target's loss = it
 helps.
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from curate.core.artifacts import read_json
+from curate.core.callable_module import make_callable
 from curate.core.config import parse_command, run_command
 from curate.core.progress import start_logging
 from curate.evaluation.verify import VerifyConfig, verify
@@ -14,6 +15,7 @@ from curate.training.run import open_run
 __all__ = ["VerifyConfig", "verify"]
 
 _log = logging.getLogger(__name__)
+make_callable(__name__, verify)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up when needed, then every check: lint, format, types, layers, dependencies, tests. Arguments go to pytest.
+# --fast as the first one leaves out the tests that are marked slow: trainings in other processes, kills, fuzzing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -25,4 +26,9 @@ check format ruff format --check .
 check types mypy curate pipelines scripts
 check layers lint-imports --no-cache
 check dependencies deptry .
-exec pytest -q -n 2 --dist worksteal "$@"
+chosen=()
+if [[ ${1:-} == --fast ]]; then
+    shift
+    chosen=(-m "not slow and not browser and not soak")
+fi
+exec pytest -q -n 2 --dist worksteal "${chosen[@]}" "$@"

@@ -113,6 +113,7 @@ def renamed(data: ReportData, names: dict[str, str], **facts) -> ReportData:
     return dataclasses.replace(data, **{**frames, **facts})
 
 
+@pytest.mark.slow
 def test_a_report_shows_hostile_names_and_texts_as_text():
     benign, seen = Page(render(report_data())), set()
     values = list(HOSTILE.values())
@@ -137,6 +138,7 @@ def test_a_file_name_that_is_no_text_does_not_end_a_report():
         checked(render(dataclasses.replace(report_data(), target=text, run=text)), Page(render(report_data())))
 
 
+@pytest.mark.slow
 def test_pages_of_recipes_show_hostile_names_as_text(tmp_path):
     write_page(tmp_path / "benign.html", "title", "lede", {"a": "{}", "b": "{}"})
     benign = Page((tmp_path / "benign.html").read_text(encoding="utf-8"))
@@ -304,6 +306,7 @@ def test_one_word_of_a_command_stays_one_word(tmp_path):
         assert plan.arguments(0) == ["first", str(Path(text).expanduser())]
 
 
+@pytest.mark.slow
 def test_a_selection_in_places_of_hostile_names(folder, tmp_path):
     """The run lies in a folder, and the target has a name, that is a pattern, a markup, a command and a second line."""
     place = tmp_path / "[1]*?{x} 'q' \"p\" <b> %s $(touch marker)"

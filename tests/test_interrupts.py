@@ -19,11 +19,11 @@ def start(arguments, *places):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["curate.select", "pipelines.prepare"])
+@pytest.mark.parametrize("command", ["curate.select", "curate select", "pipelines.prepare"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_the_command_is_imported_ends_it_with_the_sentence(tmp_path, module, number):
+def test_a_signal_while_the_command_is_imported_ends_it_with_the_sentence(tmp_path, command, number):
     (tmp_path / "pydantic.py").write_text("import time\nprint('importing', flush=True)\nwhile True: time.sleep(1)\n")
-    process = start(["-m", module], tmp_path)
+    process = start(["-m", *command.split()], tmp_path)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
     _, said = process.communicate()

@@ -103,6 +103,7 @@ def command(module: str, *options: str | Path, path: Path) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_somebody_else_runs_nothing(folder, module, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     spec = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -46,8 +46,13 @@ def guard_imports(package: str) -> None:
     Until `raise_on_signals`; the interpreter imports the package before the command.
     """
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
-    if sys.argv[:1] == ["-m"] and module and module[0].startswith(f"{package}."):
-        _install(_leave)
+    if sys.argv[:1] == ["-m"] and module and f"{module[0]}.".startswith(f"{package}."):
+        leave_on_signals()
+
+
+def leave_on_signals() -> None:
+    """Say the sentence and leave at once, until `raise_on_signals`: for a command that has begun nothing."""
+    _install(_leave)
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> None:

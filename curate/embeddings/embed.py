@@ -110,13 +110,13 @@ class EmbedConfig(Config):
         return ["early", "late"] if self.window == "both" else [self.window]
 
 
-def embed(config: EmbedConfig, run: Run, targets: Targets) -> dict[str, list[Embedding]]:
+def embed(config: EmbedConfig, run: Run, targets: Targets | None = None) -> dict[str, list[Embedding]]:
     """Embed and index every window of the config; complete ones are reused, missing ones are announced with their cost.
 
     Args:
         config: what to embed.
         run: the recorded run.
-        targets: see `read_targets`; none where the estimator needs none.
+        targets: already read; None: those that the config names.
 
     Returns:
         Window name -> its embedding, opened once for each target in their order, or without one.
@@ -130,6 +130,7 @@ def embed(config: EmbedConfig, run: Run, targets: Targets) -> dict[str, list[Emb
     if config.windows == "auto":
         for part in run_windows(run).values():
             _log.info("%s", part.line)
+    targets = read_targets(config, run) if targets is None else targets
     estimator, jobs = _plan(config, run, targets)
     horizon: Horizon = config.horizon
     for window, job in jobs.items():

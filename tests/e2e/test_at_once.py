@@ -26,6 +26,7 @@ def start(*words, environment=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_selections_at_once_with_the_same_settings_all_end_with_the_same_bytes(folder, tmp_path):
     words = (
         "curate.select", "--run", folder / "run", "--target", folder / "target.jsonl", "--method", "dsir", "--mode",
@@ -46,6 +47,7 @@ def test_selections_at_once_with_the_same_settings_all_end_with_the_same_bytes(f
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_second_training_in_one_folder_is_refused(tmp_path):
     write_tiny_streams(tmp_path / "data")
     write_json(tmp_path / "model.json", MODEL)
@@ -82,6 +84,7 @@ def recorder(folder, **changes):
     return TrajectoryRecorder(folder, RecorderConfig(), model, torch.optim.SGD(model.parameters(), lr=0.1), **settings)
 
 
+@pytest.mark.slow
 def test_a_foreign_trainer_is_protected_by_its_recorder(tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-c", RECORDING, str(tmp_path)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
@@ -107,6 +110,7 @@ def test_what_a_killed_finish_left_is_removed_by_whoever_looks_next(tmp_path):
     assert not (tmp_path / "run" / "steps.parts").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["/x$", "/b$", "/data/manifest.json$"])
 def test_data_that_was_killed_between_sealing_and_renaming_is_made_again(tmp_path, place):
     for name in ("first", "second"):

@@ -154,6 +154,7 @@ def command(folder, run, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, both, tmp_path):
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -300,6 +301,7 @@ def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(f
     assert "late at step 12" in page
 
 
+@pytest.mark.slow
 def test_an_anchor_file_that_changed_is_another_selection(folder, tmp_path):
     write_tiny_target(tmp_path / "anchors.jsonl", documents=20)
     adjoint = AdjointConfig(anchor_files=(tmp_path / "anchors.jsonl",), anchors_per_file=2, min_anchor_tokens=50)
@@ -316,6 +318,7 @@ def test_the_mixture_window_must_be_valued(folder):
     assert read_mixture(out / "mixture.yaml").window == "early"
 
 
+@pytest.mark.slow
 def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplog):
     """All that there is of one domain was trained on, and lies elsewhere in its stream since it was valued."""
     run = Run(folder / "run")
@@ -342,6 +345,7 @@ def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplo
         select(floor, moved)
 
 
+@pytest.mark.slow
 def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
     out, given = tmp_path / "out", {"mode": "reweight", "window": "late"}
     run = Run(folder / "run")

@@ -149,6 +149,7 @@ def test_embeddings_are_the_derivative_of_training_with_every_optimizer(optimize
     check_against_finite_differences(Problem(clip_norm, tied=tied, optimizer=optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon and AdamW", "momentum"])
 @pytest.mark.parametrize("skips", [{(2, 0), (2, 1), (2, 2)}, {(1, 0), (3, 1)}], ids=["whole step", "one optimizer"])
 def test_embeddings_are_the_derivative_of_training_that_skipped_updates(optimizer, skips):
@@ -225,6 +226,7 @@ def test_what_a_direction_gets_does_not_depend_on_the_others(products):
         torch.testing.assert_close(torch.cat([one[place] for one in alone]), together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", [0.3, None])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_exact_own_step_is_the_first_order_effect_of_the_changed_state(optimizer, clip_norm):

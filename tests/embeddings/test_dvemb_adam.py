@@ -230,6 +230,7 @@ def test_rows_per_block_and_micro_batches_change_nothing(folder, run, monkeypatc
     np.testing.assert_allclose(values(job, width=4, rows_per_block=7), wanted, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_shortcut_and_the_separable_scale_lose_little_against_the_exact_scale(folder, run, monkeypatch):
     """Late window of the tiny run, nothing projected; `pytest -s` prints the losses."""
     losses = {}

@@ -64,6 +64,7 @@ def refuse_replay(monkeypatch):
     monkeypatch.setattr(Replay, "steps", steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -121,6 +122,7 @@ def test_rows_against_single_samples_in_float64(streams, tmp_path):
                 columns += 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dvemb", "dvemb-adam"])
 def test_embeddings_are_those_of_replay_and_only_what_is_missing_is_replayed(streams, tmp_path, name):
     Training(streams, capture=CaptureConfig(estimator="dvemb-adam", width=WIDTH)).run(tmp_path / "run", WINDOWS)
@@ -147,6 +149,7 @@ def test_gradients_alone_do_not_serve_adam(streams, tmp_path):
     assert estimator_of("dvemb-adam").cost_units(job_of(Run(tmp_path / "run"))) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_other_samples_or_damaged_files_are_replayed(streams, tmp_path, caplog):
     Training(streams, capture=CaptureConfig(width=WIDTH)).run(tmp_path / "run", WINDOWS)
     run = Run(tmp_path / "run")
@@ -165,6 +168,7 @@ def test_rows_of_other_samples_or_damaged_files_are_replayed(streams, tmp_path, 
         np.testing.assert_allclose(found[step][0], rows, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_resumes_its_capture(streams, tmp_path, monkeypatch):
     """Stopped in the window, and again with rows on disk of steps that are repeated."""
     settings = RecorderConfig(windows={"early": (0, 8), "late": (8, 12)}, cadence_snapshots=6, flush_steps=1)
@@ -180,6 +184,7 @@ def test_a_crashed_run_resumes_its_capture(streams, tmp_path, monkeypatch):
         assert np.array_equal(found[step][0], rows)
 
 
+@pytest.mark.slow
 def test_a_scale_of_the_loss_that_is_not_said_ends_the_capture_not_the_training(streams, tmp_path, caplog):
     settings = {"loss_scale": 1024.0}
     losses = Training(streams, **settings).run(None)
@@ -233,6 +238,7 @@ print(json.dumps(training.run(folder, RecorderConfig(windows={"early": (0, 4), "
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_capture_not_the_training(streams, tmp_path, caplog):
     data = next(iter(streams.values())).parent
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run"), str(data)]
@@ -261,6 +267,7 @@ def test_a_disk_that_hangs_is_waited_for_only_so_long(tmp_path):
     writer.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_together_capture_what_one_process_does(streams, tmp_path, monkeypatch):
     """DDP over gloo: union of the ranks' rows, 1e-4 of the largest number (sums of gradients round differently)."""
     data = next(iter(streams.values())).parent

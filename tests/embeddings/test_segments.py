@@ -131,6 +131,7 @@ def make(name, segment_steps=None, operator="block"):
     return make_estimator(name.removesuffix("-shortcut"), AdjointConfig(), DvembConfig(**settings), adam)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["block", "full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_window_in_segments_is_one_pass_within_float32(folder, run, name, operator):
@@ -148,6 +149,7 @@ class Killed(BaseException):
     """Stands for kill -9 at a chosen place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["recursion", "carry", "_save_progress"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_recursion_continues_after_the_last_finished_segment(

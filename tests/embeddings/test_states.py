@@ -50,6 +50,7 @@ def check_same(found, wanted):
             assert torch.equal(batch.weights, again.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 4, 10, 11, 50])
 def test_any_memory_limit_gives_the_same_states(run, whole, tmp_path, steps):
     replay = Replay(run)

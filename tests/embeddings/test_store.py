@@ -38,6 +38,7 @@ def make_dvemb(**settings):
     return make_estimator("dvemb", AdjointConfig(), DvembConfig(**settings), DvembAdamConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_values_rank_samples_like_removing_them(folder, run, name):
     """Replay the late window with one sample's gradient taken out, for every sample, and compare the target's loss."""
@@ -81,6 +82,7 @@ class Killed(BaseException):
     """Stands for kill -9 at a chosen place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tmp_path, monkeypatch):
     job = job_of(run, folder, window="early", horizon="stage_end")
@@ -110,6 +112,7 @@ def test_an_interrupted_window_continues_to_the_same_bytes(folder, run, name, tm
     assert not (embedding.folder / "scratch").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_an_interrupted_capture_continues_to_the_same_bytes(folder, run, name, tmp_path, monkeypatch):
     """Killed at the tenth step: the capture goes on from the last snapshot it passed, not from the start."""
@@ -139,6 +142,7 @@ def test_an_interrupted_capture_continues_to_the_same_bytes(folder, run, name, t
     assert embedding.targets.tobytes() == wanted.targets.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_last_steps_of_a_window_have_the_values_that_they_have_in_the_whole(folder, run, name):
     whole = embed_window(job_of(run, folder), "late", "window_end", make(name))

@@ -131,6 +131,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, streams, plan):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_kill_half_way_leaves_nothing_and_it_can_be_redone(tmp_path, folders, written, streams, plan):
     out = tmp_path / "out"
     code = """

@@ -46,6 +46,7 @@ def test_what_once_went_wrong(targets, name):
         assert target.outcome(data, folder) == wanted, data[:300]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

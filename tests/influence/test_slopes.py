@@ -357,6 +357,7 @@ def test_likeness_alone_needs_no_slopes(folder, tmp_path, monkeypatch):
     assert not (selected(folder, tmp_path / "out", {"likeness_share": 1}) / "predicted.parquet").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["domains", "shards"])
 def test_a_stream_that_nothing_was_drawn_from_is_left_alone(tmp_path, by):
     random, rows = np.random.default_rng(0), []

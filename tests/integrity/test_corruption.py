@@ -19,6 +19,7 @@ from curate.training.run import Run
 from tests.integrity import arena
 from tests.integrity.arena import STEPS, Outcome, call, contents, link_copy
 
+pytestmark = pytest.mark.slow
 DAMAGES = ("cut", "empty", "deleted", "another", "begin", "middle", "end", "flip-1", "flip-2")
 ONE, TWO = "plan/one/run", "plan/two/run"
 SELECTED, OTHER = "plan/one/selection", "plan/two/selection"

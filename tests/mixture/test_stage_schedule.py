@@ -165,6 +165,7 @@ def test_what_the_basin_uses_counts_against_the_cap_of_the_curated_parts():
     assert mixture.domains["b"].binding == "max_epochs"
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(50, 3000), min_size=3, max_size=3),
     st.integers(100, 6000),

@@ -206,6 +206,7 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_method_has_rows_that_differ_in_data_only_and_finished_branches_are_kept(config):
     result = bench(config)
     rows = result["rows"]

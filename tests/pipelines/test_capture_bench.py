@@ -18,6 +18,7 @@ def found(tmp_path_factory):
     return bench(config)
 
 
+@pytest.mark.slow
 def test_every_case_has_a_row_of_the_agreed_form(found, capsys):
     rows = {row["case"]: row for row in json.loads(json.dumps(found))["rows"]}
     assert tuple(rows) == CASES

@@ -32,6 +32,7 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_estimator_gets_rows_for_every_window_horizon_and_target(config):
     result = bench(config)
     rows = result["rows"]
@@ -65,6 +66,7 @@ def test_a_corpus_without_a_domain_of_the_config_is_refused(config):
         bench(config.model_copy(update={"targets": ("poetry",), "folder": config.folder / "other"}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)  # three minutes on an idle core
 def test_the_small_bench_as_the_readme_starts_it(config, tmp_path):
     """1.1M parameters, BPE 2048, every estimator but the levers, reruns included."""

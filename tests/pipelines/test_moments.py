@@ -9,6 +9,7 @@ from pipelines.fidelity.moments import MomentsConfig, agreement
 from tests.tiny import record_tiny_run, write_tiny_target
 
 
+@pytest.mark.slow
 def test_estimated_state_values_nearly_the_same(tmp_path):
     record_tiny_run(tmp_path)
     write_tiny_target(tmp_path / "target.jsonl")

@@ -9,6 +9,7 @@ from pipelines.phases import PhasesConfig, describe, measure, smooth
 from tests.tiny import STEPS, record_tiny_run, write_tiny_target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["dvemb", "adjoint"])
 def test_the_curve_of_a_tiny_run(tmp_path, estimator):
     run = record_tiny_run(tmp_path)

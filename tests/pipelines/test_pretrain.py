@@ -61,6 +61,7 @@ def test_the_recorder_changes_no_loss_and_the_record_replays(config, tmp_path):
     assert (run.folder / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("crash", "optimizer"), [(3, "AdamW"), (7, "AdamW"), (10, "AdamW"), (7, "Adam"), (7, "SGD"), (7, "Muon")]
 )

@@ -188,6 +188,7 @@ def test_numbers_that_no_training_can_have_are_refused(setting):
         parse_command(PretrainConfig, "pretrain", "", given)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_data_of_which_it_would_leave_out_a_part(config, tmp_path):
     (tmp_path / "data" / "json" / "index.json").unlink()
     command = ["--out", config.out, "--data", config.data, "--model", config.model, "--steps", "2", "--batch_size", "8"]

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipelines.soak import files_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_short_soak_ends_without_a_difference(tmp_path):
     command = [
         sys.executable, "-m", "pipelines.soak", "--minutes", "60", "--kills", "3", "--seed", "1", "--jobs",

@@ -109,6 +109,7 @@ def whole(inputs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other(whole, inputs):
     plan = load_plan(whole / "plan.yaml")
     assert all(line.startswith("done") for line in describe(plan))
@@ -123,6 +124,7 @@ def test_stages_follow_each_other(whole, inputs):
     assert len([path for path in final_bytes(whole / "plan") if "mds" not in path]) == 2 + 2 + 3 + 3 + 2 + 4
 
 
+@pytest.mark.slow
 def test_killed_before_any_file_operation_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
     path = write_plan(tmp_path, inputs)
     for at in (2, 5, 14):
@@ -150,6 +152,7 @@ PHASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_it_ends_with_the_same_bytes(whole, inputs, tmp_path):
     path = write_plan(tmp_path, inputs)
     for name, phase in (*(("one", phase) for phase in PHASES), ("two", "train")):
@@ -189,6 +192,7 @@ def paused_plan(place, inputs, go):
     )
 
 
+@pytest.mark.slow
 def test_a_trainer_that_outlives_its_runner_keeps_others_out_until_it_has_ended(whole, inputs, tmp_path):
     go = tmp_path / "go"
     path = paused_plan(tmp_path, inputs, go)
@@ -210,6 +214,7 @@ def test_a_trainer_that_outlives_its_runner_keeps_others_out_until_it_has_ended(
     assert final_bytes(tmp_path / "plan") == final_bytes(whole / "plan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_runner_that_is_told_to_end_ends_its_trainer(inputs, tmp_path, number):
     go = tmp_path / "go"
@@ -227,6 +232,7 @@ def test_a_runner_that_is_told_to_end_ends_its_trainer(inputs, tmp_path, number)
         pass
 
 
+@pytest.mark.slow
 def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its_own_checkpoint(inputs, tmp_path):
     command = (
         f"{sys.executable} -m tests.plans.foreign_trainer --out {{out}} --data {{data}} --base {inputs / 'data'} "
@@ -266,6 +272,7 @@ def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch)
     assert done == list(pieces(plan))
 
 
+@pytest.mark.slow
 def test_two_runners_do_not_both_work(whole):
     with locked(whole / "plan"):
         runner = start(whole / "plan.yaml")
@@ -276,6 +283,7 @@ def test_two_runners_do_not_both_work(whole):
         pass  # released
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "status", "message"),
     [

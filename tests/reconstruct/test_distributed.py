@@ -108,6 +108,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_sharded_tensors_is_read_whole(tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
     command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path)]

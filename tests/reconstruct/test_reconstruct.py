@@ -65,6 +65,7 @@ def test_a_run_is_rebuilt_to_the_same_bytes(loop):
     assert reconstruct(ReconstructConfig(**loop.description())) == rebuilt.folder  # complete already
 
 
+@pytest.mark.slow
 def test_a_selection_from_it_is_that_of_the_recorded_run(loop, tmp_path):
     target = write_tiny_target(tmp_path / "target.jsonl")
     made = {}
@@ -78,6 +79,7 @@ def test_a_selection_from_it_is_that_of_the_recorded_run(loop, tmp_path):
     assert made["recorded"] == made["rebuilt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "dataset", "weights"),
     [
@@ -120,6 +122,7 @@ def test_frozen_parameters_that_are_not_said_are_refused(frozen_loop, tmp_path, 
         rebuild(frozen_loop, out=str(tmp_path / "other"), frozen=frozen)
 
 
+@pytest.mark.slow
 def test_two_real_processes_are_rebuilt_in_one(streams, tmp_path):
     loop = Loop(folder=str(tmp_path), streams=streams, dataset=SHUFFLED, batch_size=3, workers=1, kills=[13])
     in_processes(loop, 2)

@@ -203,6 +203,7 @@ def test_nothing_known_still_makes_both_pages(tmp_path: Path) -> None:
     assert cost_sentence(nulls).startswith("Retraining cost – units for – reruns, the estimates –;")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spearman", "low", "noise_cap", "cost_units_per_step", "n", "seed"])
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_a_single_unknown_number_breaks_nothing(tmp_path: Path, name: str, value: float | None) -> None:

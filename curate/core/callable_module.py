@@ -1,0 +1,26 @@
+"""Modules that can be called: `curate.select` is the command's module, and `curate.select(config, run)` selects.
+
+Importing the module `curate.select` binds that name in `curate`, whatever was bound there before. So a function of the
+same name cannot stay there, but the module can do what the function does.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a call of a module run a function.
+
+    Args:
+        module: its name; it is being imported.
+        function: that it stands for.
+    """
+
+    class CallableModule(ModuleType):
+        __call__ = staticmethod(function)
+        __signature__ = inspect.signature(function)  # what notebooks and editors show
+
+    sys.modules[module].__class__ = CallableModule
