@@ -12,7 +12,7 @@ import curate
 from curate.__main__ import COMMANDS
 from tests.test_project import HEAVY, ROOT, commands
 
-CALLED = ("select", "embed", "verify", "reconstruct", "report", "trust")  # functions that are modules too
+CALLED = ("select", "embed", "verify", "branch_test", "reconstruct", "report")  # functions that are modules too
 RUNNABLE = [name.partition(".")[2] for name in commands() if name.startswith("curate.") and name.count(".") == 1]
 MADE_OF = {"select": {"curate.embed"}, "schedule": {"curate.select", "curate.embed"}}  # commands that a command calls
 
@@ -74,7 +74,7 @@ for line in ["", f"import curate.{name}", f"from curate.{name} import {name}", f
     else:
         raise AssertionError(line)
 """
-    wanted = {"select": "config,run", "embed": "config,run,target", "verify": "config,run", "trust": "modules"}
+    wanted = {"select": "config,run", "embed": "config,run,targets", "verify": "config,run"}
     for before in ("", f"import curate.{name}\n"):
         done = python(before + code, name, wanted.get(name, "config"))
         assert done.returncode == 0, done.stderr
@@ -83,8 +83,8 @@ for line in ["", f"import curate.{name}", f"from curate.{name} import {name}", f
 def test_the_five_steps_from_python(folder, tmp_path):
     run = curate.Run(folder / "run")
     settings = {
-        "target": folder / "target.jsonl", "min_target_tokens": 100, "budget_tokens": 500, "window": "late",
-        "out": tmp_path / "selection", "tracking": {"mode": "none"},
+        "target": folder / "target.jsonl", "values": {"min_target_tokens": 100}, "budget_tokens": 500,
+        "out": tmp_path / "selection", "output": {"wandb": "none"},
     }  # fmt: skip
     selection = curate.select(curate.SelectConfig(**settings), run)
     assert selection == tmp_path / "selection"
@@ -97,7 +97,7 @@ def test_the_five_steps_from_python(folder, tmp_path):
     scores = curate.read_scores(selection / "scores.parquet")
     assert set(scores["domain"]) == set(run.spec.streams)
     assert curate.report(curate.ReportConfig(run=run.folder, select=selection, out=tmp_path / "again.html")).exists()
-    dataset = curate.open_dataset(selection / "data" / "streams.yaml", batch_size=4, seed=0)
+    dataset = curate.open_dataset(selection / "data" / "mds", batch_size=4, seed=0)
     assert len(dataset) == sum(part.samples for part in mixture.domains.values())
     with pytest.raises(curate.UserError):
         curate.Run(tmp_path / "nothing")
