@@ -9,13 +9,13 @@ The names of `__all__` are the public API; each is imported when it is first use
     )
     ...  # train: recorder.begin_step, micro_batch, end_step; then recorder.finish()
     run = curate.Run(folder)
-    selection = curate.select(curate.SelectConfig(target="domain.jsonl", mode="filter"), run)
+    selection = curate.select(curate.SelectConfig(target=Path("domain.jsonl"), mode="filter"), run)
     print(curate.read_mixture(selection / "mixture.yaml").domains)
     print(curate.read_scores(selection / "scores.parquet"))
-    dataset = curate.open_dataset(selection / "data" / "streams.yaml", batch_size=64, seed=0)
+    dataset = curate.open_dataset(selection / "data", batch_size=64, seed=0)
 
-`curate.select` is also the module of `python -m curate.select`; so are embed, verify, reconstruct and report. Each of
-these modules can be called (`curate.callable_module`), so the order of imports does not matter.
+`curate.select` is also the module of `python -m curate.select`, and embed, verify, reconstruct, report and trust are
+modules too. Each can be called as the function of its name (`curate.callable_module`), in any order of imports.
 """
 
 from importlib import import_module
