@@ -24,7 +24,7 @@ def say_mixture(out: Path) -> None:
             "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
             name, 100 * domain.prior, 100 * domain.delivered_weight, f"{domain.stored_tokens:,}",
             f"{domain.samples:,}", domain.epochs, domain.score, interval,
-            # a score without an interval is of a method's weights: it is measured on nothing, and needs to say nothing
+            # a score without an interval comes from a method that measures nothing: there it is not worth saying
             "not measured" if has_interval and not domain.measured_samples else domain.binding or "",
         )  # fmt: skip
     data = [
