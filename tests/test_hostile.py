@@ -22,8 +22,11 @@ from curate.core.artifacts import read_json, write_json
 from curate.core.config import run_command
 from curate.core.errors import UserError
 from curate.core.escape import name_of, page_text, plot_label, script_json, terminal, visible
-from curate.mixture.record import Phase
 from curate.core.progress import progress, say, start_logging
+from curate.core.tracking import TrackingConfig, open_tracker
+from curate.mixture.record import Phase
+from curate.output.write import loader_line, write_schedule, write_weights
+from curate.plans.plan import PlanConfig
 from curate.reconstruct.description import LogConfig
 from curate.reconstruct.records import read_log
 from curate.report.branches import branches_page
@@ -31,9 +34,6 @@ from curate.report.charts import fidelity_figure, write_page
 from curate.report.data import ReportData
 from curate.report.page import render
 from curate.report.track import log_report
-from curate.shards.write import loader_line, write_reweight, write_schedule
-from curate.plans.plan import PlanConfig
-from curate.core.tracking import TrackingConfig, open_tracker
 from curate.training.declared import window_steps
 from tests.hostile import HOSTILE, SURROGATES
 from tests.report.synthetic import DOMAINS, report_data
@@ -147,7 +147,7 @@ def test_pages_of_recipes_show_hostile_names_as_text(tmp_path):
         write_page(tmp_path / "page.html", text, text, {text: fidelity_figure([row]), f"{text}.": "{}"})
         page = checked((tmp_path / "page.html").read_text(encoding="utf-8"), benign)
         assert page.text.count(page_text(text)) >= 4
-    point = {"schedule": "throughout", "seed": 0, "kl_to_prior": 0.1, "target_loss": 1.0, "general_loss": 1.0}
+    point = {"schedule": "constant", "seed": 0, "kl_to_prior": 0.1, "target_loss": 1.0, "general_loss": 1.0}
     for text in HOSTILE.values():
         rows = [{**point, "case": text, "method": method, "temperature": 1.0} for method in ("proportional", text)]
         branches_page(tmp_path / "page.html", {"rows": rows, "best": [], "at_guard": [], "equal_kl": []})
@@ -219,23 +219,23 @@ def test_yaml_and_json_files_give_the_texts_again(tmp_path):
     for text in SURROGATES.values():
         with pytest.raises(UserError, match="cannot be kept in JSON"):  # nobody could read it again
             write_json(tmp_path / "file.json", {"x": text})
-    write_reweight(tmp_path / "streams.yaml", {"x": Path("/data")}, {"x": 1})
-    phase = Phase(start_step=0, samples=len(texts), curated=1.0, domains=dict.fromkeys(texts, 1))
+    write_weights(tmp_path / "streams.yaml", {"x": Path("/data")}, {"x": 1})
+    phase = Phase(start_sample=0, samples=len(texts), blend=1.0, domains=dict.fromkeys(texts, 1))
     write_schedule(tmp_path / "schedule.yaml", {text: text for text in texts}, [phase])
     (entry,) = yaml.safe_load((tmp_path / "schedule.yaml").read_text(encoding="utf-8"))
     assert [stream["local"] for stream in entry["streams"]] == texts
     for name in PATHS.values():
         folder = Path("/data", name)
-        write_reweight(tmp_path / "streams.yaml", {"x": folder}, {"x": 1})
+        write_weights(tmp_path / "streams.yaml", {"x": folder}, {"x": 1})
         (entry,) = yaml.safe_load((tmp_path / "streams.yaml").read_text(encoding="utf-8"))
         assert entry["local"] == str(folder.resolve())
 
 
 @pytest.mark.parametrize("name", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("kind", ["filter", "reweight", "schedule"])
+@pytest.mark.parametrize("kind", ["samples", "weights", "schedule"])
 def test_the_line_that_loads_data_is_python_with_the_path_in_it(kind, name):
     path = Path("/data") / name / ("schedule.yaml" if kind == "schedule" else "x")
-    line = loader_line("filter" if kind == "schedule" else kind, path)
+    line = loader_line("samples" if kind == "schedule" else kind, path)
     constants = [node.value for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Constant)]
     assert str(path.resolve()) in constants
     assert not ACTIVE.search(line)
@@ -313,10 +313,11 @@ def test_a_selection_in_places_of_hostile_names(folder, tmp_path):
     shutil.copytree(folder / "run", place / "run")
     target = place / f"a<b>[0-9]*\x1b[31m\u202e $(touch marker) ; 'q' \"p\" \udcff\nerror: forged{'y' * 150}.jsonl"
     shutil.copyfile(folder / "target.jsonl", target)
-    made = ["curate.select", "--target", str(target), "--min_target_tokens", "100", "--budget_tokens", "500"]
+    made = ["curate.select", "--target", str(target), "--values.min_target_tokens", "100", "--budget_tokens", "500"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words in ([*made, "--window", "late", "--mode", "both"], ["curate.report"]):
-        command = [sys.executable, "-m", *words, "--run", str(place / "run"), "--tracking.mode", "none"]
+    made += ["--values.sources", "late", "--mode", "both", "--output.wandb", "none"]
+    for words in (made, ["curate.report"]):
+        command = [sys.executable, "-m", *words, "--run", str(place / "run")]
         ran = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, check=False)
         said = (ran.stdout + ran.stderr).decode()
         assert ran.returncode == 0, said

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,12 +11,24 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from curate.core.tracking import NoTracker, Tracker, TrackingConfig, WandbTracker, has_key, open_tracker, without_places
+from curate.core.tracking import (
+    PROJECT,
+    NoTracker,
+    Tracker,
+    TrackingConfig,
+    WandbTracker,
+    has_key,
+    open_tracker,
+    without_places,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("API_KEY", "PROJECT", "ENTITY", "TAGS"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
@@ -45,17 +59,37 @@ def logged(folder: Path, last: bytes) -> bytes:
 
 
 def test_offline_files_hold_everything_that_was_logged(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(mode="offline", tags=["demo"]), tmp_path / "run", "first", "select")
+    tracker = open_tracker(TrackingConfig(mode="offline"), tmp_path / "run", "first", "select")
     assert isinstance(tracker, WandbTracker)
     log_all(tracker, tmp_path)
     content = logged(tmp_path / "run", last=b"mixture")
-    for text in (b"budget_tokens", b"loss", b"1.25", b"first", b"select", b"demo", b"mixture"):
+    for text in (b"budget_tokens", b"loss", b"1.25", b"first", b"select", PROJECT.encode(), b"mixture"):
         assert text in content
     assert b"diverged" not in content
     (table,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/domains_*.table.json")
     assert json.loads(table.read_text(encoding="utf-8"))["data"] == [["a", 1.0], [None, None]]
     (page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/report_*.html")
     assert page.read_text(encoding="utf-8") == "<p>hello</p>"
+
+
+def test_the_environment_says_where_to(tmp_path: Path) -> None:
+    names = {"WANDB_PROJECT": "other-project", "WANDB_ENTITY": "some-team", "WANDB_TAGS": "tag-one,tag-two"}
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from curate.core.tracking import TrackingConfig, open_tracker
+
+        tracker = open_tracker(TrackingConfig(mode="offline"), Path(sys.argv[1]), "first", "select")
+        tracker.log_metrics({"loss": 1.5})
+        tracker.finish()
+    """
+    # a process of its own: wandb reads the environment once
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **names}, check=True)
+    content = logged(tmp_path / "run", last=b"loss")
+    for name in (b"other-project", b"some-team", b"tag-one", b"tag-two"):
+        assert name in content
+    assert PROJECT.encode() not in content
 
 
 def test_the_machine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

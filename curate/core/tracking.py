@@ -1,6 +1,6 @@
 """Experiment tracking behind one protocol: nothing, or Weights & Biases (the only module that imports wandb).
 
-It is told numbers and names: no text of a sample unless `tracking.texts` is set, and nothing of the machine (its name,
+It is told numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name,
 its user, absolute paths, the command line).
 
 A tracker never stops a job: what goes wrong inside it (no network, a full disk, a refused key) is logged as a warning
@@ -25,18 +25,17 @@ LOGGER = logging.getLogger(__name__)
 MAX_TABLE_ROWS = 10_000  # wandb.Table.MAX_ROWS: what it shows of one logged table
 
 
-class TrackingConfig(Config):
-    """Where a job's numbers go besides its own folder."""
+PROJECT = "curate"
+"""W&B project where WANDB_PROJECT names none."""
+TrackingMode = Literal["auto", "wandb", "offline", "none"]
 
-    mode: Literal["auto", "wandb", "offline", "none"] = "auto"
+
+class TrackingConfig(Config):
+    """Where a job's numbers go besides its own folder. WANDB_PROJECT, WANDB_ENTITY and WANDB_TAGS say where to."""
+
+    mode: TrackingMode = "auto"
     """auto: W&B online where a key is set (WANDB_API_KEY or ~/.netrc), else offline; offline files can be synced later
     with `wandb sync`."""
-    project: str = "curate"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team; none: the key's default."""
-    tags: list[str] = []
-    """W&B tags."""
     texts: bool = False
     """Whether texts of training samples go there too (the examples of a report)."""
     timeout_seconds: float = Field(default=20.0, gt=0)
@@ -201,9 +200,9 @@ def _start(config: TrackingConfig, mode: str, folder: Path, name: str, job: str)
         program="",
     )
     return wandb.init(
-        project=config.project,
-        entity=config.entity,
-        tags=config.tags,
+        # an argument wins over the environment, so that only what the environment leaves open is given;
+        # WANDB_ENTITY and WANDB_TAGS act on their own
+        project=os.environ.get("WANDB_PROJECT") or PROJECT,
         name=name,
         job_type=job,
         dir=folder,

@@ -31,6 +31,11 @@ RETAIN_WEIGHT = 0.5
 """Weight of the retention target's scores beside those of the targets, which have 1 together: where domains do alike
 for the targets, those that it needs get more. In the branch bench that took less of general text for as much of the
 target than the bound alone."""
+NOTHING_RETAINED = (
+    "nothing is retained, so that text unlike the target may be lost (measured in the demo: a general loss 3.9 % above "
+    "that of the proportional mixture)"
+)
+"""What is said where no retention target is given."""
 _MEANS = ("score", "score_low", "score_high", "shrunk")
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SELECTIONS = "selections"
+"""Folder of a run that holds its selections, where no other is named."""
 STREAMS = "streams.yaml"
 SCHEDULE = "schedule.yaml"
 DROPPED = "dropped.parquet"
@@ -43,6 +45,16 @@ class SelectionFolder:
     def report(self) -> Path:
         """The page."""
         return self.root / "report.html"
+
+    @property
+    def report_data(self) -> Path:
+        """Folder of what the page is made of."""
+        return self.root / "report_data"
+
+    @property
+    def report_facts(self) -> Path:
+        """What of it is no table."""
+        return self.report_data / "report.json"
 
     @property
     def data(self) -> Path:
@@ -85,3 +97,11 @@ class SelectionFolder:
         if not present:
             raise FileNotFoundError(f"{self.data} holds no data")
         return present[0]
+
+
+def newest_reported(folder: Path) -> SelectionFolder | None:
+    """The selection at any depth below a folder whose report data was written last; none: there is none."""
+    facts = folder.glob(f"**/{SelectionFolder(Path()).report_facts}")
+    # of the same age: the last one by name
+    newest = max(facts, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
+    return None if newest is None else SelectionFolder(newest.parents[1])

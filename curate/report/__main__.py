@@ -2,24 +2,36 @@
 
 import shlex
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.progress import say
-from curate.core.tracking import TrackingConfig
+from curate.core.tracking import TrackingConfig, TrackingMode
+from curate.output.layout import SelectionFolder, newest_reported
 
 
 class ReportConfig(Config):
     """Which report to render."""
 
-    run: Path
-    """Folder of the recorded run."""
+    run: Path = Path("runs")
+    """Recorded run, or a folder of runs."""
     select: Path | None = None
-    """Folder of the selection; none: the newest one inside the run's folder."""
+    """Folder of the selection; none: the newest one below `run`."""
     out: Path | None = None
     """HTML file to write; none: report.html in the selection's folder."""
-    tracking: TrackingConfig = TrackingConfig(mode="none")
-    """Where the numbers go besides; --tracking.mode=auto logs them to W&B."""
+    wandb: TrackingMode = "none"
+    """Weights & Biases, as in curate.select; auto logs the report again."""
+    wandb_texts: bool = False
+    """Whether texts of training samples go there too."""
+
+    @model_validator(mode="after")
+    def _texts_go_somewhere(self) -> Self:
+        if self.wandb_texts and self.wandb == "none":
+            raise ValueError("wandb_texts has no effect here: wandb none tells nobody; set --wandb auto")
+        return self
 
 
 def main() -> None:
@@ -39,31 +51,32 @@ def render_again(config: ReportConfig) -> Path:
     from curate.report.page import write_report
     from curate.report.track import log_report
 
-    selection = config.select or newest_selection(config.run)
+    selection = chosen_selection(config)
     data = load_data(selection)
-    path = config.out or selection / "report.html"
-    write_report(path, data)
-    if path == selection / "report.html" and path.name in listed(selection):
-        list_files(selection, [path])
-    mixture = checked(selection / "mixture.yaml")
-    log_report(data, mixture, config.tracking, config.run, f"{data.run}-{data.target}", "report")
-    say(f"report: {path}")
-    return path
+    page = config.out or selection.report
+    write_report(page, data)
+    # the page may differ from the one that the selection listed, which is held against its hash
+    if page == selection.report and page.name in listed(selection.root):
+        list_files(selection.root, [page])
+    tracking = TrackingConfig(mode=config.wandb, texts=config.wandb_texts)
+    log_report(data, checked(selection.mixture), tracking, config.run, f"{data.run}-{data.target}", "report")
+    say(f"report: {page}")
+    return page
 
 
-def newest_selection(run: Path) -> Path:
-    """The folder below `run` whose report data was written last.
+def chosen_selection(config: ReportConfig) -> SelectionFolder:
+    """The selection that is named, or the newest one.
 
     Raises:
         UserError: there is none.
     """
-    from curate.report.data import FACTS, FOLDER
-
-    found = sorted(run.glob(f"**/{FOLDER}/{FACTS}"), key=lambda path: (path.stat().st_mtime_ns, path))
-    if not found:
-        command = f"python -m curate.select --run {shlex.quote(str(run))}"
-        raise UserError(f"{run} holds no selection with report data; run `{command}` first")
-    return found[-1].parent.parent
+    if config.select is not None:
+        return SelectionFolder(config.select)
+    newest = newest_reported(config.run)
+    if newest is None:
+        command = f"python -m curate.select --run {shlex.quote(str(config.run))}"
+        raise UserError(f"{config.run} holds no selection with report data; run `{command}` first")
+    return newest
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _BASE = "proportional"
 _BEST: dict[str, tuple[str, Format | None]] = {
     "case": ("case", None),
     "method": ("method", None),
-    "temperature": ("temperature", decimal),
+    "temperature": ("strength", decimal),
     "kl_to_prior": ("KL from the prior", lambda value: decimal(value, 3)),
     "target": ("target loss", lambda value: signed(value, 4)),
     "width": ("±", lambda value: decimal(value, 4)),
@@ -30,8 +30,8 @@ _BEST: dict[str, tuple[str, Format | None]] = {
     "apart_width": ("±", lambda value: decimal(value, 4)),
     "oracle_share": ("of the oracle's gain", percent),
 }
-_ALONG = {name: shown for name, shown in _BEST.items() if name != "temperature"}
-_EQUAL = {name: shown for name, shown in _ALONG.items() if not name.startswith(("apart", "oracle"))} | {
+_ALONG = {name: column for name, column in _BEST.items() if name != "temperature"}
+_EQUAL = {name: column for name, column in _ALONG.items() if not name.startswith(("apart", "oracle"))} | {
     "general": ("general loss", lambda value: signed(value, 4)),
 }
 
@@ -41,7 +41,8 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         path: the HTML file.
-        result: `rows` (one per case, method, seed and temperature), `best`, `at_guard` and `equal_kl`.
+        result: `rows` (one per case, method, seed and strength, which is called `temperature`), `best`, `at_guard` and
+            `equal_kl`.
     """
     rows = result["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -53,29 +54,29 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
         [
             Section(
                 heading="Target loss against general loss",
-                note="Differences from proportional at equal tokens, mean over seeds; a line joins the temperatures of "
-                "a method, low ones at its far end. Lower left is better; right of the dotted line general loss is "
-                "more than 1 % above proportional's.",
+                note="Differences from proportional at equal tokens, mean over seeds; a line joins the strengths of a "
+                "method (prior strength; of dsir its temperature), low ones at its far end. Lower left is better. "
+                "Right of the dotted line general loss is more than 1 % above proportional's.",
                 key=[("●", colour, name) for name, colour in colours(methods).items()],
                 plots=[[(f"Target loss against general loss, {case}", curves_figure(rows, case))] for case in cases],
             ),
             Section(
-                heading="At the best temperature within the guard",
-                note="The temperature is chosen on another split than the one reported here; intervals are 95 % t "
+                heading="At the best strength within the limit on general loss",
+                note="The strength is chosen on another split than the one reported here. Intervals are 95 % t "
                 "intervals of paired differences over seeds.",
                 table=_table(result["best"], _BEST, "general_share"),
                 folded=False,
             ),
             Section(
-                heading="At the guard",
-                note="The same at the best place of each method's curve, between its temperatures too, so that no grid "
-                "of temperatures decides.",
+                heading="At the limit on general loss",
+                note="The same at the best point of each method's curve, between its strengths too, so that no grid of "
+                "strengths decides.",
                 table=_table(result["at_guard"], _ALONG, "general_share"),
                 folded=False,
             ),
             Section(
                 heading="At equal KL from the prior",
-                note="At the KL that curate has at the default temperature, along each method's curve.",
+                note="At the KL that curate has at the default prior strength, along each method's curve.",
                 table=_table(result["equal_kl"], _EQUAL, "general"),
                 folded=False,
             ),
@@ -105,7 +106,11 @@ def best_sentence(best: Sequence[Row]) -> str:
         width = first["target"]["half_width"]
         error = "" if width is None else f" ± {decimal(width, 4)}"
         said.append(f"{first['method']} in case {case} ({signed(first['target']['mean'], 4)}{error} nats per token)")
-    return f"Lowest target loss within the guard, minus proportional's: {listed(said)}." if said else "Nothing was run."
+    return (
+        f"Lowest target loss within the limit on general loss, minus proportional's: {listed(said)}."
+        if said
+        else "Nothing was run."
+    )
 
 
 def _seeds_sentence(rows: Sequence[Row]) -> str:
@@ -114,7 +119,7 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
 
 
 def curves_figure(rows: Sequence[Row], case: str) -> str:
-    """Mean differences from proportional of one case: a line per method through its temperatures, from proportional.
+    """Mean differences from proportional of one case: a line per method through its strengths, from proportional.
 
     Branches with the mixture in a part of the stage only are not drawn.
 
@@ -124,7 +129,7 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
     """
     from plotly import graph_objects as go
 
-    mine = [row for row in rows if row["case"] == case and row["schedule"] == "throughout"]
+    mine = [row for row in rows if row["case"] == case and row["schedule"] == "constant"]
     base = {row["seed"]: row for row in mine if row["method"] == _BASE}
     methods = sorted({row["method"] for row in rows} - {_BASE})
     figure = go.Figure()
@@ -135,7 +140,10 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
             go.Scatter(
                 x=[0.0, *(point["general"] for point in points)],
                 y=[0.0, *(point["target"] for point in points)],
-                customdata=[["proportional", 0.0], *([f"T {point['temperature']:g}", point["kl"]] for point in points)],
+                customdata=[
+                    ["proportional", 0.0],
+                    *([f"strength {point['temperature']:g}", point["kl"]] for point in points),
+                ],
                 mode="lines+markers",
                 line={"color": colour, "width": 1.6},
                 marker={"size": 7},
@@ -159,17 +167,17 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
 
 
 def _curve(rows: Sequence[Row], base: Mapping[int, Row]) -> list[dict[str, float]]:
-    """Means over seeds at each temperature, the nearest to proportional first."""
+    """Means over seeds at each strength, the nearest to proportional first."""
     points = []
     for temperature in sorted({row["temperature"] for row in rows}, reverse=True):
-        own = [row for row in rows if row["temperature"] == temperature and row["seed"] in base]
-        if own:
+        same = [row for row in rows if row["temperature"] == temperature and row["seed"] in base]
+        if same:
             points.append(
                 {
                     "temperature": temperature,
-                    "kl": sum(row["kl_to_prior"] for row in own) / len(own),
+                    "kl": sum(row["kl_to_prior"] for row in same) / len(same),
                     **{
-                        name: sum(row[f"{name}_loss"] - base[row["seed"]][f"{name}_loss"] for row in own) / len(own)
+                        name: sum(row[f"{name}_loss"] - base[row["seed"]][f"{name}_loss"] for row in same) / len(same)
                         for name in ("target", "general")
                     },
                 }

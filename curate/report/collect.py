@@ -41,7 +41,7 @@ def value_curve(values: pl.DataFrame, training: pl.DataFrame) -> pl.DataFrame:
 
 
 def mixture_table(mixture: Mixture, seen: pl.DataFrame) -> pl.DataFrame:
-    """The mixture, one row per domain; `weight` is what is delivered, `epochs_so_far` what all stages consumed."""
+    """The mixture, one row per domain; `weight` is what is delivered, `epochs_so_far` all stages together."""
     so_far = dict(seen.select("domain", "epochs").iter_rows())
     rows = [
         {
@@ -50,8 +50,8 @@ def mixture_table(mixture: Mixture, seen: pl.DataFrame) -> pl.DataFrame:
             "samples": domain.samples, "epochs": domain.epochs, "epochs_so_far": so_far.get(name, 0.0),
             "binding": domain.binding, "unconstrained": domain.unconstrained_weight,
             **{
-                f"by_{source}": None if own.weights is None else own.weights[name]
-                for source, own in mixture.by_source.items()
+                f"by_{source}": None if asked.weights is None else asked.weights[name]
+                for source, asked in mixture.by_source.items()
             },
         }
         for name, domain in mixture.domains.items()
@@ -82,11 +82,11 @@ def target_table(domains: pl.DataFrame, mixture: Mixture) -> pl.DataFrame:
 
 def contamination_table(contamination: pl.DataFrame) -> pl.DataFrame:
     """What was found of held-out text, by domain and file, most samples first; see `ReportData.contamination`."""
-    found = contamination.group_by("domain", "file").agg(
+    by_file = contamination.group_by("domain", "file").agg(
         samples=pl.col("sample_id").n_unique(), documents=pl.col("id").n_unique(), of_sample=pl.col("of_sample").max(),
         removed=pl.col("removed").all(),
     )  # fmt: skip
-    return found.sort("samples", "domain", "file", descending=[True, False, False])
+    return by_file.sort("samples", "domain", "file", descending=[True, False, False])
 
 
 def example_table(
@@ -127,18 +127,10 @@ def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> dy.
         seconds: that selecting took.
     """
     rows: list[dict[str, object]] = [{"phase": "training", "passes": float(run.spec.steps), "note": "one per step"}]
-    for part in made:
-        note = f"{100 * part.passes / run.spec.steps:.1f} % of the stage"
-        size = sum(path.stat().st_size for path in part.folder.glob("*.*"))
-        rows.append(
-            {
-                "phase": part.phase,
-                "passes": part.passes,
-                "seconds": part.seconds,
-                "bytes": size,
-                "note": note,
-            }
-        )
+    for cost in made:
+        note = f"{100 * cost.passes / run.spec.steps:.1f} % of the stage"
+        size = sum(path.stat().st_size for path in cost.folder.glob("*.*"))
+        rows.append({"phase": cost.phase, "passes": cost.passes, "seconds": cost.seconds, "bytes": size, "note": note})
     written = folder_bytes(out)
     rows.append({"phase": "select", "passes": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
     return Costs.validate(pl.DataFrame(rows, schema_overrides={"seconds": pl.Float64, "bytes": pl.Int64}))

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -12,9 +11,7 @@ from curate.core.arrays import read_table
 from curate.core.artifacts import read_json
 from curate.core.errors import UserError
 from curate.core.writing import replacing
-
-FOLDER = "report_data"  # inside a selection folder
-FACTS = "report.json"
+from curate.output.layout import SelectionFolder
 
 # Columns that each frame must have; more are allowed and shown nowhere.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -26,17 +23,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("score", "score_low", "score_high", "shrunk", "value_score", "ngram_ratio", "novel_share"),
     ),
     "mixture": (
-        *(
-            "domain",
-            "prior",
-            "weight",
-            "stored_tokens",
-            "samples",
-            "epochs",
-            "epochs_so_far",
-            "binding",
-            "unconstrained",
-        ),
+        *("domain", "prior", "weight", "stored_tokens", "samples", "epochs"),
+        *("epochs_so_far", "binding", "unconstrained"),
     ),
     "sweep": ("prior_strength", "expected_score", "kl_to_prior", "effective_domains", "retained_score"),
     "targets": ("target", "weight", "domain", "score", "score_low", "score_high", "shrunk"),
@@ -62,6 +50,8 @@ class ReportData:
     """Documents of the target that selection used."""
     target_tokens: int
     """Predicted tokens of those documents."""
+    retain: str | None
+    """Name of the retained text; None: nothing was retained."""
     estimator: str
     """What estimated the values, e.g. "adjoint"."""
     horizons: Mapping[str, str]
@@ -128,28 +118,29 @@ class ReportData:
                 raise ValueError(f"the frame {name!r} of a report lacks the columns {', '.join(missing)}")
 
 
-def save_data(selection: Path, data: ReportData) -> None:
-    """Write `data` below a selection folder, so that `python -m curate.report` can render it again."""
+def save_data(selection: SelectionFolder, data: ReportData) -> None:
+    """Write `data` into a selection, so that `python -m curate.report` can render it again."""
     facts = {each.name: getattr(data, each.name) for each in fields(data) if each.name not in COLUMNS}
-    with replacing(selection / FOLDER) as part:
+    with replacing(selection.report_data) as part:
         part.mkdir()
         for name in COLUMNS:
             getattr(data, name).write_parquet(part / f"{name}.parquet")
-        (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (part / selection.report_facts.name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def load_data(selection: Path) -> ReportData:
+def load_data(selection: SelectionFolder) -> ReportData:
     """Read what `save_data` wrote.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    folder = selection / FOLDER
     try:
-        frames: dict[str, Any] = {name: read_table(folder / f"{name}.parquet") for name in COLUMNS}
-        return ReportData(**read_json(folder / FACTS), **frames)
+        frames: dict[str, Any] = {name: read_table(selection.report_data / f"{name}.parquet") for name in COLUMNS}
+        return ReportData(**read_json(selection.report_facts), **frames)
     except UserError:
         raise
     except (OSError, pl.exceptions.PolarsError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{selection} holds no complete report data ({reason}); select again to write it") from None
+        raise UserError(
+            f"{selection.root} holds no complete report data ({reason}); select again to write it"
+        ) from None

@@ -40,7 +40,7 @@ _FOUND = "Spearman of estimated and real values over the removed samples"
 
 _WHERE: dict[str, tuple[str, Format | None]] = {
     "window": ("window", None),
-    "horizon": ("horizon", None),
+    "horizon": ("evaluated at", None),
     "target": ("target", None),
 }
 _ROWS = _WHERE | {
@@ -54,7 +54,7 @@ _ROWS = _WHERE | {
     "spearman_within_step": ("within step", decimal),
     "spearman_of_difference": ("difference of targets", decimal),
     "group_lds": ("groups", decimal),
-    "cost_units_per_step": ("units per step", number),
+    "cost_units_per_step": ("passes per step", number),
     "bytes_per_sample": ("per sample", size),
 }
 _PAIRS = _WHERE | {
@@ -72,7 +72,7 @@ _NOISE = _WHERE | {"noise": ("noise, nats per token", number), "signal": ("signa
 _MEANS: dict[str, tuple[str, Format | None]] = {
     "estimator": ("estimator", None),
     "window": ("window", None),
-    "horizon": ("horizon", None),
+    "horizon": ("evaluated at", None),
     "rankings": ("rankings", count),
     "spearman": ("Spearman", decimal),
     "lowest": ("lowest", decimal),
@@ -81,7 +81,7 @@ _MEANS: dict[str, tuple[str, Format | None]] = {
     "within": ("within step", decimal),
     "difference": ("difference of targets", decimal),
     "group_lds": ("groups", decimal),
-    "cost": ("units per step", number),
+    "cost": ("passes per step", number),
     "bytes": ("per sample", size),
 }
 
@@ -147,7 +147,9 @@ def _spearman_section(rows: Sequence[Row]) -> Section:
         note=f"{_FOUND}, with its interval. The upright tick is the noise cap: the highest Spearman that the noise "
         "of retraining itself lets any estimate reach.",
         key=[("●", HELPED, "estimate"), ("❘", HURT, "noise cap")],
-        plots=[[("Spearman with intervals per window, horizon and target", spearman_figure(rows, labels))]],
+        plots=[
+            [("Spearman with intervals per window, evaluation checkpoint and target", spearman_figure(rows, labels))]
+        ],
         table=_table(rows, _ROWS),
         folded=False,
     )
@@ -265,10 +267,10 @@ def _at(row: Row) -> str:
 
 def cost_sentence(cost: Mapping[str, Any]) -> str:
     """What checking cost, beside what it checks."""
-    reruns, units, estimate = (cost.get(name) for name in ("reruns", "rerun_units", "estimate_units"))
+    reruns, passes, estimate = (cost.get(name) for name in ("reruns", "rerun_units", "estimate_units"))
     return (
-        f"Retraining cost {number(units, 4)} units for {count(reruns)} reruns, the estimates {number(estimate, 4)}; "
-        "a unit is one forward and backward pass over a training batch."
+        f"Retraining cost {number(passes, 4)} passes for {count(reruns)} reruns, the estimates {number(estimate, 4)}. "
+        "A pass is one forward and backward pass over a training batch."
     )
 
 
@@ -292,7 +294,7 @@ def pareto_page(path: Path, rows: Sequence[Row]) -> None:
             Section(
                 heading="Agreement with retraining against cost",
                 note=f"{_FOUND}, mean over targets and seeds; lines run from the lowest of them to the highest. A "
-                "unit is one forward and backward pass over a training batch. Nothing cheaper reaches the blue "
+                "pass is one forward and backward pass over a training batch. Nothing cheaper reaches the blue "
                 f"steps.{missing}",
                 plots=[
                     [(f"Spearman against cost, {cell_name(cell)}", pareto_figure(means, cell))]
@@ -328,15 +330,15 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
         mine = [row for row in rows if row["estimator"] == estimator]
         for cell in [cell for line in grid(mine) for cell in line]:
             inside = of_cell(mine, cell)
-            found = [row["spearman"] for row in inside if row["spearman"] is not None]
+            spearmans = [row["spearman"] for row in inside if row["spearman"] is not None]
             means.append(
                 {
                     "estimator": estimator,
                     "window": cell[0],
                     "horizon": cell[1],
-                    "rankings": len(found),
-                    "lowest": min(found, default=None),
-                    "highest": max(found, default=None),
+                    "rankings": len(spearmans),
+                    "lowest": min(spearmans, default=None),
+                    "highest": max(spearmans, default=None),
                     **{name: _mean(inside, column) for name, column in _AVERAGED.items()},
                 }
             )
@@ -355,8 +357,8 @@ _AVERAGED = {
 
 
 def _mean(rows: Sequence[Row], column: str) -> float | None:
-    found = [row[column] for row in rows if row[column] is not None]
-    return sum(found) / len(found) if found else None
+    numbers = [row[column] for row in rows if row[column] is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _ranked(means: Sequence[Row]) -> list[str]:
@@ -381,7 +383,7 @@ def best_sentence(means: Sequence[Row]) -> str:
         return "No ranking was measured."
     said = [
         f"{name} in {_places([(row['window'], row['horizon']) for row in won], cells)} "
-        f"(mean Spearman {_spread([row['spearman'] for row in won])}, {number(_mean(won, 'cost'))} units per step)"
+        f"(mean Spearman {_spread([row['spearman'] for row in won])}, {number(_mean(won, 'cost'))} passes per step)"
         for name, won in sorted(winners.items(), key=lambda item: -len(item[1]))
     ]
     return f"Best of {count(len(_names(means)))} estimators in agreement with retraining: {'; '.join(said)}."

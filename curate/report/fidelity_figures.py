@@ -39,9 +39,9 @@ def ordered(names: Iterable[Any]) -> list[Any]:
 
 def grid(rows: Sequence[Row]) -> list[list[Cell]]:
     """The (window, horizon) that occur: a row per horizon, windows side by side."""
-    found = {(row["window"], row["horizon"]) for row in rows}
+    present = {(row["window"], row["horizon"]) for row in rows}
     windows, horizons = (ordered(row[name] for row in rows) for name in ("window", "horizon"))
-    return [[(window, horizon) for window in windows if (window, horizon) in found] for horizon in horizons]
+    return [[(window, horizon) for window in windows if (window, horizon) in present] for horizon in horizons]
 
 
 def of_cell(rows: Iterable[Row], cell: Cell) -> list[Row]:
@@ -263,7 +263,7 @@ def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
         mode="markers",
         marker={"size": 9, "color": [HELPED if row in best else QUIET for row in shown]},
         hovertemplate="%{customdata[0]}<br>mean Spearman %{y:.3f}, %{customdata[1]} to %{customdata[2]}<br>"
-        "%{x:.3g} units per step<extra></extra>",
+        "%{x:.3g} passes per step<extra></extra>",
         error_y=_error([(row["lowest"], row["spearman"], row["highest"]) for row in shown], QUIET),
     )
     steps = go.Scatter(
@@ -281,7 +281,7 @@ def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
     for row, place in zip(shown, _apart([row["spearman"] for row in shown], low, high), strict=True):
         _label(figure, row, (sides[1], place))
     _name_panel(figure, cell)
-    figure.update_xaxes(type="log", range=list(sides), title="cost, units per step", showgrid=True)
+    figure.update_xaxes(type="log", range=list(sides), title="cost, passes per step", showgrid=True)
     figure.update_xaxes(tickvals=_round_numbers(*sides), tickformat="~g")
     figure.update_yaxes(range=[low, high], title="mean Spearman", tickvals=[-0.5, 0, 0.5, 1])
     longest = max((len(str(row["estimator"])) for row in means), default=0)

@@ -1,4 +1,4 @@
-"""The figures: frames in, Plotly figures as JSON text out. Windows stand side by side, domains one below the other.
+"""The figures: frames in, Plotly figures as JSON text out. Sources stand side by side, domains one below the other.
 
 Every domain has a row of its own, so that no figure needs a legend and none is read by colour alone.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from curate.core.escape import plot_label, script_json
-from curate.report.style import HELPED, HURT, QUIET, Scale, percent
+from curate.report.style import HELPED, HURT, QUIET, Scale, percent, source_name
 
 _GRID = "rgba(128,128,128,0.22)"
 _FONT = {
@@ -47,7 +47,7 @@ def value_figure(
     from plotly.subplots import make_subplots
 
     rows = len(domains) + 1
-    known = curve.filter(pl.col(value).is_finite())
+    drawn = curve.filter(pl.col(value).is_finite())
     figure = make_subplots(
         rows=rows,
         cols=max(1, len(windows)),
@@ -56,7 +56,7 @@ def value_figure(
         vertical_spacing=0.3 / rows,
     )
     for column, window in enumerate(windows, 1):
-        inside = known.filter(source=window).sort("step")
+        inside = drawn.filter(source=window).sort("step")
         for row, domain in enumerate(domains, 1):
             cell = inside.filter(domain=domain).with_columns(pl.col(value) * scale.factor)
             for trace in _value_traces(cell, value, domain, colours[domain], scale):
@@ -70,7 +70,7 @@ def value_figure(
         figure.update_yaxes(range=limits, tickvals=_ticks(limits), col=column)
         figure.update_yaxes(range=None, tickvals=None, rangemode="tozero", nticks=3, row=rows, col=column)
         figure.update_xaxes(range=[first - 0.7, last + 0.7], col=column)
-        figure.update_xaxes(title=f"step ({plot_label(window)})", row=rows, col=column)
+        figure.update_xaxes(title=f"step ({plot_label(source_name(window))})", row=rows, col=column)
     figure.update_yaxes(tickfont={"size": 10}, exponentformat="power")
     return finished(figure, 44 + 62 * rows, {"l": 40, "r": 8, "t": 18, "b": 44}, bargap=0.25)
 
@@ -96,13 +96,13 @@ def _span(steps: int) -> int:
 
 
 def score_figure(
-    domains: pl.DataFrame, *, windows: Sequence[str], order: Sequence[str], colours: Mapping[str, str]
+    domains: pl.DataFrame, *, sources: Sequence[str], order: Sequence[str], colours: Mapping[str, str]
 ) -> str:
-    """Domain scores with 95 % intervals, windows side by side on one scale; an upright tick marks the shrunk score.
+    """Domain scores with 95 % intervals, sources side by side on one scale; an upright tick marks the shrunk score.
 
     Args:
         domains: columns `source`, `domain`, `score`, `score_low`, `score_high` and `shrunk`.
-        windows: columns of the figure.
+        sources: columns of the figure.
         order: rows of the figure.
         colours: domain -> colour.
     """
@@ -110,13 +110,13 @@ def score_figure(
 
     figure = make_subplots(
         rows=1,
-        cols=len(windows),
+        cols=len(sources),
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        subplot_titles=[plot_label(window) for window in windows],
+        subplot_titles=[plot_label(source_name(source)) for source in sources],
     )
-    for column, window in enumerate(windows, 1):
-        rows = {row["domain"]: row for row in domains.filter(source=window).to_dicts()}
+    for column, source in enumerate(sources, 1):
+        rows = {row["domain"]: row for row in domains.filter(source=source).to_dicts()}
         for domain in order:
             for trace in _score_traces(rows[domain], colours[domain]) if domain in rows else ():
                 figure.add_trace(trace, row=1, col=column)
@@ -131,21 +131,23 @@ def score_figure(
 def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
     from plotly import graph_objects as go
 
-    known, domain = row["score_low"] is not None, plot_label(row["domain"])
+    has_interval, domain = row["score_low"] is not None, plot_label(row["domain"])
     interval = (
-        f"<br>95 % interval {row['score_low']:+.3f} to {row['score_high']:+.3f}" if known else "<br>interval not known"
+        f"<br>95 % interval {row['score_low']:+.3f} to {row['score_high']:+.3f}"
+        if has_interval
+        else "<br>interval not known"
     )
     mark = go.Scatter(
         x=[row["score"]],
         y=[domain],
         mode="markers",
-        marker={"size": 9, "color": colour, "symbol": "circle" if known else "circle-open"},
+        marker={"size": 9, "color": colour, "symbol": "circle" if has_interval else "circle-open"},
         hovertemplate=f"{domain}<br>score %{{x:+.3f}}{interval}<extra></extra>",
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [row["score_high"] - row["score"]] if known else [0],
-            "arrayminus": [row["score"] - row["score_low"]] if known else [0],
+            "array": [row["score_high"] - row["score"]] if has_interval else [0],
+            "arrayminus": [row["score"] - row["score_low"]] if has_interval else [0],
             "thickness": 1.6,
             "width": 0,
             "color": colour,
@@ -241,7 +243,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
             y=1,
             yref="paper",
             yanchor="bottom",
-            text=plot_label(window),
+            text=plot_label(source_name(window)),
             showarrow=False,
             font={"size": 11},
             yshift=14,

@@ -63,7 +63,7 @@ def selection_report(
     return ReportData(
         run=visible(plan.run.folder.name), target=target.name,
         target_documents=target.documents, target_tokens=target.tokens,
-        estimator=plan.embedding.estimator if plan.windows else "next step",
+        retain=mixture.retain, estimator=_estimator(plan),
         horizons={name: own.horizon for name, own in values.by_source.items()},
         mixture_source=mixture.source, sign=SIGN,
         budget_tokens=mixture.budget_tokens,
@@ -81,3 +81,9 @@ def selection_report(
         predicted=() if predicted is None else predicted.to_dicts(),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
     )  # fmt: skip
+
+
+def _estimator(plan: Resolved) -> str:
+    """What estimated the values of all sources."""
+    windows = [plan.embedding.estimator] if plan.windows else []
+    return " and ".join([*windows, *(["next-step influence"] if plan.asks_next_step else [])])

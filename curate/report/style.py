@@ -1,8 +1,10 @@
-"""How numbers and domains look, in figures and tables alike: one scale, one colour per domain, one order."""
+"""How numbers, domains and sources look, in figures and tables alike: one scale, one colour per domain, one order."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from curate.training.source import CANDIDATES, CURRENT
 
 # Each has a contrast of at least 3 to white and to the dark background. Colour is never the only carrier of a fact:
 # every mark is labelled with its domain.
@@ -89,6 +91,11 @@ def duration(value: float | None) -> str:
     if value < 120:
         return f"{value:.3g}\u202fs"
     return f"{value / 60:.1f}\u202fmin" if value < 7200 else f"{value / 3600:.1f}\u202fh"
+
+
+def source_name(source: str) -> str:
+    """A source in words."""
+    return {CURRENT: "current state", CANDIDATES: "candidates"}.get(source, f"{source} window")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import polars as pl
 
 from curate.report.figures import bound_name
 from curate.report.style import Scale, count, decimal, duration, number, percent, signed, size
-from curate.training.source import CANDIDATES, CURRENT
 
 Cell = Callable[[Any], str]
 
@@ -44,12 +43,12 @@ def _text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[str], scale: Scale) -> Table:
+def domain_table(domains: pl.DataFrame, order: Sequence[str], sources: Sequence[str], scale: Scale) -> Table:
     """Scores, what they are made of, and the values per token behind them."""
-    parts = {"value_score": ("of values", signed), "ngram_ratio": ("n-gram ratio", signed)}
+    parts = {"value_score": ("of values", signed), "ngram_ratio": ("of n-gram ratios", signed)}
     scaled = domains.with_columns(pl.col("value_per_token", "low", "high") * scale.factor)
     return table(
-        _sorted(scaled, order, windows),
+        _sorted(scaled, order, sources),
         {
             "domain": ("domain", None),
             "source": ("source", None),
@@ -58,18 +57,19 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], windows: Sequence[
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
             **(parts if domains["ngram_ratio"].drop_nulls().len() else {}),
-            "novel_share": ("new text", percent),
+            "novel_share": ("novel n-grams", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),
             "high": ("high", number),
-            "samples": ("samples", count),
-            "predicted_tokens": ("tokens", count),
+            "samples": ("measured samples", count),
+            "predicted_tokens": ("their tokens", count),
         },
     )
 
 
-def mixture_table(mixture: pl.DataFrame, order: Sequence[str], before: str) -> Table:
+def mixture_table(mixture: pl.DataFrame, order: Sequence[str], sources: Sequence[str], before: str) -> Table:
     """Old and new shares and what is delivered; `before` names what the old ones are of."""
+    alone = {f"by_{source}": (f"{source} alone", percent) for source in sources}
     named = mixture.with_columns(pl.col("binding").map_elements(bound_name, return_dtype=pl.String))
     return table(
         _sorted(named, order, ()),
@@ -81,9 +81,10 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str], before: str) -> T
             "samples": ("samples", count),
             "epochs": ("epochs", decimal),
             "epochs_so_far": ("epochs so far", decimal),
-            "binding": ("held", None),
+            "binding": ("held by", None),
             "unconstrained": ("without bounds", percent),
-            **{name: (f"{name.removeprefix('by_')} alone", percent) for name in mixture.columns if name[:3] == "by_"},
+            # of one source there is nothing to tell apart
+            **({name: alone[name] for name in alone if name in mixture.columns} if len(alone) > 1 else {}),
         },
     )
 
@@ -95,7 +96,11 @@ def sweep_table(sweep: pl.DataFrame, order: Sequence[str]) -> Table:
         {
             "prior_strength": ("prior strength", number),
             "expected_score": ("expected score", signed),
-            **({"retained_score": ("retained", signed)} if sweep["retained_score"].drop_nulls().len() else {}),
+            **(
+                {"retained_score": ("score of the retained text", signed)}
+                if sweep["retained_score"].drop_nulls().len()
+                else {}
+            ),
             "kl_to_prior": ("KL to prior", number),
             "effective_domains": ("domains in effect", decimal),
             **{f"share_{name}": (name, percent) for name in order if f"share_{name}" in sweep.columns},
@@ -110,7 +115,7 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
         {
             "domain": ("domain", None),
             "target": ("target", None),
-            "weight": ("weight", lambda weight: "retain" if weight is None else number(weight)),
+            "weight": ("weight", lambda weight: "retained" if weight is None else number(weight)),
             "score": ("score", signed),
             "score_low": ("low", signed),
             "score_high": ("high", signed),
@@ -120,17 +125,16 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
 
 
 def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
-    """How much of each domain was measured, and what predictions of the rest are worth."""
+    """How much of each domain was measured, and what predictions of the other samples are worth."""
     names = {
         "predictor": "predicted",
         "domain mean": "mean of the domain",
-        "measured": "nothing left",
+        "measured": "none left",
         "too few": "too few to tell",
     }
-    held = "measured" if quality[0]["source"] in (CURRENT, CANDIDATES) else "valued in the window"
-    also = ["measured besides"] if "also_measured" in quality[0] else []
+    also = ["promising, measured"] if "also_measured" in quality[0] else []
     return Table(
-        headers=["domain", "samples", held, "rank correlation", "low", "high", *also, "the rest"],
+        headers=["domain", "samples", "measured", "rank correlation", "low", "high", *also, "the others"],
         numeric=[False, *[True] * (5 + len(also)), False],
         rows=[
             [
@@ -166,9 +170,9 @@ def contamination_table(contamination: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def phase_table(phases: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Table:
-    """The phases of the next stage: where each starts, its length, and the share of each domain's samples."""
+    """The phases of the next stage: where each starts, its length, its blend, and each domain's share of samples."""
     return Table(
-        headers=["from sample", "samples", "curated", *order],
+        headers=["from sample", "samples", "blend", *order],
         numeric=[True] * (3 + len(order)),
         rows=[
             [
@@ -212,10 +216,10 @@ def training_table(training: pl.DataFrame) -> Table:
     )
 
 
-def shard_table(shards: pl.DataFrame, order: Sequence[str], windows: Sequence[str]) -> Table:
+def shard_table(shards: pl.DataFrame, order: Sequence[str], sources: Sequence[str]) -> Table:
     """Do shards differ in value?"""
     return table(
-        _sorted(shards, order, windows),
+        _sorted(shards, order, sources),
         {
             "domain": ("domain", None),
             "source": ("source", None),
@@ -228,11 +232,11 @@ def shard_table(shards: pl.DataFrame, order: Sequence[str], windows: Sequence[st
     )
 
 
-def reliability_table(reliability: pl.DataFrame, windows: Sequence[str]) -> Table:
+def reliability_table(reliability: pl.DataFrame, sources: Sequence[str]) -> Table:
     """Would another half of the target have ranked the samples the same way?"""
     named = reliability.with_columns(pl.col("ranking").str.replace("_", " "))
     return table(
-        _sorted(named, (), windows),
+        _sorted(named, (), sources),
         {
             "source": ("source", None),
             "ranking": ("ranking", None),
@@ -251,7 +255,7 @@ def cost_table(costs: pl.DataFrame) -> Table:
         costs,
         {
             "phase": ("phase", None),
-            "passes": ("passes", lambda value: number(value, 4)),
+            "passes": ("passes", lambda value: number(value, 4) if value else count(value)),
             "seconds": ("time", duration),
             "bytes": ("written", size),
             "note": ("note", None),
@@ -259,9 +263,9 @@ def cost_table(costs: pl.DataFrame) -> Table:
     )
 
 
-def _sorted(frame: pl.DataFrame, domains: Sequence[str], windows: Sequence[str], *then: str) -> pl.DataFrame:
-    """Rows in the order of the figures: domains, then windows, then what is named; the rest at the end."""
-    places = {"domain": domains, "source": windows}
+def _sorted(frame: pl.DataFrame, domains: Sequence[str], sources: Sequence[str], *then: str) -> pl.DataFrame:
+    """Rows in the order of the figures: domains, then sources, then what is named; the rest at the end."""
+    places = {"domain": domains, "source": sources}
     keys = [
         pl.col(column).replace_strict({name: place for place, name in enumerate(order)}, default=len(order))
         for column, order in places.items()

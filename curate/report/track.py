@@ -9,17 +9,18 @@ from pathlib import Path
 import polars as pl
 
 from curate.core.tracking import Tracker, TrackingConfig, open_tracker, without_places
+from curate.output.layout import SelectionFolder
 from curate.report.data import ReportData, save_data
 from curate.report.page import render, write_report
 
 _NAME = 128  # characters that W&B allows
 
 
-def publish(selection: Path, data: ReportData, config: TrackingConfig) -> None:
+def publish(selection: SelectionFolder, data: ReportData, config: TrackingConfig) -> None:
     """Write the report of a selection into its folder, and log it."""
     save_data(selection, data)
-    write_report(selection / "report.html", data)
-    log_report(data, selection / "mixture.yaml", config, selection, f"select {data.target}", "select")
+    write_report(selection.report, data)
+    log_report(data, selection.mixture, config, selection.root, f"select {data.target}", "select")
 
 
 def log_report(data: ReportData, mixture: Path, config: TrackingConfig, folder: Path, name: str, job: str) -> None:
@@ -42,7 +43,7 @@ def log_report(data: ReportData, mixture: Path, config: TrackingConfig, folder: 
 
 def told(data: ReportData, *, texts: bool) -> ReportData:
     """What a tracker is told of a report: no places of this machine, and texts of samples where they are asked for."""
-    examples = data.examples if texts else data.examples.with_columns(text=pl.lit("set tracking.texts to log texts"))
+    examples = data.examples if texts else data.examples.with_columns(text=pl.lit("texts are sent with wandb_texts"))
     return replace(data, examples=examples, settings=without_places(data.settings), loader=_moved(data.loader))
 
 
@@ -58,7 +59,7 @@ def tell(tracker: Tracker, data: ReportData, mixture: Path) -> None:
 
 
 def curves(data: ReportData) -> Mapping[int, dict[str, float]]:
-    """Step -> `train/...` and `value/WINDOW/DOMAIN` (mean value per predicted token)."""
+    """Step -> `train/...` and `value/SOURCE/DOMAIN` (mean value per predicted token)."""
     metrics: dict[int, dict[str, float]] = defaultdict(dict)
     for row in data.training.select("step", "loss", "lr", "grad_norm").to_dicts():
         step = row.pop("step")
@@ -70,7 +71,7 @@ def curves(data: ReportData) -> Mapping[int, dict[str, float]]:
 
 def _moved(loader: str) -> str:
     """Python lines with places as `without_places` has them."""
-    return re.sub(r'"((?:[^"\\]|\\.)*)"', lambda found: f'"{without_places(found[1])}"', loader)
+    return re.sub(r'"((?:[^"\\]|\\.)*)"', lambda quoted: f'"{without_places(quoted[1])}"', loader)
 
 
 def _plain(name: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from curate.core.config import Config, FileName, TokenCount
 from curate.core.renamed import Renamed
-from curate.core.tracking import TrackingConfig
+from curate.core.tracking import TrackingConfig, TrackingMode
 from curate.core.validation import changed
 from curate.domains.methods import VALUED, Method
 from curate.filter.choose import FilterConfig
@@ -67,7 +67,7 @@ class OutputConfig(Config):
 
     shard_bytes: int = Field(default=1 << 26, ge=1 << 10)
     """Size limit of a shard that is written."""
-    wandb: Literal["auto", "wandb", "offline", "none"] = "auto"
+    wandb: TrackingMode = "auto"
     """Weights & Biases. auto: online where a key is set (WANDB_API_KEY or ~/.netrc), else offline. WANDB_PROJECT,
     WANDB_ENTITY and WANDB_TAGS say where to."""
     wandb_texts: bool = False

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from curate.core.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
 from curate.core.writing import replacing
 from curate.domains.scores_file import write_scores
+from curate.mixture.decide import NOTHING_RETAINED
 from curate.mixture.record import write_mixture
 from curate.output.export import export
-from curate.output.layout import SelectionFolder
+from curate.output.layout import SELECTIONS, SelectionFolder
 from curate.selection.domains import score_domains
 from curate.selection.identity import check_samples, identity_of
 from curate.selection.mixture import filter_samples, solve_mixture
@@ -118,7 +119,7 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
     """The selection's folder, locked; a complete one is held against its settings and samples."""
     begin, identity, samples = perf_counter(), identity_of(plan, targets), source.fingerprint
     name = f"{targets.main.name}-{fingerprint({**identity, 'data': samples})[:8]}"
-    out = plan.config.out or plan.run.folder / "selections" / name
+    out = plan.config.out or plan.run.folder / SELECTIONS / name
     if not is_complete(out, identity):
         check_startable(out, identity)
     with making(out, identity) as missing:
@@ -126,6 +127,8 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
             check_contents(out)
             check_samples(out, samples)
             _log.info("this selection is complete already")
+        elif plan.config.is_valued and plan.config.retain is None:
+            _log.warning("%s: give such text with --retain FILE", NOTHING_RETAINED)
         yield _Job(
             plan=plan, folder=SelectionFolder(out), identity=identity, samples=samples, is_missing=missing, begin=begin
         )
@@ -183,7 +186,7 @@ def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data
     report = selection_report(
         job.plan, result.source, result.targets.main, result.values, result.mixture, {**tables, "costs": costs}, data
     )
-    publish(job.folder.root, report, job.plan.config.output.tracking)
+    publish(job.folder, report, job.plan.config.output.tracking)
 
 
 def _write_table(path: Path, table: pl.DataFrame) -> None:

@@ -5,8 +5,8 @@ import math
 import polars as pl
 
 from curate.core.artifacts import SIGN
-from curate.report.data import ReportData
 from curate.core.rng import generator
+from curate.report.data import ReportData
 
 DOMAINS = ["api_prose", "cpp_headers", "docstrings", "endpoint_rules", "minified_js", "package_tests", "stdlib_python"]
 EFFECT = {"api_prose": 0.9, "docstrings": 1.6, "stdlib_python": 0.5, "cpp_headers": -0.3, "package_tests": 0.1}
@@ -34,7 +34,7 @@ def curve() -> pl.DataFrame:
             for step in range(first, stop):
                 per_lr = 1e-3 * (strength + 0.9 * random.standard_normal())
                 rows.append((window, step, domain, per_lr * lr(step), per_lr))
-    return pl.DataFrame(rows, schema=["window", "step", "domain", "value", "value_per_lr"], orient="row")
+    return pl.DataFrame(rows, schema=["source", "step", "domain", "value", "value_per_lr"], orient="row")
 
 
 def training() -> pl.DataFrame:
@@ -60,7 +60,7 @@ def domains(target: str) -> pl.DataFrame:
             per_token = None if unseen else score * 3e-6
             rows.append(
                 {
-                    "window": window,
+                    "source": window,
                     "target": target,
                     "domain": domain,
                     "samples": 0 if unseen else 112,
@@ -74,11 +74,11 @@ def domains(target: str) -> pl.DataFrame:
                     "score_high": None if unseen else score + 2 * se,
                     "shrunk": 0.0 if unseen else score * 0.8,
                     "value_score": 0.0 if unseen else score,
-                    "likeness": None,
+                    "ngram_ratio": None,
                     "fresh": 0.9,
                 }
             )
-    return pl.DataFrame(rows, schema_overrides={"likeness": pl.Float64})
+    return pl.DataFrame(rows, schema_overrides={"ngram_ratio": pl.Float64})
 
 
 def mixture() -> pl.DataFrame:
@@ -89,14 +89,14 @@ def mixture() -> pl.DataFrame:
             "domain": DOMAINS,
             "prior": [1 / 7] * 7,
             "weight": weights,
-            "tokens": [round(2_457_600 * weight) for weight in weights],
+            "stored_tokens": [round(2_457_600 * weight) for weight in weights],
             "samples": [round(4800 * weight) for weight in weights],
             "epochs": [6 * weight for weight in weights],
             "epochs_so_far": [2 * weight for weight in weights],
             "binding": binding,
             "unconstrained": weights,
-            "asked_early": [1 / 7] * 7,
-            "asked_late": weights,
+            "by_early": [1 / 7] * 7,
+            "by_late": weights,
         }
     )
 
@@ -104,14 +104,14 @@ def mixture() -> pl.DataFrame:
 def sweep() -> pl.DataFrame:
     return pl.DataFrame(
         {
-            "temperature": [0.25, 0.5, 1.0],
+            "prior_strength": [0.25, 0.5, 1.0],
             "expected_score": [0.4, 0.3, 0.2],
             "kl_to_prior": [0.9, 0.4, 0.1],
             "effective_domains": [2.5, 4.1, 6.0],
-            "guard_score": [None, None, None],
+            "retained_score": [None, None, None],
             **{f"share_{domain}": [1 / 7] * 3 for domain in DOMAINS},
         },
-        schema_overrides={"guard_score": pl.Float64},
+        schema_overrides={"retained_score": pl.Float64},
     )
 
 
@@ -120,7 +120,7 @@ def examples() -> pl.DataFrame:
         {
             "kind": kind,
             "rank": rank,
-            "window": "late",
+            "source": "late",
             "step": 299 - 3 * rank,
             "domain": "docstrings" if kind == "most" else "minified_js",
             "sample_id": 5_812_345_678_901_234_567 - rank,
@@ -139,7 +139,7 @@ def reliability(target: str, late: float) -> pl.DataFrame:
         for window, r in (("early", 0.62), ("late", late))
         for ranking in ("pooled", "within_step")
     ]
-    names = ["window", "target", "ranking", "samples", "spearman", "low", "high", "reliability"]
+    names = ["source", "target", "ranking", "samples", "spearman", "low", "high", "reliability"]
     return pl.DataFrame(rows, schema=[*names, "reliability_low", "reliability_high"], orient="row")
 
 
@@ -150,25 +150,26 @@ def report_data(target: str = "astronomy docstrings", late_reliability: float = 
         target=target,
         target_documents=240,
         target_tokens=61_440,
+        retain="general",
         estimator="adjoint",
         horizons={"early": "window_end", "late": "stage_end"},
-        mixture_window="late",
+        mixture_source="late",
         sign=SIGN,
         budget_tokens=2_500_000,
         loader='streams = yaml.safe_load(Path("runs/demo/select/data/streams.yaml").read_text())\n'
         "dataset = StreamingDataset(streams=[Stream(**stream) for stream in streams], batch_size=16, shuffle=True)",
-        settings={"mixture": {"temperature": 0.5}, "seed": 0},
+        settings={"mixture": {"prior_strength": 0.5}, "seed": 0},
         reliability=reliability(target, late_reliability),
         curve=curve(),
         training=training(),
         domains=domains(target),
         mixture=mixture(),
         sweep=sweep(),
-        targets=domains(target).filter(window="late").with_columns(weight=pl.lit(1.0)),
+        targets=domains(target).filter(source="late").with_columns(weight=pl.lit(1.0)),
         examples=examples(),
         shards=pl.DataFrame(
             {
-                "window": ["late"] * 7,
+                "source": ["late"] * 7,
                 "domain": DOMAINS,
                 "shards": [3] * 7,
                 "samples": [112] * 7,
@@ -180,10 +181,10 @@ def report_data(target: str = "astronomy docstrings", late_reliability: float = 
         costs=pl.DataFrame(
             {
                 "phase": ["replay", "adjoint", "index", "report"],
-                "units": [60.0, 171.5, None, None],
+                "passes": [60.0, 171.5, None, None],
                 "seconds": [41.2, 128.7, 0.4, 1.9],
                 "bytes": [None, 3_412_000, 1_204_000, 5_100_000],
-                "note": ["60 window steps of 300", "2.9 units per step and anchor", "exact, recall 1", None],
+                "note": ["60 window steps of 300", "2.9 passes per step and anchor", "exact, recall 1", None],
             }
         ),
     )

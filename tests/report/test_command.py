@@ -12,11 +12,12 @@ import polars as pl
 import pytest
 
 from curate.core.errors import UserError
-from curate.report.__main__ import ReportConfig, newest_selection, render_again
-from curate.report.data import FOLDER, load_data, save_data
+from curate.core.tracking import NoTracker, TrackingConfig
+from curate.output.layout import SelectionFolder, newest_reported
+from curate.report.__main__ import ReportConfig, render_again
+from curate.report.data import load_data, save_data
 from curate.report.page import render, write_report
 from curate.report.track import log_report, tell
-from curate.core.tracking import NoTracker, TrackingConfig
 from tests.report.synthetic import TEXTS, report_data
 
 
@@ -48,17 +49,18 @@ class Recorded(NoTracker):
 
 def test_the_command_renders_the_newest_selection_again(tmp_path: Path) -> None:
     for place, name in enumerate(("first", "second")):
-        save_data(tmp_path / "select" / name, report_data(target=name))
-        os.utime(tmp_path / "select" / name / FOLDER / "report.json", (place, place))
+        selection = SelectionFolder(tmp_path / "select" / name)
+        save_data(selection, report_data(target=name))
+        os.utime(selection.report_facts, (place, place))
     command = [sys.executable, "-m", "curate.report", "--run", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    page = tmp_path / "select" / "second" / "report.html"
+    page = selection.report
     assert result.stdout == f"report: {page}\n"
     assert page.read_text(encoding="utf-8") == render(report_data(target="second"))
 
 
 def test_a_selection_and_an_output_can_be_named(tmp_path: Path) -> None:
-    save_data(tmp_path / "elsewhere", report_data())
+    save_data(SelectionFolder(tmp_path / "elsewhere"), report_data())
     config = ReportConfig(run=tmp_path, select=tmp_path / "elsewhere", out=tmp_path / "out" / "page.html")
     assert render_again(config) == tmp_path / "out" / "page.html"
 
@@ -68,37 +70,45 @@ def test_a_run_without_a_selection_ends_in_one_sentence(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "holds no selection with report data" in result.stderr
+    assert str(tmp_path) in result.stderr
+    assert "curate.select" in result.stderr
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "facts"])
 def test_damaged_report_data_is_named(tmp_path: Path, damage: str) -> None:
-    save_data(tmp_path, report_data())
-    curve = tmp_path / FOLDER / "curve.parquet"
+    selection = SelectionFolder(tmp_path)
+    save_data(selection, report_data())
+    curve = selection.report_data / "curve.parquet"
     if damage == "missing":
         curve.unlink()
     elif damage == "truncated":
         curve.write_bytes(curve.read_bytes()[:100])
     else:
-        (tmp_path / FOLDER / "report.json").write_text(json.dumps({"run": "demo"}), encoding="utf-8")
+        selection.report_facts.write_text(json.dumps({"run": "demo"}), encoding="utf-8")
     with pytest.raises(UserError, match=r"curve.parquet is (missing|corrupted)|select again"):
-        load_data(tmp_path)
+        load_data(selection)
 
 
 def test_the_newest_selection_is_found_at_any_depth(tmp_path: Path) -> None:
-    save_data(tmp_path / "a" / "b", report_data())
-    assert newest_selection(tmp_path) == tmp_path / "a" / "b"
+    assert newest_reported(tmp_path / "missing") is None
+    save_data(SelectionFolder(tmp_path / "a" / "b"), report_data())
+    assert newest_reported(tmp_path) == SelectionFolder(tmp_path / "a" / "b")
+
+
+def test_texts_that_go_nowhere_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wandb_texts"):
+        ReportConfig(run=tmp_path, wandb_texts=True)
 
 
 def test_the_tracker_gets_every_number(tmp_path: Path) -> None:
     data, tracker = report_data(), Recorded()
     tell(tracker, data, tmp_path / "mixture.yaml")
     assert tracker.pages["report/page"] == render(data)
-    assert tracker.config["mixture"] == {"temperature": 0.5}
+    assert tracker.config["mixture"] == {"prior_strength": 0.5}
     assert tracker.config["sign"] == data.sign
     steps = [step for step, _ in tracker.metrics]
     assert steps == sorted(set(range(300)))
-    late = data.curve.filter(window="late", step=280, domain="api_prose")["value"].item()
+    late = data.curve.filter(source="late", step=280, domain="api_prose")["value"].item()
     metrics = dict(tracker.metrics)[280]
     assert metrics["value/late/api_prose"] == late
     assert metrics["train/loss"] == data.training["loss"][280]
