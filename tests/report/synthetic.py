@@ -64,7 +64,7 @@ def domains(target: str) -> pl.DataFrame:
                     "target": target,
                     "domain": domain,
                     "samples": 0 if unseen else 112,
-                    "tokens": 0 if unseen else 56_842,
+                    "predicted_tokens": 0 if unseen else 56_842,
                     "value_per_token": per_token,
                     "se": None if unseen else se * 3e-6,
                     "low": None if unseen else (score - 2 * se) * 3e-6,
@@ -75,7 +75,7 @@ def domains(target: str) -> pl.DataFrame:
                     "shrunk": 0.0 if unseen else score * 0.8,
                     "value_score": 0.0 if unseen else score,
                     "ngram_ratio": None,
-                    "fresh": 0.9,
+                    "novel_share": 0.9,
                 }
             )
     return pl.DataFrame(rows, schema_overrides={"ngram_ratio": pl.Float64})
