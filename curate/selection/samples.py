@@ -96,7 +96,9 @@ def _by_next_step(
         rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
         every = SampleValues.validate(pl.concat([measured.values, rest]).sort("domain", "sample_id"))
     measuring_seconds = perf_counter() - begin
-    counts = promising.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
+    # those of the measured part are not passed over again
+    besides = promising.join(next_step.values, on="sample_id", how="anti")
+    counts = besides.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
     counted = quality.join(counts, on="domain", how="left", maintain_order="left")
     told_quality = _told(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
     return SampleScores(
