@@ -43,11 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def select(config: SelectConfig, run: Run) -> Path:
-    """Select the next stage's data.
-
-    Returns:
-        The selection's folder, see `output.layout`. A complete one made with the same settings is returned as it is; a
-        method that values no samples leaves an empty scores.parquet and no report.
+    """Select the next stage's data into a folder, see `output.layout`; a complete one is returned as it is.
 
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
