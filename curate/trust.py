@@ -76,5 +76,5 @@ def _check(module: str, what: str) -> None:
     if not is_trusted(module):
         raise UserError(
             f"{what}, and {module} is not trusted; if you trust it, add {OPTION} {module} to the command (in a plan "
-            f"`trust: [{module}]`, in Python curate.trust.trust([{module!r}]))"
+            f"`trust: [{module}]`, in Python curate.trust([{module!r}]))"
         )
