@@ -171,6 +171,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, 
     assert f"wrote {out / 'mixture.yaml'}" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -261,6 +261,7 @@ def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its
     assert final_bytes(tmp_path / "killed" / "plan") == final_bytes(tmp_path / "whole" / "plan")
 
 
+@pytest.mark.slow
 def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch):
     plan = load_plan(whole / "plan.yaml")
     assert carry_out(plan, once=True) == 0  # nothing is left
@@ -300,6 +301,7 @@ def test_a_trainer_that_fails_is_told(inputs, tmp_path, train, status, message):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
     folder = str(whole / "plan")
     longer = {"name": "one", "steps": 9, "settings": {"model": "m"}}
@@ -315,6 +317,7 @@ def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, selection=selection)), once=True)
 
 
+@pytest.mark.slow
 def test_what_a_trainer_did_otherwise_is_named(whole, inputs, tmp_path):
     def refused(index=0, **stage):
         stages = [{"name": "one", "steps": 8, "settings": {"model": "m"}, **stage}, {"name": "two", "steps": 8}]
@@ -333,6 +336,7 @@ def test_what_a_trainer_did_otherwise_is_named(whole, inputs, tmp_path):
         refused(tokens="2K")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, inputs, tmp_path):
     shutil.copytree(whole / "plan", tmp_path / "plan")
     plan = load_plan(write_plan(tmp_path, inputs))
@@ -352,6 +356,7 @@ def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, in
         check_states(plan, 1, open_stage(plan, 1))
 
 
+@pytest.mark.slow
 def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
     shutil.copytree(whole / "plan", tmp_path / "elsewhere")
     shutil.copytree(inputs / "data", tmp_path / "data")
@@ -371,6 +376,7 @@ def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
         check_data(plan, 1)
 
 
+@pytest.mark.slow
 def test_stages_that_do_not_follow_are_refused_before_they_cost_anything(whole, inputs, tmp_path):
     stage = {"settings": {"model": "m"}}
     stages = [{"name": "one", "steps": 8, **stage}, {"name": "two", "steps": 8, "tokens": 500, **stage}]
@@ -413,6 +419,7 @@ def test_the_plan_hands_on_what_a_stage_says(inputs, tmp_path):
         assert plan.data_of(1) == plan.selection_folder(0) / "data" / path
 
 
+@pytest.mark.slow
 def test_the_dry_run_states_steps_tokens_bytes_and_cost(whole, inputs, tmp_path):
     done = describe(load_plan(whole / "plan.yaml"))
     assert re.search(r"done  train   one +8 steps, 768 tokens, [\d.]+ MB of states: ", done[0])
