@@ -158,7 +158,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
     """One row per step: samples, mean, mean_abs and std of their values, the first group's lr, and both per lr."""
     import polars as pl
 
-    from curate.domains.values import value_frame
+    from curate.embeddings.values import value_frame
 
     assert embedding.targets is not None
     values = value_frame(embedding.rows, embedding.vectors, embedding.targets, half_weights, "target")

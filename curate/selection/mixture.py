@@ -12,12 +12,12 @@ import dataframely as dy
 import polars as pl
 
 from curate.core.errors import UserError
-from curate.domains.reliability import LENGTH_BIAS
 from curate.filter.choose import length_correlation, top_k, with_keys
 from curate.filter.pipeline import filter_pool, read_held_out
 from curate.mixture.record import with_tokens
 from curate.mixture.schedule import decide_stage
 from curate.output.plan import make_plan, make_pool, supply_of
+from curate.stats.rank_correlation import LENGTH_BIAS
 from curate.tables import Contamination, DomainScores, RankedPool, SamplePool
 
 if TYPE_CHECKING:

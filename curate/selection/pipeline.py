@@ -166,9 +166,8 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
 
 
 def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data: Mapping[str, Path]) -> None:
-    from curate.report.collect import cost_table
-    from curate.report.selection import selection_report
     from curate.report.track import publish
+    from curate.selection.report import cost_table, selection_report
 
     measured = result.samples.measured
     made = [cost for values in result.values.by_source.values() for cost in values.costs]

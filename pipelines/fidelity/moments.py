@@ -22,7 +22,7 @@ from curate.stats.rank_correlation import spearman
 from curate.core.lock import locked
 from curate.core.progress import start_logging
 from curate.reconstruct.moments import estimate_moments
-from curate.domains.values import embedded_values
+from curate.embeddings.values import embedded_values
 from curate.training.target import load_target
 from curate.training.replay import Replay
 from curate.training.run import Run
