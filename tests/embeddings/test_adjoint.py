@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
+from curate.core.errors import UserError
 from curate.embeddings.adjoint import StepOptions, adjoint_step
 from curate.embeddings.own_step import embedding_corrections, exact_values
 from curate.embeddings.products import check_curvature, difference_products, exact_products
-from curate.core.errors import UserError
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import TrainingState
 from curate.optimizers.step import update_state
-from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 from curate.training.layout import FlatLayout
 from curate.training.replay import State, StepRecord
+from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 from tests.tiny import VOCABULARY
 
 STEPS, BATCH, LENGTH = 5, 4, 7

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.core.errors import UserError
 from curate.data.mds import content_id
-from curate.training.target import load_target, loss_gradients
+from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.training.replay import Replay
+from curate.training.target import load_target, loss_gradients
 from tests.tiny import record_tiny_run, write_tiny_target
 
 TRAINED = 36  # of the 80 samples of each domain: 12 steps of 3
