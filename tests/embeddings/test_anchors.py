@@ -71,7 +71,7 @@ def test_anchors_of_streams_hold_no_trained_sample_and_no_sample_twice(run, capl
     assert len(trained(run)) == 2 * TRAINED
     assert not trained(run) & set(found)
     assert len(set(found)) == len(found) == 6 * 9 + 10
-    domains = dict(run.places.select("sample_id", "domain").iter_rows())
+    domains = dict(run.unique_samples.select("sample_id", "domain").iter_rows())
     for name, batch in zip(anchors.names, anchors.batches, strict=True):
         found = [domains[sample] for sample in ids(batch)]
         assert sorted(found) == (["dataclasses"] * 5 + ["json"] * 5 if name == "general" else [name[:-2]] * 9)
