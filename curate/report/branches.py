@@ -41,7 +41,7 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         path: the HTML file.
-        result: `rows` (one per case, method, seed and temperature), `best`, `at_guard` and `equal_kl`.
+        result: `rows` (one per case, method, seed and temperature), `best`, `at_limit` and `equal_kl`.
     """
     rows = result["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -60,17 +60,17 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
                 plots=[[(f"Target loss against general loss, {case}", curves_figure(rows, case))] for case in cases],
             ),
             Section(
-                heading="At the best temperature within the guard",
+                heading="At the best temperature within the limit",
                 note="The temperature is chosen on another split than the one reported here; intervals are 95 % t "
                 "intervals of paired differences over seeds.",
                 table=_table(result["best"], _BEST, "general_share"),
                 folded=False,
             ),
             Section(
-                heading="At the guard",
+                heading="At the limit",
                 note="The same at the best place of each method's curve, between its temperatures too, so that no grid "
                 "of temperatures decides.",
-                table=_table(result["at_guard"], _ALONG, "general_share"),
+                table=_table(result["at_limit"], _ALONG, "general_share"),
                 folded=False,
             ),
             Section(
@@ -105,7 +105,7 @@ def best_sentence(best: Sequence[Row]) -> str:
         width = first["target"]["half_width"]
         error = "" if width is None else f" ± {decimal(width, 4)}"
         said.append(f"{first['method']} in case {case} ({signed(first['target']['mean'], 4)}{error} nats per token)")
-    return f"Lowest target loss within the guard, minus proportional's: {listed(said)}." if said else "Nothing was run."
+    return f"Lowest target loss within the limit, minus proportional's: {listed(said)}." if said else "Nothing was run."
 
 
 def _seeds_sentence(rows: Sequence[Row]) -> str:
@@ -116,7 +116,7 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
 def curves_figure(rows: Sequence[Row], case: str) -> str:
     """Mean differences from proportional of one case: a line per method through its temperatures, from proportional.
 
-    Branches with the mixture in a part of the stage only are not drawn.
+    Branches of other schedules than the constant one are not drawn.
 
     Args:
         rows: with `case`, `method`, `seed`, `temperature`, `schedule`, `kl_to_prior`, `target_loss`, `general_loss`.
@@ -124,7 +124,7 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
     """
     from plotly import graph_objects as go
 
-    mine = [row for row in rows if row["case"] == case and row["schedule"] == "throughout"]
+    mine = [row for row in rows if row["case"] == case and row["schedule"] == "constant"]
     base = {row["seed"]: row for row in mine if row["method"] == _BASE}
     methods = sorted({row["method"] for row in rows} - {_BASE})
     figure = go.Figure()

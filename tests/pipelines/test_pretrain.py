@@ -9,10 +9,10 @@ from curate.core.errors import UserError
 from curate.data.mds import Columns, write_stream
 from curate.data.streams import domain_folders
 from curate.mixture.record import Phase
-from curate.shards.write import write_schedule
-from curate.training.token_accounting import domain_ledger, uses
+from curate.output.write import write_schedule
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.token_accounting import domain_ledger, uses
 from pipelines import pretrain
 from pipelines.optimizers import OptimizerConfig, learning_rate
 from pipelines.pretrain import PretrainConfig, train

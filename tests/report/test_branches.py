@@ -7,14 +7,14 @@ import pytest
 from curate.report.branches import curves_figure
 
 
-def row(method, seed, temperature, target, general, schedule="throughout"):
+def row(method, seed, temperature, target, general, schedule="constant"):
     return {
         "case": "inside", "method": method, "seed": seed, "temperature": temperature, "schedule": schedule,
         "kl_to_prior": 0.1, "target_loss": target, "general_loss": general,
     }  # fmt: skip
 
 
-def test_a_curve_is_the_mean_over_seeds_of_branches_with_the_mixture_throughout():
+def test_a_curve_is_the_mean_over_seeds_of_branches_of_the_constant_schedule():
     rows = [
         row("proportional", 0, 1.0, 5.0, 4.0), row("proportional", 1, 1.0, 6.0, 4.2),
         row("curate", 0, 0.5, 4.8, 4.1), row("curate", 1, 0.5, 5.6, 4.2),
