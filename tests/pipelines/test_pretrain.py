@@ -92,7 +92,7 @@ def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, 
     phases = ({"json": 30, "dataclasses": 6}, {"json": 2, "dataclasses": 42}, {"json": 16, "dataclasses": 1})
     starts = (0, 36, 80)
     laid = [
-        Phase(start_step=start, curated=1.0, samples=sum(domains.values()), domains=domains)
+        Phase(start_sample=start, blend=1.0, samples=sum(domains.values()), domains=domains)
         for start, domains in zip(starts, phases, strict=True)
     ]
     schedule = tmp_path / "schedule.yaml"
