@@ -51,9 +51,9 @@ log: {file: log.csv}
 checkpoints: {0: ckpt/0.pt, 1950: ckpt/1950.pt}
 """
 SETTINGS = b"# curate.select\ntarget: t.jsonl\n"
-SCHEDULE = b"""- start_step: 0
+SCHEDULE = b"""- start_sample: 0
   streams: [{local: data/a, choose: 3}]
-- start_step: 3
+- start_sample: 3
   streams: [{local: data/b, choose: 2}]
 """
 
@@ -157,9 +157,9 @@ CORPUS = {
     + refused(
         *YAML[2:8],
         SCHEDULE.replace(b"choose: 3", b"choose: 0"),
-        SCHEDULE.replace(b"start_step: 3", b"start_step: 4"),
+        SCHEDULE.replace(b"start_sample: 3", b"start_sample: 4"),
         SCHEDULE.replace(b"choose: 3", b"choose: .inf"),
-        SCHEDULE.replace(b"- start_step: 0", b"- start_step: -1"),
+        SCHEDULE.replace(b"- start_sample: 0", b"- start_sample: -1"),
         SCHEDULE.replace(b"choose: 3}", b"3: 4}"),
         SCHEDULE.replace(b"choose: 3", b"chose: 3"),
     ),

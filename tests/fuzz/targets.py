@@ -275,7 +275,7 @@ def schedules(draw: Any) -> bytes:
     entries, at = [], 0
     for _ in range(draw(st.integers(1, 3))):
         streams = draw(st.lists(STREAM, min_size=1, max_size=2))
-        entries.append({"start_step": draw(mostly(st.just(at), SCALAR)), "streams": streams})
+        entries.append({"start_sample": draw(mostly(st.just(at), SCALAR)), "streams": streams})
         at += sum(stream["choose"] for stream in streams if type(stream["choose"]) is int)
     return as_yaml(entries)
 
@@ -315,13 +315,15 @@ def _schedule_holds(data: bytes, schedule: Any) -> None:
     if schedule is None:
         return
     said = oracles.once(data)
-    at = int(said[0]["start_step"], 0)
+    at = int(said[0]["start_sample"], 0)
     for entry in said:
-        demand(int(entry["start_step"].replace("_", ""), 0) == at, f"an entry at {entry['start_step']}, not {at}")
+        demand(int(entry["start_sample"].replace("_", ""), 0) == at, f"an entry at {entry['start_sample']}, not {at}")
         counts = [int(stream["choose"].replace("_", ""), 0) for stream in entry["streams"]]
         demand(bool(counts) and min(counts) >= 1, f"choose {counts}")
         at += sum(counts)
-    demand(sum(stream["choose"] for stream in schedule.totals()) == at - schedule.entries[0].start_step, "other totals")
+    demand(
+        sum(stream["choose"] for stream in schedule.totals()) == at - schedule.entries[0].start_sample, "other totals"
+    )
 
 
 def _yaml_targets() -> list[FuzzTarget]:

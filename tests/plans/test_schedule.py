@@ -84,7 +84,7 @@ def final_bytes(folder):
     for path in folder.glob("*/selection/data/schedule.yaml"):
         entries = yaml.safe_load(path.read_text())
         chosen = [{Path(s["local"]).name: s["choose"] for s in entry["streams"]} for entry in entries]
-        found[str(path.relative_to(folder))] = [entry["start_step"] for entry in entries], chosen
+        found[str(path.relative_to(folder))] = [entry["start_sample"] for entry in entries], chosen
     arrays = sorted(path for path in folder.glob("*/run/embeddings/*/embeddings.npy"))
     return {**found, **{str(path.relative_to(folder)): file_fingerprint(path) for path in arrays}}
 
@@ -383,7 +383,7 @@ def test_the_plan_hands_on_what_a_stage_says(inputs, tmp_path):
     plan = load_plan(write_plan(tmp_path, inputs, stages=[stage, later], train=train, train_first=None))
     words = ["t", "2000", '{"early":[0,0.25]}', "0.5", "7", "linear", "0.1", "red", str(plan.run_folder(0))]
     assert plan.arguments(0) == words
-    assert plan.data_of(1) == plan.selection_folder(0) / "data" / "mds" / "schedule.yaml"
+    assert plan.data_of(1) == plan.selection_folder(0) / "data" / "schedule.yaml"
     for schedule, mode, path in (
         ("constant", "weights", "streams.yaml"),
         ("anneal", "samples", "mds/schedule.yaml"),

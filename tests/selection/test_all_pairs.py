@@ -28,7 +28,7 @@ OPTIONS = {
     "values.sources": [("early",), ("late",), ("current",), ("early", "late")],
     "filter.unseen_only": [True, False],
     "filter.contamination_overlap": [None],
-    "filter.drop_fraction": [None],
+    "filter.drop_fraction": [0.5],  # none drops as many as the default of the dozen samples of a tiny window
     "output.wandb": ["offline"],
     "candidates": ["new", "mixed"],
     "retain": ["general.jsonl"],
