@@ -19,8 +19,8 @@ from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.core.progress import start_logging
-from curate.embeddings.values import embedded_values
 from curate.embeddings.embed import EmbedConfig, embed
+from curate.embeddings.values import embedded_values
 from curate.reconstruct.moments import estimate_moments
 from curate.stats.rank_correlation import spearman
 from curate.training.replay import Replay
