@@ -1,6 +1,6 @@
 import polars as pl
 import pytest
-from curate.domains.schema import Scores, read_scores, write_scores
+from curate.domains.scores_file import Scores, read_scores, write_scores
 from polars.testing import assert_frame_equal
 
 from curate.core.errors import UserError

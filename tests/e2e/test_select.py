@@ -77,11 +77,11 @@ def test_everything_is_written_and_agrees(folder, both):
         rows = scores.filter(source=source)
         for domain in ("json", "dataclasses"):
             mine = rows.filter(domain=domain)
-            wanted = mine["value"].sum() / mine["tokens"].sum()
+            wanted = mine["value_total_nats"].sum() / mine["predicted_tokens"].sum()
             found = domains.filter(source=source, domain=domain)["value_per_token"].item()
             assert found == pytest.approx(wanted, rel=1e-9)
     documents = pl.read_parquet(both / "documents.parquet")
-    assert documents["value"].sum() == pytest.approx(scores["value"].sum(), rel=1e-6)
+    assert documents["value_total_nats"].sum() == pytest.approx(scores["value_total_nats"].sum(), rel=1e-6)
 
 
 def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both):
@@ -211,7 +211,7 @@ def test_what_earlier_stages_consumed_counts_against_the_caps(folder):
         run_select(folder, **budget, source={"earlier_runs": (folder / "run",) * 4})
     once = run_select(folder, **budget, source={"earlier_runs": (folder / "run",)})
     assert once != alone
-    ledgers = [pl.read_parquet(out / "seen.parquet")["consumed_tokens"].sum() for out in (alone, once)]
+    ledgers = [pl.read_parquet(out / "seen.parquet")["seen_tokens"].sum() for out in (alone, once)]
     assert ledgers == [72 * SEQ_LEN, 144 * SEQ_LEN]
     assert "epochs so far" in (once / "report.html").read_text(encoding="utf-8")
 
@@ -241,8 +241,8 @@ def test_several_targets_and_what_is_retained_are_valued_in_one_pass(folder, tmp
     assert mixture.group_limits["retain"].reached >= mixture.group_limits["retain"].least - 1e-8
     scores, single = (pl.read_parquet(part / "scores.parquet") for part in (out, alone))
     assert set(scores["target"]) == {"target", "other", "general"}
-    together = scores.filter(target="target").select("row", "value").sort("row")
-    for found, wanted in zip(together["value"], single.sort("row")["value"], strict=True):
+    together = scores.filter(target="target").select("row", "value_total_nats").sort("row")
+    for found, wanted in zip(together["value_total_nats"], single.sort("row")["value_total_nats"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     domains = pl.read_parquet(out / "domains.parquet")
     for name, part in mixture.domains.items():
