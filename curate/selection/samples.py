@@ -16,8 +16,8 @@ from curate.domains.ngram_scores import combined_ratios
 from curate.filter.choose import combined_z
 from curate.influence.current import forward_passes, measure_samples
 from curate.influence.draw import values_frame
-from curate.influence.predict_window import predict_rest
 from curate.influence.predict_next_step import MIN_RANK_CORRELATION, fit_predictor
+from curate.influence.predict_window import predict_rest
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
