@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedFactors:
-    """What one backward pass of B samples left of each layer.
+    """The factors of one backward pass of B samples, by layer.
 
     Attributes:
         weights: (B,) `c_z`.
@@ -174,7 +174,7 @@ class GradientCapture:
         return self._rows(gradients, weights)
 
     def take_factors(self, weights: Tensor) -> CapturedFactors:
-        """What `rows` and `scaled_rows` need of the last backward pass; only of a capture that keeps factors."""
+        """The factors of the last backward pass, for `rows` and `scaled_rows`; only for a capture with `keep`."""
         factors, self._factors = self._factors, {}
         return CapturedFactors(weights=weights, factors=factors)
 
@@ -237,6 +237,7 @@ class GradientCapture:
         return torch.cat(layer_rows, dim=1).float() * inverse[:, None]
 
     def _hook(self, name: str) -> Any:
+        """The forward hook of one layer; it hangs the backward hook on the layer's output."""
         layer = self._projections[name]
 
         def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -271,7 +272,7 @@ class GradientCapture:
         return self._guarded(forward_hook)
 
     def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook that hands what it raises to `on_error`, where there is one."""
+        """Wrap a hook so that it gives what it raises to `on_error`, where there is one."""
         on_error = self._on_error
         if on_error is None:
             return hook

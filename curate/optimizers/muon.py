@@ -110,7 +110,7 @@ def newton_schulz(matrix: Tensor, settings: GroupSettings) -> Tensor:
 
 
 def _pull(matrix: Tensor, d_step: Tensor, settings: GroupSettings) -> Tensor:
-    """(R, m n): what (R, m, n) cotangents of theta' are to D, through `- lr s NS(D)`."""
+    """Pull cotangents (R, m, n) of theta' back to D, through `- lr s NS(D)`; (R, m n)."""
     import torch
 
     if float(matrix.norm()) <= settings.eps:
@@ -123,6 +123,7 @@ def _pull(matrix: Tensor, d_step: Tensor, settings: GroupSettings) -> Tensor:
 
 
 def _buffer_and_direction(state: TrainingState, gradient: Tensor, settings: GroupSettings) -> tuple[Tensor, Tensor]:
+    """B' and D of the module docstring."""
     mu = settings.momentum
     buffer = mu * state.momentum + (1 - mu) * gradient
     return buffer, (1 - mu) * gradient + mu * buffer if settings.nesterov else buffer

@@ -1,4 +1,4 @@
-"""Windows as they are declared before a stage: ranges of its steps."""
+"""Windows that are declared before a stage, as ranges of its steps."""
 
 from __future__ import annotations
 

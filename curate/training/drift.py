@@ -47,7 +47,7 @@ def drift(run: Run, step: int, model: nn.Module) -> float:
 
 
 def check_drift(run: Run, step: int, model: nn.Module, tolerance: float) -> None:
-    """Hold a replayed state against the snapshot of its step.
+    """Compare a replayed state with the snapshot of its step.
 
     The limit is ten times the tolerance of losses and norms. Measured: the same machine 0, batches split into single
     samples 1e-6 at most, a run in bfloat16 replayed in float32 1e-2 in its first steps and 1e-3 later (its gradient

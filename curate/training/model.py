@@ -1,4 +1,4 @@
-"""What is asked of a model: the names of its parameters, and a forward pass that a replay can repeat."""
+"""Names of a model's parameters, and checks that a replay can repeat its forward pass."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedStep:
-    """A step whose backward pass has been repeated, but not its update: the model holds `theta_k`, `.grad` `ghat_k`.
+    """A step after its backward pass and before its update: the model holds `theta_k`, `.grad` holds `ghat_k`.
 
     Attributes:
         record: the step.
@@ -205,8 +205,8 @@ class Replay:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
         Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
-        At each snapshot on the way, and at the end where there is one, the replayed state is held against it. It is
-        loaded then, so that rounding differences (other hardware, other thread counts) do not grow over a long replay.
+        At each snapshot on the way, and at the end where there is one, the replayed state is compared with it. Then the
+        snapshot is loaded, so that rounding differences (other hardware, other thread counts) do not grow.
         A caller must not change gradients: the next snapshot would refuse it. To train differently, use `restore`,
         `backward` and `update`.
 
@@ -355,7 +355,7 @@ class Replay:
         return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     def check(self, record: StepRecord, loss: float) -> None:
-        """Hold a step's loss and the norm of what is in `.grad` against the record.
+        """Compare a step's loss, and the norm of what is in `.grad`, with the record.
 
         In a skipped step, recorded numbers that are not finite are not compared: they may be why it was skipped.
 

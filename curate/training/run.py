@@ -61,7 +61,7 @@ _UPDATED = pl.col("groups").list.eval(pl.element().struct.field("updated")).list
 
 
 class RunSpec(Config):
-    """What a run was, as written by the recorder into `run.json`."""
+    """Description of a run, which the recorder writes to `run.json`."""
 
     task: TaskSpec
     """Model and precision."""

@@ -36,7 +36,7 @@ def check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_rebuilt(spec: ModelSpec, model: nn.Module) -> None:
-    """Hold the parameters of a model against those that its Hugging Face config gives; nothing is allocated.
+    """Compare the parameters of a model with those that its Hugging Face config gives; nothing is allocated.
 
     Raises:
         UserError: it is another model.
@@ -132,7 +132,7 @@ class OptimizerWatch:
         # `is not False`: the truth of a tensor would wait for the device
         if not self._skipped and not any(update is not False for update in updates):
             self._skipped = True
-            _log.warning("step %d took no update, so its samples get value 0; later ones are not said", step)
+            _log.warning("step %d took no update, so its samples get value 0; later ones are not reported", step)
         return [
             vars(GroupSettings.read(type(optimizer).__name__, group)) | {"updated": update}
             for optimizer, update in zip(self._optimizers, updates, strict=True)
