@@ -289,7 +289,7 @@ class TrajectoryRecorder:
             observer.flush()
         if not self._rows:
             return
-        # the only place where the host waits for the device
+        # beside snapshots, the only place where the host waits for the device
         rows = [{key: _host(value) for key, value in row.items()} for row in self._rows]
         for row in rows:
             row["clip_factor"] = clip_factor(row["grad_norm"], self.clip_norm)

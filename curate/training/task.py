@@ -189,7 +189,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         raise UserError("the model needs exactly one of model.hf_config and model.factory")
     model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
     refuse_random(model)
-    # as in training: some modules (checkpointing, sdpa's choice of kernel) look at the mode
+    # as in training: some modules (activation checkpointing, routers) look at the mode
     return model.train()
 
 
