@@ -291,7 +291,7 @@ def timed(folder: Path, replay: Replay) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        add_time(folder, perf_counter() - begin, replay.unit_seconds)
+        add_time(folder, perf_counter() - begin, replay.pass_seconds)
 
 
 def timings_of(folder: Path) -> dict[str, float]:
