@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def report(config: ReportConfig) -> Path:
     """Render the report of a finished selection again, see `curate.report.__main__.render_again`."""
+    # imported on the call: `import curate` must not load Plotly, Jinja and their like
     from curate.report import __main__ as command
 
     return command.render_again(config)

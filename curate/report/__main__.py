@@ -46,6 +46,7 @@ def render_again(config: ReportConfig) -> Path:
     Raises:
         UserError: there is no selection, or its report data is incomplete.
     """
+    # heavy imports stand here, so that --help and a wrong setting answer at once
     from curate.core.artifacts import checked, list_files, listed
     from curate.report.data import load_data
     from curate.report.page import write_report
@@ -55,7 +56,8 @@ def render_again(config: ReportConfig) -> Path:
     data = load_data(selection)
     page = config.out or selection.report
     write_report(page, data)
-    # the page may differ from the one that the selection listed, which is held against its hash
+    # A new version of curate may render other bytes than the selection listed: its list must get the new hash, or
+    # whoever checks the selection later calls the report damaged.
     if page == selection.report and page.name in listed(selection.root):
         list_files(selection.root, [page])
     tracking = TrackingConfig(mode=config.wandb, texts=config.wandb_texts)

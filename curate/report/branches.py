@@ -16,7 +16,7 @@ from curate.report.tables import Cell as Format
 from curate.report.tables import Table, table
 
 Row = Mapping[str, Any]
-_BASE = "proportional"
+_BASE = "proportional"  # all differences are taken from this method
 _BEST: dict[str, tuple[str, Format | None]] = {
     "case": ("case", None),
     "method": ("method", None),
@@ -30,7 +30,9 @@ _BEST: dict[str, tuple[str, Format | None]] = {
     "apart_width": ("±", lambda value: decimal(value, 4)),
     "oracle_share": ("of the oracle's gain", percent),
 }
+# A place between two strengths has no strength to show.
 _ALONG = {name: column for name, column in _BEST.items() if name != "temperature"}
+# At equal KL no row is paired with curate, and general loss is a difference, not a share.
 _EQUAL = {name: column for name, column in _ALONG.items() if not name.startswith(("apart", "oracle"))} | {
     "general": ("general loss", lambda value: signed(value, 4)),
 }
@@ -87,12 +89,15 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
 def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, Format | None]], general: str) -> Table:
     flat = [
         {
-            **row, "target": row["target"]["mean"], "width": row["target"]["half_width"],
-            "general": row[general]["mean"], "apart": row.get("minus_curate", {}).get("mean"),
+            **row,
+            "target": row["target"]["mean"],
+            "width": row["target"]["half_width"],
+            "general": row[general]["mean"],
+            "apart": row.get("minus_curate", {}).get("mean"),
             "apart_width": row.get("minus_curate", {}).get("half_width"),
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     ordered = sorted(flat, key=lambda row: (row["case"], row["target"]))
     schema = {name: pl.String if show is None else pl.Float64 for name, (_, show) in columns.items()}
     return table(pl.DataFrame([{name: row.get(name) for name in columns} for row in ordered], schema=schema), columns)
@@ -100,15 +105,17 @@ def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, Format | None]]
 
 def best_sentence(best: Sequence[Row]) -> str:
     """Which method lowers the target's loss most in each case."""
-    said = []
+    leaders = []
     for case in dict.fromkeys(row["case"] for row in best):
-        first = min((row for row in best if row["case"] == case), key=lambda row: row["target"]["mean"])
-        width = first["target"]["half_width"]
+        leader = min((row for row in best if row["case"] == case), key=lambda row: row["target"]["mean"])
+        width = leader["target"]["half_width"]
         error = "" if width is None else f" ± {decimal(width, 4)}"
-        said.append(f"{first['method']} in case {case} ({signed(first['target']['mean'], 4)}{error} nats per token)")
+        leaders.append(
+            f"{leader['method']} in case {case} ({signed(leader['target']['mean'], 4)}{error} nats per token)"
+        )
     return (
-        f"Lowest target loss within the limit on general loss, minus proportional's: {listed(said)}."
-        if said
+        f"Lowest target loss within the limit on general loss, minus proportional's: {listed(leaders)}."
+        if leaders
         else "Nothing was run."
     )
 
@@ -129,15 +136,18 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
     """
     from plotly import graph_objects as go
 
-    mine = [row for row in rows if row["case"] == case and row["schedule"] == "constant"]
-    base = {row["seed"]: row for row in mine if row["method"] == _BASE}
+    # other schedules spend the same mixture in another order: they are no point of the curve
+    case_rows = [row for row in rows if row["case"] == case and row["schedule"] == "constant"]
+    base_by_seed = {row["seed"]: row for row in case_rows if row["method"] == _BASE}
     methods = sorted({row["method"] for row in rows} - {_BASE})
     figure = go.Figure()
+    # colours by all methods of the page: a method keeps its colour in every case
     for method, colour in colours(methods).items():
         label = plot_label(method)
-        points = _curve([row for row in mine if row["method"] == method], base)
+        points = _curve([row for row in case_rows if row["method"] == method], base_by_seed)
         figure.add_trace(
             go.Scatter(
+                # every curve starts at proportional: no tilt, no difference
                 x=[0.0, *(point["general"] for point in points)],
                 y=[0.0, *(point["target"] for point in points)],
                 customdata=[
@@ -153,31 +163,40 @@ def curves_figure(rows: Sequence[Row], case: str) -> str:
         )
         if points:
             figure.add_annotation(
-                x=points[-1]["general"], y=points[-1]["target"], text=label, showarrow=False, xanchor="left",
-                xshift=6, font={"size": 11, "color": colour},
-            )  # fmt: skip
-    if base:
-        limit = 0.01 * sum(row["general_loss"] for row in base.values()) / len(base)
+                x=points[-1]["general"],
+                y=points[-1]["target"],
+                text=label,
+                showarrow=False,
+                xanchor="left",
+                xshift=6,
+                font={"size": 11, "color": colour},
+            )
+    if base_by_seed:
+        # 1 %: GENERAL_LIMIT of pipelines.branches.config, as a difference in nats
+        limit = 0.01 * sum(row["general_loss"] for row in base_by_seed.values()) / len(base_by_seed)
         figure.add_vline(x=limit, line={"color": QUIET, "width": 1, "dash": "dot"})
     figure.update_xaxes(
         title=f"general loss minus proportional's, nats per token; case {plot_label(case)}", showgrid=True
     )
     figure.update_yaxes(title="target loss minus proportional's")
+    # the right margin has room for the names at the ends of the lines
     return finished(figure, 380, {"l": 64, "r": 80, "t": 16, "b": 46})
 
 
 def _curve(rows: Sequence[Row], base: Mapping[int, Row]) -> list[dict[str, float]]:
     """Means over seeds at each strength, the nearest to proportional first."""
     points = []
+    # a high strength stays near the prior, and so near proportional
     for temperature in sorted({row["temperature"] for row in rows}, reverse=True):
-        same = [row for row in rows if row["temperature"] == temperature and row["seed"] in base]
-        if same:
+        rows_at = [row for row in rows if row["temperature"] == temperature and row["seed"] in base]
+        if rows_at:
             points.append(
                 {
                     "temperature": temperature,
-                    "kl": sum(row["kl_to_prior"] for row in same) / len(same),
+                    "kl": sum(row["kl_to_prior"] for row in rows_at) / len(rows_at),
                     **{
-                        name: sum(row[f"{name}_loss"] - base[row["seed"]][f"{name}_loss"] for row in same) / len(same)
+                        name: sum(row[f"{name}_loss"] - base[row["seed"]][f"{name}_loss"] for row in rows_at)
+                        / len(rows_at)
                         for name in ("target", "general")
                     },
                 }

@@ -82,17 +82,20 @@ def fidelity_figure(summary: Sequence[Mapping[str, Any]]) -> str:
         shared_xaxes=True,
         shared_yaxes=True,
         horizontal_spacing=0.02,
+        # a share of the height of the whole figure: constant in pixels per row
         vertical_spacing=0.2 / len(settings),
     )
     for row, (activation, lr) in enumerate(settings, 1):
         for column, epoch in enumerate(removals, 1):
             wanted = (activation, lr, epoch)
-            cell = [found for found in summary if (found["activation"], found["lr"], found["epoch"]) == wanted]
+            cell = [mark for mark in summary if (mark["activation"], mark["lr"], mark["epoch"]) == wanted]
             figure.add_trace(_marks(cell), row=row, col=column)
             removal = "every epoch" if epoch is None else f"epoch {epoch}"
             name_cell(figure, row, column, f"{removal}; {activation}, lr {lr:g}")
+    # the same range in every cell, so that rows and columns compare at a glance
     figure.update_xaxes(range=[-0.45, 1.05], tickvals=[0, 0.5, 1], showgrid=True)
     figure.update_xaxes(title="Spearman", row=len(settings), col=1)
+    # Plotly counts categories from below, a reader from above
     figure.update_yaxes(**categories(methods[::-1]), automargin=True, range=[-0.6, len(methods) - 0.4])
     return finished(figure, 70 + (30 + 22 * len(methods)) * len(settings), {"l": 8, "r": 8, "t": 24, "b": 44})
 
@@ -134,6 +137,7 @@ def phase_figure(curve: pl.DataFrame) -> str:
     }
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.05)
     for row, (name, column) in enumerate(panels.items(), 1):
+        # a logarithmic axis has no place for zero, and values per lr are infinite where the lr is 0
         positive = curve.filter((pl.col(column) > 0) & pl.col(column).is_finite())
         colour = QUIET if column == "lr" else HELPED
         figure.add_trace(line(positive, column, colour, f"step %{{x}}<br>{name} %{{y:.3g}}"), row=row, col=1)

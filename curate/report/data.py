@@ -13,6 +13,7 @@ from curate.core.errors import UserError
 from curate.core.writing import replacing
 from curate.output.layout import SelectionFolder
 
+# Other names and other versions of curate: `load_data` refuses their files by these.
 # Columns that each frame must have; more are allowed and shown nowhere.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "reliability": ("source", "ranking", "samples", "spearman", "reliability", "reliability_low", "reliability_high"),
@@ -120,7 +121,9 @@ class ReportData:
 
 def save_data(selection: SelectionFolder, data: ReportData) -> None:
     """Write `data` into a selection, so that `python -m curate.report` can render it again."""
-    facts = {each.name: getattr(data, each.name) for each in fields(data) if each.name not in COLUMNS}
+    # what is no frame goes into one JSON file
+    facts = {field_.name: getattr(data, field_.name) for field_ in fields(data) if field_.name not in COLUMNS}
+    # the whole folder appears at once: a cut leaves no mixture of old and new frames
     with replacing(selection.report_data) as part:
         part.mkdir()
         for name in COLUMNS:
@@ -137,6 +140,7 @@ def load_data(selection: SelectionFolder) -> ReportData:
     try:
         frames: dict[str, Any] = {name: read_table(selection.report_data / f"{name}.parquet") for name in COLUMNS}
         return ReportData(**read_json(selection.report_facts), **frames)
+    # a damaged file has said which one it is
     except UserError:
         raise
     except (OSError, pl.exceptions.PolarsError, TypeError, ValueError) as error:

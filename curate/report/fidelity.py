@@ -33,11 +33,13 @@ from curate.report.style import HELPED, HURT, QUIET, count, decimal, listed, num
 from curate.report.tables import Cell as Format
 from curate.report.tables import Table, table
 
+# Words for numbers: limits of what the sentences say, no number depends on them.
 _GOOD, _FAIR = 0.8, 0.5  # Spearman from which a ranking is said to be nearly, or roughly, that of retraining
 _SMOOTH = 0.3  # relative deviation of slopes up to which training is said to be smooth in its data weights
 _NOISY = 0.3  # share of the signal from which noise is said to hide it
-_FOUND = "Spearman of estimated and real values over the removed samples"
+_AXIS_NOTE = "Spearman of estimated and real values over the removed samples"
 
+# Field -> header and format; the fields are also what a row must have, see `_full`.
 _WHERE: dict[str, tuple[str, Format | None]] = {
     "window": ("window", None),
     "horizon": ("evaluated at", None),
@@ -126,25 +128,28 @@ def _full(rows: Sequence[Row], names: Iterable[str]) -> list[Row]:
 
 
 def _finite(value: Any) -> Any:
+    # JSON and polars have nan, a sentence has no word for it
     return None if isinstance(value, float) and not known(value) else value
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, Format | None]]) -> Table:
     """All rows, in the order of the figures."""
-    placed = [row for cells in grid(rows) for cell in cells for row in of_cell(rows, cell)]
+    ordered_rows = [row for cells in grid(rows) for cell in cells for row in of_cell(rows, cell)]
+    # polars would take the type of a column from its first rows, which may be all null
     schema = {name: pl.String if show is None else pl.Float64 for name, (_, show) in columns.items()}
-    named = [{name: row[name] for name in columns} | {"horizon": horizon_name(row["horizon"])} for row in placed]
+    named = [{name: row[name] for name in columns} | {"horizon": horizon_name(row["horizon"])} for row in ordered_rows]
     return table(pl.DataFrame(named, schema=schema, strict=False), columns)
 
 
 def _spearman_section(rows: Sequence[Row]) -> Section:
+    # what is the same in all rows says nothing as a label; the target is always named
     apart = [
         name for name in ("estimator", "target", "seed") if len({row[name] for row in rows}) > 1 or name == "target"
     ]
     labels = [", ".join(_label(name, row[name]) for name in apart) for row in rows]
     return Section(
         heading="How well values rank samples, held against retraining",
-        note=f"{_FOUND}, with its interval. The upright tick is the noise cap: the highest Spearman that the noise "
+        note=f"{_AXIS_NOTE}, with its interval. The upright tick is the noise cap: the highest Spearman that the noise "
         "of retraining itself lets any estimate reach.",
         key=[("●", HELPED, "estimate"), ("❘", HURT, "noise cap")],
         plots=[
@@ -196,20 +201,24 @@ def trust(rows: Sequence[Row]) -> str:
     cells = [cell for line in grid(measured) for cell in line]
     verdicts: dict[str, list[Cell]] = {"nearly": [], "roughly": [], "hardly": []}
     for cell in cells:
+        # the worst target, not the mean: a reader may care for that one
         worst = min(row["spearman"] for row in of_cell(measured, cell))
         verdicts["nearly" if worst >= _GOOD else "roughly" if worst >= _FAIR else "hardly"].append(cell)
-    said = [
-        f"{verdict} as retraining did in {_places(places, cells)} "
-        f"({_agreement([row for cell in places for row in of_cell(measured, cell)])})"
-        for verdict, places in verdicts.items()
-        if places
+    clauses = [
+        f"{verdict} as retraining did in {_places(verdict_cells, cells)} "
+        f"({_agreement([row for cell in verdict_cells for row in of_cell(measured, cell)])})"
+        for verdict, verdict_cells in verdicts.items()
+        if verdict_cells
     ]
     names = listed(sorted({str(row["estimator"]) for row in rows})) if rows else ""
-    return f"Values by {names} ranked the removed samples {'; '.join(said)}." if said else "No ranking was measured."
+    return (
+        f"Values by {names} ranked the removed samples {'; '.join(clauses)}." if clauses else "No ranking was measured."
+    )
 
 
 def _places(cells: Sequence[Cell], every: Sequence[Cell]) -> str:
     """Windows and horizons in words; each window once."""
+    # of a single window its name says more than "every window"
     if len(cells) == len(every) > 1:
         return "every window"
     horizons = {
@@ -238,9 +247,9 @@ def noise_sentence(rows: Sequence[Row]) -> str:
     }
     if not shares:
         return "How much of a value is rounding was not measured."
-    where, worst = max(shares.items(), key=lambda item: item[1])
+    worst_at, worst = max(shares.items(), key=lambda item: item[1])
     verdict = "; there no estimate can rank small values" if worst >= _NOISY else ""
-    return f"Rounding alone moves a value by at most {percent(worst)} of the spread of values ({where}){verdict}."
+    return f"Rounding alone moves a value by at most {percent(worst)} of the spread of values ({worst_at}){verdict}."
 
 
 def smoothness_sentence(rows: Sequence[Row]) -> str:
@@ -249,15 +258,15 @@ def smoothness_sentence(rows: Sequence[Row]) -> str:
     if not measured:
         return "Whether training is smooth in its data weights was not measured."
     worst = max(measured, key=lambda row: row["relative_deviation"])
-    deviation, where = percent(worst["relative_deviation"], 0), _at(worst)
+    deviation, worst_at = percent(worst["relative_deviation"], 0), _at(worst)
     if worst["relative_deviation"] <= _SMOOTH:
         return (
             "Training is smooth in its data weights: parts of a removal differ in slope by at most "
-            f"{deviation} ({where})."
+            f"{deviation} ({worst_at})."
         )
     return (
         f"Training is not smooth in its data weights everywhere: removing {percent(worst['part'], 0)} of a sample's "
-        f"weight differs in slope by {deviation} ({where}); trust single values there less than their ranking."
+        f"weight differs in slope by {deviation} ({worst_at}); trust single values there less than their ranking."
     )
 
 
@@ -293,7 +302,7 @@ def pareto_page(path: Path, rows: Sequence[Row]) -> None:
         [
             Section(
                 heading="Agreement with retraining against cost",
-                note=f"{_FOUND}, mean over targets and seeds; lines run from the lowest of them to the highest. A "
+                note=f"{_AXIS_NOTE}, mean over targets and seeds; lines run from the lowest of them to the highest. A "
                 "pass is one forward and backward pass over a training batch. Nothing cheaper reaches the blue "
                 f"steps.{missing}",
                 plots=[
@@ -327,10 +336,10 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
     """Means over targets and seeds per estimator, window and horizon; what is None is left out of them."""
     means: list[Row] = []
     for estimator in ordered(row["estimator"] for row in rows):
-        mine = [row for row in rows if row["estimator"] == estimator]
-        for cell in [cell for line in grid(mine) for cell in line]:
-            inside = of_cell(mine, cell)
-            spearmans = [row["spearman"] for row in inside if row["spearman"] is not None]
+        estimator_rows = [row for row in rows if row["estimator"] == estimator]
+        for cell in [cell for line in grid(estimator_rows) for cell in line]:
+            cell_rows = of_cell(estimator_rows, cell)
+            spearmans = [row["spearman"] for row in cell_rows if row["spearman"] is not None]
             means.append(
                 {
                     "estimator": estimator,
@@ -339,7 +348,7 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
                     "rankings": len(spearmans),
                     "lowest": min(spearmans, default=None),
                     "highest": max(spearmans, default=None),
-                    **{name: _mean(inside, column) for name, column in _AVERAGED.items()},
+                    **{name: _mean(cell_rows, column) for name, column in _AVERAGED.items()},
                 }
             )
     return means
@@ -364,7 +373,8 @@ def _mean(rows: Sequence[Row], column: str) -> float | None:
 def _ranked(means: Sequence[Row]) -> list[str]:
     """Estimators, the best on average first."""
     average = {name: _mean([row for row in means if row["estimator"] == name], "spearman") for name in _names(means)}
-    return sorted(average, key=lambda name: -2.0 if average[name] is None else -(average[name] or 0.0))
+    # 2: behind every Spearman, also the negative ones
+    return sorted(average, key=lambda name: 2.0 if average[name] is None else -(average[name] or 0.0))
 
 
 def _names(means: Sequence[Row]) -> list[str]:
@@ -381,9 +391,9 @@ def best_sentence(means: Sequence[Row]) -> str:
         winners.setdefault(best["estimator"], []).append(best)
     if not winners:
         return "No ranking was measured."
-    said = [
-        f"{name} in {_places([(row['window'], row['horizon']) for row in won], cells)} "
-        f"(mean Spearman {_spread([row['spearman'] for row in won])}, {number(_mean(won, 'cost'))} passes per step)"
-        for name, won in sorted(winners.items(), key=lambda item: -len(item[1]))
+    clauses = [
+        f"{name} in {_places([(row['window'], row['horizon']) for row in wins], cells)} "
+        f"(mean Spearman {_spread([row['spearman'] for row in wins])}, {number(_mean(wins, 'cost'))} passes per step)"
+        for name, wins in sorted(winners.items(), key=lambda item: -len(item[1]))
     ]
-    return f"Best of {count(len(_names(means)))} estimators in agreement with retraining: {'; '.join(said)}."
+    return f"Best of {count(len(_names(means)))} estimators in agreement with retraining: {'; '.join(clauses)}."

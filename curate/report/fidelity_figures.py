@@ -12,13 +12,14 @@ from typing import Any
 
 from curate.core.escape import plot_label
 from curate.report.figures import categories, finished, name_cell
-from curate.report.style import HELPED, HURT, QUIET, colours, number
+from curate.report.style import HELPED, HURT, QUIET, colours, number, power_of_ten
 
 Row = Mapping[str, Any]
 Cell = tuple[str, Any]  # window and horizon
+# Names in the order of training; other names follow as they come.
 _FIRST = ("early", "middle", "late", "window_end", "stage_end")
+# Glyph of the key, and the Plotly symbol that looks like it: colour alone must not tell targets apart.
 _MARKS = (("●", "circle"), ("▲", "triangle-up"), ("■", "square"), ("◆", "diamond"), ("▼", "triangle-down"))
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DECADES = 3  # of a signed logarithmic axis, on each side of zero
 _HEIGHT, _TOP, _BOTTOM = 290, 24, 46  # of a panel, pixels
 _LABEL_GAP = 14  # pixels between labels of points
@@ -62,7 +63,7 @@ def cell_name(cell: Cell) -> str:
 def key_of(targets: Iterable[str]) -> list[tuple[str, str, str]]:
     """Glyph, colour and name of each target's marks."""
     colour = colours(targets)
-    return [(_MARKS[place % len(_MARKS)][0], colour[name], name) for place, name in enumerate(colour)]
+    return [(_MARKS[index % len(_MARKS)][0], colour[name], name) for index, name in enumerate(colour)]
 
 
 def _symbols(targets: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -86,12 +87,13 @@ def spearman_figure(rows: Sequence[Row], labels: Sequence[str]) -> str:
     figure = make_subplots(
         rows=max(1, len(cells)), cols=1, shared_xaxes=True, vertical_spacing=26 / (height * len(cells)) if cells else 0
     )
-    for place, cell in enumerate(cells, 1):
+    for figure_row, cell in enumerate(cells, 1):
         pairs = [(row, label) for row, label in zip(rows, labels, strict=True) if of_cell([row], cell)]
         for trace in _spearman_traces(pairs):
-            figure.add_trace(trace, row=place, col=1)
-        name_cell(figure, place, 1, cell_name(cell))
+            figure.add_trace(trace, row=figure_row, col=1)
+        name_cell(figure, figure_row, 1, cell_name(cell))
     ends = [row[name] for row in rows for name in ("spearman", "low") if known(row[name])]
+    # zero stays in sight: how far a Spearman is from no agreement
     lowest = min([0.0, *ends])
     figure.update_xaxes(range=[lowest - 0.04, 1.04], showgrid=True, nticks=8)
     figure.update_xaxes(title="Spearman of estimates and retraining", row=max(1, len(cells)), col=1)
@@ -129,6 +131,7 @@ def _error(intervals: Sequence[tuple[Any, Any, Any]], colour: str) -> dict[str, 
     return {
         "type": "data",
         "symmetric": False,
+        # a bootstrap interval need not hold its own point: no negative bars
         "array": [max(0.0, high - middle) if known(high) else 0.0 for _, middle, high in intervals],
         "arrayminus": [max(0.0, middle - low) if known(low) else 0.0 for low, middle, _ in intervals],
         "thickness": 1.5,
@@ -148,16 +151,17 @@ def scatter_figure(pairs: Sequence[Row], cell: Cell, targets: Sequence[str]) -> 
     from plotly import graph_objects as go
 
     shown = [row for row in of_cell(pairs, cell) if known(row["value"]) and known(row["estimate"])]
+    # rounded up to a power of ten, so that the grid lines are powers of ten too
     top = _decade(max((abs(row[name]) for row in shown for name in ("value", "estimate")), default=1.0))
     limit = _DECADES + 0.4
     figure = go.Figure(_equal_line(limit))
     for target, (symbol, colour) in _symbols(targets).items():
-        mine = [row for row in shown if row["target"] == target]
+        target_rows = [row for row in shown if row["target"] == target]
         figure.add_trace(
             go.Scatter(
-                x=[_signed_log(row["value"], top) for row in mine],
-                y=[_signed_log(row["estimate"], top) for row in mine],
-                customdata=[[number(row["value"]), number(row["estimate"]), row["step"]] for row in mine],
+                x=[_signed_log(row["value"], top) for row in target_rows],
+                y=[_signed_log(row["estimate"], top) for row in target_rows],
+                customdata=[[number(row["value"]), number(row["estimate"]), row["step"]] for row in target_rows],
                 mode="markers",
                 marker={"size": 8, "color": colour, "symbol": symbol, "opacity": 0.75},
                 hovertemplate=f"{plot_label(target)}, step %{{customdata[2]}}<br>real %{{customdata[0]}}<br>"
@@ -165,11 +169,12 @@ def scatter_figure(pairs: Sequence[Row], cell: Cell, targets: Sequence[str]) -> 
             )
         )
     _name_panel(figure, cell)
-    decades = [math.log10(1 + 10.0**place) for place in range(_DECADES)]
-    places = [-_DECADES, *(-place for place in decades[::-1]), 0.0, *decades, _DECADES]
-    blank = [""] * (_DECADES)
-    text = [f"−{_power(top)}", *blank, "0", *blank, _power(top)]
-    axis = {"range": [-limit, limit], "tickvals": places, "ticktext": text, "showgrid": True}
+    # grid lines at factors of ten; only the ends and zero are named, more would run into each other
+    decades = [math.log10(1 + 10.0**exponent) for exponent in range(_DECADES)]
+    ticks = [-_DECADES, *(-tick for tick in decades[::-1]), 0.0, *decades, _DECADES]
+    blank = [""] * _DECADES
+    text = [f"−{power_of_ten(top)}", *blank, "0", *blank, power_of_ten(top)]
+    axis = {"range": [-limit, limit], "tickvals": ticks, "ticktext": text, "showgrid": True}
     figure.update_xaxes(title="real value, nats per token", **axis)
     figure.update_yaxes(title="estimate, nats per token", tickangle=-90, **axis)
     figure.add_vline(x=0, line={"color": QUIET, "width": 1})
@@ -190,11 +195,8 @@ def _decade(largest: float) -> int:
 
 def _signed_log(value: float, top: int) -> float:
     """Place on an axis that is linear around zero and logarithmic up to 10**top."""
+    # symlog, with the linear part below 10**(top - _DECADES)
     return math.copysign(math.log10(1 + abs(value) * 10.0 ** (_DECADES - top)), value)
-
-
-def _power(exponent: int) -> str:
-    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def smoothness_figure(rows: Sequence[Row], cell: Cell, targets: Sequence[str]) -> str:
@@ -207,14 +209,17 @@ def smoothness_figure(rows: Sequence[Row], cell: Cell, targets: Sequence[str]) -
     """
     from plotly import graph_objects as go
 
+    # zero has no logarithm
     drawn = [row for row in rows if known(row["part"]) and (row["relative_deviation"] or 0) > 0]
     figure = go.Figure()
     for target, (symbol, colour) in _symbols(targets).items():
-        mine = sorted((row for row in of_cell(drawn, cell) if row["target"] == target), key=lambda row: row["part"])
+        target_rows = sorted(
+            (row for row in of_cell(drawn, cell) if row["target"] == target), key=lambda row: row["part"]
+        )
         figure.add_trace(
             go.Scatter(
-                x=[row["part"] for row in mine],
-                y=[row["relative_deviation"] for row in mine],
+                x=[row["part"] for row in target_rows],
+                y=[row["relative_deviation"] for row in target_rows],
                 mode="lines+markers",
                 line={"color": colour, "width": 1.6},
                 marker={"size": 8, "symbol": symbol},
@@ -235,6 +240,7 @@ def smoothness_figure(rows: Sequence[Row], cell: Cell, targets: Sequence[str]) -
         showgrid=True,
     )
     figure.update_yaxes(type="log", range=ends, dtick=1, exponentformat="power", title="deviation of slope")
+    # a slope that is off by its own size
     figure.add_hline(y=1, line={"color": HURT, "width": 1, "dash": "dot"})
     return finished(figure, _HEIGHT - 50, {"l": 64, "r": 8, "t": _TOP, "b": _BOTTOM})
 
@@ -255,6 +261,7 @@ def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
 
     drawn = [row for row in means if drawable(row)]
     shown = sorted(of_cell(drawn, cell), key=lambda row: (row["cost"], -row["spearman"]))
+    # shown is in order of cost, the better one first at equal cost, as `front` needs it
     best = front(shown)
     points = go.Scatter(
         x=[row["cost"] for row in shown],
@@ -278,13 +285,16 @@ def pareto_figure(means: Sequence[Row], cell: Cell) -> str:
     margin = 0.08 * (max(costs) - min(costs)) + 0.04
     sides = (min(costs) - margin, max(costs) + margin)
     low, high = min([0.0, *(row["lowest"] for row in drawn)]) - 0.05, 1.05
-    for row, place in zip(shown, _apart([row["spearman"] for row in shown], low, high), strict=True):
-        _label(figure, row, (sides[1], place))
+    # names stand in a column right of the panel, and a thin line leads to each point: beside the points they would
+    # overlap
+    for row, height in zip(shown, _apart([row["spearman"] for row in shown], low, high), strict=True):
+        _label(figure, row, (sides[1], height))
     _name_panel(figure, cell)
     figure.update_xaxes(type="log", range=list(sides), title="cost, passes per step", showgrid=True)
     figure.update_xaxes(tickvals=_round_numbers(*sides), tickformat="~g")
     figure.update_yaxes(range=[low, high], title="mean Spearman", tickvals=[-0.5, 0, 0.5, 1])
     longest = max((len(str(row["estimator"])) for row in means), default=0)
+    # 6 pixels a letter at size 11; on a phone long names may be cut
     return finished(figure, _HEIGHT, {"l": 46, "r": 12 + min(160, 6 * longest), "t": _TOP, "b": _BOTTOM})
 
 
@@ -295,11 +305,11 @@ def drawable(row: Row) -> bool:
 
 def front(rows: Sequence[Row]) -> list[Row]:
     """Of rows in order of cost, those with a higher Spearman than every cheaper one."""
-    kept: list[Row] = []
+    unbeaten: list[Row] = []
     for row in rows:
-        if not kept or row["spearman"] > kept[-1]["spearman"]:
-            kept.append(row)
-    return kept
+        if not unbeaten or row["spearman"] > unbeaten[-1]["spearman"]:
+            unbeaten.append(row)
+    return unbeaten
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -310,24 +320,27 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 def _apart(heights: Sequence[float], low: float, high: float) -> list[float]:
     """Places beside a panel for a label per height, in their order, moved until no two overlap."""
+    # pixels to units of the axis
     gap = _LABEL_GAP * (high - low) / (_HEIGHT - _TOP - _BOTTOM)
     placed, ceiling = [0.0] * len(heights), high
-    for left, index in enumerate(sorted(range(len(heights)), key=lambda index: -heights[index])):
-        floor = low + gap * (len(heights) - 1 - left)  # room for the labels that follow
+    # from the top down: each label as high as its point if the labels above and below leave room
+    for placed_labels, index in enumerate(sorted(range(len(heights)), key=lambda index: -heights[index])):
+        floor = low + gap * (len(heights) - 1 - placed_labels)  # room for the labels that follow
         placed[index] = min(ceiling, max(heights[index], floor))
         ceiling = placed[index] - gap
     return placed
 
 
-def _label(figure: Any, row: Row, place: tuple[float, float]) -> None:
+def _label(figure: Any, row: Row, label_at: tuple[float, float]) -> None:
     """Name a point at a place beside the panel."""
     figure.add_annotation(
+        # annotations on a logarithmic axis are placed by exponents, traces by values
         x=math.log10(row["cost"]),
         y=row["spearman"],
         axref="x",
         ayref="y",
-        ax=place[0],
-        ay=place[1],
+        ax=label_at[0],
+        ay=label_at[1],
         text=plot_label(row["estimator"]),
         xanchor="left",
         yanchor="middle",
@@ -373,6 +386,7 @@ def bars_figure(means: Sequence[Row], cells: Sequence[Cell], estimators: Sequenc
 def _bars(rows: Mapping[str, Row], estimators: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
+    # groups first: of two bars of a name the first trace is the lower one
     traces = []
     for name, what, colour in (("group_lds", "of groups", QUIET), ("within", "within steps", HELPED)):
         shown = [estimator for estimator in estimators if known(rows.get(estimator, {}).get(name))]

@@ -12,6 +12,7 @@ import polars as pl
 from curate.core.escape import plot_label, script_json
 from curate.report.style import HELPED, HURT, QUIET, Scale, percent, source_name
 
+# Half transparent: one grid for the light and the dark background of the page.
 _GRID = "rgba(128,128,128,0.22)"
 _FONT = {
     "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
@@ -46,13 +47,16 @@ def value_figure(
     """
     from plotly.subplots import make_subplots
 
+    # one more for the learning rate
     rows = len(domains) + 1
+    # values per lr are infinite at a step of lr 0 (the first one of a warm-up)
     drawn = curve.filter(pl.col(value).is_finite())
     figure = make_subplots(
         rows=rows,
         cols=max(1, len(windows)),
         shared_xaxes="columns",
         horizontal_spacing=0.09,
+        # a share of the whole height: constant in pixels per row
         vertical_spacing=0.3 / rows,
     )
     for column, window in enumerate(windows, 1):
@@ -66,9 +70,12 @@ def value_figure(
         rates = training.filter(pl.col("step").is_between(first, last)).sort("step")
         figure.add_trace(line(rates, "lr", QUIET, "learning rate %{y:.3g}"), row=rows, col=column)
         name_cell(figure, rows, column, "learning rate")
+        # by hand instead of `shared_yaxes`: the row of the learning rate must not share the range
         limits = _limits(inside[value] * scale.factor)
         figure.update_yaxes(range=limits, tickvals=_ticks(limits), col=column)
+        # after the line above, which set the range of all rows of the column, this one too
         figure.update_yaxes(range=None, tickvals=None, rangemode="tozero", nticks=3, row=rows, col=column)
+        # bars are 1 step wide: half of the outer ones and a little air
         figure.update_xaxes(range=[first - 0.7, last + 0.7], col=column)
         figure.update_xaxes(title=f"step ({plot_label(source_name(window))})", row=rows, col=column)
     figure.update_yaxes(tickfont={"size": 10}, exponentformat="power")
@@ -83,6 +90,7 @@ def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scal
         x=cell["step"].to_list(),
         y=cell[value].to_list(),
         marker={"color": [HELPED if number >= 0 else HURT for number in cell[value]], "line": {"width": 0}},
+        # faint: single steps are noisy, the line over the bars is what to read
         opacity=0.42,
         hovertemplate=f"{domain}, step %{{x}}<br>%{{y:.3g}} {scale.unit}<extra></extra>",
     )
@@ -92,6 +100,7 @@ def _value_traces(cell: pl.DataFrame, value: str, domain: str, colour: str, scal
 
 def _span(steps: int) -> int:
     """Steps in the running mean of a figure: a sixth of the window, odd."""
+    # odd: centred on the step, without a shift of half a step
     return max(1, steps // 6) | 1
 
 
@@ -121,9 +130,11 @@ def score_figure(
             for trace in _score_traces(rows[domain], colours[domain]) if domain in rows else ():
                 figure.add_trace(trace, row=1, col=column)
         figure.add_vline(x=0, line={"color": QUIET, "width": 1}, row=1, col=column)
+    # one range for all sources, so that their columns compare at a glance
     low, high = (domains.select("score", "shrunk", bound).to_numpy() for bound in ("score_low", "score_high"))
     limits = _limits(pl.Series([*low.ravel().tolist(), *high.ravel().tolist()], dtype=pl.Float64))
     figure.update_xaxes(range=limits, nticks=6, title="score", showgrid=True)
+    # Plotly counts categories from below, a reader from above
     figure.update_yaxes(**categories(list(reversed(order))), automargin=True, range=[-0.6, len(order) - 0.4])
     return finished(figure, 96 + 30 * len(order), {"l": 8, "r": 8, "t": 28, "b": 48})
 
@@ -146,6 +157,7 @@ def _score_traces(row: Mapping[str, Any], colour: str) -> list[Any]:
         error_x={
             "type": "data",
             "symmetric": False,
+            # Plotly takes distances from the point, not the ends
             "array": [row["score_high"] - row["score"]] if has_interval else [0],
             "arrayminus": [row["score"] - row["score_low"]] if has_interval else [0],
             "thickness": 1.6,
@@ -200,7 +212,9 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
         cliponaxis=False,
         hovertemplate="%{y}, next stage: %{x:.2%}<extra></extra>",
     )
+    # of two bars of a name the first trace is the lower one: before above, after below
     figure = go.Figure([new, old])
+    # texts outside bars do not widen an axis by themselves
     largest = max((max(row["prior"] * 1.05, row["weight"] * _room(row["binding"])) for row in shown), default=1.0)
     figure.update_xaxes(range=[0, largest], tickformat=".0%", title="share of tokens", showgrid=True)
     figure.update_yaxes(**categories(list(reversed(names))), automargin=True, showgrid=False)
@@ -209,6 +223,7 @@ def mixture_figure(mixture: pl.DataFrame, *, order: Sequence[str], colours: Mapp
 
 def _room(binding: str | None) -> float:
     """Width of a bar with its note, as a multiple of the bar, that fits a phone too."""
+    # a guess: the width of a text is known only when a browser draws it
     return 1.75 if binding else 1.3
 
 
@@ -227,6 +242,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
     from plotly.subplots import make_subplots
 
     names = [("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm")]
+    # a run recorded without gradient norms has nulls there alone
     shown = [(column, label) for column, label in names if training[column].drop_nulls().len()]
     heights = [3.0 if column == "loss" else 1.0 for column, _ in shown]
     figure = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=heights)
@@ -236,6 +252,7 @@ def training_figure(training: pl.DataFrame, windows: Mapping[str, tuple[int, int
         figure.add_trace(trace, row=row, col=1)
         name_cell(figure, row, 1, label)
     for window, (first, last) in windows.items():
+        # half a step on each side: a window of one step is seen too
         shade = {"x0": first - 0.5, "x1": last + 0.5, "fillcolor": _SHADE, "line_width": 0, "layer": "below"}
         figure.add_vrect(**shade, row="all", col=1)
         figure.add_annotation(
@@ -259,7 +276,7 @@ def window_range(curve: pl.DataFrame, window: str) -> tuple[int, int]:
 
 
 def _range(frame: pl.DataFrame) -> tuple[int, int]:
-    low, high = frame.select(pl.col("step").min(), pl.col("step").max().alias("last")).row(0)
+    low, high = frame.select(pl.col("step").min(), last=pl.col("step").max()).row(0)
     return (0, 0) if low is None else (int(low), int(high))
 
 
@@ -302,6 +319,7 @@ def _limits(values: pl.Series) -> list[float]:
     """An axis range around all values and zero."""
     finite = values.drop_nulls().drop_nans().to_list()
     low, high = min([0.0, *finite]), max([0.0, *finite])
+    # all zero: any range will do, but an empty one breaks the axis
     margin = 0.06 * (high - low) or 1.0
     return [low - margin, high + margin]
 
@@ -309,6 +327,7 @@ def _limits(values: pl.Series) -> list[float]:
 def _ticks(limits: list[float]) -> list[float]:
     """Zero and one round number on the longer side."""
     longer = max(limits, key=abs)
+    # the range is never empty, see `_limits`: the logarithm exists
     power = 10.0 ** math.floor(math.log10(abs(longer)))
     size = max(step for step in (1.0, 2.0, 5.0) if step * power <= abs(longer)) * power
     return sorted([0.0, math.copysign(size, longer)])
@@ -316,12 +335,14 @@ def _ticks(limits: list[float]) -> list[float]:
 
 def finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) -> str:
     """Common looks; then JSON text that cannot close the script element that holds it."""
+    # template none: the default one adds several kB to every figure, and colours that the page has already
     figure.update_layout(
         template="none",
         height=height,
         margin=margin,
         font=_FONT,
         showlegend=False,
+        # a finger that scrolls the page must not zoom a figure
         dragmode=False,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -329,6 +350,8 @@ def finished(figure: Any, height: int, margin: dict[str, int], **layout: Any) ->
         **layout,
     )
     axis = {"gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": QUIET, "zerolinewidth": 1, "fixedrange": True}
+    # None leaves what the figure has set before
     figure.update_xaxes(showgrid=None, zeroline=False, **axis)
     figure.update_yaxes(zeroline=True, **axis)
+    # by default Plotly takes orjson where it is installed: the bytes would depend on that
     return script_json(figure.to_json(engine="json"))

@@ -20,7 +20,7 @@ from curate.training.source import CANDIDATES
 # Points of a figure and rows of its table; longer stretches are shown in groups of consecutive steps.
 MAX_WINDOW_STEPS = 150
 MAX_STAGE_STEPS = 600
-_SHOWN_EXAMPLES = 4  # of each kind before the fold
+_SHOWN_EXAMPLES = 4  # of each kind; the others are folded away
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -41,19 +41,27 @@ def render(data: ReportData) -> str:
 
 def fill(template: str, **values: Any) -> str:
     """A page of this package's templates with the looks and scripts that all pages have; every text is escaped."""
+    # both are heavy, and only writers of pages need them
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+        # StrictUndefined: a name that a template spells wrong raises instead of leaving a gap in the page
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= {"count": count, "percent": percent, "signed": signed, "number": number}
+    # Plotly is put into the file (4 MB): the page opens without a network, and years later
     looks = {"style": resource("page.css"), "script": resource("page.js"), "plotly": get_plotlyjs()}
     return environment.from_string(resource(template)).render(**looks, **values)
 
 
 def _shown(value: Any) -> Any:
     """Text as a page shows it; what is marked as HTML is our own."""
+    # `type is`, not isinstance: Markup is a str too, and must not be escaped again
     return page_text(value) if type(value) is str else value
 
 
@@ -66,7 +74,7 @@ def _content(data: ReportData) -> dict[str, Any]:
     """Everything the template needs besides the data itself."""
     sources, order = list(data.horizons), domain_order(data)
     colour = colours(order)
-    # values of the current state have no steps: only windows are drawn over training
+    # only windows have steps to be drawn over; current state and candidates have none
     windows = [source for source in sources if source in set(data.curve["source"])]
     before = "candidates" if data.mixture_source == CANDIDATES else "finished stage"
     return {
@@ -102,6 +110,7 @@ def _over_training(
     curve, grouped = group_steps(data.curve, MAX_WINDOW_STEPS, "source", "domain")
     training, stage_grouped = group_steps(data.training, MAX_STAGE_STEPS)
     scale, per_lr = scale_of(curve["value"]), scale_of(curve["value_per_lr"])
+    # a domain without a valued sample in any window would be an empty row
     drawn = [domain for domain in order if domain in set(curve["domain"])]
     looks: dict[str, Any] = {"windows": windows, "domains": drawn, "colours": colour}
     return {
@@ -122,6 +131,7 @@ def _over_training(
 def _tables(data: ReportData, sources: Sequence[str], order: Sequence[str], before: str) -> dict[str, Any]:
     """The tables that belong to no figure over steps; None where there is nothing to show."""
     per_token = scale_of([*data.domains["value_per_token"], *data.domains["low"], *data.domains["high"]])
+    # one target alone is what the table of scores shows already
     several_targets = data.targets["target"].n_unique() > 1
     return {
         "score_table": tables.domain_table(data.domains, order, sources, per_token),
@@ -142,6 +152,7 @@ def domain_order(data: ReportData) -> list[str]:
     scores = data.domains.filter(source=data.mixture_source).select("domain", "score")
     rank = dict(scores.iter_rows())
     everywhere = {domain for frame in (data.domains, data.mixture, data.curve) for domain in frame["domain"]}
+    # a domain that only the mixture has counts as average (score 0)
     return sorted(everywhere, key=lambda domain: (-(rank.get(domain) or 0.0), domain))
 
 
@@ -158,13 +169,16 @@ def group_steps(frame: pl.DataFrame, most: int, *keys: str) -> tuple[pl.DataFram
     """
     apart = keys[:1] or [pl.lit(0)]
     counts = frame.select(pl.col("step").n_unique().over(apart)).to_series().to_list()
+    # division rounded up; one size for all ranges, so that their points compare
     size = -(-max(counts, default=1) // most)
     if size <= 1:
         return frame, 1
+    # groups of each source count from its own first step
     start = pl.col("step").min().over(apart)
     grouped = (
         frame.with_columns(step=start + (pl.col("step") - start) // size * size)
         .group_by("step", *keys)
+        # row_mean: the same bits whatever the order in which threads add
         .agg(row_mean(pl.all()))
     )
     return grouped.select(frame.columns).sort("step", *keys), size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import polars as pl
@@ -12,6 +13,8 @@ from curate.report.style import count, duration, listed, number, percent, signed
 from curate.stats.rank_correlation import LENGTH_BIAS
 from curate.training.source import CANDIDATES, CURRENT
 
+# Half of the variance of a ranking is noise below the first; above the second, more of the target's gradient is missing
+# than is there. Both are limits for a warning only: no number depends on them.
 _WEAK_RELIABILITY = 0.5
 _WEAK_RESIDUAL = 0.5
 _CHECKPOINTS = {
@@ -56,7 +59,7 @@ def has_ngrams(data: ReportData) -> bool:
 def headline(data: ReportData) -> str:
     """The finding in two sentences, with its numbers."""
     source = data.mixture_source
-    # by the values alone: what helped is a matter of values, not of n-grams
+    # by the values alone: "helped" is a statement about the loss, n-grams only look like the target
     measured = data.domains.filter((pl.col("source") == source) & (pl.col("samples") > 0)).sort(
         "value_score", "domain", descending=[True, False]
     )
@@ -69,9 +72,11 @@ def headline(data: ReportData) -> str:
         for row in (best, worst)
         if row["domain"] in shares
     ]
-    place = where(source)
+    location = where(source)
     helps = "would help" if is_next_step(source) else "helped"
-    finding = f"{place[0].upper()}{place[1:]}, {best['domain']} {helps} the target most and {worst['domain']} least."
+    finding = (
+        f"{location[0].upper()}{location[1:]}, {best['domain']} {helps} the target most and {worst['domain']} least."
+    )
     # a score has n-grams in it too: a share may fall where the values alone would raise it
     by = "Their shares of the tokens" + (", set by values and n-grams" if has_ngrams(data) else "")
     return f"{finding} {by}: {listed(changes)}." if changes else finding
@@ -95,6 +100,7 @@ def _about_retention(data: ReportData) -> list[str]:
 
 
 def _about_ranking(data: ReportData) -> list[str]:
+    # not the pooled ranking: it is reliable already because steps differ in scale; within a step only samples differ
     weak = data.reliability.filter((pl.col("ranking") == "within_step") & (pl.col("reliability") < _WEAK_RELIABILITY))
     return [
         f"Another half of the target would have ranked the samples {where(row['source'])} differently (reliability "
@@ -122,6 +128,7 @@ def _about_length(data: ReportData) -> list[str]:
 
 
 def _about_predictions(data: ReportData) -> list[str]:
+    # without a Spearman the predictor was not judged, so it is not called weak
     weak = {row["domain"] for row in data.predicted if row["used"] == "domain mean" and row["spearman"] is not None}
     if not weak:
         return []
@@ -140,6 +147,7 @@ def _about_contamination(data: ReportData) -> list[str]:
 
 
 def _about_unmeasured(data: ReportData) -> list[str]:
+    # scores are standardised: without data a domain gets the average, 0
     nothing = data.domains.filter(pl.col("samples") == 0)
     return [
         f"Nothing was measured of {listed(sorted(domains))} {where(source)}: a score of 0 there is the average, not a "
@@ -153,8 +161,10 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
     """Name and value of what identifies the selection."""
     checkpoints = [f"{source_name(source)}: {checkpoint_name(horizon)}" for source, horizon in data.horizons.items()]
     delivered = int(data.mixture["stored_tokens"].sum())
+    # 0 log 0 is 0, polars makes it nan
     weights = data.mixture.filter(pl.col("weight") > 0)["weight"]
     entropy = float(-(weights * weights.log()).sum())
+    # empty for methods that value no samples: the fact is left out
     pooled = data.reliability.filter((pl.col("ranking") == "pooled") & (pl.col("source") == data.mixture_source))
     reliability = pooled["reliability"].to_list()
     unexplained = [f"{source_name(source)} {percent(residual)}" for source, residual in data.residuals.items()]
@@ -167,7 +177,7 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
         *([("unexplained by the anchors", "; ".join(unexplained))] if unexplained else []),
         ("evaluation checkpoint", "; ".join(checkpoints)),
         ("next stage", f"{count(delivered)} tokens of {count(data.budget_tokens)} asked for"),
-        ("domains in effect", f"{number(2.718281828459045**entropy)} of {data.mixture.height}"),
+        ("domains in effect", f"{number(math.exp(entropy))} of {data.mixture.height}"),
         *[(f"limit on {_LIMITS.get(name, name)}", _limit_said(limit)) for name, limit in data.group_limits.items()],
         ("values and selection took", duration(float(data.costs["seconds"].sum()))),
     ]

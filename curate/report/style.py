@@ -20,6 +20,7 @@ _PALETTE = (
     "#7a6bd1",
     "#8a6d5b",
 )
+# Blue and orange stay apart for every common colour blindness; red and green would not.
 HELPED, HURT, QUIET = "#0072b2", "#c75300", "#8b8f94"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -35,21 +36,28 @@ class Scale:
 def scale_of(values: Iterable[float | None], unit: str = "nats") -> Scale:
     """The scale that puts the largest magnitude of `values` between 1 and 1000."""
     largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    # multiples of 3, as in milli and micro; all zero needs no scale
     exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
     if exponent == 0:
         return Scale(1.0, unit)
-    return Scale(10.0**-exponent, f"10{str(exponent).translate(_SUPERSCRIPT)} {unit}")
+    return Scale(10.0**-exponent, f"{power_of_ten(exponent)} {unit}")
+
+
+def power_of_ten(exponent: int) -> str:
+    """10 with a superscript."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def colours(domains: Iterable[str]) -> dict[str, str]:
-    """A fixed colour per domain: by place in alphabetical order, so that it survives any sorting of a figure."""
-    return {domain: _PALETTE[place % len(_PALETTE)] for place, domain in enumerate(sorted(set(domains)))}
+    """A fixed colour per domain: by alphabetical order, so that it survives any sorting of a figure."""
+    return {domain: _PALETTE[index % len(_PALETTE)] for index, domain in enumerate(sorted(set(domains)))}
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number to that many significant digits, with a true minus sign; an en dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
+    # "#" keeps trailing zeros, which are significant; it leaves a bare point behind whole numbers
     return f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
 
 

@@ -22,11 +22,18 @@ def say_mixture(out: Path) -> None:
         interval = f"[{domain.score_low:+.2f}, {domain.score_high:+.2f}]" if has_interval else ""
         _log.info(
             "%-20s %6.1f%% -> %5.1f%% %14s %8s %7.2f  %+.2f %s %s",
-            name, 100 * domain.prior, 100 * domain.delivered_weight, f"{domain.stored_tokens:,}",
-            f"{domain.samples:,}", domain.epochs, domain.score, interval,
+            name,
+            100 * domain.prior,
+            100 * domain.delivered_weight,
+            f"{domain.stored_tokens:,}",
+            f"{domain.samples:,}",
+            domain.epochs,
+            domain.score,
+            interval,
             # a score without an interval comes from a method that measures nothing: there it is not worth saying
             "not measured" if has_interval and not domain.measured_samples else domain.binding or "",
-        )  # fmt: skip
+        )
+    # which forms exist depends on the mode and the schedule: what lies there is named, nothing is guessed
     data = [
         form(scheduled=scheduled) for form in (folder.weights_for, folder.samples_for) for scheduled in (False, True)
     ]

@@ -45,7 +45,7 @@ def _text(value: Any) -> str:
 
 def domain_table(domains: pl.DataFrame, order: Sequence[str], sources: Sequence[str], scale: Scale) -> Table:
     """Scores, what they are made of, and the values per token behind them."""
-    parts = {"value_score": ("of values", signed), "ngram_ratio": ("of n-gram ratios", signed)}
+    components = {"value_score": ("of values", signed), "ngram_ratio": ("of n-gram ratios", signed)}
     scaled = domains.with_columns(pl.col("value_per_token", "low", "high") * scale.factor)
     return table(
         _sorted(scaled, order, sources),
@@ -56,7 +56,8 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], sources: Sequence[
             "score_low": ("low", signed),
             "score_high": ("high", signed),
             "shrunk": ("shrunk", signed),
-            **(parts if domains["ngram_ratio"].drop_nulls().len() else {}),
+            # without n-grams the score is the value score: nothing to take apart
+            **(components if domains["ngram_ratio"].drop_nulls().len() else {}),
             "novel_share": ("novel n-grams", percent),
             "value_per_token": (f"value per token, {scale.unit}", number),
             "low": ("low", number),
@@ -69,7 +70,7 @@ def domain_table(domains: pl.DataFrame, order: Sequence[str], sources: Sequence[
 
 def mixture_table(mixture: pl.DataFrame, order: Sequence[str], sources: Sequence[str], before: str) -> Table:
     """Old and new shares and what is delivered; `before` names what the old ones are of."""
-    alone = {f"by_{source}": (f"{source} alone", percent) for source in sources}
+    by_source = {f"by_{source}": (f"{source} alone", percent) for source in sources}
     named = mixture.with_columns(pl.col("binding").map_elements(bound_name, return_dtype=pl.String))
     return table(
         _sorted(named, order, ()),
@@ -83,8 +84,8 @@ def mixture_table(mixture: pl.DataFrame, order: Sequence[str], sources: Sequence
             "epochs_so_far": ("epochs so far", decimal),
             "binding": ("held by", None),
             "unconstrained": ("without bounds", percent),
-            # of one source there is nothing to tell apart
-            **({name: alone[name] for name in alone if name in mixture.columns} if len(alone) > 1 else {}),
+            # with one source its weights are the mixture without bounds
+            **({name: by_source[name] for name in by_source if name in mixture.columns} if len(by_source) > 1 else {}),
         },
     )
 
@@ -115,6 +116,7 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
         {
             "domain": ("domain", None),
             "target": ("target", None),
+            # null marks the retention target, see `collect.target_table`
             "weight": ("weight", lambda weight: "retained" if weight is None else number(weight)),
             "score": ("score", signed),
             "score_low": ("low", signed),
@@ -126,12 +128,14 @@ def target_table(targets: pl.DataFrame, order: Sequence[str]) -> Table:
 
 def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
     """How much of each domain was measured, and what predictions of the other samples are worth."""
+    # what `influence.extrapolate` decided for the samples that were not measured
     names = {
         "predictor": "predicted",
         "domain mean": "mean of the domain",
         "measured": "none left",
         "too few": "too few to tell",
     }
+    # only a choice by next-step influence measures promising samples on top
     also = ["promising, measured"] if "also_measured" in quality[0] else []
     return Table(
         headers=["domain", "samples", "measured", "rank correlation", "low", "high", *also, "the others"],
@@ -255,6 +259,7 @@ def cost_table(costs: pl.DataFrame) -> Table:
         costs,
         {
             "phase": ("phase", None),
+            # "0" where no passes were run, an en dash where nobody counted them; number() would write 0.000
             "passes": ("passes", lambda value: number(value, 4) if value else count(value)),
             "seconds": ("time", duration),
             "bytes": ("written", size),
@@ -265,10 +270,11 @@ def cost_table(costs: pl.DataFrame) -> Table:
 
 def _sorted(frame: pl.DataFrame, domains: Sequence[str], sources: Sequence[str], *then: str) -> pl.DataFrame:
     """Rows in the order of the figures: domains, then sources, then what is named; the rest at the end."""
-    places = {"domain": domains, "source": sources}
+    orders = {"domain": domains, "source": sources}
     keys = [
-        pl.col(column).replace_strict({name: place for place, name in enumerate(order)}, default=len(order))
-        for column, order in places.items()
+        # names that an order lacks go to the end instead of raising
+        pl.col(column).replace_strict({name: index for index, name in enumerate(order)}, default=len(order))
+        for column, order in orders.items()
         if column in frame.columns and order
     ]
     return frame.sort([*keys, *then], maintain_order=True) if keys or then else frame

@@ -17,7 +17,7 @@ from curate.output.layout import SelectionFolder, newest_reported
 from curate.report.__main__ import ReportConfig, render_again
 from curate.report.data import load_data, save_data
 from curate.report.page import render, write_report
-from curate.report.track import log_report, tell
+from curate.report.track import log_all, log_report
 from tests.report.synthetic import TEXTS, report_data
 
 
@@ -102,7 +102,7 @@ def test_texts_that_go_nowhere_are_refused(tmp_path: Path) -> None:
 
 def test_the_tracker_gets_every_number(tmp_path: Path) -> None:
     data, tracker = report_data(), Recorded()
-    tell(tracker, data, tmp_path / "mixture.yaml")
+    log_all(tracker, data, tmp_path / "mixture.yaml")
     assert tracker.pages["report/page"] == render(data)
     assert tracker.config["mixture"] == {"prior_strength": 0.5}
     assert tracker.config["sign"] == data.sign
