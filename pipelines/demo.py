@@ -1,8 +1,8 @@
 """`python -m pipelines.demo`: the whole line on real text that the installation itself contains.
 
 corpus -> MDS -> stage 1 with the recorder -> select for a target -> stage 2 twice from the same state, on the selected
-data and on the proportional mixture -> held-out losses. Every part is the command that a user runs, with its config in
-configs/demo/.
+data and on the proportional mixture -> held-out losses. Every phase is a command that a user
+runs, with its config in configs/demo/.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=Config)
 PHASES = ("stage1", "values", "select", "stage2")
-CURATED = "selection"  # folder of what is selected
+CURATED = "selection"  # folder of the selection
 
 
 class DemoConfig(Config):
@@ -66,10 +66,12 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase; what an interruption leaves of it counts."""
+        # a phase that was complete before adds the little time of finding that out
         begin = perf_counter()
         _log.info("-- %s", name)
         try:
             yield
+        # also after an error or an interrupt: an interrupted phase continues, so its seconds add up
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begin
             write_json(self._path, self.seconds)
@@ -91,6 +93,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         build(CorpusConfig(out=corpus))
     with watch.phase("prepare"):
         prepare(_load(config, "prepare", PrepareConfig, out=data, domains=str(corpus / "train")))
+    # corpus and data do not depend on the seed, and are shared by the demos of all seeds
     stage1 = _load(config, "stage1", PretrainConfig, out=root / "stage1", data=data, seed=config.seed)
     with watch.phase("stage1"):
         train(stage1)
@@ -115,14 +118,15 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     with watch.phase("evaluate"):
         losses = _losses(run, corpus, {name: folder / "checkpoint.safetensors" for name, folder in states.items()})
     summary = _summary(config, run, root, losses, watch.seconds)
+    # the second one is the latest seed's
     for path in (root / "summary.json", config.out / "summary.json"):
         write_json(path, summary)
     return summary
 
 
-def _load(config: DemoConfig, name: str, kind: type[ConfigT], **changes: Any) -> ConfigT:
+def _load(config: DemoConfig, name: str, config_class: type[ConfigT], **changes: Any) -> ConfigT:
     raw = read_yaml(config.configs / f"{name}.yaml")
-    return kind(**{**raw, **changes})
+    return config_class(**{**raw, **changes})
 
 
 def _branches(config: DemoConfig, root: Path, run: Run) -> dict[str, PretrainConfig]:
@@ -131,6 +135,7 @@ def _branches(config: DemoConfig, root: Path, run: Run) -> dict[str, PretrainCon
     prior = {name: domain.prior for name, domain in mixture.domains.items()}
     sizes = {name: len(run.streams[name]) for name in prior}
     proportional = root / "proportional" / "streams.yaml"
+    # as many samples as the selection has: only the domains differ
     write_weights(proportional, run.spec.streams, apportion(prior, mixture.samples, sizes))
     data = {"proportional": proportional, "curated": SelectionFolder(root / CURATED).training_data}
     state = run.folder / "checkpoint.safetensors"
@@ -150,14 +155,14 @@ def _mixture(root: Path) -> Mixture:
 
 def _losses(run: Run, corpus: Path, states: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Held-out losses of each state: the target's, the natural-text domains' (equal weight), and the junk domains'."""
-    found: dict[str, dict[str, float]] = {"target_loss": {}, "general_loss": {}, "junk_loss": {}}
+    by_text: dict[str, dict[str, float]] = {"target_loss": {}, "general_loss": {}, "junk_loss": {}}
     for name, state in progress(states.items(), total=len(states), what="evaluate", unit="state"):
         task = load_task(run.spec, state, "cpu")
-        found["target_loss"][name] = document_loss(task, run.spec, corpus / "heldout" / "target.jsonl")
+        by_text["target_loss"][name] = document_loss(task, run.spec, corpus / "heldout" / "target.jsonl")
         for key in ("general", "junk"):
             losses = domain_losses(task, run.spec, corpus / "heldout" / f"{key}.jsonl")
-            found[f"{key}_loss"][name] = sum(losses.values()) / len(losses)
-    return found
+            by_text[f"{key}_loss"][name] = sum(losses.values()) / len(losses)
+    return by_text
 
 
 def _summary(
@@ -165,8 +170,10 @@ def _summary(
 ) -> dict[str, Any]:
     """Losses, tokens, costs (forward+backward passes of a training batch) and paths."""
     selection = SelectionFolder(root / CURATED)
+    # what is left are the phases that ran passes to value samples
     valuing = read_table(selection.table("costs")).filter(~pl.col("phase").is_in(["training", "select"]))
     value_seconds = float(valuing["seconds"].sum())
+    # two clocks: rounding may make the difference slightly negative
     select_seconds = max(seconds["select"] - value_seconds, 0.0)
     return {
         **losses,
@@ -182,6 +189,7 @@ def _summary(
             "stage1": seconds["stage1"],
             "values": value_seconds,
             "select": select_seconds,
+            # two branches were trained, a user trains one
             "stage2": seconds["stage2"] / 2,
         },
         "paths": {

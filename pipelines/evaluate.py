@@ -1,4 +1,4 @@
-"""Held-out losses of a state, for documents that selection never saw."""
+"""Held-out losses of a state, on documents that selection never saw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curate.training.task import Batch, Task, collate
 if TYPE_CHECKING:
     from curate.training.run import RunSpec
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # sequences; no setting, for it changes the last digits of losses that are compared
 
 
 def load_task(spec: RunSpec, state: Path, device: str) -> Task:
@@ -36,15 +36,18 @@ def domain_losses(task: Task, spec: RunSpec, path: Path) -> dict[str, float]:
     import torch
 
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
+    # as in packed samples, where a document follows the end-of-text of the one before: its first token is predicted
     start = find_eot(tokenizer) if tokenizer else None
+    # the reader of documents drops fields that it does not know: the domain is read beside it
     domains = [json.loads(line)["domain"] for line in path.read_text(encoding="utf-8").splitlines()]
     pieces: dict[str, list[Batch]] = {}
     for domain, document in zip(domains, read_documents(path), strict=True):
-        split = split_document(*encode(document, tokenizer), spec.seq_len, start)
-        if not split:
+        document_pieces = split_document(*encode(document, tokenizer), spec.seq_len, start)
+        if not document_pieces:
             continue  # a single token predicts nothing
-        weights = np.array([piece.predicted_tokens for piece in split], np.float32)
-        pieces.setdefault(domain, []).extend(collate(split, weights).split(BATCH_SIZE))
+        # sample losses are token means: times their tokens they add up to the token mean of the domain
+        weights = np.array([piece.predicted_tokens for piece in document_pieces], np.float32)
+        pieces.setdefault(domain, []).extend(collate(document_pieces, weights).split(BATCH_SIZE))
     losses = {}
     with torch.no_grad():
         for domain, batches in sorted(pieces.items()):

@@ -58,25 +58,34 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
         return [_plain(config.name, list(model.parameters()), config)]
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"torch {torch.__version__} has no torch.optim.Muon; install torch>=2.9, or set another name")
+    # Muon is made for matrices between hidden vectors; rows of embeddings and of the head are one per token
+    # (K. Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024)
     tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    # by identity: the head may be the embedding itself (tied weights), and tensors compare by element
     outer = {id(parameter) for table in [*tables, *([head] if head else [])] for parameter in table.parameters()}
     hidden = [p for p in model.parameters() if p.dim() == 2 and id(p) not in outer]
-    taken = {id(parameter) for parameter in hidden}
+    hidden_ids = {id(parameter) for parameter in hidden}
     muon = torch.optim.Muon(
-        hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+        # match_rms_adamw: updates of the same size as AdamW's, so that one lr serves both
+        hidden,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
     )
-    return [muon, _plain("AdamW", [p for p in model.parameters() if id(p) not in taken], config)]
+    return [muon, _plain("AdamW", [p for p in model.parameters() if id(p) not in hidden_ids], config)]
 
 
 def _plain(name: Literal["AdamW", "Adam", "SGD"], parameters: list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
     import torch
 
+    # no decay of vectors: it would pull the scales of norms towards 0
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     if name == "SGD":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    kind = torch.optim.AdamW if name == "AdamW" else torch.optim.Adam
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer_class = torch.optim.AdamW if name == "AdamW" else torch.optim.Adam
+    return optimizer_class(groups, lr=config.lr, betas=config.betas, eps=config.eps)

@@ -1,4 +1,4 @@
-"""`python -m pipelines.phases --run RUN --target FILE`: how much a sample's value is worth over the course of a stage.
+"""`python -m pipelines.phases --run RUN --target FILE`: how large the values of samples are over the course of a stage.
 
 Every step of a recorded run is valued for the target at the end of the stage; the curve is the mean absolute value of a
 step's samples and their standard deviation, as they are and per unit of lr. The published curve of a language model is
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
-SMOOTHED = 24  # parts of the stage that the running mean is as long as
-CLEAR = 1.5  # a level this many times another's counts as higher
+SMOOTHED = 24  # the running mean is as long as one of so many equal parts of the stage
+CLEAR = 1.5  # a level that is so many times another one counts as higher
 
 
 class PhasesConfig(Config):
@@ -106,23 +106,25 @@ def measure(config: PhasesConfig) -> dict[str, Any]:
     from curate.training.run import Run
 
     run = Run(config.run, config.streams)
+    # every step is valued anyway: the walk back passes them all
     curve = value_curve(run, *_embedded(config, run)).gather_every(config.every)
     steps = curve["step"].to_list()
-    found = {name: describe(steps, curve[name].to_list()) for name in ("mean_abs", "mean_abs_per_lr")}
+    described = {name: describe(steps, curve[name].to_list()) for name in ("mean_abs", "mean_abs_per_lr")}
     result = {
         "sign": SIGN,
         "run": run.fingerprint,
         "estimator": config.estimator,
         "horizon": "stage_end",
         "target": config.target.name,
-        "phases": {name: asdict(phases) for name, phases in found.items()},
+        "phases": {name: asdict(phases) for name, phases in described.items()},
         "curve": curve.to_dicts(),
     }
     out = _out(config)
     write_hashed(out / "phases.json", result)
     lede = (
         f"Values of the samples of each step of {run.folder.name} for {name_of(config.target)} at the stage's end, by "
-        f"{config.estimator}. As they are: {found['mean_abs'].line}. Per unit of lr: {found['mean_abs_per_lr'].line}."
+        f"{config.estimator}. As they are: {described['mean_abs'].line}. "
+        f"Per unit of lr: {described['mean_abs_per_lr'].line}."
     )
     write_page(out / "phases.html", "Value over the stage", lede, {"Values of a step's samples": phase_figure(curve)})
     return result
@@ -146,11 +148,13 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     steps = run.spec.steps
     job = WindowJob(
         replay=replay, start=0, stop=steps, horizon=steps, target=target, batch_size=config.target_batch_size
-    )  # fmt: skip
+    )
     _log.info(
         "%s: the whole stage will cost about %.0f forward+backward passes, the stage itself took %d",
-        config.estimator, estimator.cost_units(job), steps,
-    )  # fmt: skip
+        config.estimator,
+        estimator.cost_units(job),
+        steps,
+    )
     return embed_window(job, "stage", "stage_end", estimator), target.half_weights
 
 
@@ -162,6 +166,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
 
     assert embedding.targets is not None
     values = value_frame(embedding.rows, embedding.vectors, embedding.targets, half_weights, "target")
+    # the first group stands for the schedule, as in the report
     lr = pl.col("groups").list.first().struct.field("lr").alias("lr")
     rates = run.steps.select("step", lr).unique("step", keep="first")
     value = pl.col("value")
@@ -169,6 +174,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
         pl.len().alias("samples"),
         row_mean(value).alias("mean"),
         row_mean(value.abs()).alias("mean_abs"),
+        # implode, then the list's own: a group's std is added up in an order that depends on threads (`stats.sums`)
         value.implode().list.std(ddof=0).alias("std"),
     )
     per_lr = [(pl.col(name) / pl.col("lr")).alias(f"{name}_per_lr") for name in ("mean_abs", "std")]
@@ -179,6 +185,7 @@ def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
     """Running mean over a 24th of the curve, shorter at its ends."""
     import polars as pl
 
+    # odd: centred, without a shift by half a step
     window = max(1, len(values) // SMOOTHED) | 1
     smoothed: npt.NDArray[np.float64] = (
         pl.Series(values, dtype=pl.Float64).rolling_mean(window, center=True, min_samples=1).to_numpy()
@@ -191,39 +198,51 @@ def describe(steps: Sequence[int], values: Sequence[float]) -> Phases:
 
     Args:
         steps: of the curve, ascending.
-        values: level at each of them; what is not finite (a step at lr 0) counts as nothing known.
+        values: level at each of them; a value that is not finite (a step at lr 0) is left out.
     """
     import numpy as np
 
-    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    places, level = [step for step, _ in known], smooth([value for _, value in known])
+    finite = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    finite_steps, level = [step for step, _ in finite], smooth([value for _, value in finite])
     lowest, highest = int(level.argmin()), int(level.argmax())
+    # levels are compared by ratios: the border between two is their geometric mean
     start, basin, end = float(level[0]), float(level[lowest]), float(level[-1])
+    # argmax of booleans is the first True; the basin itself is one
     below = int(np.argmax(level <= math.sqrt(start * basin)))
+    # one after the last step that is still low
     above = int(np.flatnonzero(level <= math.sqrt(end * basin))[-1]) + 1
-    found = Phases(
-        start=start, start_ends=places[below], basin=basin, basin_step=places[lowest],
-        end=end, end_begins=places[min(above, len(places) - 1)],
-        highest=float(level[highest]), highest_step=places[highest], line="",
-    )  # fmt: skip
-    return replace(found, line=_line(found))
+    phases = Phases(
+        start=start,
+        start_ends=finite_steps[below],
+        basin=basin,
+        basin_step=finite_steps[lowest],
+        end=end,
+        end_begins=finite_steps[min(above, len(finite_steps) - 1)],
+        highest=float(level[highest]),
+        highest_step=finite_steps[highest],
+        line="",
+    )
+    return replace(phases, line=_line(phases))
 
 
-def _line(found: Phases) -> str:
-    low = found.basin
-    high = f"starts high ({_times(found.start, low)} the lowest level) until step {found.start_ends}"
-    rise = f"ends high ({_times(found.end, low)} the lowest level) from step {found.end_begins}"
-    parts = [
-        high if found.start >= CLEAR * low else "does not start high",
-        f"lowest around step {found.basin_step} ({low:.2g})",
-        rise if found.end >= CLEAR * low else "does not end high",
+def _line(phases: Phases) -> str:
+    low = phases.basin
+    high = f"starts high ({_times(phases.start, low)} the lowest level) until step {phases.start_ends}"
+    rise = f"ends high ({_times(phases.end, low)} the lowest level) from step {phases.end_begins}"
+    clauses = [
+        high if phases.start >= CLEAR * low else "does not start high",
+        f"lowest around step {phases.basin_step} ({low:.2g})",
+        rise if phases.end >= CLEAR * low else "does not end high",
     ]
-    if found.highest >= CLEAR * max(found.start, found.end):
-        parts.append(f"highest in between, around step {found.highest_step} ({_times(found.highest, low)} the lowest)")
-    return ", ".join(parts)
+    if phases.highest >= CLEAR * max(phases.start, phases.end):
+        clauses.append(
+            f"highest in between, around step {phases.highest_step} ({_times(phases.highest, low)} the lowest)"
+        )
+    return ", ".join(clauses)
 
 
 def _times(level: float, basin: float) -> str:
+    # a lowest level of exactly 0 has no ratio
     return f"{level / basin:.1f} times" if basin > 0 else "many times"
 
 

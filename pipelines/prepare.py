@@ -1,9 +1,9 @@
 """`python -m pipelines.prepare`: documents of each domain -> tokenizer -> packed sequences -> one MDS stream each.
 
 A domain is any number of JSONL files (plain, gzip or Zstandard), Parquet files or Hugging Face datasets on disk, or
-folders of them; what cannot be read is refused by its name. Its documents are shuffled by the seed, joined by
-end-of-text and cut into sequences of exactly `seq_len` tokens. Nothing is lost but exact duplicates inside a domain and
-what the tokenizer cannot spell; both are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24
+folders of them. A file that cannot be read is refused by its name. Its documents are shuffled by the seed, joined by
+end-of-text and cut into sequences of exactly `seq_len` tokens. Only exact duplicates inside a domain and text that the
+tokenizer cannot spell are lost; both are counted. Memory is a batch of documents, a shard or two (`shard_bytes`) and 24
 bytes for each document; it does not grow with the text. Parquet and compressed files are copied uncompressed to OUT
 while they are read.
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-_CACHE = ".cache.part"  # no domain may be called so
+_CACHE = ".cache.part"  # no domain can have this name: it starts with a dot
 _VOCABULARY = 32_768  # where neither a tokenizer nor a size is given
 
 
@@ -101,6 +101,7 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
     settings = {**_common_settings(config), "domains": inputs}
     with making(config.out, settings) as missing:
         if missing:
+            # a killed command may have left half a file there
             cache = config.out / _CACHE
             shutil.rmtree(cache, ignore_errors=True)
             try:
@@ -110,6 +111,7 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
             seal(config.out, "data", settings, parts=[TOKENIZER, *inputs], domains=facts)
         else:
             check_contents(config.out)
+        # after seal: a crash in between leaves the mark on a complete folder, and the next call removes it
         (config.out / STARTED).unlink(missing_ok=True)
     return _facts(config.out)
 
@@ -118,11 +120,13 @@ def _write(
     config: PrepareConfig, domains: list[Domain], inputs: dict[str, list[str]], cache: Path
 ) -> dict[str, dict[str, int]]:
     fields = Fields(id=config.id_column, text=config.text_column, tokens=config.tokens_column)
+    # before anything is written: bad input costs no output
     catalogues = {
         domain.name: catalogue([open_reader(file, fields, config.split, cache) for file in domain.files], domain.name)
         for domain in domains
     }
     serialised = _tokenizer(config, catalogues)
+    # a trained tokenizer depends on all domains: with one more domain every stream is made anew
     common = {**_common_settings(config), "tokenizer_fingerprint": fingerprint(serialised)}
     settings = {name: {**common, "inputs": files} for name, files in inputs.items()}
     done = {name for name in catalogues if is_complete(config.out / name, settings[name])}
@@ -130,12 +134,14 @@ def _write(
         check_contents(config.out / name)
     _refuse_strangers(config.out, set(catalogues), done, serialised)
     write_json(config.out / STARTED, settings)  # until all domains are there nothing is trained on them
+    # before the streams: a stream without its tokenizer could not be read
     with replacing(config.out / TOKENIZER) as part:
         part.write_text(serialised, encoding="utf-8")
     tokenizer = load_tokenizer(config.out / TOKENIZER)
     facts: dict[str, dict[str, int]] = {}
     for name, documents in catalogues.items():
         if name not in done:
+            # the stream appears with its manifest in it: complete or not at all
             with replacing(config.out / name) as part:
                 counts = _write_domain(config, part, name, documents, tokenizer)
                 seal(part, "stream", settings[name], domains={name: counts})
@@ -145,13 +151,16 @@ def _write(
 
 def _refuse_strangers(out: Path, domains: set[str], done: set[str], tokenizer: str) -> None:
     """Refuse an output folder with anything in the way that this command did not write for these domains."""
-    sealed = {path.parent.name for path in out.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")}
+    sealed_streams = {path.parent.name for path in out.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")}
+    # a folder of that name that is not this command's stream must not be replaced
     in_the_way = [name for name in sorted(domains - done) if (out / name).exists()]
     if (out / TOKENIZER).exists() and (out / TOKENIZER).read_text(encoding="utf-8") != tokenizer:
         in_the_way.append(TOKENIZER)
-    if sealed - domains or in_the_way:
-        other = [*sorted(sealed - domains), *in_the_way][0]
-        raise UserError(f"{out / other} is in the way: this command would not write it like that; set another out")
+    if sealed_streams - domains or in_the_way:
+        first_in_the_way = [*sorted(sealed_streams - domains), *in_the_way][0]
+        raise UserError(
+            f"{out / first_in_the_way} is in the way: this command would not write it like that; set another out"
+        )
 
 
 def _common_settings(config: PrepareConfig) -> dict[str, Any]:
@@ -167,6 +176,7 @@ def _common_settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _given_fingerprint(path: Path) -> str:
+    # raises where it has no end-of-text, before anything is read
     eot_id(load_tokenizer(path))
     return file_fingerprint(tokenizer_file(path))
 
@@ -175,6 +185,7 @@ def _tokenizer(config: PrepareConfig, catalogues: dict[str, Catalogue]) -> str:
     """The tokenizer's JSON: read, or trained on text of all domains."""
     if config.tokenizer is not None:
         return tokenizer_file(config.tokenizer).read_text(encoding="utf-8")
+    # the library has no seed: its training text alone decides the result
     texts = training_text(catalogues, round(config.tokenizer_megabytes * 1e6), config.seed)
     return str(train_tokenizer(texts, config.vocab_size or _VOCABULARY).to_str(pretty=True))
 
@@ -182,6 +193,7 @@ def _tokenizer(config: PrepareConfig, catalogues: dict[str, Catalogue]) -> str:
 def _write_domain(
     config: PrepareConfig, folder: Path, name: str, documents: Catalogue, tokenizer: "Tokenizer"
 ) -> dict[str, int]:
+    # by the domain's name: another domain more or less does not change the order
     order = generator(config.seed, "documents", name).permutation(len(documents.kept))
     counts = {
         "documents": len(order),
@@ -220,6 +232,7 @@ def _rows(samples: Iterable[Sample], domain: str, counts: dict[str, int]) -> Ite
         counts["samples"] += 1
         yield {
             "tokens": sample.tokens,
+            # MDS has no encoding of booleans
             "loss_mask": sample.loss_mask.astype("uint8"),
             "sample_id": sample.sample_id,
             "domain": domain,

@@ -1,6 +1,6 @@
 """`python -m pipelines.pretrain`: a plain PyTorch pretraining loop over MDS streams.
 
-The trace of curate in the loop is the recorder: `begin_step`, `micro_batch`, `end_step`, `flush` at checkpoints,
+Curate is in the loop as the recorder only: `begin_step`, `micro_batch`, `end_step`, `flush` at checkpoints,
 `finish`. Float32 on one device; the loss of a step is the token mean or the sample mean over all its micro-batches.
 """
 
@@ -99,6 +99,7 @@ def train(config: PretrainConfig) -> list[float]:
     if finished(config.out, settings):
         _log.info("%s is complete already", config.out)
         return []
+    # a stack, because the data loader, which is opened deep inside, must be closed after an error too
     with ExitStack() as stack:
         stack.enter_context(locked(config.out))
         return _train(config, settings, stack)
@@ -109,6 +110,7 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
 
     if config.init_from is not None and config.init_from.is_dir():
         raise UserError(f"init_from {config.init_from} is a folder; name a state in it, {config.init_from / FINAL}")
+    # for the initial weights; the order of samples has a generator of its own
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec(hf_config=config.model.resolve()))
     model = model.to(usable_device(config.device))
@@ -116,8 +118,10 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
     streams = load_streams(config.data)
     catalogue = _read_streams(streams, model, config)
     tokenizer = _tokenizer(config, streams, catalogue)
+    # after the checks of the data: the dataset takes shared memory when it is made
     loader = _loader(config, stack)
     first_step = resume(config.out, model, optimizers, loader)
+    # a checkpoint of this stage holds what the initial state became
     if first_step == 0 and config.init_from is not None:
         load_state(config.init_from, model, optimizers)
     seq_len = int(catalogue["stored_tokens"].max())  # type: ignore[arg-type]
@@ -125,24 +129,29 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
     batches = _forever(loader)
     losses = []
     for step in progress(range(first_step, config.steps), total=config.steps, what="train", done=first_step):
+        # before lr and gradients are touched: a snapshot holds the state that the step starts from
         recorder.begin_step(step)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(config.optimizer, step, config.steps)
         model.zero_grad(set_to_none=True)
+        # on the device: .item() for every micro-batch would wait for it
         loss = torch.zeros((), device=config.device)
         for micro_batch in _micro_batches(next(batches), config):
             micro_loss = _loss(model, micro_batch, config.device)
             micro_loss.backward()
             loss += micro_loss.detach()
             recorder.micro_batch(micro_batch["sample_ids"], micro_batch["weights"], micro_batch["predicted"])
+        # after the last micro-batch, as the replay clips: the whole gradient, not its parts
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         for optimizer in optimizers:
             optimizer.step()
         recorder.end_step(loss, norm)
         losses.append(loss.item())
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
+            # records first: a checkpoint must not be ahead of what is recorded, or a resumed run would miss steps
             recorder.flush()
             save(config.out, step + 1, settings, model, optimizers, loader)
+    # the recorder's seal comes last: a run that is finished has its final checkpoint
     finish(config.out, config.steps)
     recorder.finish()
     _log.info(
@@ -159,6 +168,7 @@ def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     tokens = micro_batch["tokens"].to(device)
+    # no attention mask: attention is causal and padding stands at the end, so that no real token sees it
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     loss: Tensor = (nll * micro_batch["token_weights"].to(device)).sum()
@@ -179,11 +189,20 @@ def _recorder(
             raise UserError("capture needs the recorder, which is off (recorder: null); set recorder, or capture: null")
         return NoRecorder()
     recorder = TrajectoryRecorder(
-        config.out, config.recorder, model, optimizers, steps=config.steps, first_step=first_step,
+        config.out,
+        config.recorder,
+        model,
+        optimizers,
+        steps=config.steps,
+        first_step=first_step,
         task=TaskSpec(model=ModelSpec(hf_config=config.model.resolve())),
-        streams=domain_folders(streams), tokenizer=tokenizer,
-        columns=config.columns, seq_len=seq_len, clip_norm=config.optimizer.clip_norm, previous=_previous(config),
-    )  # fmt: skip
+        streams=domain_folders(streams),
+        tokenizer=tokenizer,
+        columns=config.columns,
+        seq_len=seq_len,
+        clip_norm=config.optimizer.clip_norm,
+        previous=_previous(config),
+    )
     if config.capture is not None:
         recorder.attach(RunCapture(recorder, config.capture))
     return recorder
@@ -191,6 +210,7 @@ def _recorder(
 
 def _previous(config: PretrainConfig) -> Path | None:
     """The recorded run that the initial state is the end of."""
+    # what was seen before this stage is read from there
     folder = config.init_from and config.init_from.parent
     return folder if folder and (folder / "run.json").exists() else None
 
@@ -206,6 +226,7 @@ def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: Pretr
     unmasked = [domain for domain, stream in opened.items() if not any(mask in kind for kind in stream.encodings)]
     if len(unmasked) == len(opened) and mask != Columns().loss_mask:
         columns = sorted(next(iter(opened.values())).encodings[0])
+        # a wrong name would make every token predicted without a word; the default name may be absent
         raise UserError(f"no stream of {config.data} has a column {mask!r} (one has {columns}); set columns.loss_mask")
     if unmasked:
         _log.info("no column %r in %s: all tokens but the first are predicted", mask, ", ".join(unmasked))
@@ -263,6 +284,7 @@ def _loader(config: PretrainConfig, stack: ExitStack) -> StreamingDataLoader:
             "lower batch_size, or raise choose, repeat or proportion"
         )
     _log.info("%s samples in an epoch: %s", f"{dataset.epoch_size:,}", amounts)
+    # drop_last: every step has batch_size samples, as the recorder and the schedule count
     return StreamingDataLoader(dataset, batch_size=size, collate_fn=_keep, drop_last=True)
 
 
@@ -287,7 +309,7 @@ def _forever(loader: StreamingDataLoader) -> Iterator[list[dict[str, Any]]]:
     Raises:
         UserError: epochs have none.
     """
-    empty = 0  # epochs in a row; a run that resumes at an epoch's end has one
+    empty = 0  # epochs without a batch in a row; a run that resumes at the end of an epoch has one
     while empty < 2:
         empty += 1
         for batch in loader:
@@ -310,18 +332,20 @@ def _micro_batches(rows: list[dict[str, Any]], config: PretrainConfig) -> Iterat
     tokens = pad_sequence([torch.from_numpy(sample.tokens.astype(np.int64)) for sample in samples], batch_first=True)
     mask = pad_sequence([torch.from_numpy(sample.loss_mask[1:].astype(np.float32)) for sample in samples], True)
     predicted = mask.sum(1)
+    # a sample without predicted tokens has no loss: it does not count in the mean over samples either
     mass = predicted if config.loss_mean == "token" else (predicted > 0).float()
+    # over the whole step, not the micro-batch: the cut into micro-batches changes no gradient
     weights = mass / mass.sum().clamp(min=1)
     token_weights = mask * (weights / predicted.clamp(min=1))[:, None]
     size = config.micro_batch_size or config.batch_size
     for start in range(0, len(samples), size):
-        part = slice(start, start + size)
+        micro = slice(start, start + size)
         yield {
-            "sample_ids": [sample.sample_id for sample in samples[part]],
-            "tokens": tokens[part],
-            "predicted": predicted[part].int(),
-            "weights": weights[part],
-            "token_weights": token_weights[part],
+            "sample_ids": [sample.sample_id for sample in samples[micro]],
+            "tokens": tokens[micro],
+            "predicted": predicted[micro].int(),
+            "weights": weights[micro],
+            "token_weights": token_weights[micro],
         }
 
 

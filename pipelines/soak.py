@@ -31,14 +31,17 @@ from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.lock import LOCK
 from curate.data.memory import sweep
+from curate.schedule import BUSY, TRAINER_FAILED
 
 JobName = Literal["schedule", "select", "embed", "prepare", "train"]
 How = Literal["group", "alone", "trainer"]
-_DONE, _TRAINER_FAILED, _BUSY, _KILLED = 0, 4, 5, -signal.SIGKILL
-_MOST_KILLS = 4  # of a job in a round
-_LOOK_SECONDS = 0.01
-_MEASURED = {"timings.json", "costs.parquet", "report.html"}  # hold times
+_DONE, _KILLED = 0, -signal.SIGKILL  # Popen gives the number of a signal as a negative status
+_MOST_KILLS = 4  # of a job in a round, so that slow jobs come to their end
+_LOOK_SECONDS = 0.01  # between two looks at the jobs: short beside what a command writes
+_MEASURED = {"timings.json", "costs.parquet", "report.html"}  # they hold times, which differ from run to run
+# Locks, and temporary names, which a killed command leaves and the next one of its kind must remove.
 _STRAYS = re.compile(r"(.*\.part|\.(.*\.)?lock|steps\.parts|scratch)")
+# A file's hash over its own content, which has paths in it.
 _OWN_HASH = re.compile(rb'"hash": "[0-9a-f]{16}"')
 _MODEL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -88,8 +91,10 @@ class Job:
         """Start it, and draw when it is to be killed."""
         path = self.folder.with_suffix(".log")
         with path.open("ab") as log:
+            # a session of its own, so that killpg reaches the job's children and nobody else
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
         self.started = time.monotonic()
+        # not in the first fifth: there Python imports, and a kill cuts nothing
         self.kill_at = self.started + moments.uniform(0.2, 1.0) * self.seconds if self.kills_left else float("inf")
         self.seen = None
 
@@ -98,6 +103,7 @@ class Job:
         if time.monotonic() < self.kill_at:
             return False
         state = _state_of(self.folder)
+        # the first look after the moment: from here on a change on the disk is an event, a write that may be cut
         if self.seen is None:
             self.seen = state
         return not at_event or state != self.seen
@@ -105,6 +111,7 @@ class Job:
     def kill(self, how: How) -> int:
         """Kill it; returns the process."""
         assert self.process is not None
+        # once for this start: `start` draws the next moment
         self.kills_left, self.kill_at = self.kills_left - 1, float("inf")
         process = self.process.pid
         if how == "trainer":
@@ -116,17 +123,18 @@ class Job:
 
 def _state_of(folder: Path) -> int:
     """A number that changes with what lies in a folder."""
-    found = []
+    modified = []
     for path in folder.rglob("*"):
+        # the job renames and deletes files while they are listed
         with suppress(FileNotFoundError):
-            found.append((str(path), path.stat().st_mtime_ns))
-    return hash(tuple(sorted(found)))
+            modified.append((str(path), path.stat().st_mtime_ns))
+    return hash(tuple(sorted(modified)))
 
 
 def _trainer_of(folder: Path) -> int | None:
     with suppress(FileNotFoundError):
-        found = re.match(r"process (\d+) \(the trainer", (folder / "plan" / LOCK).read_text(encoding="utf-8"))
-        return int(found[1]) if found else None
+        match = re.match(r"process (\d+) \(the trainer", (folder / "plan" / LOCK).read_text(encoding="utf-8"))
+        return int(match[1]) if match else None
     return None
 
 
@@ -138,6 +146,7 @@ def make_inputs(folder: Path, jobs: Sequence[JobName]) -> None:
 
     folder.mkdir(parents=True)
     for name, module in (("a", argparse), ("b", optparse), ("target", shutil)):
+        # text of the standard library: the soak needs no download
         text = inspect.getsource(module)
         lines = [json.dumps({"text": text[start : start + 400]}) for start in range(0, 24_000, 400)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -165,6 +174,7 @@ def _prepare(inputs: Path, out: Path) -> list[str]:
 
 def _train(inputs: Path, out: object, data: object = None, steps: object = 30) -> list[str]:
     words = ["--model", inputs / "model.json", "--steps", steps, "--batch_size", 8, "--checkpoint_steps", 4]
+    # a checkpoint every 4 steps and two windows: kills fall before, in and after each
     windows = ["--recorder.windows.early", "[0,3]", "--recorder.windows.late", "[8,11]"]
     return _module("pipelines.pretrain", "--out", out, "--data", data or inputs / "data", *words, *windows)
 
@@ -173,18 +183,25 @@ def _write_plan(inputs: Path, folder: Path) -> Path:
     command = " ".join(_train(inputs, "{out}", "{data}", "{steps}"))
     folder.mkdir(parents=True)
     plan = {
-        "folder": str(folder / "plan"), "data": str(inputs / "data"), "target": str(inputs / "target.jsonl"),
-        "train_first": command, "train": command + " --init_from {checkpoint}",
+        "folder": str(folder / "plan"),
+        "data": str(inputs / "data"),
+        "target": str(inputs / "target.jsonl"),
+        "train_first": command,
+        "train": command + " --init_from {checkpoint}",
         "selection": {
-            "mode": "both", "values": {"sources": ["late"]}, "output": {"wandb": "none"}, "mixture": {"max_epochs": 20}
+            "mode": "both",
+            "values": {"sources": ["late"]},
+            "output": {"wandb": "none"},
+            "mixture": {"max_epochs": 20},
         },
         "stages": [{"name": "one", "steps": 12}, {"name": "two", "steps": 12}],
-    }  # fmt: skip
+    }
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
     return folder / "plan.yaml"
 
 
 def _with_run(inputs: Path, folder: Path, module: str, *words: object) -> list[str]:
+    # embed and select write into the run: each job has its own copy
     shutil.copytree(inputs / "run", folder / "run")
     return _module(module, "--run", folder / "run", *words)
 
@@ -194,11 +211,11 @@ def make_jobs(inputs: Path, folder: Path, config: SoakConfig, seconds: dict[str,
     target = ("--target", inputs / "target.jsonl")
     select = ("--values.sources", "[late]", "--mode", "both", "--output.wandb", "none")
     commands: dict[JobName, Callable[[Path], list[str]]] = {
-        "schedule": lambda place: _module("curate.schedule", "--plan", _write_plan(inputs, place)),
-        "select": lambda place: _with_run(inputs, place, "curate.select", *target, *select),
-        "embed": lambda place: _with_run(inputs, place, "curate.embed", *target, "--estimator", "dvemb-adam"),
-        "prepare": lambda place: _prepare(inputs, place / "data"),
-        "train": lambda place: _train(inputs, place / "run", steps=60),
+        "schedule": lambda job_folder: _module("curate.schedule", "--plan", _write_plan(inputs, job_folder)),
+        "select": lambda job_folder: _with_run(inputs, job_folder, "curate.select", *target, *select),
+        "embed": lambda job_folder: _with_run(inputs, job_folder, "curate.embed", *target, "--estimator", "dvemb-adam"),
+        "prepare": lambda job_folder: _prepare(inputs, job_folder / "data"),
+        "train": lambda job_folder: _train(inputs, job_folder / "run", steps=60),
     }
     return [
         Job(name, commands[name](folder / name), folder / name, seconds.get(name, 0.0))
@@ -208,18 +225,19 @@ def make_jobs(inputs: Path, folder: Path, config: SoakConfig, seconds: dict[str,
 
 def files_of(folder: Path) -> dict[str, str]:
     """Path -> hash of every file that must be the same; what a killed command left lying is listed as "stray"."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if _STRAYS.fullmatch(path.name):
-            found[name] = "stray"
+            hashes[name] = "stray"
         elif path.is_file() and path.name not in _MEASURED and path.suffix != ".log" and "report_data" not in name:
-            # Hashes in a file are those of times and places too: of a list of files their names are compared
+            # a list of files has hashes of files that hold times and paths: only its names are compared
             listed = path.name == SUMS
             content = path.read_bytes() if not listed else json.dumps(list(read_json(path)["files"])).encode()
+            # each round has a folder of its own: its path is no difference
             content = _OWN_HASH.sub(b"", content.replace(str(folder).encode(), b"FOLDER"))
-            found[name] = blake2b(content, digest_size=8).hexdigest()
-    return found
+            hashes[name] = blake2b(content, digest_size=8).hexdigest()
+    return hashes
 
 
 class Soak:
@@ -241,17 +259,19 @@ class Soak:
         """The undisturbed run, then rounds until time or kills are over."""
         shutil.rmtree(self.config.out, ignore_errors=True)
         make_inputs(self._inputs, self.config.jobs)
+        # no kills: `_wanted` is still empty, see `_round`
         self._wanted = self._round("undisturbed", random.Random(0))
         self._end = time.monotonic() + 60 * self.config.minutes
         for number in range(1, sys.maxsize):
             if self._is_over():
                 return
             name = f"round-{number:03d}"
-            found = self._round(name, random.Random(f"{self.config.seed} {number}"))
-            different = sorted(path for path in {*self._wanted, *found} if self._wanted.get(path) != found.get(path))
-            self.differences += [f"{name}: {path} ({found.get(path, 'missing')})" for path in different]
+            hashes = self._round(name, random.Random(f"{self.config.seed} {number}"))
+            different = sorted(path for path in {*self._wanted, *hashes} if self._wanted.get(path) != hashes.get(path))
+            self.differences += [f"{name}: {path} ({hashes.get(path, 'missing')})" for path in different]
             for line in self.differences[-len(different) :] if different else ():
                 self._write(f"DIFFERENCE {line}\n")
+            # a round with differences stays on the disk for whoever looks into it
             if not different:
                 shutil.rmtree(self.config.out / name)
 
@@ -274,6 +294,7 @@ class Soak:
         finally:
             for job in running:
                 job.kill("group")
+            # a killed trainer leaves shared memory of its data loader
             sweep()
         return files_of(folder)
 
@@ -286,10 +307,12 @@ class Soak:
                 self._kill(job, name, moments)
             return True
         if status == _DONE:
+            # of the undisturbed run, which is the first: moments are drawn from its length
             self._seconds.setdefault(job.name, time.monotonic() - job.started)
             return False
-        if status in (_KILLED, _TRAINER_FAILED, _BUSY):
-            if status == _BUSY:  # the trainer of the killed runner works on
+        # these are what a kill leads to; any other status is a fault of the command
+        if status in (_KILLED, TRAINER_FAILED, BUSY):
+            if status == BUSY:  # the trainer of the killed runner works on
                 time.sleep(0.2)
             job.start(moments)
             return True

@@ -26,8 +26,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    # no normalizer and no prefix space: decode(encode(text)) is the text, byte for byte
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # all 256 bytes, also those that the text lacks, so that any document can be spelled; sorted, because the library
+    # lists them in no fixed order
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=sorted(alphabet), show_progress=False
@@ -50,6 +53,7 @@ def training_text(catalogues: Mapping[str, Catalogue], characters: int, seed: in
 
 
 def _texts(documents: Catalogue, name: str, limit: int, seed: int) -> Iterator[str]:
+    # at random: a file may be sorted by topic or length
     order = generator(seed, "tokenizer", name).permutation(len(documents.kept))
     for batch in documents.batches(order):
         for document in batch:
@@ -57,6 +61,7 @@ def _texts(documents: Catalogue, name: str, limit: int, seed: int) -> Iterator[s
                 raise UserError(
                     f"document {document.id!r} of domain {name!r} holds token ids; set tokenizer to what made them"
                 )
+            # one huge document must not take more than the share of its domain
             text = ((document.prompt or "") + document.text)[:limit]
             limit -= len(text)
             yield text

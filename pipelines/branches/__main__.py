@@ -1,7 +1,7 @@
-"""`python -m pipelines.branches` (`scripts/bench_branches`): what each method of selection buys, at equal tokens.
+"""`python -m pipelines.branches` (`scripts/bench_branches`): what each method of selection gains at equal tokens.
 
 For each case and seed: one stage 1, and from its state one branch per method and temperature. Branches share initial
-state, schedule, lr and seed of the batch order; they differ in their data only. Each finished branch is kept, so an
+state, schedule, lr and seed of the batch order; only their data differ. Each finished branch is kept, so an
 interrupted bench continues.
 """
 
@@ -46,6 +46,7 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
     Raises:
         UserError: bad corpus or settings.
     """
+    # heavy: --help must not import torch
     from pipelines.branches.branch import domain_agreement, open_arena
     from pipelines.branches.pools import make_pools
 
@@ -62,10 +63,14 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
                 tuning.append(tuned)
             tested += domain_agreement(arena, [method for method in SCORED if method in config.methods])
     return {
-        "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows),
-        "best": best_within_limit(rows, tuning, GENERAL_LIMIT), "at_limit": at_limit(rows, tuning, GENERAL_LIMIT),
-        "schedules": against_constant(rows), "branch_test": tested,
-    }  # fmt: skip
+        "rows": rows,
+        "tuning": tuning,
+        "equal_kl": at_equal_kl(rows),
+        "best": best_within_limit(rows, tuning, GENERAL_LIMIT),
+        "at_limit": at_limit(rows, tuning, GENERAL_LIMIT),
+        "schedules": against_constant(rows),
+        "branch_test": tested,
+    }
 
 
 def _branches(arena: Arena) -> list[tuple[Row, Row]]:
@@ -74,40 +79,52 @@ def _branches(arena: Arena) -> list[tuple[Row, Row]]:
 
     config = arena.config
     along = [losses["target_report"] for losses in continued(arena)]
-    found = []
-    methods: list[BenchMethod] = sorted(config.methods, key=lambda method: method != BASE)
-    for method, temperature, schedule in (one for each in methods for one in _settings(arena, each)):
-        branch = _one(arena, method, temperature, schedule)
+    rows = []
+    # proportional first: the clean branch takes its weights
+    methods: list[BenchMethod] = sorted(config.methods, key=lambda name: name != BASE)
+    for method, temperature, schedule in (setting for name in methods for setting in _settings(arena, name)):
+        branch = _branch_of(arena, method, temperature, schedule)
         losses = case_losses(arena, branch)
         shared = {
-            "case": arena.case.name, "model": config.model.stem, "method": method, "seed": arena.seed,
-            "temperature": temperature, "kl_to_prior": branch["kl_to_prior"], "schedule": schedule,
+            "case": arena.case.name,
+            "model": config.model.stem,
+            "method": method,
+            "seed": arena.seed,
+            "temperature": temperature,
+            "kl_to_prior": branch["kl_to_prior"],
+            "schedule": schedule,
             "is_default": (temperature, schedule) == (default_temperature(method), "constant"),
-        }  # fmt: skip
+        }
         row = {
-            **shared, "target_loss": losses["target_report"], "general_loss": losses["general_report"],
-            "tokens": branch["tokens"], "token_speedup": token_speedup(losses["target_report"], along),
-            "selection_cost_units": branch["selection_cost_units"], "stage_cost_units": float(config.branch_steps),
-        }  # fmt: skip
+            **shared,
+            "target_loss": losses["target_report"],
+            "general_loss": losses["general_report"],
+            "tokens": branch["tokens"],
+            "token_speedup": token_speedup(losses["target_report"], along),
+            "selection_cost_units": branch["selection_cost_units"],
+            "stage_cost_units": float(config.branch_steps),
+        }
         tuned = {**shared, "target_loss": losses["target_tune"], "general_loss": losses["general_tune"]}
-        found.append((row, tuned))
-    return found
+        rows.append((row, tuned))
+    return rows
 
 
 def _settings(arena: Arena, method: BenchMethod) -> Iterator[tuple[BenchMethod, float, Schedule]]:
     """Method, temperature and schedule of each of its branches."""
     default = default_temperature(method)
     clean = method == "oracle" and arena.case.pool == "noisy"
+    # the clean pool is the upper bound of the noisy case: there is nothing to temper
     for temperature in [default] if clean else arena.config.sweep(method):
         yield method, temperature, "constant"
     for schedule in arena.config.schedules if method == "curate" else ():
         yield method, default, schedule
 
 
-def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Schedule) -> dict[str, Any]:
+def _branch_of(arena: Arena, method: BenchMethod, temperature: float, schedule: Schedule) -> dict[str, Any]:
     from pipelines.branches.branch import clean_branch, run_branch
     from pipelines.branches.oracle import oracle_weights
 
+    # no target has a say in them: the cases of a pool share the branch
     if method in TARGETLESS:
         return run_branch(arena, arena.shared / method, method)
     folder = arena.folder / f"{method}-{temperature:g}{'' if schedule == 'constant' else f'-{schedule}'}"
@@ -115,6 +132,7 @@ def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Schedu
         return run_branch(arena, folder, method, temperature, schedule=schedule)
     if arena.case.pool == "noisy":
         return clean_branch(arena)
+    # weights of its own are all that the oracle changes
     return run_branch(arena, folder, "proportional", weights=oracle_weights(arena, temperature))
 
 
@@ -151,11 +169,12 @@ def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.wri
     write("Spearman of domain scores with what a little more of one domain did to the target, by seed\n")
     tested = result["branch_test"]
     for case, method in dict.fromkeys((row["case"], row["method"]) for row in tested):
-        own = [row for row in tested if (row["case"], row["method"]) == (case, method)]
-        write(f"{case:10}{method:14}{_each(own, 'spearman')}\n")
+        method_rows = [row for row in tested if (row["case"], row["method"]) == (case, method)]
+        write(f"{case:10}{method:14}{_each(method_rows, 'spearman')}\n")
     for case in dict.fromkeys(row["case"] for row in tested):
-        own = list({row["seed"]: row for row in tested if row["case"] == case}.values())
-        write(f"{case:10}{'(no error)':14}{_each(own, 'ceiling')}\n")
+        # the ceiling does not depend on the method: one row of each seed
+        one_per_seed = list({row["seed"]: row for row in tested if row["case"] == case}.values())
+        write(f"{case:10}{'(no error)':14}{_each(one_per_seed, 'ceiling')}\n")
 
 
 def _each(rows: Sequence[Row], name: str) -> str:
@@ -163,8 +182,8 @@ def _each(rows: Sequence[Row], name: str) -> str:
     return "  ".join("    -" if row[name] is None else f"{row[name]:+.2f}" for row in rows)
 
 
-def _width(found: dict[str, float | None]) -> str:
-    return "-" if found["half_width"] is None else f"{found['half_width']:.4f}"
+def _width(interval: dict[str, float | None]) -> str:
+    return "-" if interval["half_width"] is None else f"{interval['half_width']:.4f}"
 
 
 def main() -> None:

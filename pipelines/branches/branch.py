@@ -1,7 +1,7 @@
 """One branch: select with a method, train from stage 1's state, read the held-out losses. Each is kept when it is done.
 
 A branch is a folder with `losses.json`, which has those on every target and on general text; its data and its state are
-deleted once they are read. Branches that no target has a say in are shared by the cases of a pool.
+deleted once they are read. Branches that do not depend on a target are shared by the cases of a pool.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import polars as pl
 
 from curate.core.arrays import read_table
 from curate.core.artifacts import fingerprint, read_json, write_json
-from curate.domains.methods import PREDICTING, Method
+from curate.domains.methods import PREDICTING, VALUED, Method
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.evaluation.branches import agreement, realised_changes
 from curate.filter.choose import CHOICE, FilterConfig
@@ -35,6 +35,7 @@ from curate.training.samples import trained_tokens
 from curate.training.target import load_target, target_loss
 from pipelines.branches.config import NGRAM_SHARES, OURS, RETAINING, TARGETLESS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
+from pipelines.checkpoints import FINAL
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.optimizers import OptimizerConfig
 from pipelines.pretrain import PretrainConfig, train
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from curate.mixture.constraints import Schedule
     from pipelines.branches.config import BenchMethod, BranchesConfig, Case
 
-FINAL = "checkpoint.safetensors"
 Losses = dict[str, float]  # <target>_<split> and general_<split>, nats per token
 
 
@@ -88,22 +88,33 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     steps, window = config.steps, config.window_steps
     train(
         PretrainConfig(
-            out=folder / "run", data=data / case.pool, model=config.model, steps=steps, batch_size=config.batch_size,
-            seed=seed, device=config.device,
+            out=folder / "run",
+            data=data / case.pool,
+            model=config.model,
+            steps=steps,
+            batch_size=config.batch_size,
+            seed=seed,
+            device=config.device,
             optimizer=OptimizerConfig(lr=config.lr, warmup_steps=steps // 10),
             recorder=RecorderConfig(windows={"early": (0, window), "late": (steps - window, steps)}),
         )
-    )  # fmt: skip
+    )
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
+    # What decides a branch is part of its folder's name, the product's defaults and rules too.
     common: list[Any] = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    made_by = (ValuesConfig(), MixtureConfig(), FilterConfig(), AdjointConfig())
-    common += [[part.model_dump(mode="json") for part in made_by], config.drop_fraction, PREDICTOR, CHOICE]
-    own = fingerprint([*common, config.window, config.max_regression, config.measured_passes, NGRAM_PREDICTOR])[:8]
+    defaults = (ValuesConfig(), MixtureConfig(), FilterConfig(), AdjointConfig())
+    common += [[settings.model_dump(mode="json") for settings in defaults], config.drop_fraction, PREDICTOR, CHOICE]
+    case_key = fingerprint([*common, config.window, config.max_regression, config.measured_passes, NGRAM_PREDICTOR])[:8]
     return Arena(
-        config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
+        config=config,
+        case=case,
+        seed=seed,
+        data=data,
+        run=run,
+        folder=folder / f"{case.name}-{case_key}",
         shared=folder / f"shared-{fingerprint(common)[:8]}",
-    )  # fmt: skip
+    )
 
 
 def run_branch(
@@ -139,22 +150,23 @@ def run_branch(
         losses = train_and_read(arena, folder / "stage", written.training_data)
         facts = {"kl_to_prior": mixture.kl_to_prior, "tokens": mixture.stored_tokens}
         domains = {
-            "weights": {domain: part.delivered_weight for domain, part in mixture.domains.items()},
-            "scores": {domain: part.score for domain, part in mixture.domains.items()},
+            "weights": {domain: solved.delivered_weight for domain, solved in mixture.domains.items()},
+            "scores": {domain: solved.score for domain, solved in mixture.domains.items()},
         }
         units = 0.0 if NGRAM_SHARES.get(method) == 1 else _passes(written)  # n-grams alone need no values
         write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, **domains})
-        for part in ("selection",) if keep_state else ("selection", "stage"):
-            shutil.rmtree(folder / part)
+        # after losses.json: hundreds of branches would not fit onto the disk
+        for done in ("selection",) if keep_state else ("selection", "stage"):
+            shutil.rmtree(folder / done)
     return read_json(folder / "losses.json")
 
 
 def case_losses(arena: Arena, losses: Mapping[str, Any]) -> dict[str, float]:
     """`target_<split>` of the case, the mean over its targets, which have as many documents each; `general_<split>`."""
-    found = {f"general_{split}": losses[f"general_{split}"] for split in SPLITS[1:]}
+    general = {f"general_{split}": losses[f"general_{split}"] for split in SPLITS[1:]}
     targets = arena.case.targets
-    return found | {
-        f"target_{split}": sum(losses[f"{at}_{split}"] for at in targets) / len(targets) for split in SPLITS
+    return general | {
+        f"target_{split}": sum(losses[f"{target}_{split}"] for target in targets) / len(targets) for split in SPLITS
     }
 
 
@@ -170,6 +182,7 @@ def _selection(
 ) -> SelectConfig:
     """Settings of a method's selection: what the method has no use for is left at its default."""
     config = arena.config
+    # the targets of a bench may be small; its seeds show what that does
     values: dict[str, Any] = {"min_target_tokens": 1}
     mixture: dict[str, Any] = {"prior": dict(weights or {}), "schedule": schedule}
     strength = default_temperature(method) if temperature is None else temperature
@@ -184,15 +197,23 @@ def _selection(
         values["sources"] = (config.window,)
     if method in RETAINING:
         mixture["max_regression"] = config.max_regression
+    product_method = cast("Method", "curate" if method in OURS else method)
+    # without values no sample is the worst of its domain: the product refuses the setting
+    dropped: dict[str, Any] = {"drop_fraction": config.drop_fraction} if product_method in VALUED else {}
+    # contamination off: held-out documents share no document with training, and a scan costs the same for every method
     return SelectConfig(
-        target=target_file(arena.data, arena.case.target, "select"), out=out,
+        target=target_file(arena.data, arena.case.target, "select"),
+        out=out,
         retain=general_file(arena.data, "select") if method in RETAINING else None,
-        method=cast("Method", "curate" if method in OURS else method),
-        budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
-        values=ValuesConfig(**values), mixture=MixtureConfig(**mixture),
-        filter=FilterConfig(contamination_overlap=None, drop_fraction=config.drop_fraction),
+        method=product_method,
+        budget_tokens=arena.budget_tokens,
+        seed=seed,
+        device=config.device,
+        values=ValuesConfig(**values),
+        mixture=MixtureConfig(**mixture),
+        filter=FilterConfig(contamination_overlap=None, **dropped),
         output=OutputConfig(wandb="none"),
-    )  # fmt: skip
+    )
 
 
 def _passes(selection: SelectionFolder) -> float:
@@ -217,11 +238,18 @@ def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = Non
     warmup = config.steps // 10 if warm else 0
     train(
         PretrainConfig(
-            out=out, data=data, model=config.model, steps=config.branch_steps, batch_size=config.batch_size,
-            seed=arena.seed, init_from=state or arena.run.folder / FINAL, device=config.device, recorder=None,
+            out=out,
+            data=data,
+            model=config.model,
+            steps=config.branch_steps,
+            batch_size=config.batch_size,
+            seed=arena.seed,
+            init_from=state or arena.run.folder / FINAL,
+            device=config.device,
+            recorder=None,
             optimizer=OptimizerConfig(lr=config.branch_lr, min_lr_ratio=1.0, warmup_steps=warmup),
         )
-    )  # fmt: skip
+    )
     return read_losses(arena, out / FINAL)
 
 
@@ -229,15 +257,16 @@ def read_losses(arena: Arena, state: Path) -> Losses:
     """Losses of a state on the splits of every target (mean over documents) and of general text (mean over domains)."""
     spec = arena.run.spec
     task = load_task(spec, state, arena.config.device)
-    found = {}
+    losses = {}
     for split in SPLITS:
         for name in arena.config.target_names:
             target = load_target(target_file(arena.data, name, split), spec, 1)
-            found[f"{name}_{split}"] = target_loss(task, target, BATCH_SIZE)
+            losses[f"{name}_{split}"] = target_loss(task, target, BATCH_SIZE)
+    # general text of the first split is what methods may retain: its loss would be a loss on seen text
     for split in SPLITS[1:]:
         general = domain_losses(task, spec, general_file(arena.data, split))
-        found[f"general_{split}"] = sum(general.values()) / len(general)
-    return found
+        losses[f"general_{split}"] = sum(general.values()) / len(general)
+    return losses
 
 
 def continued(arena: Arena) -> list[dict[str, float]]:
@@ -245,14 +274,15 @@ def continued(arena: Arena) -> list[dict[str, float]]:
     path, folder = arena.shared / f"continued-{arena.config.continued}.json", arena.shared / "continued"
     first = arena.proportional
     if not path.exists():
+        # an earlier call may have kept the losses without the state: the branch is run again
         if not (first / "stage" / FINAL).exists():
             shutil.rmtree(first, ignore_errors=True)
         branch = run_branch(arena, first, "proportional", keep_state=True)
         losses, state = [read_losses(arena, arena.run.folder / FINAL), branch], first / "stage" / FINAL
-        for part in range(1, arena.config.continued):
-            seed = arena.seed + 1000 * part  # other samples and another order each time
-            selection = _selection(arena, folder / f"data-{part}", "proportional", seed=seed)
-            stage = folder / f"stage-{part}"
+        for extension in range(1, arena.config.continued):
+            seed = arena.seed + 1000 * extension  # other samples and another order each time
+            selection = _selection(arena, folder / f"data-{extension}", "proportional", seed=seed)
+            stage = folder / f"stage-{extension}"
             data = SelectionFolder(select(selection, arena.run)).training_data
             losses.append(train_and_read(arena, stage, data, state, warm=False))
             state = stage / FINAL
@@ -269,6 +299,7 @@ def clean_branch(arena: Arena) -> dict[str, Any]:
         clean = Run(arena.run.folder, {name: arena.data / "clean" / name for name in arena.run.spec.streams})
         sizes = {name: len(stream) for name, stream in clean.streams.items()}
         prior = read_json(arena.proportional / "losses.json")["weights"]
+        # 10**9 samples: the clean pool has no cap, whole samples are all that matters
         wanted = apportion(prior, arena.config.branch_steps * arena.config.batch_size, dict.fromkeys(sizes, 10**9))
         write_weights(folder / "streams.yaml", clean.spec.streams, wanted)
         losses = train_and_read(arena, folder / "stage", folder / "streams.yaml")
@@ -283,13 +314,15 @@ def domain_agreement(arena: Arena, methods: Sequence[Method]) -> list[dict[str, 
     config, run = arena.config, arena.run
     target = load_target(target_file(arena.data, arena.case.target, "select"), run.spec, 1)
     prior = {domain: float(tokens) for domain, tokens in trained_tokens(run).items()}
+    # once for all methods: what more of a domain does depends on no method
     changes = realised_changes(
         Replay(run, config.device), target, prior, config.branch_test, seed=arena.seed, batch_size=BATCH_SIZE
     )
     rows = []
     for method in methods:
-        at = default_temperature(method)
-        scores = run_branch(arena, arena.folder / f"{method}-{at:g}", method, at)["scores"]
-        found = asdict(agreement(scores, changes, arena.seed))
-        rows.append({"case": arena.case.name, "method": method, "seed": arena.seed, **found})
+        temperature = default_temperature(method)
+        folder = arena.folder / f"{method}-{temperature:g}"
+        scores = run_branch(arena, folder, method, temperature)["scores"]
+        compared = asdict(agreement(scores, changes, arena.seed))
+        rows.append({"case": arena.case.name, "method": method, "seed": arena.seed, **compared})
     return rows

@@ -19,6 +19,7 @@ from pipelines.vocabulary import SMALLEST_VOCABULARY
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CaseName = Literal["inside", "foreign", "noisy", "two"]
 BenchMethod = Method | Literal["windowed", "values", "ngrams", "unretained", "oracle"]
+# Read from the product, so that the bench always measures its defaults.
 DEFAULT_STRENGTH = MixtureConfig().prior_strength
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
@@ -26,6 +27,7 @@ OURS: tuple[BenchMethod, ...] = ("curate", "windowed", "values", "ngrams", "unre
 RETAINING = tuple(method for method in OURS if method != "unretained")  # they may not lose general text
 NGRAM_SHARES: Mapping[BenchMethod, float] = {"values": 0.0, "ngrams": 1.0}  # where it is not the default
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one branch each, no word of the target
+# A method that buys the target with general text is no better: all are compared within this limit.
 GENERAL_LIMIT = 1.01  # general loss that a method may reach, as a share of proportional's
 
 
@@ -36,7 +38,7 @@ class Case:
     Attributes:
         name: of the case.
         pool: `plain`: every domain but the foreign one; `noisy`: domains of natural text with noise inside each.
-        targets: domains whose held-out documents are the target, as many of each.
+        targets: domains whose held-out documents are the target, equally many of each.
     """
 
     name: CaseName
@@ -166,16 +168,18 @@ class BranchesConfig(Config):
         default = default_temperature(method)
         if method in TARGETLESS:
             return [default]
-        own = {"dsir": self.dsir_temperatures, "oracle": self.oracle_temperatures}.get(method, self.prior_strengths)
-        return sorted({*own, default}, reverse=True)
+        temperatures = {"dsir": self.dsir_temperatures, "oracle": self.oracle_temperatures}.get(
+            method, self.prior_strengths
+        )
+        return sorted({*temperatures, default}, reverse=True)
 
 
 def small(config: BranchesConfig) -> BranchesConfig:
     """The same bench in a few minutes: short stages, a case of each pool, no parts of curate; only dsir is swept."""
-    parts = {"windowed", "values", "ngrams", "unretained"}
+    parts_of_curate = {"windowed", "values", "ngrams", "unretained"}
     return config.model_copy(
         update={
-            "methods": tuple(method for method in config.methods if method not in parts),
+            "methods": tuple(method for method in config.methods if method not in parts_of_curate),
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
             "prior_strengths": (), "dsir_temperatures": (128.0,), "oracle_temperatures": (1.0,),
             "steps": 60, "branch_steps": 30,

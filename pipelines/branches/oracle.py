@@ -1,6 +1,6 @@
-"""The oracle of a plain pool: what small branches of random mixtures say about the domains (a regression).
+"""The oracle of a plain pool: a regression of the target's loss on the weights of many small branches.
 
-Not a method that anyone would pay for: it trains on many mixtures and looks at the target's loss after each.
+It costs too much for a method: it trains on many random mixtures and reads the target's loss after each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipelines.branches.branch import Arena
 
 Floats = npt.NDArray[np.float64]
-_CONCENTRATION = 6.0  # of the Dirichlet distribution around the prior that mixtures are drawn from
+_CONCENTRATION = 6.0  # of the Dirichlet distribution of mixtures around the prior
 _RIDGE = 1e-3  # of the regression, as a share of the weights' variance
 
 
@@ -33,16 +33,19 @@ def oracle_weights(arena: Arena, temperature: float) -> dict[str, float]:
     shares = np.array([prior[domain] for domain in domains]) / sum(prior.values())
     tried, losses = [], []
     for member in range(arena.config.swarm):
-        given = dict(zip(domains, draw_mixture(shares, arena.seed, member).tolist(), strict=True))
-        found = run_branch(arena, arena.shared / f"swarm-{member}", "proportional", weights=given)
-        tried.append([found["weights"][domain] for domain in domains])
-        losses.append(case_losses(arena, found)["target_select"])
+        mixture = dict(zip(domains, draw_mixture(shares, arena.seed, member).tolist(), strict=True))
+        branch = run_branch(arena, arena.shared / f"swarm-{member}", "proportional", weights=mixture)
+        # delivered weights: whole samples, and caps on epochs, move them a little
+        tried.append([branch["weights"][domain] for domain in domains])
+        # the split that methods see too: an oracle of the reporting split would know the answer
+        losses.append(case_losses(arena, branch)["target_select"])
     scores = slopes(np.array(tried), np.array(losses))
     return tempered(dict(zip(domains, shares.tolist(), strict=True)), scores, temperature)
 
 
 def draw_mixture(shares: Floats, seed: int, member: int) -> Floats:
     """A mixture around the prior, every weight positive."""
+    # a domain of weight 0 would say nothing of its slope
     drawn = generator(seed, "swarm", member).dirichlet(_CONCENTRATION * shares) + 1e-4
     return np.asarray(drawn / drawn.sum())
 
@@ -54,13 +57,15 @@ def slopes(weights: Floats, losses: Floats) -> Floats:
     """
     centred = weights - weights.mean(axis=0)
     gram = centred.T @ centred
+    # weights sum to 1: without the ridge the matrix is singular
     gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    found = -np.linalg.solve(gram, centred.T @ (losses - losses.mean()))
-    deviation = found.std()
-    return np.asarray((found - found.mean()) / deviation) if deviation > 0 else np.zeros_like(found)
+    raw_slopes = -np.linalg.solve(gram, centred.T @ (losses - losses.mean()))
+    deviation = raw_slopes.std()
+    return np.asarray((raw_slopes - raw_slopes.mean()) / deviation) if deviation > 0 else np.zeros_like(raw_slopes)
 
 
 def tempered(prior: Mapping[str, float], scores: Floats, temperature: float) -> dict[str, float]:
     """`prior exp(score / temperature)`, summing to 1."""
+    # minus the largest: exp cannot overflow, and the ratio stays
     tilt = np.array(list(prior.values())) * np.exp((scores - scores.max()) / temperature)
     return dict(zip(prior, (tilt / tilt.sum()).tolist(), strict=True))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("select", "tune", "report")
 NOISE = "noise"  # first part of the ids of documents that are noise
-_REPEATED_CHARACTERS = 600
+_REPEATED_CHARACTERS = 600  # of the document that is repeated with a number behind it
 
 
 def make_pools(config: BranchesConfig) -> Path:
@@ -52,6 +52,7 @@ def make_pools(config: BranchesConfig) -> Path:
     for pool in sorted({config.case(name).pool for name in config.cases}):
         _pack(config, folder, pool, None)
         if pool == "noisy":
+            # the noisy pool's tokenizer: the branch starts from a model that knows its tokens
             _pack(config, folder, "clean", folder / "noisy" / "tokenizer.json")
     return folder
 
@@ -69,11 +70,15 @@ def general_file(data: Path, split: str) -> Path:
 def _pack(config: BranchesConfig, folder: Path, pool: str, tokenizer: Path | None) -> None:
     prepare(
         PrepareConfig(
-            out=folder / pool, domains=str(folder / "split" / "train" / pool), tokenizer=tokenizer,
-            vocab_size=None if tokenizer else config.vocab_size, tokenizer_megabytes=2, seq_len=config.seq_len,
+            out=folder / pool,
+            domains=str(folder / "split" / "train" / pool),
+            tokenizer=tokenizer,
+            vocab_size=None if tokenizer else config.vocab_size,
+            tokenizer_megabytes=2,
+            seq_len=config.seq_len,
             shard_bytes=1_000_000,
         )
-    )  # fmt: skip
+    )
 
 
 def _split(config: BranchesConfig, files: dict[str, Path], out: Path) -> None:
@@ -82,6 +87,7 @@ def _split(config: BranchesConfig, files: dict[str, Path], out: Path) -> None:
     size = config.target_documents
     for name, path in files.items():
         documents = list(read_documents(path))
+        # seed 0: all seeds of the bench share their data
         order = generator(0, "branches split", name).permutation(len(documents)).tolist()
         needed = len(SPLITS) * size
         if len(documents) <= needed:
@@ -97,6 +103,7 @@ def _split(config: BranchesConfig, files: dict[str, Path], out: Path) -> None:
         for targets in ((config.inside,), (config.foreign,), (config.inside, config.foreign)):
             rows = [row for name in targets for row in held_out[name][at]]
             write_rows(out / split / "targets" / f"{'-and-'.join(targets)}.jsonl", rows)
+        # rounded up: a few documents of every domain, about as many in all as one target has
         share = -(-size // len(natural))
         general = [{**row, "domain": name} for name in natural for row in held_out[name][at][-share:]]
         write_rows(out / split / "general.jsonl", general)
@@ -104,9 +111,14 @@ def _split(config: BranchesConfig, files: dict[str, Path], out: Path) -> None:
         write_rows(out / "train" / "plain" / f"{name}.jsonl", first_megabytes(training[name], config.domain_megabytes))
     junk = [document for name in config.junk for document in training[name]]
     for name in natural:
+        # the noisy pool is as large as the plain one: noise takes the place of text
         clean = first_megabytes(training[name], config.domain_megabytes * (1 - config.noise_share))
         noise = noise_documents(
-            training[name][len(clean) :] or training[name], junk, name, config.domain_megabytes * config.noise_share
+            # text that the clean part does not use: shuffled words of it would be near-duplicates
+            training[name][len(clean) :] or training[name],
+            junk,
+            name,
+            config.domain_megabytes * config.noise_share,
         )
         write_rows(out / "train" / "clean" / f"{name}.jsonl", clean)
         write_rows(out / "train" / "noisy" / f"{name}.jsonl", [*clean, *noise])
@@ -131,25 +143,27 @@ def noise_documents(
     texts = [document.text or "" for document in documents]
     repeated = " ".join(texts[0].split())[:_REPEATED_CHARACTERS]
 
-    def made(kind: str, at: int) -> str:
-        text = texts[at % len(texts)]
+    def noise_text(kind: str, index: int) -> str:
+        text = texts[index % len(texts)]
         if kind == "junk":
-            return junk[order[at % len(order)]].text or ""
+            return junk[order[index % len(order)]].text or ""
         if kind == "shuffled":
             return " ".join(random.permutation(text.split()).tolist())
         if kind == "minified":
             return re.sub(r"\s+", "", text)
-        return f"{repeated} ({at})"
+        # near-duplicates: the number keeps exact deduplication from dropping them
+        return f"{repeated} ({index})"
 
     rows = []
     for kind in ("junk", "shuffled", "minified", "repeated"):
-        size = at = 0
+        size = index = 0
         while size < megabytes * 1e6 / 4:
-            text = made(kind, at)
+            text = noise_text(kind, index)
             if text:
-                rows.append({"id": f"{NOISE}/{kind}/{name}-{at}", "text": text})
+                rows.append({"id": f"{NOISE}/{kind}/{name}-{index}", "text": text})
                 size += len(text.encode())
-            at += 1
-            if kind != "repeated" and at >= 50 * len(texts):
+            index += 1
+            # some texts give nothing (no junk text): a source that never fills its share must end
+            if kind != "repeated" and index >= 50 * len(texts):
                 break
     return rows

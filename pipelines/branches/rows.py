@@ -1,4 +1,4 @@
-"""Rows of the bench, and the tables that are made of them: what a method reaches at equal KL, and at its best."""
+"""Rows of the bench and its tables: what a method reaches at equal KL, and at its best."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def token_speedup(loss: float, along: Sequence[float]) -> float | str:
     Returns:
         The first multiple at which proportional is as good; "> n" where it is not after all its tokens.
     """
-    for at, (before, after) in enumerate(pairwise(along)):
+    for multiple, (before, after) in enumerate(pairwise(along)):
         if before <= loss:
-            return float(at)
+            return float(multiple)
         if after <= loss:
-            return at + (before - loss) / (before - after)
+            return multiple + (before - loss) / (before - after)
     return f"> {len(along) - 1}x"
 
 
@@ -51,22 +51,29 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
     Returns:
         One row per case and method that reaches that KL in every seed that it was run with.
     """
-    found = []
+    table = []
     rows = [row for row in rows if row["schedule"] == "constant"]
     for case in _names(rows, "case"):
-        mine = [row for row in rows if row["case"] == case]
-        for method in _names(mine, "method"):
+        case_rows = [row for row in rows if row["case"] == case]
+        for method in _names(case_rows, "method"):
             if method == BASE:
                 continue
-            pairs = [_at_kl(mine, method, reference, seed) for seed in _seeds(mine, method)]
-            known = [pair for pair in pairs if pair is not None]
-            if len(known) == len(pairs):
-                kls, targets, generals = zip(*known, strict=True)
-                found.append(
-                    {"case": case, "method": method, "seeds": len(known), "kl_to_prior": float(np.mean(kls)),
-                     "target": interval(targets), "general": interval(generals)}
-                )  # fmt: skip
-    return found
+            pairs = [_at_kl(case_rows, method, reference, seed) for seed in _seeds(case_rows, method)]
+            reached = [pair for pair in pairs if pair is not None]
+            # a mean over the seeds that reach it would be another mean than the others'
+            if len(reached) == len(pairs):
+                kls, targets, generals = zip(*reached, strict=True)
+                table.append(
+                    {
+                        "case": case,
+                        "method": method,
+                        "seeds": len(reached),
+                        "kl_to_prior": float(np.mean(kls)),
+                        "target": interval(targets),
+                        "general": interval(generals),
+                    }
+                )
+    return table
 
 
 def against_constant(rows: Sequence[Row]) -> list[Row]:
@@ -74,7 +81,7 @@ def against_constant(rows: Sequence[Row]) -> list[Row]:
 
     Gains are proportional's loss minus that of the branch, paired by seed: positive = better.
     """
-    found = []
+    table = []
     keys = dict.fromkeys((row["case"], row["method"], row["schedule"], row["temperature"]) for row in rows)
     for case, method, schedule, temperature in keys:
         if schedule == "constant":
@@ -85,25 +92,32 @@ def against_constant(rows: Sequence[Row]) -> list[Row]:
             if row["case"] == case
             and (row["method"] == BASE or (row["method"], row["temperature"]) == (method, temperature))
         }
+        # paired: only seeds that ran the schedule
         seeds = [seed for name, seed in losses if name == schedule]
         gain, whole = ([losses[BASE, seed] - losses[name, seed] for seed in seeds] for name in (schedule, "constant"))
-        found.append(
-            {"case": case, "method": method, "schedule": schedule, "temperature": temperature,
-             "gain": interval(gain), "constant": interval(whole)}
-        )  # fmt: skip
-    return found
+        table.append(
+            {
+                "case": case,
+                "method": method,
+                "schedule": schedule,
+                "temperature": temperature,
+                "gain": interval(gain),
+                "constant": interval(whole),
+            }
+        )
+    return table
 
 
 def _at_kl(rows: Sequence[Row], method: str, reference: str, seed: int) -> tuple[float, float, float] | None:
     """KL, and differences of target and general loss from proportional; None where the curve does not reach it."""
-    mine = [row for row in rows if row["seed"] == seed]
-    base = next((row for row in mine if row["method"] == BASE), None)
-    default = next((row for row in mine if row["method"] == reference and row["is_default"]), None)
+    seed_rows = [row for row in rows if row["seed"] == seed]
+    base = next((row for row in seed_rows if row["method"] == BASE), None)
+    default = next((row for row in seed_rows if row["method"] == reference and row["is_default"]), None)
     if base is None or default is None:
         return None
     points = [(0.0, 0.0, 0.0)] + [
         (row["kl_to_prior"], row["target_loss"] - base["target_loss"], row["general_loss"] - base["general_loss"])
-        for row in mine
+        for row in seed_rows
         if row["method"] == method
     ]
     kls, targets, generals = (np.array(column) for column in zip(*sorted(points), strict=True))
@@ -128,8 +142,9 @@ def best_within_limit(rows: Sequence[Row], tuning: Sequence[Row], limit: float) 
     """
 
     def best(target: Floats, general: Floats) -> float:
-        kept = np.flatnonzero(general[1:] <= limit) + 1
-        return float(kept[np.argmin(target[kept])]) if len(kept) else 0.0
+        # 0 is proportional itself, which is left for where no temperature keeps the limit
+        within = np.flatnonzero(general[1:] <= limit) + 1
+        return float(within[np.argmin(target[within])]) if len(within) else 0.0
 
     return _along_curves(rows, tuning, best)
 
@@ -144,11 +159,13 @@ def at_limit(rows: Sequence[Row], tuning: Sequence[Row], limit: float) -> list[R
     """
 
     def best(target: Floats, general: Floats) -> float:
-        places = [float(at) for at in np.flatnonzero(general <= limit)]
-        for at, (before, after) in enumerate(pairwise(general)):
+        # target loss is linear between readings: its lowest place within the limit is a reading, or where the limit is
+        # crossed; proportional always keeps it (a limit is at least 1)
+        places = [float(place) for place in np.flatnonzero(general <= limit)]
+        for place, (before, after) in enumerate(pairwise(general)):
             if (before - limit) * (after - limit) < 0:
-                places.append(at + (limit - before) / (after - before))
-        return min(places, key=lambda at: np.interp(at, np.arange(len(target)), target))
+                places.append(place + (limit - before) / (after - before))
+        return min(places, key=lambda place: np.interp(place, np.arange(len(target)), target))
 
     return _along_curves(rows, tuning, best)
 
@@ -162,62 +179,78 @@ def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[
         choose: gives the place from the tuning split's means over seeds at proportional and each temperature: target
             loss less proportional's, and general loss as a share of proportional's.
     """
-    found = []
+    table = []
     for case in _names(rows, "case"):
-        kept = [row["case"] == case and row["schedule"] == "constant" for row in rows]
-        report, tune = ([row for row, own in zip(each, kept, strict=True) if own] for each in (rows, tuning))
+        of_case = [row["case"] == case and row["schedule"] == "constant" for row in rows]
+        # one mask for both splits, whose rows stand in the same order
+        report, tune = ([row for row, wanted in zip(split, of_case, strict=True) if wanted] for split in (rows, tuning))
         lines = {}
         for method in _names(report, "method"):
-            temperatures, told, shown = _curve(report, method), _points(tune, method), _points(report, method)
-            place = choose(told[0].mean(axis=1), told[1].mean(axis=1))
+            temperatures, tuned, shown = _curve(report, method), _points(tune, method), _points(report, method)
+            place = choose(tuned[0].mean(axis=1), tuned[1].mean(axis=1))
             low, high = int(np.floor(place)), int(np.ceil(place))
             target, general, kl = shown[:, low] + (place - low) * (shown[:, high] - shown[:, low])
             lines[method] = dict(zip(_seeds(report, method), target, strict=True))
-            found.append(
-                {"case": case, "method": method, "temperature": temperatures[low] if low == high else None,
-                 "seeds": len(target), "kl_to_prior": float(kl.mean()), "target": interval(target.tolist()),
-                 "general_share": interval((general - 1).tolist()), "same_sign": len(set(np.sign(target))) == 1}
-            )  # fmt: skip
-        for row in found:
+            table.append(
+                {
+                    "case": case,
+                    "method": method,
+                    "temperature": temperatures[low] if low == high else None,
+                    "seeds": len(target),
+                    "kl_to_prior": float(kl.mean()),
+                    "target": interval(target.tolist()),
+                    "general_share": interval((general - 1).tolist()),
+                    "same_sign": len(set(np.sign(target))) == 1,
+                }
+            )
+        for row in table:
             if row["case"] == case and "curate" in lines:
-                own, curate = lines[row["method"]], lines["curate"]
-                pairs = [own[seed] - curate[seed] for seed in own if seed in curate]
+                method_line, curate = lines[row["method"]], lines["curate"]
+                pairs = [method_line[seed] - curate[seed] for seed in method_line if seed in curate]
                 row |= {"minus_curate": interval(pairs)} if pairs else {}
             if row["case"] == case and "oracle" in lines:
                 row |= _of_oracle(lines[row["method"]], lines["oracle"])
-    return found
+    return table
 
 
-def _of_oracle(own: Mapping[int, float], oracle: Mapping[int, float]) -> dict[str, float]:
+def _of_oracle(method_line: Mapping[int, float], oracle_line: Mapping[int, float]) -> dict[str, float]:
     """Share of the oracle's gain, over the seeds that both were run with; nothing where it has none."""
-    seeds = [seed for seed in own if seed in oracle]
-    gain = math.fsum(oracle[seed] for seed in seeds)
-    return {"oracle_share": math.fsum(own[seed] for seed in seeds) / gain} if gain < 0 else {}
+    seeds = [seed for seed in method_line if seed in oracle_line]
+    # math.fsum: exact, whatever the order of seeds
+    gain = math.fsum(oracle_line[seed] for seed in seeds)
+    return {"oracle_share": math.fsum(method_line[seed] for seed in seeds) / gain} if gain < 0 else {}
 
 
 def _curve(rows: Sequence[Row], method: str) -> list[float | None]:
     """Temperatures of a method in the order of their KL, after proportional (none)."""
-    own = [row for row in rows if row["method"] == method]
+    method_rows = [row for row in rows if row["method"] == method]
     kl = {
-        at: np.mean([row["kl_to_prior"] for row in own if row["temperature"] == at])
-        for at in _names(own, "temperature")
+        temperature: np.mean([row["kl_to_prior"] for row in method_rows if row["temperature"] == temperature])
+        for temperature in _names(method_rows, "temperature")
     }
-    return [None, *sorted(kl, key=lambda at: kl[at])]
+    return [None, *sorted(kl, key=lambda temperature: kl[temperature])]
 
 
 def _seeds(rows: Sequence[Row], method: str) -> list[int]:
     """The seeds that a method was run with at every temperature."""
-    own = [row for row in rows if row["method"] == method]
-    runs = [{row["seed"] for row in own if row["temperature"] == at} for at in _names(own, "temperature")]
+    method_rows = [row for row in rows if row["method"] == method]
+    runs = [
+        {row["seed"] for row in method_rows if row["temperature"] == temperature}
+        for temperature in _names(method_rows, "temperature")
+    ]
+    # a seed that lacks a temperature (an unfinished bench) would bend the curve
     return sorted(set.intersection(*runs))
 
 
 def _points(rows: Sequence[Row], method: str) -> Floats:
     """Of a curve's P places and S seeds: target loss less proportional's, share of its general loss, KL; (3, P, S)."""
     base = {row["seed"]: row for row in rows if row["method"] == BASE}
-    own = {(row["temperature"], row["seed"]): row for row in rows if row["method"] == method}
+    method_rows = {(row["temperature"], row["seed"]): row for row in rows if row["method"] == method}
     seeds = _seeds(rows, method)
-    places = [[base[seed] if at is None else own[at, seed] for seed in seeds] for at in _curve(rows, method)]
+    places = [
+        [base[seed] if temperature is None else method_rows[temperature, seed] for seed in seeds]
+        for temperature in _curve(rows, method)
+    ]
     return np.array([[_apart(row, base[row["seed"]]) for row in place] for place in places]).transpose(2, 0, 1)
 
 

@@ -1,8 +1,8 @@
 """`python -m pipelines.capture_bench`: what recording and capturing cost in a training step, and the recursion.
 
-A GPT-2 on real text (source files of Python's library, bytes as tokens). Every contender has its own model and
-takes its step in turn, in an order that changes from round to round, in one process; seconds are CPU time of all its
-threads, the waiting for the writer's included. Ratios are medians over rounds with a bootstrap bound. Multiplications
+A GPT-2 on real text (source files of Python's library, bytes as tokens). Every contender has its own model. They
+take their steps in turn, in an order that changes from round to round, in one process. Seconds are CPU time of all its
+threads, the writer's included. Ratios are medians over rounds with a bootstrap bound. Multiplications
 are counted by torch's dispatcher, bytes by its allocator, each in one more step.
 """
 
@@ -56,12 +56,16 @@ def bench(config: CaptureBenchConfig) -> dict[str, Any]:
     unknown = sorted({*models} - set(MODELS))
     if unknown:
         raise UserError(f"models {unknown[0]!r} is not one of {', '.join(MODELS)}")
+    # CPU time of many threads that spin would hide what a step costs
     torch.set_num_threads(config.threads)
+    # a recorder would find the runs of an earlier bench there
     shutil.rmtree(config.folder, ignore_errors=True)
+    # fewer than the rounds need: batches begin again, timing does not care
     stream = write_data(config, samples=40 * config.batch_size)
     rows = [row for model in models for row in Bench(config, model, stream).measure()]
     print_table(rows)
     recursions = [
+        # a GPT-2 block has 4 matrices: query-key-value, attention output, and two of the MLP
         {"model": model, **recursion_rows(config, 4 * MODELS[model][1], operator)}
         for model in models
         for operator in OPERATORS
@@ -82,9 +86,9 @@ def main() -> None:
     )
     start_logging()
     with locked(config.folder.parent, f".{config.folder.name}.lock"):
-        found = bench(config)
+        result = bench(config)
     if config.out is not None:
-        write_json(config.out, found)
+        write_json(config.out, result)
         _log.info("wrote %s", config.out)
 
 

@@ -13,7 +13,7 @@ MODELS = {"tiny": (32, 2, 2), "3M": (256, 4, 4), "25M": (512, 8, 8)}
 CASES = ("forward-backward", "plain-step", "recorder", "capture", "capture-adam", "capture-frozen", "replay-capture")
 CLIP_NORM = 1.0
 REPLAYED_STEPS = 8  # the replay begins again after so many
-WARM_UP = 2
+WARM_UP = 2  # rounds that are not counted: optimizer state and kernels are set up in them
 
 
 class CaptureBenchConfig(Config):

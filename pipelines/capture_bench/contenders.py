@@ -1,4 +1,4 @@
-"""The contenders of one size, each with its own model, taking steps in turn; what a step cost, counted and timed."""
+"""The contenders of one size, each with its own model, take steps in turn; each step is timed and counted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Contender:
     Attributes:
         model: its own.
         optimizers: those that it has so far.
-        pending: whether its next step begins by using the gradient of the last one.
+        pending: whether its next step still needs the gradient of the last one.
         step: takes a batch with its sample ids.
         close: ends it.
         seconds: CPU time of each round.
@@ -75,15 +75,19 @@ def write_data(config: CaptureBenchConfig, samples: int) -> Path:
         text += source.text.encode()
         if len(text) >= samples * config.context:
             break
+    # bytes as tokens: no tokenizer has to be trained, and the vocabulary costs nearly nothing
     tokens = np.frombuffer(bytes(text), np.uint8).astype(np.int32)[: samples * config.context]
     mask = np.ones(config.context, np.uint8)
     rows = [
         {
-            "tokens": piece, "loss_mask": mask, "sample_id": content_id(piece, mask), "domain": "python",
+            "tokens": piece,
+            "loss_mask": mask,
+            "sample_id": content_id(piece, mask),
+            "domain": "python",
             "documents": [["python", 0, config.context]],
         }
         for piece in tokens.reshape(-1, config.context)
-    ]  # fmt: skip
+    ]
     unique = list({row["sample_id"]: row for row in rows}.values())
     write_stream(config.folder / "data" / "python", COLUMNS, unique, shard_bytes=1 << 20)
     return config.folder / "data" / "python"
@@ -144,10 +148,16 @@ class Bench:
         capture: RunCapture | None = None
         if case not in ("forward-backward", "plain-step"):
             recorder = TrajectoryRecorder(
-                folder, RecorderConfig(windows={"late": (0, steps)}, cadence_snapshots=0), task.model, optimizer,
-                task=self.spec, streams={"python": self.stream}, steps=steps, seq_len=self.config.context,
+                folder,
+                RecorderConfig(windows={"late": (0, steps)}, cadence_snapshots=0),
+                task.model,
+                optimizer,
+                task=self.spec,
+                streams={"python": self.stream},
+                steps=steps,
+                seq_len=self.config.context,
                 clip_norm=CLIP_NORM,
-            )  # fmt: skip
+            )
             if case != "recorder":
                 name: Any = {"capture": "dvemb", "capture-adam": "dvemb-adam"}[case]
                 capture = RunCapture(recorder, CaptureConfig(estimator=name, width=self.config.width))
@@ -169,6 +179,7 @@ class Bench:
             timed.call("end_step", loss, norm)
             if capture is not None:
                 capture.flush()  # so that the writer's time is this step's
+            # seconds inside the recorder: the rest of a step is training
             contender.inside.append(timed.seconds)
 
         contender.step = step
@@ -199,10 +210,11 @@ class Bench:
 
         def steps() -> Generator[None, None, None]:
             with capture:
-                while True:
+                while True:  # more rounds than recorded steps
                     for replayed in replay.steps(0, REPLAYED_STEPS, capture.take):
                         contender.optimizers = list(replayed.optimizers)
-                        rows[:] = np.concatenate([part.numpy() for part in replayed.captured])
+                        rows[:] = np.concatenate([captured.numpy() for captured in replayed.captured])
+                        # one step of the replay per turn: a generator keeps its place between turns
                         yield
 
         walk = steps()
@@ -212,21 +224,26 @@ class Bench:
     def _task(self) -> Task:
         import torch
 
+        # every contender the same weights
         torch.manual_seed(0)
         return Task(self.spec)
 
     def measure(self) -> list[dict[str, Any]]:
-        """Rows of the issue's form, one per case."""
+        """One row per case."""
         contenders = {case: self.contender(case) for case in CASES}
         self._rounds(contenders)
-        counted = {case: _multiplications(partial(one.step, *self.batch(0))) for case, one in contenders.items()}
-        peaks = {case: _peak_bytes(one, *self.batch(1)) for case, one in contenders.items()}
-        for one in contenders.values():
-            one.close()
+        # after the timed rounds: both slow a step down
+        counted = {
+            case: _multiplications(partial(contender.step, *self.batch(0))) for case, contender in contenders.items()
+        }
+        peaks = {case: _peak_bytes(contender, *self.batch(1)) for case, contender in contenders.items()}
+        for contender in contenders.values():
+            contender.close()
         size = GradientCapture(self._task().model, self.config.width, 0).size
         rows = [self._row(case, contenders, counted, peaks[case], size) for case in CASES]
         inside = contenders["recorder"].inside[WARM_UP:]
         wall = contenders["recorder"].seconds[WARM_UP:]
+        # inside has a few entries more: the counted steps come after the timed ones
         share = float(np.sum(inside[: len(wall)]) / np.sum(wall))
         _log.info("%s: %.2f %% of a recorded step is spent inside the recorder's calls", self.model, 100 * share)
         return rows
@@ -234,16 +251,17 @@ class Bench:
     def _rounds(self, contenders: dict[str, Contender]) -> None:
         total = WARM_UP + self.pairs
         for number in progress(range(total), total=total, what=f"{self.model} rounds"):
+            # turns change places: whoever follows a large step finds cold caches
             for case in np.roll(CASES, number):
-                one, (ids, batch) = contenders[case], self.batch(number)
+                contender, (ids, batch) = contenders[case], self.batch(number)
                 begin = process_time()
-                one.step(ids, batch)
-                one.seconds.append(process_time() - begin)
+                contender.step(ids, batch)
+                contender.seconds.append(process_time() - begin)
 
     def _row(
         self, case: str, contenders: dict[str, Contender], counted: dict[str, int], peak: int, size: int
     ) -> dict[str, Any]:
-        own, plain, passes = (
+        case_seconds, plain, passes = (
             np.array(contenders[name].seconds[WARM_UP : WARM_UP + self.pairs])
             for name in (case, "plain-step", "forward-backward")
         )
@@ -251,15 +269,20 @@ class Bench:
         added = counted[case] - counted["forward-backward"]
         frozen = case == "capture-frozen"
         return {
-            "model": self.model, "context": self.config.context, "case": case, "width": size if captures else None,
-            "pairs": self.pairs, "seconds": float(np.median(own)),
-            "ratio_to_plain_step": float(np.median(own / plain)),
-            "ratio_to_forward_backward": float(np.median(own / passes)),
-            "ratio_upper_95": _upper_bound(own / (passes if frozen else plain)),
+            "model": self.model,
+            "context": self.config.context,
+            "case": case,
+            "width": size if captures else None,
+            "pairs": self.pairs,
+            "seconds": float(np.median(case_seconds)),
+            "ratio_to_plain_step": float(np.median(case_seconds / plain)),
+            "ratio_to_forward_backward": float(np.median(case_seconds / passes)),
+            # a frozen model takes no optimizer step: forward and backward are what it is held against
+            "ratio_upper_95": _upper_bound(case_seconds / (passes if frozen else plain)),
             "added_multiplications_share": added / counted["forward-backward"],
             "added_over_floor": added / self._floor(case) if captures and not frozen else None,
             "peak_bytes": peak,
-        }  # fmt: skip
+        }
 
     def _floor(self, case: str) -> int:
         """Fewest multiplications that bring all factors to rows: each order of the two projections and the sum over T.
@@ -282,6 +305,7 @@ class Bench:
 def _upper_bound(ratios: np.ndarray[Any, Any]) -> float:
     """97.5th percentile of the bootstrapped median: the upper end of a two-sided 95 % interval."""
     random = generator(0, "capture bench")
+    # medians, because other processes of the machine make outliers on one side
     medians = np.median(random.choice(ratios, (2000, len(ratios))), axis=1)
     return float(np.quantile(medians, 0.975))
 
@@ -292,6 +316,7 @@ def _multiplications(work: Callable[[], object]) -> int:
 
     with FlopCounterMode(display=False) as counter:
         work()
+    # a multiplication and an addition are two operations
     return int(counter.get_total_flops()) // 2
 
 
@@ -299,13 +324,16 @@ def _peak_bytes(contender: Contender, sample_ids: list[int], batch: Batch) -> in
     """Most bytes of tensors held at once in a step, parameters and optimizer state included."""
     from torch.profiler import ProfilerActivity, profile
 
+    # the gradients of the step before would count as held; a pending step needs them
     if not contender.pending:
         contender.model.zero_grad(set_to_none=True)
     states = [state for optimizer in contender.optimizers for state in optimizer.state.values()]
     tensors = [*contender.model.parameters(), *(tensor for state in states for tensor in state.values())]
+    # the profiler sees changes only: what lies there before the step is added
     resident = sum(tensor.nbytes for tensor in tensors)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         contender.step(sample_ids, batch)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # in order of time, their running sum is what was held at each moment
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(resident + np.cumsum([0, *changes]).max())

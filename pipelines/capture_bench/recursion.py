@@ -32,25 +32,36 @@ def recursion_rows(config: CaptureBenchConfig, blocks: int, operator: Operator) 
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (rows, size)) for name in ("rows", "out")
     )
     random = generator(0, "capture bench recursion")
+    # in parts: float64 draws of all rows would need twice the memory of the file
     for start in range(0, rows, 512):
         gradients[start : start + 512] = random.normal(0, 0.01, gradients[start : start + 512].shape)
     steps = np.arange(rows) // config.batch_size
     per_block = DvembConfig(operator=operator).block_rows
     dimensions = config.width**2 if operator == "block" else size
+    # one operator for each layer, or one for all
     columns = [slice(start, start + dimensions) for start in range(0, size, dimensions)]
     begin = process_time()
     recursion(
-        gradients, np.full((rows, len(columns)), 1e-4), steps, out, blocks=columns, rows_per_block=per_block,
+        gradients,
+        np.full((rows, len(columns)), 1e-4),
+        steps,
+        out,
+        blocks=columns,
+        rows_per_block=per_block,
         device="cpu",
-    )  # fmt: skip
+    )
+    # pages that the system still holds are part of "to disk"
     out.flush()
     seconds = process_time() - begin
-    counts = [part.stop - part.start for part in step_blocks(steps, per_block)]
+    counts = [block.stop - block.start for block in step_blocks(steps, per_block)]
     products = sum(2 * n * dimensions**2 + n**2 * dimensions for n in counts) * len(columns)
     return {
-        "case": f"recursion-{operator}", "width": size, "rows_per_second": rows / seconds, "bytes_per_sample": 4 * size,
+        "case": f"recursion-{operator}",
+        "width": size,
+        "rows_per_second": rows / seconds,
+        "bytes_per_sample": 4 * size,
         "share_of_matrix_product": products / seconds / _matrix_product_speed(),
-    }  # fmt: skip
+    }
 
 
 def _matrix_product_speed() -> float:
@@ -61,6 +72,7 @@ def _matrix_product_speed() -> float:
     best = float("inf")
     for _ in range(6):
         begin = process_time()
+        # square and large: near the highest speed of the machine, with one thread as the recursion
         left @ left
         best = min(best, process_time() - begin)
     return 2048**3 / best

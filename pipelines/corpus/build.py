@@ -23,7 +23,8 @@ from curate.core.writing import replacing
 from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, RETAIN, Source
 from pipelines.corpus.sources import Text, package_version
 
-RULES = 2  # raised when the same packages give another corpus
+# Part of the settings: raised by whoever changes the code so that the same packages give another corpus.
+RULES = 2
 
 
 class CorpusConfig(Config):
@@ -83,6 +84,7 @@ def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, 
         return _facts(config.out)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"{config.out} exists and is not a corpus; set out to a folder that does not exist yet")
+    # several demos may start at once; whoever waited finds the corpus complete
     with locked(config.out.parent, f".{config.out.name}.lock", wait=True):
         if not is_complete(config.out, settings):
             chosen, dropped = choose(_read_sources(recipe), config)
@@ -92,7 +94,7 @@ def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, 
     return _facts(config.out)
 
 
-def choose(pools: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[_Row]], dict[str, int]]:
+def choose(candidates: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[_Row]], dict[str, int]]:
     """Fill the files of the corpus; held-out files come first, so that no training document equals a held-out one.
 
     Returns:
@@ -101,13 +103,17 @@ def choose(pools: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[
     chosen: dict[str, list[_Row]] = {}
     dropped: dict[str, int] = defaultdict(int)
     limits: dict[tuple[str, str], _Limit] = {}
+    # of all files together: a training document must not equal a held-out one
     seen: set[bytes] = set()
-    for row in sorted(pools, key=_priority):
+    # held-out files are filled first, see `_priority`
+    for row in sorted(candidates, key=_priority):
         rows = chosen.setdefault(row.file, [])
+        # per source: in a file that several sources feed, each has its share
         limit = limits.setdefault((row.file, row.source.name), _limit(row.file, config))
         if limit.used >= limit.most:
             continue
         digest = _digest(row.text.text)
+        # exact text: near-duplicates stay, as in real corpora
         if digest in seen:
             dropped[row.file] += 1
             continue
@@ -118,11 +124,13 @@ def choose(pools: Iterable[_Row], config: CorpusConfig) -> tuple[dict[str, list[
 
 
 def _priority(row: _Row) -> tuple[int, str, str, bytes]:
+    # held-out files, then targets (no folder), then training files
     first = ["heldout", "train"].index(row.file.split("/")[0]) * 2 if "/" in row.file else 1
     return first, row.file, row.source.name, _digest(row.text.id)
 
 
 def _digest(text: str) -> bytes:
+    # not `hash()`, which differs from process to process
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
@@ -143,8 +151,8 @@ def _read_sources(recipe: Sequence[Source]) -> list[_Row]:
         bar.set_postfix_str(f"{source.name}: {package}")
         texts = list(source.read(package))
         if not texts:
-            found = f"{package} {package_version(package)} has no text for {source.name!r} of the demo corpus"
-            raise UserError(f"{found}; install the version of the lock file")
+            missing = f"{package} {package_version(package)} has no text for {source.name!r} of the demo corpus"
+            raise UserError(f"{missing}; install the version of the lock file")
         rows += [_Row(file=source.file_of(text.group), source=source, text=text) for text in texts]
     return rows
 

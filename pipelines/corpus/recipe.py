@@ -14,7 +14,7 @@ from pipelines.corpus.sources import STANDARD_LIBRARY, Text
 
 GENERAL, JUNK = "heldout/general.jsonl", "heldout/junk.jsonl"
 RETAIN = "general.jsonl"  # natural text that a selection may see, and no final loss does
-_HELD_OUT_SHARE = 0.06
+_HELD_OUT_SHARE = 0.06  # of the groups of each domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,14 @@ class Source:
 
     def file_of(self, group: str) -> str:
         """The file that a group belongs to, by a hash of its name: the same whatever else is installed."""
+        # a number in [0, 1) that depends on the name alone
         position = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") / 2**64
         border = 0.0
         for file, share in self.shares.items():
             border += share
             if position < border:
                 return file
+        # shares add to 1 up to rounding: a position just below 1 may pass all borders
         return list(self.shares)[-1]
 
 
@@ -48,11 +50,13 @@ def domain(
     name: str, read: Callable[[str], Iterator[Text]], *packages: str, held_out: str = GENERAL, **targets: float
 ) -> Source:
     """A training domain; `targets` are the shares of groups of each target's two halves."""
+    # junk has no part for retention: nobody wants to keep it
     shares = {held_out: _HELD_OUT_SHARE}
     if held_out == GENERAL:  # half of it for selection, half for the final loss alone
         shares = {GENERAL: _HELD_OUT_SHARE / 2, RETAIN: _HELD_OUT_SHARE / 2}
     for target, share in targets.items():
         shares |= {f"{target}.jsonl": share, f"heldout/{target}.jsonl": share}
+    # last: a group that is held out nowhere is trained on
     shares[f"train/{name}.jsonl"] = 1 - sum(shares.values())
     return Source(name=name, read=read, packages=packages, shares=shares)
 
@@ -72,5 +76,6 @@ RECIPE = (
     domain("minified_js", sources.minified_javascript, "plotly", held_out=JUNK),
     domain("endpoint_rules", sources.endpoint_rules, "botocore", held_out=JUNK),
     target("target", sources.docstrings, "networkx"),
+    # parts of 4000 characters: matplotlib has few files, the target needs hundreds of documents
     target("target_python", partial(sources.python_sources, limit=4_000), "matplotlib"),
 )

@@ -1,4 +1,4 @@
-"""Text of installed packages: source files, docstrings, API prose, headers. No package is imported to be read.
+"""Text of installed packages: source files, docstrings, API prose, headers. Reading a package does not import it.
 
 Every reader takes a package's import name and yields its texts in a fixed order. Paths are relative to the folder that
 holds the package, so nothing depends on where it is installed.
@@ -26,7 +26,8 @@ STANDARD_LIBRARY = "python"
 MIN_CHARACTERS = 200  # shorter texts are not documents
 MAX_CHARACTERS = 16_000  # longer source files are split at line boundaries
 _JUNK_CHARACTERS = 6_000  # pieces of minified and generated files
-_BLOCK_PIECES = 16  # neighbouring pieces of one file that are held out together
+# Neighbours repeat each other in minified code: a block of pieces is held out or trained on as one.
+_BLOCK_PIECES = 16
 _TEST_FOLDERS = {"test", "tests", "idle_test", "testing"}
 # Tables and generated files in the standard library: no program text, or (sysconfig data) paths of the build machine.
 _NO_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
@@ -101,6 +102,7 @@ def test_sources(package: str) -> Iterator[Text]:
 def headers(package: str) -> Iterator[Text]:
     """C++ headers of a package that people wrote (no generated ones), long ones in parts."""
     for path, name in _files(package, "*.h"):
+        # torch ships thousands of headers of operators that a program wrote
         if "/include/" not in name or _GENERATED_FILE.search(name):
             continue
         text = _read(path)
@@ -146,7 +148,9 @@ def split_text(text: str, limit: int, boundary: str) -> list[str]:
     """Cut `text` into pieces of similar size, at most `limit` characters, after a `boundary` where there is one."""
     pieces = []
     while len(text) > limit:
+        # pieces of similar size, rather than full ones and a short rest that is dropped
         size = ceil(len(text) / ceil(len(text) / limit))
+        # rfind gives -1 where there is none: then the cut is inside a line
         cut = text.rfind(boundary, 0, size) + len(boundary)
         cut = cut if cut >= len(boundary) else size
         pieces.append(text[:cut])
@@ -157,10 +161,10 @@ def split_text(text: str, limit: int, boundary: str) -> list[str]:
 def _files(package: str, pattern: str) -> list[tuple[Path, str]]:
     """Files of a package and their names relative to the folder that holds it, in the order of the names."""
     folder = package_folder(package)
-    found = ((path, path.relative_to(folder)) for path in folder.rglob(pattern))
+    paths = ((path, path.relative_to(folder)) for path in folder.rglob(pattern))
     named = [
         (path, f"{package}/{name.as_posix()}")
-        for path, name in found
+        for path, name in paths
         if not _NO_SOURCE & set(name.parts) and not name.parts[0].startswith("config-")
     ]
     return sorted(named, key=lambda item: item[1])
@@ -179,15 +183,16 @@ def _read(path: Path) -> str:
 
 
 def _parts(name: str, text: str, limit: int = MAX_CHARACTERS) -> Iterator[Text]:
-    for number, part in enumerate(split_text(text, limit, "\n")):
-        if len(part) >= MIN_CHARACTERS:
-            yield Text(id=f"{name}:{number}", text=part, source=name, group=name)
+    for number, piece in enumerate(split_text(text, limit, "\n")):
+        if len(piece) >= MIN_CHARACTERS:
+            yield Text(id=f"{name}:{number}", text=piece, source=name, group=name)
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of everything in a file that has one; a name defined again gets a counter."""
     try:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            # invalid escapes in docstrings: a SyntaxWarning from Python 3.12 on, a DeprecationWarning before
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(path.read_bytes())
     except SyntaxError:  # templates and files of other Python versions
@@ -206,6 +211,7 @@ def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, _Definition]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _definitions(child, f"{name}.{child.name}".lstrip("."))
+        # definitions below if, try and with belong to the scope around them; an expression holds no definition
         elif isinstance(child, ast.stmt | ast.ExceptHandler):
             yield from _definitions(child, name)
 
@@ -214,6 +220,7 @@ def _service_files(package: str, kind: str) -> Iterator[tuple[str, Path, str]]:
     """(service, path, name) of one kind of file in the latest API version of every service."""
     folder = package_folder(package) / "data"
     for service in sorted(path for path in folder.iterdir() if path.is_dir()):
+        # folders are named by dates; older versions repeat most of the text
         latest = max(path for path in service.iterdir() if path.is_dir())
         for path in sorted(latest.iterdir()):
             if path.name in (kind, f"{kind}.gz"):
@@ -238,6 +245,7 @@ def _documentation(value: Any, key: tuple[str, ...]) -> Iterator[tuple[str, str]
 def plain(markup: str) -> str:
     """Text of an HTML fragment: blocks become lines, other tags vanish, white space is normalised."""
     lines = re.sub(r"</?(?:p|[uod]l|li|d[dt]|note|important|h\d|br|div|pre)\b[^>]*>", "\n", " ".join(markup.split()))
+    # tags first: "&lt;b&gt;" is text that shows a tag
     text = html.unescape(re.sub(r"</?[a-zA-Z][^>]*>", "", lines))
     stripped = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in stripped if line)

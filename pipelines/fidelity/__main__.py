@@ -42,15 +42,16 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         rows (see `curate.evaluation.measure`), smoothness and noise.
     """
     data = make_data(config)
-    found: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}
+    gathered: dict[str, Any] = {"rows": [], "smoothness": [], "noise": []}
     for seed in config.seeds:
+        # other settings give another file: nothing stale is gathered, and the old rows stay
         path = config.folder / f"seed-{seed}" / f"rows-{fingerprint(_settings(config))[:8]}.json"
         if not path.exists():
             write_json(path, one_seed(config, data, seed))
-        part = read_json(path)
-        for key, own in found.items():
-            own += part[key]
-    return found
+        seed_result = read_json(path)
+        for key, rows in gathered.items():
+            rows += seed_result[key]
+    return gathered
 
 
 def _settings(config: BenchConfig) -> dict[str, Any]:
@@ -69,13 +70,15 @@ def one_seed(config: BenchConfig, data: Path, seed: int) -> dict[str, Any]:
     horizons: dict[str, dict[HorizonName, int]] = {
         name: {"window_end": stop, "stage_end": config.steps} for name, (_, stop) in windows.items()
     }
-    steps = {name: sorted(set(found.values())) for name, found in horizons.items()}
+    # in the last window both horizons are one step, which is read once
+    steps = {name: sorted(set(steps_of.values())) for name, steps_of in horizons.items()}
     reruns = Reruns(Replay(run), targets, 48)
+    # reruns are most of the time: they are kept by target, whatever else is changed
     truth_of = fingerprint([target.fingerprint for target in targets])[:8]
     removals = draw(run, windows, config.draw, seed)
     truth = collect(folder / f"truth-{truth_of}.parquet", reruns, removals, steps, names)
-    found = compare(truth, estimates(open_bench(config, run, data, folder)), horizons, seed)
-    return {key: [{**row, "seed": seed} for row in found[key]] for key in ("rows", "smoothness", "noise")}
+    compared = compare(truth, estimates(open_bench(config, run, data, folder)), horizons, seed)
+    return {key: [{**row, "seed": seed} for row in compared[key]] for key in ("rows", "smoothness", "noise")}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,27 +87,33 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
+        # general text is no target of the table: it is there for the difference of targets
         if row["target"] != GENERAL:
             cells.setdefault((row["estimator"], row["window"], row["horizon"]), []).append(row)
     lines = []
-    for (estimator, window, horizon), own in cells.items():
+    for (estimator, window, horizon), cell_rows in cells.items():
         line: dict[str, Any] = {"estimator": estimator, "window": window, "horizon": horizon}
         for key in ("spearman", "spearman_within_step", "spearman_of_difference", "group_lds", "noise_cap"):
-            line[key] = _mean([row[key] for row in own])
-        seeds = sorted({row["seed"] for row in own})
-        means = [_mean([row["spearman"] for row in own if row["seed"] == seed]) for seed in seeds]
-        kept = [mean for mean in means if mean is not None]
-        width = float(t.ppf(0.975, len(kept) - 1) * np.std(kept, ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else None
+            line[key] = _mean([row[key] for row in cell_rows])
+        seeds = sorted({row["seed"] for row in cell_rows})
+        # targets of one seed share their training: the interval is over seeds, of means over targets
+        means = [_mean([row["spearman"] for row in cell_rows if row["seed"] == seed]) for seed in seeds]
+        finite_means = [mean for mean in means if mean is not None]
+        width = (
+            float(t.ppf(0.975, len(finite_means) - 1) * np.std(finite_means, ddof=1) / len(finite_means) ** 0.5)
+            if len(finite_means) > 1
+            else None
+        )
         line |= {"half_width": width, "seeds": len(seeds)}
-        line["worst"] = min((row["spearman"] for row in own if row["spearman"] is not None), default=None)
-        line["cost_units_per_step"] = _mean([row["cost_units_per_step"] for row in own])
+        line["worst"] = min((row["spearman"] for row in cell_rows if row["spearman"] is not None), default=None)
+        line["cost_units_per_step"] = _mean([row["cost_units_per_step"] for row in cell_rows])
         lines.append(line)
     return lines
 
 
 def _mean(values: list[float | None]) -> float | None:
-    kept = [value for value in values if value is not None]
-    return float(np.mean(kept)) if kept else None
+    finite = [value for value in values if value is not None]
+    return float(np.mean(finite)) if finite else None
 
 
 def show(lines: list[dict[str, Any]], write: Callable[[str], object] = sys.stdout.write) -> None:
@@ -116,7 +125,7 @@ def show(lines: list[dict[str, Any]], write: Callable[[str], object] = sys.stdou
         + "".join(f"{head:>10}" for head in (*heads, "cap", "units"))
         + "\n"
     )
-    for line in sorted(lines, key=lambda one: (one["window"], one["horizon"], -(one["spearman"] or 0))):
+    for line in sorted(lines, key=lambda row: (row["window"], row["horizon"], -(row["spearman"] or 0))):
         numbers = [line[key] for key in (*keys, "noise_cap", "cost_units_per_step")]
         cells = "".join(f"{'-' if number is None else format(number, '.3f'):>10}" for number in numbers)
         write(f"{line['estimator']:24}{line['window']:8}{line['horizon']:12}{cells}\n")

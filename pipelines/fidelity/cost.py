@@ -56,6 +56,7 @@ def measure(config: CostConfig, run: Run) -> list[dict[str, Any]]:
     """
     replay = Replay(run, config.device)
     start, _ = run.window(config.window)
+    # one state serves all ways: cost depends on shapes, not on numbers
     state = next(replay.states(start, start + 1))
     ways = list(product(config.anchors, get_args(OwnStep), get_args(Hessian)))
     cotangents = {anchors: _cotangent(replay, anchors) for anchors in config.anchors}
@@ -65,24 +66,30 @@ def measure(config: CostConfig, run: Run) -> list[dict[str, Any]]:
             anchors, own_step, hessian = way
             options = StepOptions(own_step=own_step, hessian=hessian)
             arguments = replay.task, replay.layout, state, run.spec.clip_norm, cotangents[anchors], options
+            # else the pass would also pay for adding to old gradients
             replay.model.zero_grad(set_to_none=True)
+            # right before the step: a machine that slows down slows both, and their ratio stays
             unit = _seconds(config, lambda: replay.backward(state.batches, ()))
-            ratios[way].append(_seconds(config, lambda given=arguments: adjoint_step(*given)) / unit)  # type: ignore[misc]
+            ratios[way].append(_seconds(config, lambda step=arguments: adjoint_step(*step)) / unit)  # type: ignore[misc]
     rows = []
-    for way, found in ratios.items():
+    for way, way_ratios in ratios.items():
         anchors, own_step, hessian = way
-        units = median(found[1:]) + 1  # the first round warms up
+        # the replay's pass, which every step of a real walk needs too
+        units = median(way_ratios[1:]) + 1  # the first round warms up
         rows.append(
             {
-                "anchors": anchors, "own_step": own_step, "hessian": hessian, "units": units,
+                "anchors": anchors,
+                "own_step": own_step,
+                "hessian": hessian,
+                "units": units,
                 "units_per_anchor": units / anchors,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
 def _cotangent(replay: Replay, anchors: int) -> TrainingState:
-    """Any: no cost depends on the numbers."""
+    """Random numbers: no cost depends on them."""
     import torch
 
     generator = torch.Generator(device=replay.device).manual_seed(0)
@@ -99,6 +106,7 @@ def _seconds(config: CostConfig, work: Callable[[], object]) -> float:
         work()
         return process_time() - begin
     torch.cuda.synchronize(config.device)
+    # kernels run behind the call: CPU time says nothing of them
     begin = perf_counter()
     work()
     torch.cuda.synchronize(config.device)

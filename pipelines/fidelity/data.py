@@ -62,6 +62,7 @@ def _split(config: BenchConfig, files: dict[str, Path], out: Path) -> None:
     general = []
     for name, path in files.items():
         documents = list(read_documents(path))
+        # seed 0: all seeds of the bench share their data, and differ in training alone
         order = generator(0, "fidelity split", name).permutation(len(documents)).tolist()
         anchors = config.anchors_per_domain * config.target_documents
         needed = 2 * config.target_documents + anchors
@@ -71,6 +72,7 @@ def _split(config: BenchConfig, files: dict[str, Path], out: Path) -> None:
         write_rows(out / "targets" / f"{name}.jsonl", held_out[: config.target_documents])
         write_rows(out / "anchors" / f"{name}.jsonl", held_out[config.target_documents : -config.target_documents])
         if name not in config.foreign:
+            # the last held-out documents, which are in no target and no anchor, some of each domain
             general += held_out[-config.target_documents :][: max(2, config.target_documents // 4)]
             write_rows(
                 out / "train" / f"{name}.jsonl",
@@ -85,9 +87,14 @@ def make_run(config: BenchConfig, data: Path, seed: int) -> Run:
     folder = config.folder / f"seed-{seed}" / "run"
     train(
         PretrainConfig(
-            out=folder, data=data / "mds", model=config.model, steps=config.steps, batch_size=config.batch_size,
-            seed=seed, optimizer=OptimizerConfig(lr=config.lr, warmup_steps=warmup),
+            out=folder,
+            data=data / "mds",
+            model=config.model,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seed=seed,
+            optimizer=OptimizerConfig(lr=config.lr, warmup_steps=warmup),
             recorder=RecorderConfig(windows=dict(config.recorded_windows)),
         )
-    )  # fmt: skip
+    )
     return Run(folder)

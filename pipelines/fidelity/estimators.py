@@ -57,8 +57,8 @@ class Bench:
 
     def steps(self, window: str) -> list[int]:
         """Step of each row of a window."""
-        found = records(self.run, *self.config.windows[window])
-        return [record.step for record in found for _ in range(record.size)]
+        batches = records(self.run, *self.config.windows[window])
+        return [record.step for record in batches for _ in range(record.size)]
 
     def cells(self) -> Iterator[tuple[str, HorizonName, int]]:
         """Window, name of the horizon, its step; once where both horizons are one step."""
@@ -75,16 +75,22 @@ def open_bench(config: BenchConfig, run: Run, data: Path, folder: Path) -> Bench
     batches = [weighted(read_pieces(split / "targets" / f"{name}.jsonl", run.spec)) for name in names]
     pool, domains = AnchorSet(names=[], batches=[]), []
     for path in sorted((split / "anchors").glob("*.jsonl")):
-        own = document_anchors(path, run.spec, config.anchors_per_domain, 1)
-        pool += own
-        domains += [path.stem] * len(own)
+        domain_anchors = document_anchors(path, run.spec, config.anchors_per_domain, 1)
+        pool += domain_anchors
+        domains += [path.stem] * len(domain_anchors)
     targets = AnchorSet(names=names, batches=batches)
+    # values are kept by what they depend on
     folder = folder / f"values-{fingerprint([run.fingerprint, targets.fingerprint, pool.fingerprint])[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     return Bench(
-        config=config, run=run, data=data, folder=folder, targets=targets, pool=pool,
+        config=config,
+        run=run,
+        data=data,
+        folder=folder,
+        targets=targets,
+        pool=pool,
         pool_domains=domains,
-    )  # fmt: skip
+    )
 
 
 def estimates(bench: Bench) -> Iterator[Estimates]:
@@ -101,8 +107,9 @@ def _products(bench: Bench) -> Iterator[Estimates]:
     for window, _, horizon in bench.cells():
         for name in ("grad-dot", "less", "tracin"):
             file = f"products-{name}-{window}-{horizon}"
-            found = _kept(bench, file, lambda n=name, w=window, h=horizon: _product(bench, n, w, h))
-            yield _estimates(bench, name, window, horizon, found["values"], float(found["units"]))
+            # defaults bind the loop's variables now; a plain lambda would read the last ones
+            product = _kept(bench, file, lambda n=name, w=window, h=horizon: _product(bench, n, w, h))
+            yield _estimates(bench, name, window, horizon, product["values"], float(product["units"]))
 
 
 def _product(bench: Bench, name: str, window: str, horizon: int) -> dict[str, Any]:
@@ -116,9 +123,11 @@ def _product(bench: Bench, name: str, window: str, horizon: int) -> dict[str, An
         if name == "grad-dot":
             values = baselines.grad_dot(replay, targets, (start, stop))
         else:
+            # LESS compares by cosine (Xia et al. 2024); `less` normalises the samples' side
             lengths = targets.norm(dim=1, keepdim=True)
             values = baselines.less(replay, targets / lengths, (start, stop), optimizers)
     seconds = perf_counter() - begin
+    # some products never replay the window: its passes are timed here, for the unit alone
     if replay.pass_seconds is None:
         deque(replay.steps(start, stop), maxlen=0)
     unit = (replay.pass_seconds or 1.0) * (stop - start) * len(bench.targets)
@@ -131,19 +140,19 @@ def _published(bench: Bench) -> Iterator[Estimates]:
         load_target(bench.data / "split" / "targets" / f"{name}.jsonl", bench.run.spec, 1)
         for name in bench.targets.names
     ]
-    kinds: dict[str, DvembEstimator | DvembAdamEstimator] = {
+    estimators: dict[str, DvembEstimator | DvembAdamEstimator] = {
         "dvemb": DvembEstimator(DvembConfig()),
         "dvemb-adam": DvembAdamEstimator(DvembAdamConfig()),
     }
     if bench.config.levers:
-        kinds["dvemb-adam-shortcut"] = DvembAdamEstimator(DvembAdamConfig(shortcut=True))
-    for name, kind in kinds.items():
+        estimators["dvemb-adam-shortcut"] = DvembAdamEstimator(DvembAdamConfig(shortcut=True))
+    for name, estimator in estimators.items():
         for window, horizon_name, horizon in bench.cells():
             first, stop = bench.config.windows[window]
             job = WindowJob(replay=bench.replay(), start=first, stop=stop, horizon=horizon, batch_size=48)
             columns = []
             for target in loaded:
-                embedding = embed_window(replace(job, target=target), window, horizon_name, kind)
+                embedding = embed_window(replace(job, target=target), window, horizon_name, estimator)
                 columns.append(embedding.values(target))
             units = embedding.cost_units / (stop - first) / len(loaded)
             size = float(embedding.vectors[:1].nbytes)
@@ -158,13 +167,13 @@ def _adjoint(bench: Bench, hessian: Hessian, names: dict[str, str]) -> Iterator[
         hessian: curvature of the walks.
         names: own step -> the estimator's name in the table.
     """
-    parts = [hessian, *(() if "linear" in names else names)]
-    for walk in _walks(bench, f"targets-{'-'.join(parts)}", hessian, tuple(names)):
-        found = walk_back(bench.replay(), bench.targets, walk, bench.folder)
-        for window, arrays in found.items():
-            for own, name in names.items():
-                units = float(arrays[f"units {own}"]) / len(bench.targets)
-                yield _estimates(bench, name, window, walk.horizon, arrays[own], units, 8.0)
+    words = [hessian, *(() if "linear" in names else names)]
+    for walk in _walks(bench, f"targets-{'-'.join(words)}", hessian, tuple(names)):
+        values = walk_back(bench.replay(), bench.targets, walk, bench.folder)
+        for window, arrays in values.items():
+            for own_step, name in names.items():
+                units = float(arrays[f"units {own_step}"]) / len(bench.targets)
+                yield _estimates(bench, name, window, walk.horizon, arrays[own_step], units, 8.0)
 
 
 def _walks(bench: Bench, name: str, hessian: Hessian, own_steps: tuple[str, ...]) -> Iterator[Walk]:
@@ -188,15 +197,20 @@ def _anchored(bench: Bench) -> Iterator[Estimates]:
     kind = f"anchors-{bench.config.anchors_hessian}"
     for window, horizon_name, horizon in bench.cells():
         at_end = bench.config.anchors_at_stage_end
-        full = horizon_name == "window_end" or (window == "late" and not at_end)
-        if not full and not at_end:
+        # the late window ends with the stage: without the long walk its own walk serves both horizons
+        alone = horizon_name == "window_end" or (window == "late" and not at_end)
+        if not alone and not at_end:
             continue
         borders = bench.config.windows[window]
-        name = f"{kind}-{horizon}-{window}" if full else f"{kind}-stage"
-        windows = {window: borders} if full else bench.config.windows
+        name = f"{kind}-{horizon}-{window}" if alone else f"{kind}-stage"
+        windows = {window: borders} if alone else bench.config.windows
         walk = Walk(
-            name=name, horizon=horizon, windows=windows, hessian=bench.config.anchors_hessian, own_steps=("exact",),
-        )  # fmt: skip
+            name=name,
+            horizon=horizon,
+            windows=windows,
+            hessian=bench.config.anchors_hessian,
+            own_steps=("exact",),
+        )
         arrays = walk_back(bench.replay(), both, walk, bench.folder)[window]
         units = float(arrays["units exact"]) / len(both)
         agreement = _agreement(bench, arrays["exact"])
@@ -216,8 +230,9 @@ def _agreement(bench: Bench, values: npt.NDArray[np.float32]) -> float:
 
     ranks = spearmanr(values[:, len(bench.targets) :]).statistic
     domains = np.asarray(bench.pool_domains)
-    same = (domains[:, None] == domains) & np.isin(domains, bench.config.targets)[:, None]
-    return float(ranks[same & ~np.eye(len(domains), dtype=bool)].mean())
+    same_domain = (domains[:, None] == domains) & np.isin(domains, bench.config.targets)[:, None]
+    # without the diagonal, where an anchor agrees with itself
+    return float(ranks[same_domain & ~np.eye(len(domains), dtype=bool)].mean())
 
 
 def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int) -> dict[str, Any]:
@@ -225,18 +240,19 @@ def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int) -> dict[
     replay, both = bench.replay(), bench.targets + bench.pool
     diagonal = optimizer_metric(replay, replay.optimizers_at(horizon), horizon)
     gradients = anchor_gradients(replay.task, replay.layout, both, 48)
-    found: dict[str, Any] = {}
+    solved: dict[str, Any] = {}
     for kind in ("r8", "r32", "r32-heldout", "r32-foreign"):
         columns, residuals = [], []
         for index in range(len(bench.targets)):
             chosen = _anchors_of(bench, index, kind)
             basis = AnchorBasis(names=[both.names[i] for i in chosen], gradients=gradients[chosen], diagonal=diagonal)
+            # by the anchors' values, as the product chooses it
             choice = choose_metric(basis, values[:, chosen])
             solution = solve(basis, gradients[index : index + 1], choice.metric, choice.ridge)
             columns.append(values[:, chosen] @ solution.coordinates[0])
             residuals.append(float(solution.residuals[0]))
-        found[kind], found[f"residual {kind}"] = np.stack(columns, 1), np.asarray(residuals)
-    return found
+        solved[kind], solved[f"residual {kind}"] = np.stack(columns, 1), np.asarray(residuals)
+    return solved
 
 
 def _anchors_of(bench: Bench, target: int, kind: str) -> list[int]:
@@ -251,9 +267,10 @@ def _anchors_of(bench: Bench, target: int, kind: str) -> list[int]:
         return [target, *order[:31]]
     if kind == "r32-heldout":
         return order[:32]
-    own = bench.targets.names[target]
-    foreign = [i for i in order if bench.pool_domains[i - first] != own]
-    others = [i for i in range(first) if i != target and bench.targets.names[i] not in (own, GENERAL)]
+    # r32-foreign: neither the target nor any other text of its domain
+    domain = bench.targets.names[target]
+    foreign = [i for i in order if bench.pool_domains[i - first] != domain]
+    others = [i for i in range(first) if i != target and bench.targets.names[i] not in (domain, GENERAL)]
     return (foreign + others)[:32]
 
 
@@ -270,9 +287,13 @@ def _estimates(
 ) -> Estimates:
     steps: Sequence[int] = bench.steps(window)
     return Estimates(
-        estimator=name, window=window, horizon=horizon, cost_units_per_step=units, bytes_per_sample=size,
+        estimator=name,
+        window=window,
+        horizon=horizon,
+        cost_units_per_step=units,
+        bytes_per_sample=size,
         values={
             target: keyed(steps, np.asarray(values)[:, column].astype(np.float64))
             for column, target in enumerate(bench.targets.names)
         },
-    )  # fmt: skip
+    )

@@ -27,6 +27,7 @@ from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.target import load_targets
 
+# Folders that earlier commands made in the run from its real states: a copy would reuse them.
 _MADE = ("embeddings", "influence", "branch-tests", "verify", "selections", "reports")
 
 
@@ -68,25 +69,29 @@ def agreement(config: MomentsConfig) -> dict[str, float]:
     shutil.copytree(config.run, config.out, ignore=shutil.ignore_patterns(*_MADE))
     copy = Run(config.out)
     state = copy.snapshot(start)
-    save_file({name: part for name, part in load_file(state).items() if not name.startswith("optimizer.")}, state)
+    save_file({name: tensor for name, tensor in load_file(state).items() if not name.startswith("optimizer.")}, state)
+    # the state has a new hash: without it the copy would be refused as damaged
     list_files(config.out, [state])
     estimate_moments(Replay(copy, tolerance=config.tolerance), start, state, config.steps)
     targets = load_targets([config.target], None, run.spec, config.min_target_tokens)
     frames = []
-    for each in (run, copy):
-        given = EmbedConfig(
-            target=config.target, window=config.window, min_target_tokens=config.min_target_tokens,
+    for valued_run in (run, copy):
+        embed_config = EmbedConfig(
+            target=config.target,
+            window=config.window,
+            min_target_tokens=config.min_target_tokens,
             tolerance=config.tolerance,
-        )  # fmt: skip
-        (embedding,) = embed(given, each, targets)[config.window]
+        )
+        (embedding,) = embed(embed_config, valued_run, targets)[config.window]
         frames.append(embedded_values(embedding, targets.main).sort("step", "sample_id"))
     real, estimated = frames
+    # both frames are sorted by the same keys: row i is one sample
     joined = real.select("step", "value").with_columns(estimated=estimated["value"])
     steps = joined.partition_by("step", maintain_order=True)
-    within = [spearman(part["value"].to_numpy(), part["estimated"].to_numpy()) for part in steps]
+    within = [spearman(step["value"].to_numpy(), step["estimated"].to_numpy()) for step in steps]
     pooled = spearman(joined["value"].to_numpy(), joined["estimated"].to_numpy())
-    known = [one for one in within if one is not None]
-    return {"pooled": np.nan if pooled is None else pooled, "within_step": float(np.mean(known))}
+    defined = [rho for rho in within if rho is not None]  # none where all values of a step are equal
+    return {"pooled": np.nan if pooled is None else pooled, "within_step": float(np.mean(defined))}
 
 
 def main() -> None:
@@ -96,8 +101,8 @@ def main() -> None:
     )
     start_logging()
     with locked(config.out.parent, f".{config.out.name}.lock"):
-        found = agreement(config)
-    sys.stdout.write(f"Spearman pooled {found['pooled']:.3f}, within a step {found['within_step']:.3f}\n")
+        result = agreement(config)
+    sys.stdout.write(f"Spearman pooled {result['pooled']:.3f}, within a step {result['within_step']:.3f}\n")
 
 
 if __name__ == "__main__":

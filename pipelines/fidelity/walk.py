@@ -1,4 +1,4 @@
-"""Values of one run by the adjoint, for many anchors and several ways of taking the own step in one walk backward."""
+"""Values of one run by the adjoint, for many anchors and several kinds of own step, in one walk backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from curate.embeddings.products import Hessian
     from curate.training.replay import Replay, State
 
-_MEMORY = 3 * 10**9
+_MEMORY = 3 * 10**9  # bytes of training states held at once; more of them are replayed or lie on disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,17 @@ class Walk:
     own_steps: tuple[str, ...] = ("linear",)
 
     @property
-    def parts(self) -> list[tuple[str | None, int, int]]:
+    def stretches(self) -> list[tuple[str | None, int, int]]:
         """Windows and what lies between them, last first: window or None, first step, step after the last."""
-        parts: list[tuple[str | None, int, int]] = []
+        stretches: list[tuple[str | None, int, int]] = []
+        # the cotangent must pass through the steps between windows too
         at = self.horizon
         for window, (start, stop) in sorted(self.windows.items(), key=lambda item: -item[1][0]):
             if stop < at:
-                parts.append((None, stop, at))
-            parts.append((window, start, stop))
+                stretches.append((None, stop, at))
+            stretches.append((window, start, stop))
             at = start
-        return parts
+        return stretches
 
 
 def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> dict[str, dict[str, Any]]:
@@ -68,23 +69,25 @@ def walk_back(replay: Replay, anchors: AnchorSet, walk: Walk, folder: Path) -> d
         Window -> own step -> (N, R) values, and "units": own step -> cost per step of the window, in forward+backward
         passes of a training batch.
     """
-    found: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     cotangent: TrainingState | None = None
-    for window, start, stop in walk.parts:
+    for window, start, stop in walk.stretches:
         path = folder / f"{walk.name}-{window or f'bridge-{start}'}.npz"
         if not path.exists():
             if cotangent is None:
                 cotangent = _cotangent(replay, anchors, walk, stop, folder)
             cotangent, arrays = _part(replay, walk, window, start, stop, cotangent, folder)
+            # the cotangent before the arrays: a part that is there never lacks the border that the next one starts from
             save_cotangent(_border(folder, walk, start), start, cotangent)
             write_arrays(path, arrays)
         else:
-            cotangent = None
+            cotangent = None  # of another border: the next part reads its own from the disk
+        # both of its parts are done
         _border(folder, walk, stop).unlink(missing_ok=True)
         if window is not None:
-            found[window] = read_arrays(path)
-    _border(folder, walk, walk.parts[-1][1]).unlink(missing_ok=True)
-    return found
+            values[window] = read_arrays(path)
+    _border(folder, walk, walk.stretches[-1][1]).unlink(missing_ok=True)
+    return values
 
 
 def _border(folder: Path, walk: Walk, step: int) -> Path:
@@ -111,9 +114,10 @@ def _part(
     replay: Replay, walk: Walk, window: str | None, start: int, stop: int, cotangent: TrainingState, folder: Path
 ) -> tuple[TrainingState, dict[str, npt.NDArray[Any]]]:
     """One window, or one stretch between windows."""
-    values: dict[str, list[npt.NDArray[Any]]] = {own: [] for own in walk.own_steps if window is not None}
+    values: dict[str, list[npt.NDArray[Any]]] = {own_step: [] for own_step in walk.own_steps if window is not None}
     seconds = dict.fromkeys(("linear", *walk.own_steps), 0.0)
     begin = perf_counter()
+    # 1 TB: in effect no limit on the disk
     plan = plan_states(replay.layout.size, start, stop, _MEMORY, 10**12)
     states = states_backward(replay, plan, folder / f"{walk.name}-states")
     for state in progress(states, total=stop - start, what=f"{walk.name} {window or 'bridge'}"):
@@ -121,23 +125,25 @@ def _part(
         after = cotangent
         linear, cotangent = adjoint_step(replay.task, replay.layout, state, replay.run.spec.clip_norm, after, options)
         if linear is not None:
-            for own in walk.own_steps:
+            for own_step in walk.own_steps:
                 own_begin = perf_counter()
-                values[own].append(_own(replay, state, own, linear, after).float().cpu().numpy())
-                seconds[own] += perf_counter() - own_begin
+                values[own_step].append(_own(replay, state, own_step, linear, after).float().cpu().numpy())
+                seconds[own_step] += perf_counter() - own_begin
     total = perf_counter() - begin
     unit = (replay.pass_seconds or 1.0) * (stop - start)
-    arrays = {own: np.concatenate(rows[::-1]) for own, rows in values.items()}
+    # the walk went backward: the last step's rows came first
+    arrays = {own_step: np.concatenate(rows[::-1]) for own_step, rows in values.items()}
     shared = total - sum(seconds.values())
-    arrays |= {f"units {own}": np.float64((shared + seconds[own]) / unit) for own in walk.own_steps}
+    # each kind of own step pays the whole walk, and its own extra
+    arrays |= {f"units {own_step}": np.float64((shared + seconds[own_step]) / unit) for own_step in walk.own_steps}
     return cotangent, arrays
 
 
-def _own(replay: Replay, state: State, own: str, linear: Any, after: TrainingState) -> Any:
-    """The step's rows with the own step taken in one way."""
+def _own(replay: Replay, state: State, own_step: str, linear: Any, after: TrainingState) -> Any:
+    """The step's rows with one kind of own step."""
     arguments = replay.task, replay.layout, state, replay.run.spec.clip_norm, after
-    if own == "linear":
+    if own_step == "linear":
         return linear
-    if own == "exact":
+    if own_step == "exact":
         return exact_values(*arguments)
     return linear + embedding_corrections(*arguments, embedding_names(replay.task, replay.layout))

@@ -77,6 +77,7 @@ def published(config: PublishedConfig) -> dict[str, Any]:
 
     if config.removed > config.train:
         raise UserError(f"removed {config.removed} is more than the {config.train} training images")
+    # what tells parts apart (seed, lr, activation) is in their names: more of them may be added to the folder
     start(config.out, config.model_dump(mode="json", exclude={"out", "seeds", "lrs", "activations", "resamples"}))
     settings = list(itertools.product(config.activations, config.lrs, range(config.seeds)))
     parts = []
@@ -85,13 +86,13 @@ def published(config: PublishedConfig) -> dict[str, Any]:
         if not path.exists():
             write_json(path, make_part(config, activation, lr, seed))
         parts.append(read_json(path))
-    found = [row for part in parts for row in _replicates(part, config.resamples)]
+    replicates = [row for part in parts for row in _replicates(part, config.resamples)]
     result: dict[str, Any] = {
         "sign": SIGN,
         "settings": config.model_dump(mode="json", exclude={"out"}),
         "runs": [part["run"] for part in parts],
-        "rows": [{**key, "spearman": float(values[0]), **interval(values)} for key, values in found],
-        "summary": _summary(found),
+        "rows": [{**key, "spearman": float(values[0]), **interval(values)} for key, values in replicates],
+        "summary": _summary(replicates),
     }
     write_json(config.out / "published.json", result)
     lede = (
@@ -116,14 +117,17 @@ def make_part(config: PublishedConfig, activation: str, lr: float, seed: int) ->
     """
     import torch
 
+    # torch is imported with the first part that is missing: putting finished parts together needs none
     from pipelines.published.training import Mlp, batch_order, load_digits, removal_effects, train
 
     data = load_digits(seed, config.train, config.held_out)
     order = batch_order(seed, config.train, config.batch_size, config.epochs)
     trajectory = train(Mlp(config.hidden, activation), data, order, lr, seed)
+    # sorted: parts list effects and values in the order of the images
     removed = np.sort(generator(seed, "removed").choice(config.train, config.removed, replace=False))
     values = method_values(trajectory, config.width, config.damping)
     removals = []
+    # a set: with few epochs the middle one is also the first or the last
     for epoch in [*sorted({0, config.epochs // 2, config.epochs - 1}), None]:
         epochs = range(config.epochs) if epoch is None else [epoch]
         removals.append(
@@ -131,7 +135,7 @@ def make_part(config: PublishedConfig, activation: str, lr: float, seed: int) ->
                 "removal": "all" if epoch is None else "single",
                 "epoch": epoch,
                 "effects": removal_effects(trajectory, removed, epochs).tolist(),
-                "values": {name: found[epochs].sum(0)[removed].tolist() for name, found in values.items()},
+                "values": {name: method[epochs].sum(0)[removed].tolist() for name, method in values.items()},
             }
         )
     final = trajectory.states[-1]
@@ -176,7 +180,7 @@ def method_values(trajectory: Trajectory, width: int, damping: tuple[float, ...]
 def _replicates(part: dict[str, Any], resamples: int) -> list[tuple[dict[str, Any], npt.NDArray[np.float64]]]:
     """Key and Spearman of each removal and method of a part, the sample's first, then the resamples'."""
     run = part["run"]
-    found = []
+    replicates = []
     for removal in part["removals"]:
         key = {
             "removal": removal["removal"],
@@ -185,19 +189,21 @@ def _replicates(part: dict[str, Any], resamples: int) -> list[tuple[dict[str, An
             "n": len(part["removed"]),
         }
         spearman = bootstrap_ranks(removal["effects"], removal["values"], resamples, run["seed"])
-        found += [({"method": name, **key}, values) for name, values in spearman.items()]
-    return found
+        replicates += [({"method": name, **key}, values) for name, values in spearman.items()]
+    return replicates
 
 
-def _summary(found: list[tuple[dict[str, Any], npt.NDArray[np.float64]]]) -> list[dict[str, Any]]:
+def _summary(replicates: list[tuple[dict[str, Any], npt.NDArray[np.float64]]]) -> list[dict[str, Any]]:
     """Mean over seeds of each method and removal; the interval is over images, `lowest` to `highest` over seeds."""
     groups: dict[str, tuple[dict[str, Any], list[npt.NDArray[np.float64]]]] = {}
-    for row, values in found:
+    for row, values in replicates:
         key = {name: value for name, value in row.items() if name not in {"seed", "n"}}
         groups.setdefault(str(key), (key, []))[1].append(values)
     rows = []
     for key, seeds in groups.values():
+        # resample by resample, over seeds: the interval of the mean, not the mean of intervals
         mean = np.mean(seeds, axis=0)
+        # [0] is the sample itself, the others are resamples
         singles = [float(values[0]) for values in seeds]
         rows.append(
             {

@@ -25,9 +25,11 @@ def bootstrap_ranks(
         Method -> (1 + resamples,), the sample's own first.
     """
     drawn = generator(seed, "bootstrap").integers(len(effects), size=(resamples, len(effects)))
+    # row 0 is the sample itself
     drawn = np.concatenate([np.arange(len(effects))[None], drawn])
+    # Spearman is the product of centred ranks of unit length: thousands of resamples in one pass
     truth = _ranks(np.asarray(effects)[drawn])
-    return {name: (truth * _ranks(np.asarray(found)[drawn])).sum(1) for name, found in values.items()}
+    return {name: (truth * _ranks(np.asarray(method)[drawn])).sum(1) for name, method in values.items()}
 
 
 def interval(replicates: npt.NDArray[np.float64]) -> dict[str, float]:

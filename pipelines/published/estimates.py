@@ -1,4 +1,4 @@
-"""What each method says an image is worth, per epoch that used it, for the held-out loss at the end of a run.
+"""The value of each image by each method, per epoch that used it, for the held-out loss at the end of a run.
 
 Each returns a (epochs, N) float64 matrix: the value of image z's use in epoch e, in nats, positive = it helped.
 Removing an image from every epoch is worth the sum of its column. A method that does not know when an image was used
@@ -36,6 +36,7 @@ def sample_gradients(trajectory: Trajectory) -> Tensor:
     return torch.cat(
         [
             trajectory.model.sample_gradients(theta, data.images[batch], data.labels[batch])
+            # not strict: there is one state more than batches, the final one
             for theta, batch in zip(trajectory.states, trajectory.batches, strict=False)
         ]
     )
@@ -62,6 +63,7 @@ def dvemb(trajectory: Trajectory, gradients: Tensor, blocks: list[slice], width:
         rows_per_block=1000,
         device="cpu",
     )
+    # the same projections for the target as for the samples: their products estimate products of whole gradients
     target = _compress(model, trajectory.target_gradient(trajectory.states[-1])[None], width)[0]
     return _by_image(trajectory, embeddings.astype(np.float64) @ target.astype(np.float64))
 
@@ -77,6 +79,7 @@ def tracin(trajectory: Trajectory, gradients: Tensor) -> Values:
     """Products along the run: `lr c <g_z(theta_k), g_q(theta_k)>`."""
     from torch.func import vmap
 
+    # gradients before each step, as TracIn reads them (Pruthi et al. 2020)
     targets = vmap(trajectory.target_gradient)(trajectory.states[:-1])
     products = (gradients.view(len(targets), -1, gradients.shape[1]) @ targets[..., None]).flatten()
     return _by_image(trajectory, trajectory.lr * trajectory.weight * products.numpy())
@@ -93,6 +96,7 @@ def influence_function(trajectory: Trajectory, curvature: Tensor, damping: float
     """Influence functions at the final model; an epoch gets an equal part of an image's value."""
     target = trajectory.target_gradient(trajectory.states[-1])
     whole = influence(_final_gradients(trajectory), curvature, target, damping)
+    # removal from all epochs is then worth the whole influence
     return _every_epoch(trajectory, whole / trajectory.epochs)
 
 
@@ -107,6 +111,7 @@ def influence(gradients: Tensor, curvature: Tensor, target: Tensor, damping: flo
     """
     import torch
 
+    # Gauss-Newton alone may be singular; with damping it is positive definite, as Cholesky needs
     damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
     solved: Tensor = torch.cholesky_solve(target[:, None], torch.linalg.cholesky(damped))[:, 0]
     return gradients @ solved / len(gradients)
@@ -125,6 +130,7 @@ def gauss_newton(trajectory: Trajectory) -> Tensor:
     every_class = vmap(model.sample_gradients, in_dims=(None, None, 0), out_dims=1)
     for images in data.images.split(_CHUNK):
         labels = torch.arange(model.layers[-1][1])[:, None].expand(-1, len(images))
+        # sum_y p_y g g^T is R^T R with rows sqrt(p_y) g_y
         roots = model.logits(final, images).softmax(-1).sqrt()
         rows = (every_class(final, images, labels) * roots[..., None]).flatten(0, 1)
         total = torch.addmm(total, rows.T, rows)
@@ -152,6 +158,7 @@ def adjoint(trajectory: Trajectory) -> Values:
 
         curved, changes = jvp(both, (theta,), (cotangent,))[1]
         products.append(lr * trajectory.weight * changes)
+        # after the products: the values of step k use u_{k+1}
         cotangent = cotangent - lr * curved
     return _by_image(trajectory, torch.cat(products[::-1]).numpy())
 
@@ -167,14 +174,14 @@ def _compress(model: Mlp, gradients: Tensor, width: int | None) -> npt.NDArray[n
 
     if width is None:
         return gradients.float().numpy()
-    parts = []
+    blocks = []
     for index, ((inputs, outputs), block) in enumerate(zip(model.layers, model.blocks, strict=True)):
         weight, bias = gradients[:, block].float().split([inputs * outputs, outputs], dim=1)
         matrix = torch.cat([weight.view(-1, outputs, inputs), bias[..., None]], dim=2)
         left = projection(outputs, width, 0, f"layer{index}", "output")
         right = projection(inputs + 1, width, 0, f"layer{index}", "input")
-        parts.append((left.T @ matrix @ right).flatten(1))
-    return torch.cat(parts, dim=1).numpy()
+        blocks.append((left.T @ matrix @ right).flatten(1))
+    return torch.cat(blocks, dim=1).numpy()
 
 
 def _by_image(trajectory: Trajectory, values: Values) -> Values:

@@ -71,11 +71,11 @@ class Mlp:
         import torch
 
         random = torch.Generator().manual_seed(derive_seed(seed, "weights"))
-        parts = []
+        layers = []
         for inputs, outputs in self.layers:
             weights = torch.randn(outputs * inputs, generator=random, dtype=torch.float64)
-            parts += [weights * (2 / inputs) ** 0.5, torch.zeros(outputs, dtype=torch.float64)]
-        return torch.cat(parts)
+            layers += [weights * (2 / inputs) ** 0.5, torch.zeros(outputs, dtype=torch.float64)]
+        return torch.cat(layers)
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """(..., 10) of images (..., 64)."""
@@ -84,6 +84,7 @@ class Mlp:
         activation = getattr(torch.nn.functional, self.activation)
         hidden = images
         for index, ((inputs, outputs), block) in enumerate(zip(self.layers, self.blocks, strict=True)):
+            # before each layer but the first, so that the last one gives plain logits
             hidden = activation(hidden) if index else hidden
             weight, bias = theta[block].split([inputs * outputs, outputs])
             hidden = hidden @ weight.view(outputs, inputs).T + bias
@@ -93,6 +94,7 @@ class Mlp:
         """Cross-entropy `l_z` of each image, nats: (B,)."""
         logits = self.logits(theta, images)
         picked = logits.gather(-1, labels[..., None])[..., 0]
+        # by hand: works for any leading dimensions, as vmap adds them
         result: Tensor = logits.logsumexp(-1) - picked
         return result
 
@@ -173,11 +175,17 @@ def load_digits(seed: int, train: int, held_out: int) -> Digits:
             f"there are {len(images)} digits images, train + held_out asks for {train + held_out}: lower one of them"
         )
     order = generator(seed, "split").permutation(len(images))
-    parts = [
-        (torch.from_numpy(images[part] / 16.0), torch.from_numpy(labels[part].astype(np.int64)))
-        for part in (order[:train], order[train : train + held_out])
-    ]
-    return Digits(images=parts[0][0], labels=parts[0][1], held_out_images=parts[1][0], held_out_labels=parts[1][1])
+    # grey levels are 0 to 16
+    (train_images, train_labels), (held_out_images, held_out_labels) = (
+        (torch.from_numpy(images[rows] / 16.0), torch.from_numpy(labels[rows].astype(np.int64)))
+        for rows in (order[:train], order[train : train + held_out])
+    )
+    return Digits(
+        images=train_images,
+        labels=train_labels,
+        held_out_images=held_out_images,
+        held_out_labels=held_out_labels,
+    )
 
 
 def batch_order(seed: int, images: int, batch_size: int, epochs: int) -> npt.NDArray[np.int64]:
@@ -200,6 +208,7 @@ def train(model: Mlp, data: Digits, order: npt.NDArray[np.int64], lr: float, see
     from torch.func import grad
 
     theta = model.initial(seed)
+    # every state: a few hundred steps of a few thousand float64 parameters
     states = [theta]
     weights = torch.full(order.shape[2:], 1 / order.shape[2], dtype=torch.float64)
     for batch in order.reshape(-1, order.shape[2]):
@@ -226,12 +235,16 @@ def removal_effects(trajectory: Trajectory, removed: npt.NDArray[np.int64], epoc
     from torch.func import grad, vmap
 
     model, data = trajectory.model, trajectory.data
+    # all reruns see the same batches: weights and parameters differ
     gradient = vmap(grad(model.weighted), in_dims=(0, 0, None, None))
     per_epoch = trajectory.order.shape[1]
     first = min(epochs) * per_epoch
+    # states before the first removal are the same with and without the image
     thetas = trajectory.states[first].expand(len(removed), -1).clone()
     for step, batch in enumerate(trajectory.batches[first:], first):
+        # the batch is not refilled and 1/B stays: leave-one-out of a weight, as the estimators define it
         kept = torch.ones(len(removed), len(batch), dtype=torch.float64)
+        # an image is used once per epoch: the comparison finds its one place
         if step // per_epoch in epochs:
             kept = torch.from_numpy(removed[:, None] != batch[None, :]).double()
         weights = kept * trajectory.weight
