@@ -76,13 +76,13 @@ def say_sizes(root: Path) -> None:
 def comments(file: Path) -> tuple[int, int]:
     """Lines that begin with a comment, and lines that end in one."""
     with file.open("rb") as source:
-        found = [token for token in tokenize.tokenize(source.readline) if token.type == tokenize.COMMENT]
-    alone = [token.line.lstrip().startswith("#") for token in found if not token.string.startswith(DIRECTIVES)]
+        tokens = [token for token in tokenize.tokenize(source.readline) if token.type == tokenize.COMMENT]
+    alone = [token.line.lstrip().startswith("#") for token in tokens if not token.string.startswith(DIRECTIVES)]
     return sum(alone), len(alone) - sum(alone)
 
 
 def length(node: ast.stmt) -> int:
-    """Lines from the first word to the last."""
+    """Lines of a statement, decorators left out."""
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
@@ -97,6 +97,7 @@ def say_settings(root: Path) -> None:
                 sys.path.insert(0, str(root))
                 say("settings of SelectConfig", str(leaves(getattr(import_module(name), node.name))))
     command = [sys.executable, "-m", "curate.select", "--help"]
+    # the checkout's own code, not the installed one
     environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(root)}
     shown = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
     say("lines of its help", str(len(shown.splitlines())))
@@ -104,10 +105,12 @@ def say_settings(root: Path) -> None:
 
 def local_variables(function: ast.stmt) -> int:
     """Of a function, parameters included; names that it imports are none."""
+    # compiled, not executed: the code object lists its variables, as the interpreter counts them
     module = compile(ast.Module(body=[function], type_ignores=[]), "structure", "exec")
     (code,) = (constant for constant in module.co_consts if isinstance(constant, CodeType))
     inner = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in inner for alias in node.names}
+    # cellvars: variables that an inner function reads too
     return len({*code.co_varnames, *code.co_cellvars} - imported)
 
 
@@ -116,6 +119,7 @@ def leaves(config: Any) -> int:
     count = 0
     for field in config.model_fields.values():
         kinds = [field.annotation, *get_args(field.annotation)]
+        # `Group | None` is a group too
         groups = [kind for kind in kinds if hasattr(kind, "model_fields")]
         count += leaves(groups[0]) if groups else 1
     return count
@@ -127,8 +131,8 @@ def say_imports(root: Path) -> None:
     for types in (False, True):
         pairs = {(name, other) for name, file in files.items() for other in imports(name, file, files, types=types)}
         for kind, group in (("units", unit), ("modules of curate/", inside)):
-            arrows = {(group(one), group(other)) for one, other in pairs}
-            arrows = {(one, other) for one, other in arrows if one and other and one != other}
+            arrows = {(group(source), group(target)) for source, target in pairs}
+            arrows = {(source, target) for source, target in arrows if source and target and source != target}
             say_graph(f"{kind}, {'with types' if types else 'imports that run'}", arrows)
 
 
@@ -151,7 +155,7 @@ def imports(name: str, file: Path, known: Collection[str], *, types: bool) -> It
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 imported = f"{node.module}.{alias.name}"  # a module, or a name in one
-                yield from [each for each in (imported, node.module) if each in known][:1]
+                yield from [module for module in (imported, node.module) if module in known][:1]
 
 
 def statements(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
@@ -171,13 +175,15 @@ def say_graph(name: str, arrows: Arrows) -> None:
 
 def circles(arrows: Arrows) -> list[frozenset[str]]:
     """Sets of two or more that reach each other."""
-    reached = {one: {other for first, other in arrows if first == one} for pair in arrows for one in pair}
-    for middle, beyond in reached.items():  # Warshall's: after each turn, all ways over the middles so far are known
-        for there in reached.values():
-            if middle in there:
-                there |= beyond
-    sets = {frozenset(other for other in there if one in reached[other]) for one, there in reached.items()}
-    return [each for each in sets if len(each) > 1]
+    nodes = {node for arrow in arrows for node in arrow}
+    reached = {node: {target for source, target in arrows if source == node} for node in nodes}
+    # Warshall's closure: after each turn all ways over the middles so far are known
+    for middle, beyond in reached.items():
+        for targets in reached.values():
+            if middle in targets:
+                targets |= beyond
+    sets = {frozenset(other for other in targets if node in reached[other]) for node, targets in reached.items()}
+    return [members for members in sets if len(members) > 1]
 
 
 def floors(arrows: Arrows, members: list[frozenset[str]]) -> int:
@@ -185,8 +191,9 @@ def floors(arrows: Arrows, members: list[frozenset[str]]) -> int:
     first = {name: min(circle) for circle in members for name in circle}  # stands for its circle
     below: dict[str, set[str]] = {}
     for pair in arrows:
-        one, other = (first.get(name, name) for name in pair)
-        below.setdefault(one, set()).update({other} - {one})
+        source, target = (first.get(name, name) for name in pair)
+        # arrows inside a circle would stop the sorter
+        below.setdefault(source, set()).update({target} - {source})
     height: dict[str, int] = {}
     for name in TopologicalSorter(below).static_order():
         height[name] = 1 + max((height[other] for other in below.get(name, ())), default=0)
