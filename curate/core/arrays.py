@@ -16,7 +16,7 @@ import numpy.typing as npt
 from curate.core.artifacts import checked, remedy_of
 from curate.core.errors import UserError
 from curate.core.reading import first_line
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ UNREADABLE = (  # what NumPy raises for damaged npy and npz files, by where they
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
     """Replace `path` atomically with an npz of named arrays."""
-    with replacing(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **dict(arrays))
 
 
@@ -95,7 +95,7 @@ def create_memmap(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     Raises:
         OSError: there is no space for it.
     """
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         np.lib.format.open_memmap(part, "w+", np.float32, shape)
         with part.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)

@@ -4,10 +4,10 @@ A folder artifact is complete exactly when it holds `manifest.json`, which is wr
 settings and the parents (fingerprints) that it was made from; asked for again with the same settings it is reused,
 with others it is refused with the settings that differ. Nothing in a manifest depends on the time or the machine.
 
-`curate.sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`, `seal`).
-`checked` holds a file against the list that names it before its content is used; files that no list names are taken as
-they are. One rule: a file that is not what its list says is refused and named, never mended in silence. What is missing
-and can be made from the rest is made again. See docs/integrity.md.
+`curate.sums.json` lists size and hash of the files beside and below it, as they were written (`list_files`,
+`finalize`). `checked` holds a file against the list that names it before its content is used; files that no list names
+are taken as they are. One rule: a file that is not what its list says is refused and named, never mended in silence.
+What is missing and can be made from the rest is made again. See docs/integrity.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import xxhash
 from curate.core.errors import UserError
 from curate.core.lock import LOCK, locked, sweep
 from curate.core.reading import parse_json, read_text
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 MANIFEST = "manifest.json"
 SUMS = "curate.sums.json"
@@ -52,7 +52,7 @@ _hashes: dict[tuple[Path, State], str] = {}  # that this process computed
 
 def write_json(path: Path, value: Json) -> None:
     """Replace `path` atomically with `value` as indented JSON, keys in the order given."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(_text(value), encoding="utf-8")
 
 
@@ -261,7 +261,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*",), **facts: Any) -> None:
+def finalize(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*",), **facts: Any) -> None:
     """List the files of `folder` and write the manifest that makes it complete.
 
     Args:
@@ -278,7 +278,7 @@ def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*"
     paths = [path for path in below if path.is_file() and not _passing(path.relative_to(folder))]
     (folder / SUMS).unlink(missing_ok=True)
     list_files(folder, paths, sums={MANIFEST: (len(text.encode()), hash_of(text.encode()))})
-    with replacing(folder / MANIFEST) as part:
+    with atomic_write(folder / MANIFEST) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -323,18 +323,18 @@ def making(folder: Path, settings: Json) -> Iterator[bool]:
         yield not is_complete(folder, settings)
 
 
-def start(folder: Path, settings: Json) -> None:
+def begin(folder: Path, settings: Json) -> None:
     """Start an artifact that takes several files, or continue it after an interruption; `settings.json` marks it.
 
     Raises:
-        UserError: see `check_startable`.
+        UserError: see `check_can_begin`.
     """
-    check_startable(folder, settings)
+    check_can_begin(folder, settings)
     write_json(folder / STARTED, settings)
 
 
-def check_startable(folder: Path, settings: Json) -> None:
-    """Ask, before any long work, whether `start` would succeed.
+def check_can_begin(folder: Path, settings: Json) -> None:
+    """Ask, before any long work, whether `begin` would succeed.
 
     Raises:
         UserError: the folder holds something else, or was started with other settings (names those that differ).

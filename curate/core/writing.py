@@ -18,7 +18,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden name beside `path` to write to; on success it is renamed to `path`, on error removed.
 
     Works for files and for folders (a folder that stands at `path` is replaced). All that was written is on disk before

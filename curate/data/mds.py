@@ -22,7 +22,7 @@ from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.progress import progress
 from curate.core.reading import parse_json, read_text
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.memory import construct, release
 from curate.data.stored import loss_mask, token_ids
 from curate.ngrams.hashes import NgramMemory
@@ -328,7 +328,7 @@ def write_stream(
     from streaming import MDSWriter
 
     with (
-        replacing(folder) as part,
+        atomic_write(folder) as part,
         MDSWriter(columns=dict(columns), out=str(part), hashes=["xxh64"], size_limit=shard_bytes) as writer,
     ):
         for row in rows:
@@ -345,7 +345,7 @@ def merge_indexes(folder: Path, streams: list[str]) -> None:
         for shard in json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["shards"]:
             shard["raw_data"]["basename"] = os.path.join(name, shard["raw_data"]["basename"])  # noqa: PTH118
             shards.append(shard)
-    with replacing(folder / "index.json") as part:
+    with atomic_write(folder / "index.json") as part:
         part.write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from curate.core import artifacts
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.index.exact import Floats, Rows, chunks, exact_search, recall
 from curate.index.library import load_faiss, on_cpu, on_gpu
 
@@ -98,10 +98,10 @@ def build(
             "%s finds %.3f of the exact top %d, wanted %.3f", factory, measured, RECALL_AT, config.recall_target
         )
     lists = _lists(faiss, on_cpu(faiss, index))
-    with replacing(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         faiss.write_index(on_cpu(faiss, index), str(part / INDEX_FILE))
-        artifacts.seal(
+        artifacts.finalize(
             part,
             "index",
             settings,

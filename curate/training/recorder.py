@@ -32,7 +32,7 @@ from curate.core.config import Config, TokenCount
 from curate.core.errors import UserError
 from curate.core.lock import LOCK, Lock, sweep
 from curate.core.paths import local_path
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import tokenizer_file
 from curate.data.mds import Columns
 from curate.data.streams import check_domain
@@ -287,7 +287,7 @@ class TrajectoryRecorder:
         if self.rank == 0:
             parts = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
             merged = pl.concat([part_rows(part) for part in parts]).sort("step", "rank", "micro_batch")
-            with replacing(self.folder / "steps.parquet") as part:
+            with atomic_write(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
                 list_files(self.folder, [], sums={"steps.parquet": sum_of(part)})
             remove_parts(self.folder)
@@ -300,7 +300,7 @@ class TrajectoryRecorder:
     def _write(self, frame: pl.DataFrame) -> None:
         """Write a part, whose name ends in its hash: a list beside it could not be replaced together with it."""
         frame.write_parquet(content := io.BytesIO())
-        with replacing(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
+        with atomic_write(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
             part.write_bytes(content.getvalue())
 
 
