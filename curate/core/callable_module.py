@@ -15,12 +15,13 @@ def make_callable(module: str, function: Callable[..., Any]) -> None:
     """Let a call of a module run a function.
 
     Args:
-        module: its name; it is being imported.
-        function: that it stands for.
+        module: name of the module, which is being imported.
+        function: what a call of the module runs.
     """
 
     class CallableModule(ModuleType):
         __call__ = staticmethod(function)
         __signature__ = inspect.signature(function)  # what notebooks and editors show
 
+    # Python looks `__call__` up in the class, and a module's class may be replaced by one derived from `ModuleType`.
     sys.modules[module].__class__ = CallableModule

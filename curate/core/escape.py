@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (text direction), half surrogates, line and paragraph ends
-_WRITTEN = "\u00ad\u200c\u200d"  # soft hyphen and the two joiners: languages are written with them
+# Control, format (text direction), half surrogates, line and paragraph ends.
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Soft hyphen and the two joiners: languages are written with them.
+_WRITTEN = "\u00ad\u200c\u200d"
 _COMPRESSED = (".gz", ".zst")
-_NAME_BYTES = 120  # a folder's name has at most 255 bytes, and ours have more than this one name in them
+# A folder's name has at most 255 bytes, and ours have more than this one name in them.
+_NAME_BYTES = 120
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -24,7 +27,7 @@ def visible(text: str, keep: str = "") -> str:
         text: any.
         keep: characters that stay as they are.
     """
-    if text.isprintable():
+    if text.isprintable():  # nearly all texts; saves the walk over characters
         return text
     return "".join(
         character.encode("unicode_escape").decode("ascii")
@@ -46,6 +49,7 @@ def page_text(text: str) -> str:
 
 def script_json(text: str) -> str:
     """JSON for a script element of an HTML page: the same value, and nothing in it opens or closes an element."""
+    # Escapes of JSON itself, so that a reader gets the same value; the last two end lines in old JavaScript.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -62,6 +66,7 @@ def visible_json(value: Any) -> Any:
 
 def plot_label(text: str) -> str:
     """Text for a Plotly figure, which takes every text for HTML and `%{...}` in hover texts for a place to fill in."""
+    # `&` first: the entities of the others hold one.
     for character, entity in {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%{": "%&#123;"}.items():
         text = text.replace(character, entity)
     return visible(text)
@@ -78,5 +83,6 @@ def name_of(path: Path) -> str:
     name = visible(plain.stem)
     if len(name.encode()) <= _NAME_BYTES:
         return name
+    # 9 bytes for the hash and its dash; a character that the cut halves is dropped.
     start = name.encode()[: _NAME_BYTES - 9].decode(errors="ignore")
     return f"{start}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

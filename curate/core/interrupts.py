@@ -29,12 +29,14 @@ class Interrupted(KeyboardInterrupt):
 
 def raise_on_signals() -> None:
     """Raise `Interrupted` at the signals that end a process; one that is ignored (nohup) stays so."""
+    # Forks inherit the handlers, and must not run the parent's cleaning up.
     process = os.getpid()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if os.getpid() == process:
             raise Interrupted(number)
-        signal.signal(number, signal.SIG_DFL)  # a worker that was forked: whoever ends it waits for that
+        # A forked worker dies of the signal itself: whoever ends it waits for that exit status.
+        signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
     _install(handle)
@@ -45,6 +47,7 @@ def guard_imports(package: str) -> None:
 
     Until `raise_on_signals`; the interpreter imports the package before the command.
     """
+    # While the package is imported `sys.argv` is `["-m", ...]`; only `orig_argv` has the module's name.
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
     if sys.argv[:1] == ["-m"] and module and f"{module[0]}.".startswith(f"{package}."):
         leave_on_signals()
@@ -57,11 +60,12 @@ def leave_on_signals() -> None:
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in _ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:  # set by nohup, and by shells for background jobs
             signal.signal(number, handler)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
     sys.stderr.write(f"{Interrupted(number)}\n")
     sys.stderr.flush()
+    # No exception: it could rise inside of an import, whose library might catch it.
     os._exit(128 + number)

@@ -21,6 +21,7 @@ def local_path(value: Path | str) -> Path:
         raise UserError(
             f"{url[1]}://{url[2]} is a URL; only files of this machine are read and written: mount it, or copy it"
         )
+    # Both would fail only when a file is opened, far from the setting.
     try:
         os.fsencode(value)
     except UnicodeEncodeError:

@@ -18,9 +18,17 @@ def progress(iterable: Iterable[T], *, total: int, what: str, unit: str = "step"
     """Iterate under a bar on stderr: live in a terminal, a line every 15 seconds elsewhere (batch logs)."""
     live = sys.stderr.isatty()
     bar = tqdm(
-        iterable, total=total, initial=done, desc=terminal(what), unit=unit, leave=not live, file=sys.stderr,
-        mininterval=0.2 if live else 15.0, ascii=not live, dynamic_ncols=live,
-    )  # fmt: skip
+        iterable,
+        total=total,
+        initial=done,
+        desc=terminal(what),
+        unit=unit,
+        leave=not live,
+        file=sys.stderr,
+        mininterval=0.2 if live else 15.0,
+        ascii=not live,
+        dynamic_ncols=live,
+    )
     yield from bar
 
 
@@ -29,7 +37,7 @@ def start_logging() -> None:
     shown = logging.StreamHandler()
     shown.setFormatter(_Line("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[shown])
-    for name in ("curate", "pipelines", "__main__"):
+    for name in ("curate", "pipelines", "__main__"):  # a command run by `python -m` logs as `__main__`
         logging.getLogger(name).setLevel(logging.INFO)
 
 

@@ -1,7 +1,7 @@
 """Experiment tracking behind one protocol: nothing, or Weights & Biases (the only module that imports wandb).
 
-It is told numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name,
-its user, absolute paths, the command line).
+It gets numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name, its user,
+absolute paths, the command line).
 
 A tracker never stops a job: what goes wrong inside it (no network, a full disk, a refused key) is logged as a warning
 once, and the job goes on without it. The run's files, not the tracker, are the record.
@@ -22,8 +22,8 @@ from pydantic import Field
 from curate.core.config import Config
 
 LOGGER = logging.getLogger(__name__)
-MAX_TABLE_ROWS = 10_000  # wandb.Table.MAX_ROWS: what it shows of one logged table
-
+# wandb.Table.MAX_ROWS: what it shows of one logged table.
+MAX_TABLE_ROWS = 10_000
 
 PROJECT = "curate"
 """W&B project where WANDB_PROJECT names none."""
@@ -95,6 +95,7 @@ class WandbTracker:
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        # Nothing is tried after the first failure: each attempt could wait for a time-out.
         self._failed = False
 
     def log_config(self, config: Mapping[str, Any]) -> None:
@@ -147,6 +148,7 @@ def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> T
     """
     if config.mode == "none":
         return NoTracker()
+    # `auto` without a key would ask for one on the terminal.
     modes = ("online", "offline") if config.mode == "wandb" or (config.mode == "auto" and has_key()) else ("offline",)
     for mode in modes:
         try:
@@ -193,21 +195,21 @@ def _start(config: TrackingConfig, mode: str, folder: Path, name: str, job: str)
         disable_git=True,
         disable_code=True,
         x_disable_stats=True,
-        # else it records the machine: host, user, command line, program, places, processors
+        # Otherwise it records the machine: host, user, command line, program, paths, processors.
         x_disable_meta=True,
         x_disable_machine_info=True,
         host="",
         program="",
     )
     return wandb.init(
-        # an argument wins over the environment, so that only what the environment leaves open is given;
-        # WANDB_ENTITY and WANDB_TAGS act on their own
+        # An argument wins over the environment, so only what the environment leaves open is given; WANDB_ENTITY and
+        # WANDB_TAGS act on their own.
         project=os.environ.get("WANDB_PROJECT") or PROJECT,
         name=name,
         job_type=job,
         dir=folder,
         mode="online" if mode == "online" else "offline",
-        reinit="create_new",
+        reinit="create_new",  # a training of the same process may have a W&B run of its own
         settings=settings,
     )
 
@@ -222,6 +224,7 @@ def _table(table: pl.DataFrame) -> Any:
 def _html(page: str) -> Any:
     import wandb
 
+    # Nothing of W&B's style in our page, and text that happens to be a path is no file to read.
     return wandb.Html(page, inject=False, data_is_not_path=True)
 
 
@@ -229,5 +232,6 @@ def _artifact(name: str, kind: str, path: Path) -> Any:
     import wandb
 
     artifact = wandb.Artifact(name, type=kind)
+    # Copied at once: the file may be replaced before the upload.
     artifact.add_file(str(path), policy="mutable")
     return artifact

@@ -52,6 +52,7 @@ def _changed(config: BaseModel, default: BaseModel | None, above: str) -> Iterat
     for name, field in type(config).model_fields.items():
         value, usual = getattr(config, name), field.default if default is None else getattr(default, name)
         if isinstance(value, BaseModel):
+            # The group's default in its parent may differ from the defaults of its class.
             same_class = usual if type(usual) is type(value) else None
             inner = dict(_changed(value, same_class, f"{above}{name}."))
             yield from (inner or ({} if same_class else {above + name: value})).items()
@@ -64,6 +65,7 @@ def first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
     given = first["input"]
+    # Our own validators (value_error) say the value themselves.
     if isinstance(given, str | int | float) and first["type"] not in ("value_error", "extra_forbidden"):
         what = f"{what} (it is {shortened(repr(given))})"
     where, what = shortened(".".join(setting_of(error))), shortened(what.removeprefix("Value error, "), most=600)
@@ -74,7 +76,7 @@ def setting_of(error: ValidationError) -> tuple[str, ...]:
     """The keys that lead to what `first_problem` is about; where a union is tried, only those that lead to it."""
     keys: list[str] = []
     for key in map(str, error.errors(include_url=False)[0]["loc"]):
-        if "[" in key:
+        if "[" in key:  # pydantic names a union's member so, as in `list[float]`; no user wrote that
             break
         keys.append(key)
     return tuple(keys)
