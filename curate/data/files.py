@@ -59,9 +59,11 @@ def find_files(path: Path) -> list[DocumentFile]:
         raise UserError(f"{path} does not exist; expected {_EXPECTED}")
     if _is_document(path):
         return [DocumentFile(path=path, name=path.name)]
+    # Sorted: the order of a folder differs between file systems, and ids and samples follow it.
     files = [DocumentFile(path=item, name=str(item.relative_to(path))) for item in sorted(_walk(path))]
     if not files:
         raise UserError(f"folder {path} holds no file of documents; expected {_EXPECTED}")
+    # Refused, not skipped: a corpus that silently lacks a file is found out after the training.
     refused = [str(file.path) for file in files if not _is_document(file.path) or _is_hidden(Path(file.name))]
     if refused:
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
@@ -73,7 +75,7 @@ def find_files(path: Path) -> list[DocumentFile]:
 
 
 def passed_over(path: Path) -> bool:
-    """Whether an entry of a folder is what tools leave beside data (`.git`, `_SUCCESS`), with no document in it."""
+    """Whether an entry of a folder is what tools leave beside data (`.git`, `_SUCCESS`) and holds no document."""
     return path.name.startswith((".", "_")) and not any(map(_is_document, _walk(path)))
 
 
@@ -82,6 +84,7 @@ def _walk(path: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     if not path.is_dir() or is_saved_dataset(path):
         yield path
         return
+    # A link to a folder above would be walked without end; links to other folders are followed.
     if path.resolve() in above:
         raise UserError(f"{path} is a link to a folder that it lies in; remove the link")
     for item in path.iterdir():
@@ -109,7 +112,8 @@ def open_reader(file: DocumentFile, fields: Fields | None, split: str, cache: Pa
     Raises:
         UserError: the file cannot be read, or has no documents.
     """
-    name = file.name.encode(errors="backslashreplace").decode()  # bytes that are not UTF-8 are surrogates here
+    # Python reads bytes of a file's name that are not UTF-8 as surrogates, which no table takes.
+    name = file.name.encode(errors="backslashreplace").decode()
     if file.path.is_dir():
         _refuse_strays(file.path)
     if file.path.is_dir() or suffix_of(file.path).lower() in _PARQUET:
@@ -133,6 +137,7 @@ def read_documents(path: Path) -> list[Document]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected one file of documents ({_KINDS})")
     (file,) = find_files(path)
+    # The copies of compressed and Parquet files are needed until the documents are in memory.
     with tempfile.TemporaryDirectory(prefix="curate-documents-") as cache:
         reader = open_reader(file, None, "train", Path(cache))
         return reader.read(range(len(reader)))
