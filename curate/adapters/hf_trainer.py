@@ -1,4 +1,4 @@
-"""Recording and capture in a Hugging Face `Trainer`: one callback, no change of its loop and of no number of it.
+"""Recording and capture in a Hugging Face `Trainer`: one callback, which changes neither its loop nor its numbers.
 
     trainer.add_callback(RecorderCallback(trainer, "runs/stage1", streams={"web": "data/web"}, seq_len=1024))
 
@@ -45,7 +45,7 @@ class RecorderCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that the callback is added to.
-        folder: the run.
+        folder: folder of the run.
         streams: domain -> MDS folder with the samples trained on.
         seq_len: tokens of a sequence.
         config: windows, byte budget.
@@ -129,21 +129,21 @@ class RecorderCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Before the first micro-batch."""
+        """Begin a step, before its first micro-batch."""
         self._loss = self._norm = None
         self._running.begin_step(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """After the optimizer's step, before the schedule's."""
+        """End a step, after the optimizer's step and before the schedule's."""
         if self._loss is None:
             raise UserError("this Trainer takes its steps without accelerator.backward, so it cannot be recorded")
         self._running.end_step(self._loss, self._norm)
         self._checked = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """A checkpoint was written."""
+        """Write what was recorded, as a checkpoint was written."""
         self._running.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -166,7 +166,7 @@ class RecorderCallback(TrainerCallback):
         return self._recorder
 
     def _forward(self, model: Any, arguments: Any, inputs: dict[str, Any]) -> None:
-        """Keep what is needed of a batch; evaluation goes by."""
+        """Keep the inputs of a training batch."""
         if model.training:  # evaluation between steps runs the same model
             self._batch = inputs
 

@@ -1,4 +1,4 @@
-"""The command line of every command: `--config FILE.yaml`, dotted flags over it, `--help [PAGE]` and `--print_config`.
+"""Parses every command line: `--config FILE.yaml`, dotted flags over it, `--help [PAGE]` and `--print_config`.
 
     --mixture.max_epochs 3     a setting; dashes and underscores of its name are the same
     --mixture '{prior: ...}'   a group of settings or a mapping, as YAML; a group's other settings stay
@@ -118,7 +118,7 @@ class _Given:
 
 
 def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and text of each option."""
+    """Yield name and text of each option."""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -153,7 +153,7 @@ def _leaves(keys: Keys, value: Any) -> Iterable[tuple[Keys, Any]]:
 
 
 def _find_setting(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
-    """The keys that lead to a setting, and its type; a mapping's key may have dots where its values have no keys.
+    """Find the keys that lead to a setting, and its type; a mapping's key may have dots where its values have no keys.
 
     Raises:
         UserError: there is no such setting.
@@ -184,7 +184,7 @@ def _find_setting(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
 
 
 def _value(annotation: Any, text: str, name: str) -> Any:
-    """What a flag's text stands for: YAML where only that can be, else the text, which the validation reads."""
+    """Read a flag's text as YAML where it can be nothing else; other text is left to the validation."""
     kinds = kinds_of(annotation)
     if text == "null" and NoneType in get_args(annotation):
         return None
@@ -249,7 +249,7 @@ def _problem_text(error: ValidationError, files: Mapping[Keys, str], *, only_fil
 
 
 def _shown(config: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings: as given, else the default; null where there is none."""
+    """Collect all settings: as given, else the default; null where a setting has none."""
     shown: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         value = given.get(name, None if field.is_required() else field.default)

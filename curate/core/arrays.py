@@ -46,7 +46,7 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """What `write_arrays` wrote; nothing is unpickled.
+    """Read what `write_arrays` wrote; it unpickles nothing.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -56,7 +56,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def read_array(path: Path) -> npt.NDArray[Any]:
-    """The array in an npy file, memory-mapped; nothing is unpickled.
+    """Map the array of an npy file into memory; it unpickles nothing.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -80,7 +80,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """The table in a Parquet file.
+    """Read the table of a Parquet file.
 
     Args:
         path: the file.
@@ -101,7 +101,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
 
 
 def create_memmap(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
-    """A new file of float32 zeros in memory, with its place on the disk: writing to it cannot find the disk full.
+    """Create a memory-mapped file of float32 zeros whose disk space is allocated: later writes cannot fill the disk.
 
     Raises:
         OSError: there is no space for it.

@@ -97,7 +97,7 @@ def write_hashed(path: Path, value: Json) -> None:
 
 
 def read_hashed(path: Path) -> dict[str, Any]:
-    """What `write_hashed` wrote.
+    """Read what `write_hashed` wrote.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -106,32 +106,32 @@ def read_hashed(path: Path) -> dict[str, Any]:
 
 
 def _without_hash(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    """The content of a hashed file, once its hash was compared."""
+    """Return the content of a hashed file, once its hash was compared."""
     if value.pop(_HASH, None) != fingerprint(value):
         raise UserError(f"{path} is corrupted or was changed after it was written: {remedy_of(path.parent)}")
     return value
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits of the canonical JSON of `value`: equal settings, equal fingerprint."""
+    """Hash the canonical JSON of `value` to 16 hex digits: equal settings have equal fingerprints."""
     # Sorted keys and no spaces: neither the order of settings nor the writer changes it. Paths become text.
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hex digits of a file's bytes."""
+    """Hash a file's bytes to 16 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def hash_of(data: bytes) -> str:
-    """The xxh3_128 of some bytes."""
+    """Hash bytes with xxh3_128, in hex digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def sum_of(path: Path) -> Sum:
-    """Size and hash of a file, read once."""
+    """Return size and hash of a file, which is read once."""
     digest, buffer = xxhash.xxh3_128(), bytearray(_CHUNK)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -140,12 +140,12 @@ def sum_of(path: Path) -> Sum:
 
 
 def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] | None = None) -> None:
-    """Add files to the list of a folder, or renew what it says of them; call it when they are written.
+    """Add files to the list of a folder, or renew their entries; call it once they are written.
 
     Args:
-        folder: theirs, or one above it.
+        folder: folder of the list; the files lie in it or below.
         paths: the files.
-        sums: of files that are not yet there, by their name in the folder.
+        sums: size and hash of files that do not exist yet, by their path in the folder.
     """
     new = {path.relative_to(folder).as_posix(): sum_of(path) for path in paths} | dict(sums or {})
     with locked(folder, f".{SUMS}.lock", wait=True):  # another process may list other files of the folder
@@ -153,7 +153,7 @@ def list_files(folder: Path, paths: Iterable[Path], *, sums: Mapping[str, Sum] |
 
 
 def listed(folder: Path) -> dict[str, Sum]:
-    """The files that a folder lists, by name; none where it has no list.
+    """Read the files that a folder lists, by path; empty where it has no list.
 
     Raises:
         UserError: the list is damaged.
@@ -248,7 +248,7 @@ def _state(status: os.stat_result) -> State:
 
 
 def remedy_of(folder: Path) -> str:
-    """What to do about a damaged file of a folder."""
+    """Say what to do about a damaged file of a folder."""
     if (folder / MANIFEST).exists():
         return f"restore it, or delete {folder} and run the same command again"
     # A run has no manifest, and what a training wrote no command can write again.
@@ -258,12 +258,12 @@ def remedy_of(folder: Path) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 where there is none."""
+    """Sum the bytes of all files below a folder; 0 where none exists."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that can change a number."""
+    """Look up the installed versions of the packages that can change a number."""
     installed = {}
     for package in _PACKAGES:
         try:
@@ -298,13 +298,13 @@ def finalize(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = 
 
 
 def _passing(path: Path) -> bool:
-    """Whether a file is no part of an artifact: its list and manifest, locks, and what an interrupted job leaves."""
+    """Whether a file is no part of an artifact: its list and manifest, locks, and leftovers of interrupted jobs."""
     unfinished = any(part == SCRATCH or part.endswith(".part") for part in path.parts)
     return unfinished or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
 
 
 def is_complete(folder: Path, settings: Json) -> bool:
-    """Whether `folder` holds a complete artifact made with exactly `settings`; False where there is none yet.
+    """Whether `folder` holds a complete artifact made with exactly `settings`; False where none exists yet.
 
     It checks that all files exist in their size; contents are compared with their hashes where they are read.
 

@@ -1,7 +1,7 @@
 """Modules that can be called: `curate.select` is the command's module, and `curate.select(config, run)` selects.
 
-Importing the module `curate.select` binds that name in `curate`, whatever was bound there before. So a function of the
-same name cannot stay there, but the module can do what the function does.
+Importing the module `curate.select` binds that name in `curate`, whatever was bound before. A function of the same name
+would be lost then, so the module itself does what the function does.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Configuration: frozen pydantic models, and the line between a command and what a user can meet.
+"""Configuration: frozen pydantic models, and the border where a command's errors become one sentence for its user.
 
 A config class sits beside the code that it configures; its attribute docstrings are the command's `--help`.
 """
@@ -113,7 +113,7 @@ def as_meant(annotation: Any, given: Any) -> Any:
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """Those in a value, but for those in groups of settings, whose own validation saw them."""
+    """Yield the integers in a value, but for those in groups of settings, whose own validation saw them."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, list | tuple | dict):
@@ -133,7 +133,7 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command's main function and turn what a user can meet into one sentence and an exit status.
+    """Run a command's main function; each error that a user can cause becomes one sentence and an exit status.
 
     Raises:
         SystemExit: 2 for bad input (`UserError`) and for what the system refuses (`OSError`: a full disk, a folder that
@@ -158,7 +158,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def system_refusal(error: OSError) -> str:
-    """What the system refused, where, and what to do: one sentence."""
+    """Say in one sentence what the system refused, where, and what to do."""
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     advice = next((text for numbers, text in _ADVICE if error.errno in numbers), "make it available, or set another")
     return f"{place}{(error.strerror or str(error)).lower()}; {advice}"

@@ -1,4 +1,4 @@
-"""Pages of `--help`: what people set first, one group of settings, or all.
+"""Pages of `--help`: the settings that people set first, one group of settings, or all.
 
 A setting's text is its attribute docstring, its type in plain words and its default. Nothing is imported but the
 config class.
@@ -126,7 +126,7 @@ def _wrapped(description: str) -> str:
 
 
 def _section(heading: str, rows: Sequence[_Row], *, one_line: bool = False) -> str:
-    """A heading and what stands under it, in two columns; a long flag has a line of its own."""
+    """Lay out a heading and its rows in two columns; a long flag gets a line of its own."""
     width = _width()
     column = min(max((len(row.head) + 4 for row in rows), default=0), _COLUMN)
     lines = wrap(heading, width, **_UNBROKEN)
@@ -144,7 +144,7 @@ def _section(heading: str, rows: Sequence[_Row], *, one_line: bool = False) -> s
 
 
 def _cut(text: str, width: int) -> str:
-    """The start of a text, and the facts at its end."""
+    """Shorten a text to one line that keeps the facts at its end."""
     # Facts, such as "[default: 3]", begin at the first bracket (see `_row`).
     sentence, bracket, facts = text.partition(" [")
     end = f" ...{bracket}{facts}"
@@ -235,7 +235,7 @@ def _default_words(value: Any) -> str:
 
 
 def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A type in plain words: "integer at least 1", "list of paths", "a, b or c"."""
+    """Describe a type in plain words: "integer at least 1", "list of paths", "a, b or c"."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return _words(inner, [*more, *metadata])
@@ -259,7 +259,7 @@ def _limits(metadata: Sequence[Any]) -> str:
 
 
 def _alternatives(annotation: Any) -> Iterator[str]:
-    """What a value may be, without null."""
+    """Yield in words what a value may be, without null."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         for member in inner:
@@ -280,7 +280,7 @@ def _alternatives(annotation: Any) -> Iterator[str]:
 
 
 def _several(start: str, item: Any) -> str:
-    """A list in words: "list of numbers above 0", "list of: a, b or c"."""
+    """Describe a list in words: "list of numbers above 0", "list of: a, b or c"."""
     words = _words(item)
     # Only a known noun takes an s; "a, b or c" and mappings stand behind a colon.
     first, space, rest = words.partition(" ")

@@ -20,7 +20,7 @@ _GROUPS = (
 
 
 def usable_device(name: torch.device | str) -> torch.device:
-    """A torch device, once a tensor was put on it.
+    """Return a torch device, once a tensor was put on it.
 
     Raises:
         UserError: there is no such device here.
@@ -35,13 +35,13 @@ def usable_device(name: torch.device | str) -> torch.device:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes where a folder lies, or will lie."""
+    """Measure the free bytes of the disk that a folder lies on, or will lie on."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU's memory, or of the machine's (of its container's, where that has less)."""
+    """Measure the free bytes of a GPU's memory, or of the machine's (of its container's, where that has less)."""
     if device.type == "cuda":
         import torch
 
@@ -56,6 +56,6 @@ def free_memory(device: torch.device) -> int:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Name -> number, of a file with one of each per line."""
+    """Read a file with a name and a number per line."""
     lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     return {name: int(number) for name, number, *_ in lines}

@@ -11,10 +11,10 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+|(?=://)):/+(.*)", re.DOTALL)
 
 
 def local_path(value: Path | str) -> Path:
-    """A path of this machine, with `~` read as the home folder.
+    """Read a path of this machine; `~` is the home folder.
 
     Raises:
-        UserError: it is a URL, its `~name` is no user's, or no file can be called so.
+        UserError: it is a URL, its `~name` is no user, or no file can have that name.
     """
     url = _URL.match(str(value))
     if url:

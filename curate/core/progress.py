@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], *, total: int, what: str, unit: str = "step", done: int = 0) -> Iterator[T]:
-    """Iterate under a bar on stderr: live in a terminal, a line every 15 seconds elsewhere (batch logs)."""
+    """Iterate with a progress bar on stderr: live in a terminal, a line every 15 seconds elsewhere (batch logs)."""
     live = sys.stderr.isatty()
     bar = tqdm(
         iterable,
@@ -33,7 +33,7 @@ def progress(iterable: Iterable[T], *, total: int, what: str, unit: str = "step"
 
 
 def start_logging() -> None:
-    """Show what our own modules say on stderr; other packages only warn."""
+    """Log to stderr: our own modules from INFO on, other packages from WARNING on."""
     shown = logging.StreamHandler()
     shown.setFormatter(_Line("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[shown])
@@ -47,7 +47,7 @@ def say(line: str) -> None:
 
 
 class _Line(logging.Formatter):
-    """A message is one line, whatever stands in it; a traceback below it is ours."""
+    """Keeps a message to one line, whatever it holds; a traceback below it keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name that logging gives it)
         return terminal(super().formatMessage(record))

@@ -1,4 +1,4 @@
-"""The one reader of YAML and of JSON: what is accepted means one thing, and what is not is named by file and line.
+"""The one reader of YAML and JSON: accepted text has one meaning, and an error names file and line.
 
 Text is UTF-8 (a byte order mark is skipped); no key stands twice in a mapping; values are nested `DEPTH` levels at
 most; integers fit into 64 bits. YAML has one document, no tags of its own, and `1e-3` is a number; a date is text.
@@ -33,7 +33,7 @@ _FLOAT = re.compile(
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
         UserError: it is missing, cannot be read, or is not UTF-8.
@@ -54,7 +54,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """Read the value of a YAML file.
 
     Raises:
         UserError: see `read_text` and `parse_yaml`.
@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
+    """Parse one YAML document.
 
     Args:
         text: one document.
@@ -91,7 +91,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """Parse one JSON value.
 
     Args:
         text: one value.
@@ -111,7 +111,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_problem(error: Exception) -> str:
-    """What `json.loads` with `unique_keys` found wrong, as a part of a sentence."""
+    """Say what `json.loads` with `unique_keys` found wrong, as part of a sentence."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     # Python's own words (limit on `int` of a text) advise what no user can do.
@@ -119,7 +119,7 @@ def json_problem(error: Exception) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `json.loads(object_pairs_hook=)`.
+    """Make a dict of a JSON object, for `json.loads(object_pairs_hook=)`.
 
     Raises:
         ValueError: a key stands twice.
@@ -133,18 +133,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML that `read_yaml`, and any reader of YAML 1.1, reads as `value`; keys in the order given."""
+    """Write YAML that `read_yaml`, and any reader of YAML 1.1, reads as `value`; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def shortened(problem: object, most: int = _SHOWN) -> str:
-    """A library's message, or a user's text, as one line of `most` characters."""
+    """Shorten a library's message or a user's text to one line of `most` characters."""
     line = " ".join(str(problem).split())
     return line if len(line) <= most else line[:most] + " ..."
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says, shortened."""
+    """Shorten a library's error to its first line."""
     return shortened((str(error).splitlines() or [type(error).__name__])[0])
 
 
@@ -172,7 +172,7 @@ def _check_extent(value: Any) -> None:
 
 
 def _unusable(value: Any) -> str | None:
-    """What is wrong with one value, not with what is in it."""
+    """Say what is wrong with one value itself, without the values in it."""
     if isinstance(value, int) and value.bit_length() > 64:
         return "an integer of more than 64 bits"
     return "half of a surrogate pair" if isinstance(value, str) and _SURROGATE.search(value) else None
@@ -189,7 +189,7 @@ class _Loader(yaml.SafeLoader):
         self._extents: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """One node, or the node that an alias stands for."""
+        """Compose one node, or return the node that an alias stands for."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             return self._aliased_node(event, super().compose_node(parent, index))
@@ -216,7 +216,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _extent(self, node: yaml.Node) -> tuple[int, int]:
-        """Values in a node, itself included, and its levels."""
+        """Count the values in a node, itself included, and its levels."""
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
             inner = node.value
@@ -226,7 +226,7 @@ class _Loader(yaml.SafeLoader):
         return 1 + sum(values for values, _ in extents), 1 + max((levels for _, levels in extents), default=0)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping without doubled keys (those that `<<` brings in are not its own)."""
+        """Compose a mapping and refuse doubled keys (those that `<<` brings in do not count)."""
         node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
@@ -239,7 +239,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; numbers that Python cannot make of a text are errors of the text."""
+        """Make the value of a node; a text that Python cannot convert is an error of the text."""
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError):
@@ -252,7 +252,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes no aliases, and quotes what one of the two versions of YAML would take for something else than text."""
+    """Writes no aliases, and quotes text that YAML 1.1 or our reader would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

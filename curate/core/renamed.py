@@ -1,4 +1,4 @@
-"""Old names of settings: the error for one says which new name to use. Nothing is read by its old name."""
+"""Old names of settings: the error for an old name says the new one. No setting is read by its old name."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ Keys = tuple[str, ...]
 class Renamed:
     """Old names of a command's settings; its config class holds them as `RENAMED`.
 
-    An entry for a group stands for all of its settings that have no entry. What replaces a name or a value is a new
-    one, or the rest of a sentence that starts with the old one ("is gone: it changed nothing").
+    An entry for a group stands for all of its settings that have no entry. The replacement is a new name or value, or
+    the rest of a sentence that starts with the old one ("is gone: it changed nothing").
     """
 
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ def replacements(config: type[BaseModel], given: Iterable[tuple[Keys, Any]], *, 
 
 
 def leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Keys and value of everything in nested mappings; an empty mapping is a value."""
+    """Yield keys and value of every leaf of nested mappings; an empty mapping is a leaf."""
     for key, value in raw.items():
         keys = (*above, str(key))
         if isinstance(value, Mapping) and value:

@@ -3,8 +3,8 @@
 It gets numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name, its user,
 absolute paths, the command line).
 
-A tracker never stops a job: what goes wrong inside it (no network, a full disk, a refused key) is logged as a warning
-once, and the job goes on without it. The run's files, not the tracker, are the record.
+A tracker never stops a job: its first error (no network, a full disk, a refused key) is logged as a warning, and the
+job continues without it. The run's files, not the tracker, are the record.
 """
 
 import logging
@@ -43,13 +43,13 @@ class TrackingConfig(Config):
 
 
 class Tracker(Protocol):
-    """What a job tells the outside. No method raises."""
+    """Receives what a job reports. No method raises."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """The resolved settings of the job (JSON values); see `without_places`."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers of one training step; steps never go back. Numbers that are not finite are left out."""
+        """Log numbers of one training step; steps never decrease. It drops numbers that are not finite."""
 
     def log_table(self, name: str, table: pl.DataFrame) -> None:
         """A table, all of its rows and columns."""
@@ -109,7 +109,7 @@ class WandbTracker:
             self._attempt(lambda: self._run.log(finite, step=step))
 
     def log_table(self, name: str, table: pl.DataFrame) -> None:
-        """A `wandb.Table`; one with more than `MAX_TABLE_ROWS` rows is logged as its first rows, and that is said."""
+        """A `wandb.Table`; of more than `MAX_TABLE_ROWS` rows only the first ones, with a warning."""
         if table.height > MAX_TABLE_ROWS:
             LOGGER.warning("W&B shows the first %d of %d rows of %s", MAX_TABLE_ROWS, table.height, name)
         self._attempt(lambda: self._run.log({name: _table(table.head(MAX_TABLE_ROWS))}))
@@ -127,7 +127,7 @@ class WandbTracker:
         self._attempt(self._run.finish)
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Run `action`; after its first failure nothing more is tried."""
+        """Run `action`, unless one failed before."""
         if self._failed:
             return
         try:
@@ -138,7 +138,7 @@ class WandbTracker:
 
 
 def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> Tracker:
-    """Start a tracker; where W&B cannot be reached it goes offline, where that fails too there is none.
+    """Start a tracker: W&B online, else offline where it cannot be reached, else none.
 
     Args:
         config: which tracker.
@@ -159,7 +159,7 @@ def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> T
 
 
 def without_places(value: Any) -> Any:
-    """JSON values with absolute paths below the working folder relative to it, and of others only their last name."""
+    """Shorten absolute paths in JSON values: relative to the working folder, or only the last name outside of it."""
     if isinstance(value, Mapping):
         return {without_places(key): without_places(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Whose code may run: a file that names a Python function is data until the caller trusts the function's module.
+"""Which code may run: a file that names a Python function is data until the caller trusts the function's module.
 
 A run folder, or a description, names its model as `module:function`; to build the model is to run that function with
 the arguments that stand there. So a module is imported only where it, or a package that it lies in, is trusted: by
@@ -18,7 +18,7 @@ OPTION = "--trust"
 
 
 def trust(modules: Iterable[str]) -> None:
-    """Let modules, and what lies in them where they are packages, be imported in this process and its children."""
+    """Allow the import of modules, and of a package's modules, in this process and its children."""
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*_trusted(), *modules]))
 
 
@@ -52,7 +52,7 @@ def trusted_function(source: str, setting: str) -> Callable[..., Any]:
 
 
 def take_option(arguments: list[str]) -> list[str]:
-    """Trust what `--trust MODULE[,MODULE]` names; returns the other arguments of a command line."""
+    """Trust the modules of `--trust MODULE[,MODULE]`; returns the other arguments of a command line."""
     others = []
     words = iter(arguments)
     for argument in words:

@@ -52,7 +52,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _temporary_name(path: Path) -> Path:
-    """The temporary name for `path`: none that a user may give, nor one of another process.
+    """Choose the temporary name for `path`: none that a user may give, nor one of another process.
 
     Under a lock it is always the same, so the next holder of the lock writes over what a killed process left.
     """
@@ -83,7 +83,7 @@ def _flush_one(path: Path) -> None:
 
 
 def _write_failure(error: Exception, path: Path, temporary: Path) -> OSError | None:
-    """The system's error while `temporary` was written, with the path; None for other errors.
+    """Return the system's error while `temporary` was written, with the path; None for other errors.
 
     Libraries raise it as their own exceptions, or without the path.
     """
@@ -97,7 +97,7 @@ def _write_failure(error: Exception, path: Path, temporary: Path) -> OSError | N
 
 
 def _errno_in(message: str) -> int | None:
-    """The system's error in a message of Rust ("os error 28"), of C++ ("No space left on device") or of NumPy."""
+    """Find the system's error in a message of Rust ("os error 28"), C++ ("No space left on device") or NumPy."""
     if match := re.search(r"os error (\d+)", message):
         return int(match[1])
     if re.search(r"\d+ requested and \d+ written", message):

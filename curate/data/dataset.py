@@ -32,12 +32,12 @@ _STATE = "schedule"
 
 
 def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> StreamingDataset:
-    """The training data of a stage, shuffled.
+    """Open the training data of a stage, shuffled.
 
     Args:
         data: folder of MDS folders, streams.yaml or schedule.yaml.
         batch_size: samples of a batch on each rank.
-        seed: of the order.
+        seed: seed of the order.
         options: more arguments of `StreamingDataset`.
 
     Raises:
@@ -130,7 +130,7 @@ class ScheduledDataset(CheckedDataset):
     Args:
         schedule: the phases.
         batch_size: samples of a batch on each rank.
-        seed: of the order.
+        seed: seed of the order.
         options: more arguments of `StreamingDataset`, but for those that set the order.
 
     Raises:
@@ -201,12 +201,12 @@ class ScheduledDataset(CheckedDataset):
 
 
 def stream_order(shard_sizes: Ints, total: int, seed: int) -> Ints:
-    """Order of the samples of one stream: all of them in a random order, then all again in another.
+    """Order the samples of one stream: all of them in a random order, then all again in another.
 
     Args:
         shard_sizes: int64 [shards], samples of each; the order keeps to blocks of shards.
-        total: samples that are used.
-        seed: of the order.
+        total: samples that are used, with repeats.
+        seed: seed of the order.
 
     Returns:
         int64 [total], indexes within the stream.
@@ -224,7 +224,7 @@ def phase_order(passes: Sequence[Ints], counts: Ints, seed: int) -> Ints:
     Args:
         passes: ids of each stream in the order of their use, as many as its column of `counts` sums to.
         counts: int64 [phases, streams], samples.
-        seed: of how streams alternate within a phase.
+        seed: seed of how streams alternate within a phase.
 
     Returns:
         int64 [counts.sum()], ids.

@@ -72,7 +72,7 @@ _SHOWN = 12  # columns named in an error
 
 
 def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: Fields | None = None) -> Document:
-    """Read one row, of whatever file format.
+    """Read one row of any file format.
 
     Args:
         row: column name -> value; a column that is None counts as absent.
@@ -104,7 +104,7 @@ def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: 
 
 
 def _wrong_form(row: Mapping[str, Any], present: set[str], columns: Fields, *, named: bool) -> str:
-    """Why a row is no document; `named`: whether its columns can be named in the settings."""
+    """Say why a row is no document; `named`: whether settings can name its columns."""
     # The most telling reason first: too many forms, then a null that hides one, else the columns there are.
     null = [key for key in columns.content() if key in row and row[key] is None]
     forms = [{columns.text}, {"prompt", "completion"}, {columns.tokens, "loss_mask"}]
@@ -162,7 +162,7 @@ def _integers(row: Mapping[str, Any], key: str, where: str, types: tuple[type, .
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The `tokenizer.json` that a path stands for: itself, or the one in the folder.
+    """Find the `tokenizer.json` that a path stands for: itself, or the one in the folder.
 
     Raises:
         UserError: there is none.
@@ -199,16 +199,16 @@ def load_tokenizer(path: Path) -> "Tokenizer":
 
 
 def find_eot(tokenizer: "Tokenizer") -> int | None:
-    """Id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has, or None."""
+    """Find the id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has, or None."""
     ids = (tokenizer.token_to_id(name) for name in END_OF_TEXT)
     return next((int(number) for number in ids if number is not None), None)
 
 
 def eot_id(tokenizer: "Tokenizer") -> int:
-    """Id of the token that ends a document, see `find_eot`.
+    """Return the id of the token that ends a document, see `find_eot`.
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: the tokenizer has no such token.
     """
     number = find_eot(tokenizer)
     if number is not None:
@@ -217,7 +217,7 @@ def eot_id(tokenizer: "Tokenizer") -> int:
 
 
 def encode(document: Document, tokenizer: "Tokenizer | None") -> tuple[Tokens, Mask]:
-    """Tokens of one document, without end-of-text.
+    """Encode one document, without end-of-text.
 
     Args:
         document: the document.
@@ -251,7 +251,7 @@ def encode_many(documents: Sequence[Document], tokenizer: "Tokenizer | None") ->
 
 
 def _ids(documents: Sequence[Document], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of every prompt and text, in order."""
+    """Encode every prompt and text, in order."""
     texts = [text for document in documents for text in (document.prompt, document.text) if text is not None]
     try:
         # Prompt and completion apart, so that no token spans their border; the fast form leaves out the offsets.

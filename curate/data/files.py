@@ -1,4 +1,4 @@
-"""Files of documents: which kinds there are, which of them a path stands for, and how each is opened."""
+"""Files of documents: their kinds, the files that a path stands for, and a reader for each kind."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Reader(Protocol):
         """Number of documents."""
 
     def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked."""
+        """Read the documents at these positions, in the given order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,16 @@ class DocumentFile:
 
 
 def suffix_of(path: Path) -> str:
-    """The end of a name that says which kind of document file it is, as it is written; "" for anything else."""
+    """Return the suffix that shows the kind of a document file, as it is written; "" for anything else."""
     ending = next((end for end in _JSONL + _PARQUET if path.name.lower().endswith(end)), "")
     return path.name[len(path.name) - len(ending) :]
 
 
 def find_files(path: Path) -> list[DocumentFile]:
-    """The files (or saved datasets) that a path of the configuration stands for; a folder stands for all below it.
+    """Find the files (or saved datasets) that a path of the configuration stands for; a folder: all below it.
 
     Raises:
-        UserError: it does not exist, or is or holds what cannot be read; the message names it.
+        UserError: it does not exist, cannot be read, or holds something that cannot; the message names it.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; expected {_EXPECTED}")
@@ -80,7 +80,7 @@ def passed_over(path: Path) -> bool:
 
 
 def _walk(path: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """A file, or everything below a folder; a saved dataset counts as a file."""
+    """Yield a file, or everything below a folder; a saved dataset counts as a file."""
     if not path.is_dir() or is_saved_dataset(path):
         yield path
         return
@@ -104,9 +104,9 @@ def open_reader(file: DocumentFile, fields: Fields | None, split: str, cache: Pa
     """Open one of the files that `find_files` found.
 
     Args:
-        file: what is opened.
+        file: the file.
         fields: column names.
-        split: which split of a saved dataset is read, where it has several.
+        split: split of a saved dataset that is read, where it has several.
         cache: folder for copies of Parquet and compressed files; the caller removes it.
 
     Raises:
@@ -129,7 +129,7 @@ def _refuse_strays(saved: Path) -> None:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """All documents of one file, such as a target's.
+    """Read all documents of one file, such as a target's.
 
     Raises:
         UserError: the file is missing or of an unknown kind, or a line or row is not a document.

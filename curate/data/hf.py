@@ -55,7 +55,7 @@ class HfFile:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked.
+        """Read the documents at these positions, in the given order.
 
         Raises:
             UserError: a row is not a document; the message names file and row.
@@ -83,7 +83,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
-    """Rows of an Arrow copy; `datasets` itself would read a path as a pattern."""
+    """Copy a Parquet file to Arrow and map its rows; `datasets` itself would read the path as a pattern."""
     import datasets
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -110,7 +110,7 @@ def _open_parquet(path: Path, fields: Fields, cache: Path) -> "Dataset":
 
 
 def _needed(names: Sequence[str], fields: Fields) -> list[str]:
-    """The columns that documents are made of, so that no others are decoded; all where there is none."""
+    """Choose the columns that documents are made of, so that no others are decoded; all where none is one."""
     needed = [name for name in names if name in (fields.id, *fields.content())]
     return needed if set(needed) - {fields.id} else list(names)
 

@@ -61,7 +61,7 @@ class JsonlFile:
         return len(self._starts) - 1
 
     def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked.
+        """Read the documents at these positions, in the given order.
 
         Raises:
             UserError: a line is not a document; the message names file and line.
@@ -95,7 +95,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _decompressed(path: Path, cache: Path) -> Path:
-    """The file's lines in a new file in `cache`."""
+    """Write the file's lines to a new file in `cache`."""
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with (

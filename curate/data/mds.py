@@ -84,7 +84,7 @@ class Sample:
         return int(self.loss_mask[1:].sum())
 
     def document_tokens(self) -> list[dict[str, str | int]]:
-        """`id` and predicted `tokens` of each document in the sample: its share of the sample's value."""
+        """Return `id` and `predicted_tokens` of each document in the sample: its share of the sample's value."""
         # From 1 at least: the first token of a sequence is never predicted.
         return [
             {"id": name, "predicted_tokens": int(self.loss_mask[max(start, 1) : stop].sum())}
@@ -93,7 +93,7 @@ class Sample:
 
 
 def content_id(tokens: npt.NDArray[Any], loss_mask: npt.NDArray[Any]) -> int:
-    """63-bit content hash of a sample; it survives re-sharding and needs no id column in the shards."""
+    """Hash a sample's content to 63 bits; the hash survives re-sharding and needs no id column in the shards."""
     # In one byte order and width, whatever the shard stores.
     digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8)
     digest.update(loss_mask.astype(np.uint8).tobytes())
@@ -244,7 +244,7 @@ class MdsStream:
 
     @cached_property
     def encodings(self) -> list[dict[str, str]]:
-        """Column name -> MDS encoding; one entry, or one for each kind of shard that a merged stream has."""
+        """Column name -> MDS encoding: one mapping for each kind of shard; a merged stream may have several."""
         distinct: list[dict[str, str]] = []
         for reader in self._readers:
             encodings = dict(zip(reader.column_names, reader.column_encodings, strict=True))
@@ -253,7 +253,7 @@ class MdsStream:
         return distinct
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of the sample at a stream-wide index, as stored.
+        """Read all columns of the sample at a stream-wide index, as stored.
 
         Raises:
             UserError: the shard's bytes cannot be decoded.
@@ -274,7 +274,7 @@ class MdsStream:
         return row
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a stream-wide index.
+        """Read the sample at a stream-wide index.
 
         Raises:
             UserError: the tokens column is missing, or the shard is corrupted.
@@ -365,7 +365,7 @@ def merge_indexes(folder: Path, streams: list[str]) -> None:
 
 
 def iterate(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
+    """Yield every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
     from streaming import StreamingDataset
 
     # Released at once, since a process may iterate over many folders.

@@ -26,7 +26,7 @@ _NAME = re.compile(r"\d{6}_(barrier|cache_usage|locals|next_epoch|resume|shard_a
 
 
 def construct(make: Callable[[], Dataset]) -> Dataset:
-    """Make a `StreamingDataset` (and its `Stream`s), again when another process took its name in shared memory first.
+    """Make a `StreamingDataset` and its `Stream`s; try again where another process took its name in shared memory.
 
     Streaming looks for a free name and takes it later, so two trainings that start together on one machine can collide.
     With several ranks the error is raised: the others already wait for this one.

@@ -49,9 +49,9 @@ class Resumed(Config):
     step: int = Field(ge=0)
     """Its first optimizer step."""
     epoch: int | None = Field(default=None, ge=0)
-    """Epoch that it was given (`StreamingDataLoader.state_dict`); none: the one that the process before it was in."""
+    """Epoch that it was given (`StreamingDataLoader.state_dict`); null: the epoch of the process before it."""
     sample_in_epoch: int | None = Field(default=None, ge=0)
-    """Samples of that epoch that it skipped, over all ranks; none: as many as were trained on."""
+    """Samples of that epoch that it skipped, over all ranks; null: as many as were trained on."""
 
 
 class LoaderConfig(Config):
@@ -86,7 +86,7 @@ def streaming_version() -> str:
 
 
 class SampleOrder:
-    """Partitions of epochs.
+    """Partitions of epochs into batches of ranks.
 
     Args:
         streams: arguments of each `Stream`, in the order of the training.
@@ -123,7 +123,7 @@ class SampleOrder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the order was made with, defaults filled in."""
+        """Arguments that the order was made with, defaults filled in."""
         names = (
             "num_canonical_nodes",
             "batch_size",
@@ -145,7 +145,7 @@ class SampleOrder:
         return int(self._world.num_ranks)
 
     def batches(self, epoch: int, sample_in_epoch: int = 0) -> list[list[Ids]]:
-        """Batches of each rank's loader in one epoch.
+        """Compute the batches of each rank's loader in one epoch.
 
         Args:
             epoch: its number.
@@ -178,7 +178,7 @@ class SampleOrder:
         return ranks
 
     def steps(self, steps: int) -> Iterator[list[list[Ids]]]:
-        """Per step, per rank, the batches of its loader.
+        """Yield per step, per rank, the batches of its loader.
 
         Args:
             steps: optimizer steps of the stage.
@@ -209,7 +209,7 @@ class _Private:
         self.lock = None
 
     def get(self) -> Any:
-        """The value."""
+        """Return the value."""
         return self.value
 
     def set(self, value: Any) -> None:
@@ -218,7 +218,7 @@ class _Private:
 
 
 def _dataset(**arguments: Any) -> Any:
-    """A `StreamingDataset` that is never iterated, and so needs no shared memory.
+    """Make a `StreamingDataset` that is never iterated, and so needs no shared memory.
 
     A real one takes file descriptors, and a name that trainings on the same machine have to avoid.
     """
@@ -252,7 +252,7 @@ class _Reader:
         self._left = min(map(len, ranks))
 
     def take(self) -> list[tuple[Ids, ...]]:
-        """The batches of one step, each of them per rank."""
+        """Take the batches of one step, each of them per rank."""
         taken: list[tuple[Ids, ...]] = []
         while len(taken) < self._loader.accumulation:
             batch = next(self._batches, None)
@@ -280,7 +280,7 @@ class _Reader:
 
 
 def _loader_batches(workers: Ids, loader: LoaderConfig) -> list[Ids]:
-    """Batches that a DataLoader makes of its workers' samples (W, N): one of each worker in turn.
+    """Make the batches of a DataLoader from its workers' samples (W, N): one of each worker in turn.
 
     A sample of -1 is streaming's padding and left out.
     """
@@ -295,7 +295,7 @@ def _loader_batches(workers: Ids, loader: LoaderConfig) -> list[Ids]:
 
 
 def stream_folder(stream: Mapping[str, Any]) -> Path:
-    """Where a stream's shards lie.
+    """Return the folder of a stream's shards.
 
     Raises:
         UserError: it has no local folder.

@@ -121,7 +121,7 @@ class Schedule:
         return self.entries[bisect_right([entry.start_sample for entry in self.entries], step) - 1]
 
     def totals(self) -> list[dict[str, Any]]:
-        """`Stream` arguments with the samples of all phases, ordered by folder.
+        """Sum the samples of all phases per stream, as `Stream` arguments ordered by folder.
 
         Raises:
             UserError: a stream has other arguments in another phase.
@@ -140,7 +140,7 @@ class Schedule:
 
 
 def stream_key(stream: dict[str, Any]) -> tuple[str, str]:
-    """What makes two streams the same: folder and split."""
+    """Identify a stream by folder and split."""
     return str(stream["local"]), str(stream.get("split") or "")
 
 
@@ -150,7 +150,7 @@ def is_schedule(value: Any) -> bool:
 
 
 def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
-    """The schedule in a YAML file.
+    """Parse the content of a schedule file.
 
     Args:
         value: the file's content.
@@ -173,7 +173,7 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
 
 
 def _placed(entry: Entry, here: Path) -> Entry:
-    """The entry with its streams' folders below `here`; absolute ones stay."""
+    """Put the folders of an entry's streams below `here`; absolute ones stay."""
     streams = [stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams]
     return entry.model_copy(update={"streams": tuple(streams)})
 

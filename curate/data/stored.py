@@ -20,7 +20,7 @@ _LARGEST = (1 << 31) - 1
 
 
 def token_ids(stored: Any, dtype: str, where: str) -> npt.NDArray[np.int32]:
-    """Token ids of one sample, int32 (T,), T at least 1.
+    """Read the token ids of one sample: int32 (T,), T at least 1.
 
     Args:
         stored: an array or list of integers, or raw bytes of `dtype`.
@@ -53,7 +53,7 @@ def token_ids(stored: Any, dtype: str, where: str) -> npt.NDArray[np.int32]:
 
 
 def loss_mask(stored: Any, tokens: npt.NDArray[np.int32], where: str) -> npt.NDArray[np.bool_]:
-    """Where the loss of one sample counts, bool (T,).
+    """Read where the loss of one sample counts: bool (T,).
 
     Args:
         stored: T values 0 or 1, as any numbers or as raw bytes; or T labels: -100 where the loss does not count, else

@@ -1,4 +1,4 @@
-"""The streams of a stage's data: a folder, a streams.yaml or a schedule.yaml; and what domains may be called."""
+"""The streams of a stage's data: a folder, a streams.yaml or a schedule.yaml; and the names of domains."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ DomainName = Annotated[str, AfterValidator(check_domain)]
 
 
 def load_streams(data: Path) -> list[dict[str, Any]]:
-    """`Stream` arguments: every domain of a prepared folder, or the entries of a streams.yaml.
+    """Read `Stream` arguments: of every domain of a prepared folder, or the entries of a streams.yaml.
 
-    Those of a schedule.yaml have the samples of all its phases. A folder holds MDS folders or is one; it is read whole.
+    Those of a schedule.yaml have the samples of all its phases. A folder holds MDS folders or is one; every shard in
+    it must belong to one of them.
 
     Raises:
         UserError: there are none, the file cannot be read, or the folder holds shards that none of them names.
@@ -87,7 +88,7 @@ def stream_arguments(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _folders(data: Path) -> list[Path]:
-    """The MDS folders of a folder; itself, where it is one and holds none.
+    """Find the MDS folders in a folder; the folder itself, where it is one and holds none.
 
     Raises:
         UserError: it is no folder, or part of what it holds would not be read.
@@ -119,28 +120,28 @@ def _folders(data: Path) -> list[Path]:
 
 
 def _named(folder: Path) -> set[Path]:
-    """Files that the index of an MDS folder names, compressed forms too."""
+    """Collect the files that the index of an MDS folder names, compressed forms too."""
     pairs = [pair for reader in shard_readers(folder) for pair in reader.file_pairs]
     return {folder / info.basename for pair in pairs for info in pair if info is not None}
 
 
 def _shards(folder: Path) -> set[Path]:
-    """MDS shards in a folder, and at any depth in the folders in it."""
+    """Find the MDS shards in a folder, and at any depth in its sub-folders."""
     # `rglob` in each child: a folder that is a link would not be entered from above.
     inner = [path for child in folder.iterdir() if child.is_dir() for path in child.rglob("*.mds*")]
     return {path for path in (*folder.glob("*.mds*"), *inner) if _SHARD.search(path.name)}
 
 
 def find_tokenizer(data: Path, streams: list[dict[str, Any]], given: Path | None = None) -> Path | None:
-    """The tokenizer of a stage's data: the given one, else what prepare or select left beside the streams.
+    """Find the tokenizer of a stage's data: the given one, else what prepare or select left beside the streams.
 
     Args:
         data: folder, streams.yaml or schedule.yaml.
         streams: see `load_streams`.
-        given: by the user.
+        given: tokenizer that the user named.
 
     Raises:
-        UserError: there are different ones, so that equal token ids mean different text.
+        UserError: they differ, so that equal token ids mean different text.
     """
     folders = [data if data.is_dir() else data.parent, *(Path(stream["local"]).parent for stream in streams)]
     beside = [path for folder in dict.fromkeys(folders) if (path := folder / "tokenizer.json").exists()]
@@ -171,7 +172,7 @@ def check_same_tokenizer(one: Path, other: Path, what: str) -> None:
 
 
 def domain_folders(streams: list[dict[str, Any]]) -> dict[str, Path]:
-    """Domain -> MDS folder: domains are called by their folders, with the parent's name where that is not enough.
+    """Map domain -> MDS folder: a folder names its domain, with its parent's name where names are equal.
 
     Raises:
         UserError: two streams would have the same name, or one has a name that no domain can have.

@@ -56,7 +56,7 @@ class _Truth:
     targets: int
 
     def recall_of(self, index: Any) -> float:
-        """The lower one of the recall of the targets and that of the sampled rows."""
+        """Measure the lower one of the targets' recall and the sampled rows' recall."""
         found = index.search(self.queries, self.rows.shape[1])[1]
         # Apart: the few targets are what is searched for, and would vanish among 256 sampled rows.
         groups = [group for group in (slice(self.targets), slice(self.targets, None)) if len(found[group])]
@@ -80,7 +80,7 @@ def build(
         config: factory and recall target.
         queries: float32 [Q, D], real target vectors (Q may be 0); recall is measured with them and with sampled rows,
             and the lower one counts.
-        seed: of the training sample and of the sampled queries.
+        seed: seed of the training sample and of the sampled queries.
         parents: fingerprints of the artifacts the embeddings and the queries came from.
 
     Raises:
@@ -120,12 +120,12 @@ def build(
 
 
 def auto_factory(rows: int) -> str:
-    """The factory string that "auto" stands for: exact for few rows, compressed for many."""
+    """Choose the factory string for "auto": exact for few rows, compressed for many."""
     return "Flat" if rows <= EXACT_UP_TO else compressed_factory(rows)
 
 
 def compressed_factory(rows: int) -> str:
-    """About sqrt(N) lists, a power of two, of rows in bfloat16."""
+    """Choose about sqrt(N) lists, a power of two, of rows in bfloat16."""
     return f"IVF{2 ** round(np.log2(rows) / 2)},SQbf16"
 
 
@@ -144,7 +144,7 @@ def _check(embeddings: Floats, queries: Floats) -> None:
 
 
 def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
-    """An index with every row added in order, chunk by chunk."""
+    """Make an index and add every row in order, chunk by chunk."""
     try:
         index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -166,7 +166,7 @@ def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
 
 
 def _training_rows(faiss: Any, index: Any, embeddings: Floats, seed: int) -> Floats:
-    """A sample of rows in their order, float32 [at most N, D]."""
+    """Sample rows, in their order: float32 [at most N, D]."""
     lists = _lists(faiss, on_cpu(faiss, index))
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * lists.nlist if lists else 0)
     rows = np.arange(len(embeddings))
@@ -177,7 +177,7 @@ def _training_rows(faiss: Any, index: Any, embeddings: Floats, seed: int) -> Flo
 
 
 def _truth(embeddings: Floats, queries: Floats, seed: int) -> _Truth:
-    """The queries and sampled rows, with their exact results."""
+    """Search exactly for the queries and for sampled rows."""
     count = min(_RECALL_ROWS, len(embeddings))
     sampled = np.sort(generator(seed, "index-recall").choice(len(embeddings), count, replace=False))
     stacked = np.ascontiguousarray(np.vstack([queries, embeddings[sampled]]), dtype=np.float32)
@@ -195,6 +195,6 @@ def _tune(faiss: Any, index: Any, truth: _Truth, target: float) -> float:
 
 
 def _lists(faiss: Any, index: Any) -> Any:
-    """The inverted lists of an index (with `nlist` and `nprobe`), or None where it has none."""
+    """Find the inverted lists of an index (with `nlist` and `nprobe`); None where it has none."""
     # IVF indexes have `nprobe` themselves, on the GPU too; others may wrap one ("PCA64,IVF1024,Flat").
     return index if hasattr(index, "nprobe") else faiss.try_extract_index_ivf(index)

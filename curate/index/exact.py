@@ -26,7 +26,7 @@ def chunks(embeddings: Floats, products: int = 0) -> Iterator[tuple[int, Floats]
 
 
 def exact_search(embeddings: Floats, queries: Floats, k: int) -> tuple[Floats, Rows]:
-    """The `min(k, N)` rows with the largest inner products, best first.
+    """Find the `min(k, N)` rows with the largest inner products, best first.
 
     Time O(N D Q), memory one chunk and its products (64 MiB); the embeddings may be a memory map.
 
@@ -54,7 +54,7 @@ def exact_search(embeddings: Floats, queries: Floats, k: int) -> tuple[Floats, R
 
 
 def recall(found: Rows, exact: Rows) -> float:
-    """Share of the exact results [Q, K] that are among the results found [Q, K]; 0 to 1."""
+    """Compute the share of the exact results [Q, K] that are among the results found [Q, K]; 0 to 1."""
     # As sets: the order within the results does not count.
     hits = sum(np.isin(wanted, got).sum() for wanted, got in zip(exact, found, strict=True))
     return float(hits / exact.size)

@@ -33,7 +33,7 @@ def load_faiss() -> Any:
 
 
 def on_gpu(faiss: Any, index: Any) -> Any:
-    """The index on the first GPU; the index itself where no GPU exists or FAISS cannot move this kind of index."""
+    """Move an index to the first GPU; return it as it is where no GPU exists or FAISS cannot move its kind."""
     # faiss-cpu has no GPU classes at all.
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         return index
@@ -47,7 +47,7 @@ def on_gpu(faiss: Any, index: Any) -> Any:
 
 
 def on_cpu(faiss: Any, index: Any) -> Any:
-    """The index in main memory, where it can be written to disk."""
+    """Move an index to main memory, from where it can be written to disk."""
     return faiss.index_gpu_to_cpu(index) if hasattr(index, "getDevice") else index  # GPU indexes alone have it
 
 

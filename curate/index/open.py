@@ -32,7 +32,7 @@ class Index:
         return int(self._faiss_index.ntotal)
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        """The rows with the largest inner products, best first. For the smallest products search for `-queries`.
+        """Find the rows with the largest inner products, best first. For the smallest products search for `-queries`.
 
         Args:
             queries: float32 [Q, D].
@@ -53,7 +53,7 @@ class Index:
 
 
 def extremes(folder: Path, query: Floats, k: int) -> dict[str, list[int]]:
-    """The rows with the largest ("most") and the smallest ("least") inner products with a query (D,), farthest first.
+    """Find the rows of largest ("most") and smallest ("least") inner product with a query (D,), farthest first.
 
     Raises:
         UserError: see `open_index`.
