@@ -13,25 +13,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from pydantic import Field
 
 from curate.core.config import Config, parse_command, run_command
-from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.machine import usable_device
+from curate.core.progress import progress, start_logging
 from curate.data.mds import Columns, MdsStream, as_sample
 from curate.data.memory import release
 from curate.data.phases import load_schedule
 from curate.data.streams import domain_folders, find_tokenizer, load_streams
-from curate.core.lock import locked
-from curate.core.machine import usable_device
-from curate.core.progress import progress, start_logging
-from curate.training.task import ModelSpec, TaskSpec, build_model
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
+from curate.tables import Catalogue
 from curate.training.fit import check_fit, check_tokens
 from curate.training.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
-from curate.training.source import read_catalogue
 from curate.training.snapshots import load_state
+from curate.training.source import read_catalogue
+from curate.training.task import ModelSpec, TaskSpec, build_model
 from pipelines.checkpoints import FINAL, finish, finished, resume, save
 from pipelines.optimizers import OptimizerConfig, build_optimizers, learning_rate
 
@@ -193,7 +195,7 @@ def _previous(config: PretrainConfig) -> Path | None:
     return folder if folder and (folder / "run.json").exists() else None
 
 
-def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> pl.DataFrame:
+def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> dy.DataFrame[Catalogue]:
     """Read every sample once, hold it against the model, and keep the catalogue, which `curate.select` needs later.
 
     Raises:
@@ -219,7 +221,9 @@ def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: Pretr
     return catalogue
 
 
-def _tokenizer(config: PretrainConfig, streams: list[dict[str, Any]], catalogue: pl.DataFrame) -> Path | None:
+def _tokenizer(
+    config: PretrainConfig, streams: list[dict[str, Any]], catalogue: dy.DataFrame[Catalogue]
+) -> Path | None:
     """What the run is recorded with.
 
     Raises:

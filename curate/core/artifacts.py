@@ -40,6 +40,8 @@ _LEVELS = 4  # folders above a file that may list it
 _CHUNK = 1 << 20  # bytes read at once while hashing
 # Key of the hash that a JSON file holds of itself.
 _HASH = "hash"
+# Folder of a tracker, whose logs still grow when the artifact beside it is complete.
+_TRACKER = "wandb"
 
 Json = Mapping[str, Any]
 Sum = tuple[int, str]
@@ -298,9 +300,10 @@ def finalize(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = 
 
 
 def _passing(path: Path) -> bool:
-    """Whether a file is no part of an artifact: its list and manifest, locks, and leftovers of interrupted jobs."""
+    """Whether a file is no part of an artifact: its list and manifest, locks, a tracker's log, leftovers of a job."""
     unfinished = any(part == SCRATCH or part.endswith(".part") for part in path.parts)
-    return unfinished or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
+    is_log = path.parts[0] == _TRACKER
+    return unfinished or is_log or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
 
 
 def is_complete(folder: Path, settings: Json) -> bool:

@@ -165,7 +165,7 @@ class AdjointEstimator:
         if len(known) == HALVES:
             vectors = np.eye(len(anchors), dtype=np.float32)[known]
             return Encoded(vectors=vectors, residual=None if self.with_target else 0.0)
-        job.replay.horizon_model(job.horizon)
+        job.replay.model_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
         chosen = read_json(job.folder / MANIFEST)["solver"]
         solution = solve(load_basis(job.folder), gradients, chosen["metric"], chosen["ridge"])
@@ -217,7 +217,7 @@ class AdjointEstimator:
         if found is not None and (not self._has_basis or (job.folder / BASIS).exists()):
             return found
         replay, anchors = job.replay, self.anchors(job)
-        optimizers = replay.horizon_optimizers(job.horizon)
+        optimizers = replay.optimizers_at(job.horizon)
         gradients = anchor_gradients(replay.task, replay.layout, anchors, job.batch_size)
         if self._has_basis:
             diagonal = optimizer_metric(replay, optimizers, job.horizon)

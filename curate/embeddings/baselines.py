@@ -196,7 +196,7 @@ class BaselineEstimator:
             return {}
         for _ in job.replay.steps(job.start, min(job.start + _UNIT_STEPS, job.stop)):
             pass
-        optimizers = job.replay.horizon_optimizers(job.horizon)
+        optimizers = job.replay.optimizers_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, target.halves, job.batch_size)
         if self.name == "grad-dot":
             out[:] = grad_dot(job.replay, gradients, window)

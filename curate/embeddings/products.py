@@ -41,7 +41,10 @@ _NO_DERIVATIVE = ("twice", "is not implemented")
 def exact_products(
     task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`exact`: `<g_z, u_r>` for every sample, and `H u_r`.
+    """`exact`: `<g_z, u_r>` for every sample, and `H u_r`: derivatives of <grad L, u> by c_z and by theta.
+
+    The graph of the gradient is made once and walked for one direction after another: all at once (under vmap) is
+    slower, and needs R times the activations.
 
     Args:
         task: the model's loss.
@@ -53,36 +56,18 @@ def exact_products(
     Returns:
         (R, B) and (R, P).
     """
-    slopes, curvature = _second_backward(task, layout, batch, parameters, directions, curvature=True)
-    return slopes, curvature
-
-
-def exact_slopes(task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor) -> Tensor:
-    """`<g_z, u_r>` (R, B) alone; a second backward pass that stops at the weights c_z."""
-    (slopes,) = _second_backward(task, layout, batch, parameters, directions, curvature=False)
-    return slopes
-
-
-def _second_backward(
-    task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor, *, curvature: bool
-) -> tuple[Tensor, ...]:
-    """Derivatives of <grad L, u>: <g_z, u> by c_z (R, B) and, where asked for, H u by theta (R, P).
-
-    The graph of the gradient is made once and walked for one direction after another: all at once (under vmap) is
-    slower, and needs R times the activations.
-    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     leaf = parameters.detach().clone().requires_grad_()
     weights = batch.weights.to(parameters.dtype, copy=True).requires_grad_()
-    leaves = (weights, leaf) if curvature else (weights,)
     # Fused attention kernels cannot be differentiated twice; the math kernel can.
     with sdpa_kernel(SDPBackend.MATH):
         loss = (task.sample_losses(batch, layout.views(leaf)) * weights).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        found = [torch.autograd.grad(gradient, leaves, one, retain_graph=True) for one in directions]
-    return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        found = [torch.autograd.grad(gradient, (weights, leaf), one, retain_graph=True) for one in directions]
+    slopes, curvature = zip(*found, strict=True)
+    return torch.stack(slopes), torch.stack(curvature)
 
 
 def difference_products(

@@ -140,7 +140,7 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
         facts = estimator.embed(job, vectors)
         vectors[_skipped_rows(job, rows)] = 0
     finally:
-        add_time(folder, perf_counter() - begin, job.replay.unit_seconds)
+        add_time(folder, perf_counter() - begin, job.replay.pass_seconds)
     vectors.flush()
     finalize(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
+from curate.core.errors import UserError
 from curate.embeddings import adjoint, adjoint_estimator
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target, target_loss
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_target, target_loss
 from tests.tiny import Training, record_tiny_run, write_tiny_target
 
 STATE = 16 * 1384  # bytes of one state of the tiny model
@@ -169,7 +169,7 @@ def test_values_at_an_intermediate_horizon_are_about_the_model_there(folder):
     target = load_target(folder / "target.jsonl", run.spec, min_tokens=100)
     values = found.vectors @ found.targets.T @ np.array(target.half_weights)
     replay = Replay(run)
-    replay.horizon_model(6)
+    replay.model_at(6)
     base = target_loss(replay.task, target, 16)
     removed = np.array([loss_without(run, target, row, 6) - base for row in range(24)])
     assert np.corrcoef(values, removed)[0, 1] > 0.97

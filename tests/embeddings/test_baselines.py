@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from curate.core.errors import UserError
 from curate.embeddings.baselines import BaselineConfig, BaselineEstimator
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target
 from curate.training.replay import Replay, records
 from curate.training.snapshots import load_state
+from curate.training.target import load_target
 from tests.tiny import build_optimizers, factory, record_tiny_run, write_tiny_target
 
 
@@ -120,7 +120,7 @@ def test_shapley_sums_what_each_step_took_off_the_target_to_first_order(job):
 def state_of(job, step):
     """The model's parameters before a step, replayed from the snapshot before it."""
     replay = Replay(job.replay.run)
-    replay.horizon_model(step)
+    replay.model_at(step)
     return replay.model.state_dict()
 
 
