@@ -21,7 +21,7 @@ from curate.core.artifacts import MANIFEST, checked, read_json
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.progress import progress
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.embeddings.basis import FILE as BASIS
@@ -297,7 +297,7 @@ def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
     """Write the cotangent of the state before `step`, atomically."""
     from safetensors.torch import save_file
 
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         save_file({key: value.contiguous() for key, value in vars(cotangent).items()}, str(part), {"step": str(step)})
 
 

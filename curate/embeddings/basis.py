@@ -29,7 +29,7 @@ import numpy as np
 
 from curate.core.artifacts import checked
 from curate.core.errors import UserError
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -101,7 +101,7 @@ def save_basis(folder: Path, basis: AnchorBasis) -> None:
     if basis.diagonal is not None:
         tensors["diagonal"] = basis.diagonal
     stored = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in tensors.items()}
-    with replacing(folder / FILE) as part:
+    with atomic_write(folder / FILE) as part:
         save_file(stored, str(part), {"names": json.dumps(basis.names)})
 
 

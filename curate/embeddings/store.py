@@ -17,10 +17,10 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
-from curate.core.artifacts import fingerprint, list_files, listed, making, read_hashed, seal, write_hashed
+from curate.core.artifacts import finalize, fingerprint, list_files, listed, making, read_hashed, write_hashed
 from curate.core.errors import UserError
 from curate.core.lock import locked
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.tables import WindowRows
 from curate.training.replay import records
@@ -133,7 +133,7 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
     job.scratch.mkdir(parents=True, exist_ok=True)
     begin = perf_counter()
     rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon))
-    with replacing(folder / "rows.parquet") as part:
+    with atomic_write(folder / "rows.parquet") as part:
         rows.write_parquet(part)
     vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
     try:
@@ -142,7 +142,7 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
     finally:
         add_time(folder, perf_counter() - begin, job.replay.pass_seconds)
     vectors.flush()
-    seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
+    finalize(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
 
 
 def _skipped_rows(job: WindowJob, rows: pl.DataFrame) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,7 @@ import polars as pl
 from curate.core.artifacts import file_fingerprint, list_files, read_json, versions, write_json
 from curate.core.errors import UserError
 from curate.core.lock import locked, sweep
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import tokenizer_file
 from curate.data.mds import MdsStream
 from curate.data.order import SampleOrder, stream_folder, streaming_version
@@ -70,7 +70,7 @@ def reconstruct(config: ReconstructConfig) -> Path:
 
 def _make(config: ReconstructConfig, settings: dict[str, Any]) -> None:
     _say_version(config)
-    with replacing(config.out) as part:
+    with atomic_write(config.out) as part:
         part.mkdir(parents=True)
         model = build_model(config.task.model)
         optimizers = build_optimizers(model, config)
@@ -139,7 +139,7 @@ def _write_records(part: Path, config: ReconstructConfig, model: nn.Module, opti
         clip_norm=config.clip_norm, previous=config.previous and config.previous.resolve(),
     )  # fmt: skip
     write_json(part / "run.json", spec.model_dump(mode="json"))
-    with replacing(part / "steps.parquet") as path:
+    with atomic_write(part / "steps.parquet") as path:
         frame.write_parquet(path)
     list_files(part, [part / "run.json", part / "steps.parquet"])
     return order
@@ -269,7 +269,7 @@ def _fill_norms(part: Path, replay: Replay) -> int:
             pl.coalesce("grad_norm", "norm").alias("grad_norm"),
             pl.coalesce("clip_factor", "factor").alias("clip_factor"),
         )
-        with replacing(part / "steps.parquet") as path:
+        with atomic_write(part / "steps.parquet") as path:
             filled.drop("norm", "factor").write_parquet(path)
         list_files(part, [part / "steps.parquet"])
     return len(norms)

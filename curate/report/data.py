@@ -10,7 +10,7 @@ import polars as pl
 from curate.core.arrays import read_table
 from curate.core.artifacts import read_json
 from curate.core.errors import UserError
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.output.layout import SelectionFolder
 
 # Columns that each frame must have; more are allowed and shown nowhere.
@@ -121,7 +121,7 @@ class ReportData:
 def save_data(selection: SelectionFolder, data: ReportData) -> None:
     """Write `data` into a selection, so that `python -m curate.report` can render it again."""
     facts = {each.name: getattr(data, each.name) for each in fields(data) if each.name not in COLUMNS}
-    with replacing(selection.report_data) as part:
+    with atomic_write(selection.report_data) as part:
         part.mkdir()
         for name in COLUMNS:
             getattr(data, name).write_parquet(part / f"{name}.parquet")

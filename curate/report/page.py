@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from curate.core.escape import page_text
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.sentences import checkpoint_name, facts, has_ngrams, headline, is_next_step, resampled, warnings
@@ -30,7 +30,7 @@ def write_report(path: Path, data: ReportData) -> None:
         path: the HTML file.
         data: what it shows.
     """
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(render(data), encoding="utf-8")
 
 
