@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from curate.core.artifacts import file_fingerprint, fingerprint
 from curate.core.errors import UserError
+from curate.core.paths import local_path
 from curate.data.documents import Document
 from curate.data.files import DocumentFile, Reader, find_files, passed_over, suffix_of
 from curate.data.streams import check_domain
-from curate.core.paths import local_path
 
 BATCH = 256  # documents read and tokenised at once
 

@@ -16,20 +16,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import polars as pl
 from pydantic import Field
 
+from curate.core.arrays import read_table
 from curate.core.artifacts import read_json, write_json
 from curate.core.config import Config, parse_command, run_command
-from curate.embeddings.store import read_timings
 from curate.core.lock import locked
-from curate.mixture.apportion import apportion
 from curate.core.progress import progress, say, start_logging
 from curate.core.reading import read_yaml
-from curate.select import select
-from curate.selection import SelectConfig
-from curate.shards.write import write_reweight
+from curate.mixture.apportion import apportion
+from curate.output.layout import SelectionFolder
+from curate.output.write import write_weights
+from curate.select import SelectConfig, select
 from curate.training.run import Run
 from pipelines.corpus.build import CorpusConfig, build
+from pipelines.corpus.recipe import RETAIN
 from pipelines.evaluate import document_loss, domain_losses, load_task
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.pretrain import PretrainConfig, train
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=Config)
-PHASES = ("stage1", "embed", "select", "stage2")
+PHASES = ("stage1", "values", "select", "stage2")
+CURATED = "selection"  # folder of what is selected
 
 
 class DemoConfig(Config):
@@ -98,7 +101,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         SelectConfig,
         run=run.folder,
         target=corpus / "target.jsonl",
-        out=root / "selection",
+        retain=corpus / RETAIN,
+        out=root / CURATED,
         seed=config.seed,
     )
     with watch.phase("select"):
@@ -127,8 +131,8 @@ def _branches(config: DemoConfig, root: Path, run: Run) -> dict[str, PretrainCon
     prior = {name: domain.prior for name, domain in mixture.domains.items()}
     sizes = {name: len(run.streams[name]) for name in prior}
     proportional = root / "proportional" / "streams.yaml"
-    write_reweight(proportional, run.spec.streams, apportion(prior, mixture.samples, sizes))
-    data = {"proportional": proportional, "curated": root / "selection" / "data" / "streams.yaml"}
+    write_weights(proportional, run.spec.streams, apportion(prior, mixture.samples, sizes))
+    data = {"proportional": proportional, "curated": SelectionFolder(root / CURATED).training_data}
     state = run.folder / "checkpoint.safetensors"
     return {
         name: _load(
@@ -141,7 +145,7 @@ def _branches(config: DemoConfig, root: Path, run: Run) -> dict[str, PretrainCon
 def _mixture(root: Path) -> Mixture:
     from curate.mixture.record import read_mixture
 
-    return read_mixture(root / "selection" / "mixture.yaml")
+    return read_mixture(SelectionFolder(root / CURATED).mixture)
 
 
 def _losses(run: Run, corpus: Path, states: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -160,32 +164,31 @@ def _summary(
     config: DemoConfig, run: Run, root: Path, losses: dict[str, dict[str, float]], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Losses, tokens, costs (forward+backward passes of a training batch) and paths."""
-    timings = [read_timings(path.parent) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
-    embed_seconds = sum(timing["seconds"] for timing in timings)
-    embed_units = sum(timing["cost_units"] for timing in timings)
-    select_seconds = max(seconds["select"] - embed_seconds, 0.0)
-    steps = _load(config, "stage2", PretrainConfig).steps
-    selection = root / "selection"
+    selection = SelectionFolder(root / CURATED)
+    valuing = read_table(selection.table("costs")).filter(~pl.col("phase").is_in(["training", "select"]))
+    value_seconds = float(valuing["seconds"].sum())
+    select_seconds = max(seconds["select"] - value_seconds, 0.0)
     return {
         **losses,
-        "stage2_tokens": _mixture(root).tokens,
-        "cost_units": {
+        "stage2_tokens": _mixture(root).stored_tokens,
+        "passes": {
             "stage1": float(run.spec.steps),
-            "embed": embed_units,
-            "select": select_seconds * embed_units / embed_seconds if embed_seconds else 0.0,
-            "stage2": float(steps),
+            "values": float(valuing["passes"].sum()),
+            # selecting runs no passes: as many as the first stage ran in that time
+            "select": select_seconds * run.spec.steps / seconds["stage1"],
+            "stage2": float(_load(config, "stage2", PretrainConfig).steps),
         },
         "seconds": {
             "stage1": seconds["stage1"],
-            "embed": embed_seconds,
+            "values": value_seconds,
             "select": select_seconds,
             "stage2": seconds["stage2"] / 2,
         },
         "paths": {
             "run": str(run.folder),
-            "mixture": str(selection / "mixture.yaml"),
-            "data": str(selection / "data"),
-            "report": str(selection / "report.html"),
+            "mixture": str(selection.mixture),
+            "data": str(selection.data),
+            "report": str(selection.report),
         },
         "seed": config.seed,
     }
@@ -198,7 +201,7 @@ def show(summary: dict[str, Any], write: Callable[[str], object] = sys.stdout.wr
         row = summary[name]
         write(f"{name:28}{row['before']:10.4f}{row['proportional']:14.4f}{row['curated']:10.4f}\n")
     write(f"{'':28}" + "".join(f"{phase:>10}" for phase in PHASES) + "\n")
-    for key in ("seconds", "cost_units"):
+    for key in ("seconds", "passes"):
         write(f"{key:28}" + "".join(f"{summary[key][phase]:10.0f}" for phase in PHASES) + "\n")
     write(json.dumps(summary["paths"], indent=2) + "\n")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from curate.data.documents import encode, find_eot, load_tokenizer
 from curate.data.files import read_documents
+from curate.training.snapshots import load_state
 from curate.training.target import load_target, split_document, target_loss
 from curate.training.task import Batch, Task, collate
-from curate.training.snapshots import load_state
 
 if TYPE_CHECKING:
     from curate.training.run import RunSpec

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from curate.core.artifacts import SIGN, write_hashed
 from curate.core.config import Config, parse_command, run_command
-from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.core.escape import name_of
 from curate.core.progress import say, start_logging
+from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.stats.sums import row_mean
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     """Embeddings of the whole stage, and the weights of the target's halves."""
     from curate.embeddings.estimator import WindowJob
     from curate.embeddings.store import embed_window
-    from curate.training.target import check_vocabulary, load_target
     from curate.training.replay import Replay
+    from curate.training.target import check_vocabulary, load_target
 
     target = load_target(config.target, run.spec, config.min_target_tokens)
     replay = Replay(run, config.device, config.tolerance)
@@ -158,7 +158,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
     """One row per step: samples, mean, mean_abs and std of their values, the first group's lr, and both per lr."""
     import polars as pl
 
-    from curate.domains.values import value_frame
+    from curate.embeddings.values import value_frame
 
     assert embedding.targets is not None
     values = value_frame(embedding.rows, embedding.vectors, embedding.targets, half_weights, "target")

@@ -34,13 +34,13 @@ from curate.core.artifacts import (
 )
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
+from curate.core.progress import say, start_logging
+from curate.core.rng import generator
+from curate.core.writing import replacing
 from curate.data.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
 from curate.data.files import open_reader
 from curate.data.mds import COLUMNS, Sample, write_stream
 from curate.data.spelling import Spelling
-from curate.core.progress import say, start_logging
-from curate.core.rng import generator
-from curate.core.writing import replacing
 from pipelines.catalogue import Catalogue, Domain, catalogue, find_domains
 from pipelines.packing import Encoded, pack
 from pipelines.vocabulary import SMALLEST_VOCABULARY, train_tokenizer, training_text

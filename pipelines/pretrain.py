@@ -18,20 +18,20 @@ import polars as pl
 from pydantic import Field
 
 from curate.core.config import Config, parse_command, run_command
-from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.core.errors import UserError
+from curate.core.lock import locked
+from curate.core.machine import usable_device
+from curate.core.progress import progress, start_logging
 from curate.data.mds import Columns, MdsStream, as_sample
 from curate.data.memory import release
 from curate.data.phases import load_schedule
 from curate.data.streams import domain_folders, find_tokenizer, load_streams
-from curate.core.lock import locked
-from curate.core.machine import usable_device
-from curate.core.progress import progress, start_logging
-from curate.training.task import ModelSpec, TaskSpec, build_model
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.training.fit import check_fit, check_tokens
 from curate.training.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
-from curate.training.source import read_catalogue
 from curate.training.snapshots import load_state
+from curate.training.source import read_catalogue
+from curate.training.task import ModelSpec, TaskSpec, build_model
 from pipelines.checkpoints import FINAL, finish, finished, resume, save
 from pipelines.optimizers import OptimizerConfig, build_optimizers, learning_rate
 

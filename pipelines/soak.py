@@ -29,8 +29,8 @@ from pydantic import Field
 from curate.core.artifacts import SUMS, read_json, write_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
-from curate.data.memory import sweep
 from curate.core.lock import LOCK
+from curate.data.memory import sweep
 
 JobName = Literal["schedule", "select", "embed", "prepare", "train"]
 How = Literal["group", "alone", "trainer"]
@@ -175,7 +175,9 @@ def _write_plan(inputs: Path, folder: Path) -> Path:
     plan = {
         "folder": str(folder / "plan"), "data": str(inputs / "data"), "target": str(inputs / "target.jsonl"),
         "train_first": command, "train": command + " --init_from {checkpoint}",
-        "selection": {"mode": "both", "window": "late", "tracking": {"mode": "none"}, "mixture": {"max_epochs": 20}},
+        "selection": {
+            "mode": "both", "values": {"sources": ["late"]}, "output": {"wandb": "none"}, "mixture": {"max_epochs": 20}
+        },
         "stages": [{"name": "one", "steps": 12}, {"name": "two", "steps": 12}],
     }  # fmt: skip
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
@@ -190,7 +192,7 @@ def _with_run(inputs: Path, folder: Path, module: str, *words: object) -> list[s
 def make_jobs(inputs: Path, folder: Path, config: SoakConfig, seconds: dict[str, float]) -> list[Job]:
     """The jobs of a round, each in a folder of its own."""
     target = ("--target", inputs / "target.jsonl")
-    select = ("--window", "late", "--mode", "both", "--tracking.mode", "none")
+    select = ("--values.sources", "[late]", "--mode", "both", "--output.wandb", "none")
     commands: dict[JobName, Callable[[Path], list[str]]] = {
         "schedule": lambda place: _module("curate.schedule", "--plan", _write_plan(inputs, place)),
         "select": lambda place: _with_run(inputs, place, "curate.select", *target, *select),

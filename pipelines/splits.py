@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from curate.core.errors import UserError
-from curate.data.documents import Document
 from curate.core.rng import generator
+from curate.data.documents import Document
 from pipelines.corpus.build import CorpusConfig, build
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from curate.core.errors import UserError
-from curate.data.documents import EOT
 from curate.core.rng import generator
+from curate.data.documents import EOT
 from pipelines.catalogue import Catalogue
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.data.mds import MdsStream
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from tests.tiny import CLIP_NORM, SEQ_LEN, TASK, factory
 

@@ -15,11 +15,11 @@ import torch
 from curate.core.arrays import create_memmap, write_arrays
 from curate.core.artifacts import write_json
 from curate.core.config import run_command
+from curate.core.writing import replacing
 from curate.data.mds import write_stream
 from curate.select import main as select
-from curate.training.token_accounting import main as ledger
 from curate.training.snapshots import save_state
-from curate.core.writing import replacing
+from curate.training.token_accounting import main as ledger
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
 from tests.tiny import TinyLM, build_optimizers
@@ -132,7 +132,7 @@ def said(monkeypatch, capsys):
 def words_of(folder, out):
     rows = [json.dumps({"text": f"{number} is one more than {number - 1}. " * 9}) for number in range(60)]
     (folder / "documents.jsonl").write_text("\n".join(rows))
-    choice = ("--window", "late", "--min-target-tokens", 100, "--tracking.mode", "none", "--budget-tokens", 120)
+    choice = ("--values.min_target_tokens", 100, "--output.wandb", "none", "--budget-tokens", 120)
     return {
         select: ("--run", folder / "run", "--target", folder / "target.jsonl", "--out", out, *choice),
         pretrain: ("--out", out, "--data", folder / "data", "--model", folder / "model.json", "--steps", 9),
@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(folder, said, tmp_p
         assert status == 2
         assert line.startswith("error: ")
         assert str(out) in line or str(tmp_path / "file") in line
-    assert not (folder / "run" / "embeddings").exists()
+    assert not (folder / "run" / "influence").exists()
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -158,7 +158,7 @@ def test_a_read_only_output_is_refused_before_the_work(folder, said, disk, read_
     status, line = said(command, *words_of(folder, disk / "out")[command])
     assert status == 2
     assert f"{disk / 'out'}: read-only file system" in line
-    assert not (folder / "run" / "embeddings").exists()
+    assert not (folder / "run" / "influence").exists()
 
 
 def test_a_read_only_run_is_refused_before_the_work(folder, said, disk, read_only):

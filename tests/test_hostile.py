@@ -150,7 +150,7 @@ def test_pages_of_recipes_show_hostile_names_as_text(tmp_path):
     point = {"schedule": "constant", "seed": 0, "kl_to_prior": 0.1, "target_loss": 1.0, "general_loss": 1.0}
     for text in HOSTILE.values():
         rows = [{**point, "case": text, "method": method, "temperature": 1.0} for method in ("proportional", text)]
-        branches_page(tmp_path / "page.html", {"rows": rows, "best": [], "at_guard": [], "equal_kl": []})
+        branches_page(tmp_path / "page.html", {"rows": rows, "best": [], "at_limit": [], "equal_kl": []})
         page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
         assert not page.tags & Counter({"img": 1, "a": 1, "b": 1, "iframe": 1})
         assert page_text(text) in page.text

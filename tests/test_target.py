@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from curate.core.errors import UserError
-from curate.training.target import check_vocabulary, load_target, loss_gradients, target_loss
-from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 from curate.training.layout import FlatLayout
 from curate.training.run import RunSpec
+from curate.training.target import check_vocabulary, load_target, loss_gradients, target_loss
+from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 from pipelines.vocabulary import train_tokenizer
 from tests.tiny import TASK
 

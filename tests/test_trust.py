@@ -12,9 +12,9 @@ import pytest
 from curate.core.artifacts import list_files
 from curate.core.config import Config, parse_command
 from curate.core.errors import UserError
+from curate.core.trust import VARIABLE, is_trusted, trust, trusted_function
 from curate.plans.plan import PlanConfig
 from curate.training.task import ModelSpec, build_model
-from curate.core.trust import VARIABLE, is_trusted, trust, trusted_function
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """
@@ -110,14 +110,14 @@ def test_a_run_of_somebody_else_runs_nothing(folder, module, tmp_path):
     spec["task"]["model"]["factory"] = "foreign_model:build"
     (tmp_path / "run" / "run.json").write_text(json.dumps(spec))
     list_files(tmp_path / "run", [tmp_path / "run" / "run.json"])  # as whoever made the folder would
-    options = ["--run", tmp_path / "run", "--target", folder / "target.jsonl", "--tracking.mode", "none"]
-    options += ["--min_target_tokens", "100"]
-    refused = command("curate.embed", *options[:4], *options[6:], path=tmp_path)
+    options = ["--run", tmp_path / "run", "--target", folder / "target.jsonl"]
+    refused = command("curate.embed", *options, "--min_target_tokens", "100", path=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].startswith("error: model.factory 'foreign_model:build'")
     assert "--trust foreign_model" in refused.stderr
     assert not module.exists()
-    done = command("curate.select", *options, "--trust", "tests,foreign_model", path=tmp_path)
+    small = ["--values.min_target_tokens", "100", "--output.wandb", "none"]
+    done = command("curate.select", *options, *small, "--trust", "tests,foreign_model", path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert module.exists()
 

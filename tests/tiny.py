@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.training.task import ModelSpec, TaskSpec
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from curate.training.run import Run
 from curate.training.snapshots import load_state, snapshot_path
+from curate.training.task import ModelSpec, TaskSpec
 
 VOCABULARY = 128  # ASCII
 SEQ_LEN = 12

@@ -119,24 +119,20 @@ def with_ratios(
     return DomainScores.validate(joined.with_columns(pl.col("score").alias("value_score"), *mixed))
 
 
-def sample_ratios(
-    source: SampleSource, samples: dy.DataFrame[Samples], ratios: TargetRatios, weights: Mapping[str, float]
+def combined_ratios(
+    samples: dy.DataFrame[Samples], means: Floats, ratios: TargetRatios, weights: Mapping[str, float]
 ) -> dy.DataFrame[NgramRatios]:
-    """How like the targets samples are; reads all of them.
+    """Ratios of samples for all targets together: the weighted mean, each target in its own deviations.
 
     Args:
-        source: of the samples.
-        samples: rows of `usable_samples`.
+        samples: N samples.
+        means: (N, T) of them, see `ngrams.ratios.mean_log_ratios`.
         ratios: of the targets.
         weights: target -> weight.
-
-    Returns:
-        `domain`, `sample_id`, `ngram_ratio`: the weighted mean over the targets, each in its own deviations.
     """
     shares = np.array([weights.get(name, 0.0) for name in ratios.targets]) / sum(weights.values())
     factors = np.divide(shares, ratios.deviations, out=np.zeros_like(shares), where=ratios.deviations > 0)
-    values = _sample_ratios(source, samples, ratios.ratios) @ factors
-    return NgramRatios.validate(samples.with_columns(ngram_ratio=pl.Series(values, dtype=pl.Float64)))
+    return NgramRatios.validate(samples.with_columns(ngram_ratio=pl.Series(means @ factors, dtype=pl.Float64)))
 
 
 def _sample_ratios(source: SampleSource, samples: pl.DataFrame, ratios: Floats) -> Floats:

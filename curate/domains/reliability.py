@@ -12,10 +12,8 @@ from curate.stats.bootstrap import Floats, spread, step_weights
 from curate.stats.sums import row_sum
 from curate.tables import LengthBias, MeasuredValues, Reliability
 
-LENGTH_BIAS = 0.3
-"""Rank correlation with length from which a choice of samples is said to be one by length too."""
 _STEP = ["source", "target", "step"]
-_WINDOW = ["source", "target"]
+_SOURCE = ["source", "target"]
 
 
 def halves_reliability(
@@ -40,13 +38,13 @@ def halves_reliability(
     """
     ranked = values.select(
         *_STEP,
-        pooled_a=_rank("value_half_a_nats", _WINDOW),
-        pooled_b=_rank("value_half_b_nats", _WINDOW),
+        pooled_a=_rank("value_half_a_nats", _SOURCE),
+        pooled_b=_rank("value_half_b_nats", _SOURCE),
         within_step_a=_rank("value_half_a_nats", _STEP),
         within_step_b=_rank("value_half_b_nats", _STEP),
     )
     rows = []
-    for (source, target), group in ranked.group_by(_WINDOW):
+    for (source, target), group in ranked.group_by(_SOURCE):
         for ranking in ("pooled", "within_step"):
             moments = _moments(group, f"{ranking}_a", f"{ranking}_b")
             weights = step_weights(len(moments), resamples, generator(seed, "halves", str(source)))
@@ -65,7 +63,7 @@ def halves_reliability(
         **dict.fromkeys(names, pl.Float64),
     }
     frame = pl.DataFrame(rows, schema=schema, orient="row")
-    return Reliability.validate(frame.with_columns(pl.col(names).fill_nan(None)).sort(*_WINDOW, "ranking"))
+    return Reliability.validate(frame.with_columns(pl.col(names).fill_nan(None)).sort(*_SOURCE, "ranking"))
 
 
 def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: int = 1000) -> dy.DataFrame[LengthBias]:
@@ -84,11 +82,11 @@ def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: i
     """
     ranked = values.select(
         *_STEP,
-        value_rank=_rank("value_total_nats", [*_WINDOW, "domain"]),
-        length_rank=_rank("predicted_tokens", [*_WINDOW, "domain"]),
+        value_rank=_rank("value_total_nats", [*_SOURCE, "domain"]),
+        length_rank=_rank("predicted_tokens", [*_SOURCE, "domain"]),
     )
     rows = []
-    for (source, target), group in ranked.group_by(_WINDOW):
+    for (source, target), group in ranked.group_by(_SOURCE):
         moments = _moments(group, "value_rank", "length_rank")
         weights = step_weights(len(moments), resamples, generator(seed, "length", str(source)))
         r = correlation(moments.sum(axis=0)[None])
@@ -97,7 +95,7 @@ def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: i
     numbers = dict.fromkeys(("spearman", "low", "high"), pl.Float64)
     schema = {"source": pl.String, "target": pl.String, "samples": pl.Int64, **numbers}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
-    return LengthBias.validate(frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_WINDOW))
+    return LengthBias.validate(frame.with_columns(pl.col(list(numbers)).fill_nan(None)).sort(*_SOURCE))
 
 
 def _rank(column: str, group: list[str]) -> pl.Expr:

@@ -48,7 +48,10 @@ _GRADIENT_NUMBERS = 1 << 28  # per-sample gradients held at once: 1 GiB in float
 def exact_products(
     task: Task, layout: FlatLayout, batch: Batch, parameters: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`exact`: `<g_z, u_r>` for every sample, and `H u_r`.
+    """`exact`: `<g_z, u_r>` for every sample, and `H u_r`: derivatives of <grad L, u> by c_z and by theta.
+
+    The graph of the gradient is made once and walked for one direction after another: all at once (under vmap) is
+    slower, and needs R times the activations.
 
     Args:
         task: the model's loss.

@@ -1,6 +1,6 @@
 """One pass over the samples of a pool: what their text shares with each other and with held-out documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +9,11 @@ import polars as pl
 from scipy.stats import binom
 
 from curate.core.progress import progress
-from curate.data.mds import MdsStream
+from curate.data.mds import MdsStream, Sample
 from curate.ngrams.hashes import Hashes, N, ngram_hashes, sampled
 
 MEMORY = 30_000_000  # n-gram hashes held for near-duplicates; larger pools compare an even sample of the n-grams
+_BATCH = 64  # samples read at a time
 _GRAMS = pl.Schema({"row": pl.Int64, "hash": pl.UInt64})
 
 
@@ -60,28 +61,38 @@ def held_out(documents: Sequence[tuple[str, str, npt.NDArray[np.int32]]]) -> Hel
     return HeldOut(documents=table, grams=grams)
 
 
-def scan(pool: pl.DataFrame, streams: Mapping[str, MdsStream], held: HeldOut) -> OverlapScan:
-    """Read every sample of the pool once.
+def scan(
+    pool: pl.DataFrame,
+    streams: Mapping[str, MdsStream],
+    held: HeldOut,
+    also: Sequence[Callable[[list[Sample]], None]] = (),
+) -> OverlapScan:
+    """Read every sample of a table once.
 
     Args:
-        pool: columns `domain`, `index` and `length` (see `plan.make_pool`).
+        pool: columns `domain`, `index` and `stored_tokens`.
         streams: the stream of each domain.
         held: what must not be trained on.
+        also: are given the samples too, some at a time, in the order of the table: text is read once for all.
     """
     reference = np.unique(held.grams["hash"].to_numpy())
     total = int(pool["stored_tokens"].sum())
-    own: list[Hashes] = []
+    remembered: list[Hashes] = []
     common: list[Hashes] = []
-    counts = np.zeros(len(pool), np.int64)
-    rows = pool.select("domain", "index").iter_rows()
-    for row, (domain, index) in enumerate(progress(rows, total=len(pool), what="compare texts", unit="sample")):
-        tokens = streams[domain][index].tokens
-        hashes = np.unique(ngram_hashes(tokens))
-        counts[row] = len(hashes)
-        own.append(sampled(hashes, total, MEMORY))
-        at = np.searchsorted(reference, hashes).clip(max=max(len(reference) - 1, 0))
-        common.append(hashes[reference[at] == hashes] if len(reference) else hashes[:0])
-    return OverlapScan(ngrams=counts, grams=_long(own), shared=_long(common))
+    counts: list[int] = []
+    parts = pool.select("domain", "index").iter_slices(_BATCH)
+    for part in progress(parts, total=-(-len(pool) // _BATCH), what="read texts", unit="batch"):
+        samples = [streams[domain][index] for domain, index in part.iter_rows()]
+        for sample in samples:
+            hashes = np.unique(ngram_hashes(sample.tokens))
+            counts.append(len(hashes))
+            remembered.append(sampled(hashes, total, MEMORY))
+            # searchsorted may point behind the last one
+            at = np.searchsorted(reference, hashes).clip(max=max(len(reference) - 1, 0))
+            common.append(hashes[reference[at] == hashes] if len(reference) else hashes[:0])
+        for take in also:
+            take(samples)
+    return OverlapScan(ngrams=np.array(counts, np.int64), grams=_long(remembered), shared=_long(common))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,13 @@ from curate.core.escape import visible
 from curate.data.documents import encode, load_tokenizer
 from curate.data.files import read_documents
 from curate.filter.choose import FilterConfig, choose
-from curate.filter.overlap import HeldOut, Sight, contamination, held_out, scan, sight
+from curate.filter.overlap import HeldOut, OverlapScan, Sight, contamination, held_out, sight
 from curate.tables import Contamination, RankedPool, SamplePool
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from curate.data.mds import MdsStream
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # files named in a line of the log
@@ -45,7 +44,7 @@ def read_held_out(aimed: Sequence[Path], config: FilterConfig, tokenizer_file: P
 
 def filter_pool(
     pool: dy.DataFrame[SamplePool],
-    streams: Mapping[str, MdsStream],
+    overlaps: OverlapScan,
     held: HeldOut,
     config: FilterConfig,
     *,
@@ -57,7 +56,7 @@ def filter_pool(
 
     Args:
         pool: see `output.plan.make_pool`.
-        streams: the stream of each domain.
+        overlaps: of its samples; of none where nothing is left out and nothing held out.
         held: documents that must not be trained on.
         config: what is left out.
         leave_out: whether samples can be left out; else contamination is only reported.
@@ -67,10 +66,8 @@ def filter_pool(
     Returns:
         The pool, ranked where samples can be left out, and the contamination that was found.
     """
-    wanted = leave_out or not held.grams.is_empty()  # else there is nothing to compare samples with
     if leave_out:
         _say_sight(sight(pool, config.duplicate_overlap))
-    overlaps = scan(pool if wanted else pool.clear(), streams, held)
     hits = contamination(overlaps, held, config.contamination_overlap or 1.0).filter("hit")
     if leave_out:
         pool = choose(pool, overlaps, hits, config, seed, ngram_share=ngram_share)

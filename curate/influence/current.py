@@ -35,7 +35,7 @@ from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
 from curate.influence.draw import draw_measured, measured_frame, values_frame
 from curate.influence.extrapolate import blocks_of, from_fit, with_fallback
-from curate.ngrams.regression import fit, means, ngrams_of
+from curate.ngrams.regression import NgramRegression, fit, means, ngrams_of
 from curate.stats.deviation import combined_values, target_shares
 from curate.tables import MeasuredValues, PredictedValues, PredictionQuality, Samples, SampleValues
 from curate.training.fit import check_fit
@@ -266,35 +266,67 @@ def measure_samples(
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
 
 
-def predict_samples(
-    source: SampleSource, samples: dy.DataFrame[Samples], next_step: NextStep, weights: Mapping[str, float], seed: int
-) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
-    """Predict what samples would do in the next step, for all targets together; no pass through the model.
+@dataclass(frozen=True, kw_only=True)
+class NextStepPredictor:
+    """What n-grams say of the next step, learned from the tokens of the measured part; no pass through the model.
+
+    Attributes:
+        regression: gives the value per token of any text, for all targets together.
+        measured: the part that it was fitted to.
+        held_out: (n,) what fits without a measured sample's fold predict of it; NaN where there is none.
+        seed: of intervals.
+    """
+
+    regression: NgramRegression
+    measured: dy.DataFrame[SampleValues]
+    held_out: Floats
+    seed: int
+
+    def predict(self, samples: Sequence[Sample]) -> Floats:
+        """(B,) values per token; NaN of samples that predict no token."""
+        predicted = np.full(len(samples), np.nan)
+        usable = [place for place, sample in enumerate(samples) if sample.predicted_tokens]
+        if usable:
+            predicted[usable] = self.regression.samples([samples[place] for place in usable])[:, 0]
+        return predicted
+
+    def judged(
+        self, samples: dy.DataFrame[Samples], predicted: Floats
+    ) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
+        """Predictions where they are good enough, and how good they are.
+
+        Args:
+            samples: N samples, the measured ones among them.
+            predicted: (N,) of them.
+
+        Returns:
+            Values of all samples; measured ones have the measured value.
+            How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
+        """
+        known = (self.measured["value_total"] / self.measured["predicted_tokens"]).to_numpy()
+        quality = from_fit(samples, self.measured, known, predicted, self.held_out, self.seed)
+        every, judged = with_fallback(*quality, MIN_RANK_CORRELATION)
+        return PredictedValues.validate(every), PredictionQuality.validate(judged)
+
+
+def fit_predictor(
+    source: SampleSource, next_step: NextStep, weights: Mapping[str, float], seed: int
+) -> NextStepPredictor:
+    """Learn from the tokens of the measured part.
 
     Args:
         source: of the samples.
-        samples: of the source, among them those that `next_step` values.
         next_step: of the run and the targets.
         weights: target -> weight.
         seed: of folds and intervals.
-
-    Returns:
-        Values of all samples; those that `next_step` values have that value.
-        How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
     """
     measured = combined_values(next_step.values, weights)
     shares = np.array(list(target_shares(next_step.values, weights).values()))
     stored = read_arrays(next_step.folder / _TOKENS)["values"][:, [_places(next_step)[name] for name in weights]]
     keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
     tokens = stored.astype(np.float64) @ shares
-    made, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
-    batches = source.read_batches(samples, _BATCH)
-    shown = progress(batches, total=-(-len(samples) // _BATCH), what="predict", unit="batch")
-    known = (measured["value_total"] / measured["predicted_tokens"]).to_numpy()
-    predicted = np.concatenate([made.samples(batch) for batch in shown])
-    judged = from_fit(samples, measured, known, predicted[:, 0], held_out[:, 0], seed)
-    every, quality = with_fallback(*judged, MIN_RANK_CORRELATION)
-    return PredictedValues.validate(every), PredictionQuality.validate(quality)
+    regression, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
+    return NextStepPredictor(regression=regression, measured=measured, held_out=held_out[:, 0], seed=seed)
 
 
 def _places(next_step: NextStep) -> dict[str, int]:

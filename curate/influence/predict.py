@@ -6,7 +6,7 @@ only in domains where held-out samples are ranked well enough. The baselines tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,17 @@ import polars as pl
 
 from curate.core.rng import generator
 from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
-from curate.ngrams.ratios import ratios_of
+from curate.ngrams.counts import bag
+from curate.ngrams.ratios import log_ratios
 from curate.stats.sums import row_sum
 from curate.tables import VALUES_PER_TOKEN, VALUES_TOTAL, PredictionQuality, SampleValues
 from curate.training.samples import usable_samples
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from curate.data.mds import Sample
     from curate.training.source import SampleSource
     from curate.training.target import Target
 
@@ -59,7 +64,7 @@ def predict_rest(
     measured = _fitted(enough, seed)
 
     read = partial(source.read_batches, size=_BATCH)
-    reader = FeatureReader(samples, read, ratios_of(targets, read(measured)))
+    reader = FeatureReader(samples, read, _ratios_of(targets, read(measured)))
     every, judged = with_fallback(
         *extrapolate(samples, measured, measured.select(VALUES_PER_TOKEN).to_numpy(), reader, seed, least), least
     )
@@ -104,3 +109,9 @@ def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) ->
     unknown = (pl.lit(None, pl.Float64).alias(name) for name in ("spearman", "low", "high"))
     told = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
     return told.select(_JUDGED).sort("domain")
+
+
+def _ratios_of(targets: Sequence[Target], batches: Iterable[list[Sample]]) -> npt.NDArray[np.float64]:
+    """N-gram log-likelihood ratios (T, V) of some targets; the samples of `batches` stand for the pool."""
+    pool = bag((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
+    return log_ratios([bag(target.sequences()) for target in targets], pool)

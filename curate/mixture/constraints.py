@@ -103,13 +103,6 @@ class Supply:
         return max(0.0, max_epochs * self.tokens - self.consumed_tokens)
 
 
-def thinned(supply: Supply, drop_fraction: float) -> Supply:
-    """What there is of a domain when a share of its samples is left out, whichever: at least one stays."""
-    samples = max(supply.samples - int(supply.samples * drop_fraction + 1e-9), 1)
-    tokens, consumed = (round(one * samples / supply.samples) for one in (supply.tokens, supply.consumed_tokens))
-    return Supply(samples=samples, tokens=max(tokens, 1), consumed_tokens=consumed)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """`lo <= weight <= hi`, and which setting each comes from."""

@@ -4,6 +4,8 @@ Near-identical documents (templates, licences, generated rules) repeat almost al
 removal does not see them.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,7 +34,7 @@ def sampled(hashes: Hashes, total: int, memory: int) -> Hashes:
     return hashes[hashes <= np.uint64(min(1.0, memory / max(total, 1)) * (2**64 - 2**11))]
 
 
-def hashed_features(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+def hashed_features(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
     """Square roots of the counts of tokens and token pairs, hashed into 4096 buckets, of norm 1: float32 [4096]."""
     ids = tokens.astype(np.uint64) + 1
     keys = np.concatenate([ids * _FACTORS[0], ids[:-1] * _FACTORS[1] + ids[1:] * _FACTORS[2]]) >> np.uint64(52)

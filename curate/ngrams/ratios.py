@@ -1,23 +1,22 @@
 """N-gram log-likelihood ratios: how much more likely a text is in a target than in the pool (DSIR, per token).
 
-T targets, V buckets of `data.bags`, B samples.
+T targets, V buckets of `ngrams.counts`, B samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.ngrams.counts import bag, buckets_of
+from curate.ngrams.counts import buckets_of
 from curate.ngrams.hashes import hashed_features
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from curate.data.mds import Sample
-    from curate.training.target import Target
+    from curate.ngrams.text import Text
 
     Floats32 = npt.NDArray[np.float32]
     Floats64 = npt.NDArray[np.float64]
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 _MU = 2000.0
 
 
-def ngram_features(samples: Sequence[Sample]) -> Floats32:
-    """Hashed counts of tokens and token pairs, float32 (B, 4096); see `data.ngrams.hashed_features`."""
+def ngram_features(samples: Sequence[Text]) -> Floats32:
+    """Hashed counts of tokens and token pairs, float32 (B, 4096); see `ngrams.hashes.hashed_features`."""
     return np.stack([hashed_features(sample.tokens) for sample in samples])
 
 
@@ -41,24 +40,18 @@ def log_ratios(targets: Sequence[Floats64], pool: Floats64) -> Floats64:
     pool, or a little less.
 
     Args:
-        targets: (V,) counts of each target, see `data.bags.bag`.
+        targets: (V,) counts of each target, see `ngrams.counts.bag`.
         pool: (V,) counts of the pool.
     """
     q = (pool + 1) / (pool + 1).sum()
     return np.stack([np.log((own + _MU * q) / (own.sum() + _MU)) - np.log(q) for own in targets])
 
 
-def ratios_of(targets: Iterable[Target], batches: Iterable[Sequence[Sample]]) -> Floats64:
-    """`log_ratios` of some targets; the samples of `batches` stand for the pool."""
-    pool = bag((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
-    return log_ratios([bag(target.sequences()) for target in targets], pool)
-
-
-def mean_log_ratios(samples: Sequence[Sample], ratios: Floats64) -> Floats32:
+def mean_log_ratios(samples: Sequence[Text], ratios: Floats64) -> Floats32:
     """Mean of `log_ratios` over the n-grams of each sample, float32 (B, T); 0 where a sample predicts nothing."""
-    found = np.zeros((len(samples), len(ratios)), np.float32)
+    means = np.zeros((len(samples), len(ratios)), np.float32)
     for row, sample in enumerate(samples):
         own = buckets_of(sample.tokens, sample.loss_mask)
         if len(own):
-            found[row] = ratios[:, own].mean(axis=1)
-    return found
+            means[row] = ratios[:, own].mean(axis=1)
+    return means

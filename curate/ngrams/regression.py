@@ -28,7 +28,7 @@ from curate.core.rng import generator
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from curate.data.mds import Sample
+    from curate.ngrams.text import Text
 
     Floats = npt.NDArray[np.float64]
     Keys = npt.NDArray[np.uint64]
@@ -69,13 +69,13 @@ class NgramRegression:
             found[start : start + _CHUNK] += (self.weights[at] * known[..., None]).sum(axis=1)
         return found
 
-    def samples(self, samples: Sequence[Sample]) -> Floats:
+    def samples(self, samples: Sequence[Text]) -> Floats:
         """(B, T) predictions of samples, which predict a token each."""
         keys = [ngrams_of(sample) for sample in samples]
         return means(self.tokens(np.concatenate(keys)), np.array([len(own) for own in keys]))
 
 
-def ngrams_of(sample: Sample) -> Keys:
+def ngrams_of(sample: Text) -> Keys:
     """Hashes (n, C) of the n-grams that end at each predicted token of a sample."""
     padded = np.concatenate([np.zeros(1, np.uint64), sample.tokens.astype(np.uint64) + 1])
     at = np.flatnonzero(sample.loss_mask[1:]) + 1  # of the token in the sample

@@ -26,9 +26,11 @@ from pydantic import Field, ValidationError, model_validator
 from curate.core.config import Config, TokenCount
 from curate.core.errors import UserError
 from curate.core.reading import read_yaml
+from curate.core.renamed import leaves, replacements
 from curate.core.validation import first_problem
 from curate.mixture.constraints import MixtureConfig
 from curate.output.layout import SelectionFolder
+from curate.selection.config import SelectConfig
 from curate.training.declared import window_steps
 
 Data = Literal["streams", "mds"]
@@ -120,6 +122,9 @@ class PlanConfig(Config):
         if Path(self.checkpoint).is_absolute() or ".." in Path(self.checkpoint).parts:
             raise ValueError(f"checkpoint {self.checkpoint!r} does not lie in {{out}}; write its place there")
         for index in range(len(self.stages) - 1):
+            renamed = replacements(SelectConfig, leaves(self.selection_settings(index)))
+            if renamed:
+                raise ValueError(f"selection after stage {names[index]}: {', '.join(renamed)}")
             self._is_scheduled(index)
         for index in range(len(self.stages)):
             self._check_command(index)

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from curate.core.artifacts import folder_bytes
 from curate.core.errors import UserError
 from curate.core.lock import Lock, locked
-from curate.core.renamed import leaves, replacements
 from curate.embeddings.embed import embed, embedding_passes, is_embedded
 from curate.embeddings.store import read_timings
 from curate.mixture.record import read_mixture
@@ -97,9 +96,6 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
         UserError: the plan's settings are none of `curate.select`, or contradict the next stage.
     """
     chosen = plan.selection_settings(index)
-    renamed = replacements(SelectConfig, leaves(chosen))
-    if renamed:
-        raise UserError(f"selection of the plan: {', '.join(renamed)}")
     own = sorted(set(chosen) & set(_OWN))
     if own:
         raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")

@@ -41,7 +41,7 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         path: the HTML file.
-        result: `rows` (one per case, method, seed and strength, which is called `temperature`), `best`, `at_guard` and
+        result: `rows` (one per case, method, seed and strength, which is called `temperature`), `best`, `at_limit` and
             `equal_kl`.
     """
     rows = result["rows"]
@@ -71,7 +71,7 @@ def branches_page(path: Path, result: Mapping[str, Any]) -> None:
                 heading="At the limit on general loss",
                 note="The same at the best point of each method's curve, between its strengths too, so that no grid of "
                 "strengths decides.",
-                table=_table(result["at_guard"], _ALONG, "general_share"),
+                table=_table(result["at_limit"], _ALONG, "general_share"),
                 folded=False,
             ),
             Section(
@@ -121,7 +121,7 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
 def curves_figure(rows: Sequence[Row], case: str) -> str:
     """Mean differences from proportional of one case: a line per method through its strengths, from proportional.
 
-    Branches with the mixture in a part of the stage only are not drawn.
+    Branches of other schedules than the constant one are not drawn.
 
     Args:
         rows: with `case`, `method`, `seed`, `temperature`, `schedule`, `kl_to_prior`, `target_loss`, `general_loss`.

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import dataframely as dy
 import polars as pl
 
-from curate.core.artifacts import folder_bytes
 from curate.data.documents import load_tokenizer
 from curate.stats.sums import row_sum
-from curate.tables import Costs
 from curate.training.samples import SampleReader
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from curate.mixture.record import Mixture
-    from curate.selection.values import Cost
     from curate.training.run import Run
     from curate.training.source import SampleSource
 
@@ -115,22 +111,3 @@ def example_table(
             chosen["value"] = row["value_total_nats"]
             rows.append({"kind": kind, "rank": rank, **chosen, "text": text})
     return pl.DataFrame(rows)
-
-
-def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> dy.DataFrame[Costs]:
-    """What each phase cost, the stage's training for comparison.
-
-    Args:
-        run: of the stage.
-        made: what was made, phase by phase.
-        out: folder of the selection.
-        seconds: that selecting took.
-    """
-    rows: list[dict[str, object]] = [{"phase": "training", "passes": float(run.spec.steps), "note": "one per step"}]
-    for cost in made:
-        note = f"{100 * cost.passes / run.spec.steps:.1f} % of the stage"
-        size = sum(path.stat().st_size for path in cost.folder.glob("*.*"))
-        rows.append({"phase": cost.phase, "passes": cost.passes, "seconds": cost.seconds, "bytes": size, "note": note})
-    written = folder_bytes(out)
-    rows.append({"phase": "select", "passes": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
-    return Costs.validate(pl.DataFrame(rows, schema_overrides={"seconds": pl.Float64, "bytes": pl.Int64}))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from curate.domains.reliability import LENGTH_BIAS
 from curate.mixture.decide import NOTHING_RETAINED
 from curate.report.data import ReportData
 from curate.report.style import count, duration, listed, number, percent, signed, source_name
+from curate.stats.rank_correlation import LENGTH_BIAS
 from curate.training.source import CANDIDATES, CURRENT
 
 _WEAK_RELIABILITY = 0.5

@@ -145,8 +145,8 @@ def _without_effect(config: SelectConfig) -> Iterator[tuple[str, str]]:
     yield from _by_method(config)
     yield from _by_mode(config)
     yield from _by_mixture(config)
-    if config.output.wandb == "none":
-        yield "output.wandb_texts", "output.wandb none tells nobody"
+    if config.output.wandb == "none" or not config.is_valued:
+        yield "output.wandb_texts", "nothing is logged (output.wandb none, or a method without values)"
     if config.candidates is not None:
         yield "values.sources", "candidates are measured at the current state"
         yield "mixture.branch_test", "it is about domains that were trained on"
@@ -165,6 +165,9 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
             yield setting, f"{why} values no samples"
         for setting in ("more_targets", "retain"):
             yield setting, f"{why} scores domains for one target at most (one file may hold the documents of several)"
+        yield "filter.drop_fraction", f"{why} values no samples: none are the worst"
+        if config.output.wandb != "none":
+            yield "output.wandb", f"{why} values no samples, so that there is no report to log"
     elif method != "curate":
         yield "candidates", f"{why} values the samples of a window"
         if "current" in (config.values.sources or ()):
@@ -172,13 +175,13 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
 
 
 def _by_mode(config: SelectConfig) -> Iterator[tuple[str, str]]:
+    if config.mode != "samples" and config.filter.unseen_only:
+        yield "filter.unseen_only", f"the streams of mode {config.mode} hold every sample"
     if config.takes_samples:
         return
     why = "mode weights keeps every sample of a stream"
     for setting in ("filter.drop_fraction", "filter.duplicate_overlap", "values.measured_passes", "output.shard_bytes"):
         yield setting, why
-    if config.filter.unseen_only:
-        yield "filter.unseen_only", why
 
 
 def _by_mixture(config: SelectConfig) -> Iterator[tuple[str, str]]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dataframely as dy
 import polars as pl
 
 from curate.core.errors import UserError
-from curate.domains.reliability import LENGTH_BIAS
 from curate.filter.choose import length_correlation, top_k, with_keys
-from curate.filter.pipeline import filter_pool, read_held_out
+from curate.filter.pipeline import filter_pool
 from curate.mixture.record import with_tokens
 from curate.mixture.schedule import decide_stage
 from curate.output.plan import make_plan, make_pool, supply_of
+from curate.stats.rank_correlation import LENGTH_BIAS
 from curate.tables import Contamination, DomainScores, RankedPool, SamplePool
 
 if TYPE_CHECKING:
@@ -52,12 +51,16 @@ def filter_samples(plan: Resolved, source: Source, samples: SampleScores) -> Kep
     pool = make_pool(
         source.catalogue, samples.values, plan.seen, ngram_ratios=samples.ngram_ratios, unseen_only=plan.unseen_only
     )
-    aimed = [config.target, *map(Path, config.more_targets), *([config.retain] if config.retain else [])]
-    held = read_held_out(aimed, config.filter, plan.run.spec.tokenizer)
+    texts = samples.texts
     pool, contamination = filter_pool(
-        pool, source.streams, held, config.filter, leave_out=config.takes_samples, ngram_share=plan.ngram_share,
+        pool,
+        texts.overlaps,
+        texts.held,
+        config.filter,
+        leave_out=config.takes_samples,
+        ngram_share=plan.ngram_share,
         seed=config.seed,
-    )  # fmt: skip
+    )
     if config.takes_samples and samples.keys is not None:
         pool = with_keys(RankedPool.validate(pool), samples.keys)
     return Kept(pool=pool, contamination=contamination)

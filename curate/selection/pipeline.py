@@ -43,11 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def select(config: SelectConfig, run: Run) -> Path:
-    """Select the next stage's data.
-
-    Returns:
-        The selection's folder, see `output.layout`. A complete one made with the same settings is returned as it is; a
-        method that values no samples leaves an empty scores.parquet and no report.
+    """Select the next stage's data into a folder, see `output.layout`; a complete one is returned as it is.
 
     Raises:
         UserError: bad run, target or settings, an infeasible mixture, or a folder made with other settings.
@@ -170,9 +166,8 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
 
 
 def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data: Mapping[str, Path]) -> None:
-    from curate.report.collect import cost_table
-    from curate.report.selection import selection_report
     from curate.report.track import publish
+    from curate.selection.report import cost_table, selection_report
 
     measured = result.samples.measured
     made = [cost for values in result.values.by_source.values() for cost in values.costs]

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 import dataframely as dy
 import polars as pl
 
-from curate.domains.ngram_scores import sample_ratios
+from curate.domains.ngram_scores import combined_ratios
 from curate.filter.choose import combined_z
-from curate.influence.current import MIN_RANK_CORRELATION, forward_passes, measure_samples, predict_samples
+from curate.influence.current import MIN_RANK_CORRELATION, fit_predictor, forward_passes, measure_samples
 from curate.influence.draw import values_frame
 from curate.influence.predict import predict_rest
 from curate.mixture.decide import tilted_prior
+from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
 from curate.tables import DomainScores, DrawKeys, NgramRatios, Samples, SampleValues
 
 if TYPE_CHECKING:
-    from curate.influence.current import MeasuredSamples
+    from curate.influence.current import MeasuredSamples, NextStepPredictor
     from curate.selection.domains import Domains
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
@@ -40,14 +41,16 @@ class SampleScores:
 
     Attributes:
         values: for all targets together; samples that are not in it stand for the mean of their domain.
-        ngram_ratios: see `domains.ngram_scores.sample_ratios`; None: they have no share.
-        quality: how good predicted values are, see `influence.current.predict_samples` and `influence.predict`.
+        texts: what one reading of all texts says.
+        ngram_ratios: for all targets together; None: they have no share.
+        quality: how good predicted values are, see `influence.current.NextStepPredictor` and `influence.predict`.
         measured: samples that were measured beside the part of every domain.
         keys: by which a method draws samples, where it does; they replace the values.
         measuring_seconds: that measuring took now.
     """
 
     values: dy.DataFrame[SampleValues]
+    texts: Texts
     ngram_ratios: dy.DataFrame[NgramRatios] | None = None
     quality: pl.DataFrame | None = None
     measured: MeasuredSamples | None = None
@@ -60,15 +63,21 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
     weights = plan.sample_weights
     own = combined_values(values.of(plan.source), weights)
     if not plan.config.takes_samples:
-        return SampleScores(values=own)
-    ratios = None if domains.ratios is None else sample_ratios(source.samples, source.usable, domains.ratios, weights)
-    if plan.measures_samples:
-        return _by_next_step(plan, source, targets, values, domains, ratios)
+        return SampleScores(values=own, texts=read_texts(plan, source, None, None))
+    predictor = None
+    if plan.measures_samples and values.next_step is not None:
+        predictor = fit_predictor(source.samples, values.next_step, weights, plan.config.seed)
+    texts = read_texts(plan, source, domains.ratios, predictor)
+    ratios = None
+    if domains.ratios is not None and texts.ratios is not None:
+        ratios = combined_ratios(source.usable, texts.ratios, domains.ratios, weights)
+    if predictor is not None:
+        return _by_next_step(plan, source, targets, values, domains, texts, ratios, predictor)
     if plan.predicts_samples:
         aimed = [target for target in targets.every if target.name in weights]
         predicted, quality = predict_rest(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
-        return SampleScores(values=predicted, ngram_ratios=ratios, quality=_told(quality, plan.source))
-    return SampleScores(values=own, ngram_ratios=ratios, keys=domains.keys)
+        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=_told(quality, plan.source))
+    return SampleScores(values=own, texts=texts, ngram_ratios=ratios, keys=domains.keys)
 
 
 def _by_next_step(
@@ -77,12 +86,15 @@ def _by_next_step(
     targets: Targets,
     values: Values,
     domains: Domains,
+    texts: Texts,
     ratios: dy.DataFrame[NgramRatios] | None,
+    predictor: NextStepPredictor,
 ) -> SampleScores:
     """Every sample has what its n-grams predict, the most promising are measured."""
     next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
     assert next_step is not None
-    predicted, quality = predict_samples(source.samples, samples, next_step, weights, plan.config.seed)
+    assert texts.predicted is not None
+    predicted, quality = predictor.judged(samples, texts.predicted)
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     told = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
@@ -102,7 +114,12 @@ def _by_next_step(
     counted = quality.join(counts, on="domain", how="left", maintain_order="left")
     told_quality = _told(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
     return SampleScores(
-        values=every, ngram_ratios=ratios, quality=told_quality, measured=measured, measuring_seconds=measuring_seconds
+        values=every,
+        texts=texts,
+        ngram_ratios=ratios,
+        quality=told_quality,
+        measured=measured,
+        measuring_seconds=measuring_seconds,
     )
 
 

@@ -91,10 +91,10 @@ def _candidates(plan: Resolved, folder: Path) -> Source:
     unseen_only = plan.unseen_only
     kept = unseen_samples(folder, source.unique_samples, plan.seen, unseen_only=unseen_only)
     old = len(source.unique_samples) - len(kept)
-    if old and not plan.config.takes_samples:
+    if old and plan.config.mode != "samples":
         raise UserError(
-            f"{old} of the candidates were trained on already, and mode weights keeps every sample of a stream: set "
-            "--mode samples to leave them out, or filter.unseen_only false"
+            f"{old} of the candidates were trained on already, and the streams of mode {plan.config.mode} hold every "
+            "sample: set --mode samples to leave them out, or filter.unseen_only false"
         )
     tokens = dict(kept.group_by("domain").agg(pl.col("stored_tokens").sum()).sort("domain").iter_rows())
     return Source(samples=source, prior_tokens=tokens, usable=usable_samples(kept))

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from curate.domains.methods import shuffled
-from curate.domains.values import embedded_values
 from curate.embeddings.embed import embed, index_folder
+from curate.embeddings.values import embedded_values
 from curate.influence.current import value_next_step
 from curate.influence.draw import HORIZON
 from curate.tables import MeasuredValues

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 _RESAMPLES = 1000
+LENGTH_BIAS = 0.3
+"""Rank correlation with length from which a choice of samples is said to be one by length too."""
 
 
 def spearman(a: Floats, b: Floats) -> float | None:

@@ -17,7 +17,7 @@ from curate.core.config import parse_command, run_command
 from curate.core.lock import locked
 from curate.core.progress import start_logging
 from pipelines.branches.config import (
-    GUARD,
+    GENERAL_LIMIT,
     SCORED,
     TARGETLESS,
     BenchMethod,
@@ -25,10 +25,10 @@ from pipelines.branches.config import (
     default_temperature,
     small,
 )
-from pipelines.branches.rows import BASE, against_throughout, at_equal_kl, at_guard, best_within_guard, token_speedup
+from pipelines.branches.rows import BASE, against_constant, at_equal_kl, at_limit, best_within_limit, token_speedup
 
 if TYPE_CHECKING:
-    from curate.mixture.schedule import Kind
+    from curate.mixture.constraints import Schedule
     from pipelines.branches.branch import Arena
     from pipelines.branches.rows import Row
 
@@ -40,7 +40,7 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
 
     Returns:
         `rows` as the losses were reported; `tuning`, the same rows with the losses that temperatures are chosen by;
-        `equal_kl`, `best`, `at_guard` and `schedules`, see `pipelines.branches.rows`; `branch_test`, how domain scores
+        `equal_kl`, `best`, `at_limit` and `schedules`, see `pipelines.branches.rows`; `branch_test`, how domain scores
         agree with what a little more of one domain does.
 
     Raises:
@@ -62,8 +62,9 @@ def bench(config: BranchesConfig) -> dict[str, Any]:
                 tuning.append(tuned)
             tested += domain_agreement(arena, [method for method in SCORED if method in config.methods])
     return {
-        "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows), "best": best_within_guard(rows, tuning, GUARD),
-        "at_guard": at_guard(rows, tuning, GUARD), "schedules": against_throughout(rows), "branch_test": tested,
+        "rows": rows, "tuning": tuning, "equal_kl": at_equal_kl(rows),
+        "best": best_within_limit(rows, tuning, GENERAL_LIMIT), "at_limit": at_limit(rows, tuning, GENERAL_LIMIT),
+        "schedules": against_constant(rows), "branch_test": tested,
     }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def _branches(arena: Arena) -> list[tuple[Row, Row]]:
         shared = {
             "case": arena.case.name, "model": config.model.stem, "method": method, "seed": arena.seed,
             "temperature": temperature, "kl_to_prior": branch["kl_to_prior"], "schedule": schedule,
-            "is_default": (temperature, schedule) == (default_temperature(method), "throughout"),
+            "is_default": (temperature, schedule) == (default_temperature(method), "constant"),
         }  # fmt: skip
         row = {
             **shared, "target_loss": losses["target_report"], "general_loss": losses["general_report"],
@@ -93,34 +94,34 @@ def _branches(arena: Arena) -> list[tuple[Row, Row]]:
     return found
 
 
-def _settings(arena: Arena, method: BenchMethod) -> Iterator[tuple[BenchMethod, float, Kind]]:
+def _settings(arena: Arena, method: BenchMethod) -> Iterator[tuple[BenchMethod, float, Schedule]]:
     """Method, temperature and schedule of each of its branches."""
     default = default_temperature(method)
     clean = method == "oracle" and arena.case.pool == "noisy"
     for temperature in [default] if clean else arena.config.sweep(method):
-        yield method, temperature, "throughout"
+        yield method, temperature, "constant"
     for schedule in arena.config.schedules if method == "curate" else ():
         yield method, default, schedule
 
 
-def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Kind) -> dict[str, Any]:
+def _one(arena: Arena, method: BenchMethod, temperature: float, schedule: Schedule) -> dict[str, Any]:
     from pipelines.branches.branch import clean_branch, run_branch
     from pipelines.branches.oracle import oracle_weights
 
     if method in TARGETLESS:
-        return run_branch(arena, arena.shared / method, method, temperature)
-    folder = arena.folder / f"{method}-{temperature:g}{'' if schedule == 'throughout' else f'-{schedule}'}"
+        return run_branch(arena, arena.shared / method, method)
+    folder = arena.folder / f"{method}-{temperature:g}{'' if schedule == 'constant' else f'-{schedule}'}"
     if method != "oracle":
         return run_branch(arena, folder, method, temperature, schedule=schedule)
     if arena.case.pool == "noisy":
         return clean_branch(arena)
-    return run_branch(arena, folder, "given", 1.0, weights=oracle_weights(arena, temperature))
+    return run_branch(arena, folder, "proportional", weights=oracle_weights(arena, temperature))
 
 
 def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.write) -> None:
     """Print the tables: differences from proportional in nats per token, with 95 % t intervals over seeds."""
-    for name, where in (("best", "temperature"), ("at_guard", "place of its curve")):
-        write(f"target loss minus proportional's, at each method's best {where} within the guard on general loss\n")
+    for name, where in (("best", "temperature"), ("at_limit", "place of its curve")):
+        write(f"target loss minus proportional's, at each method's best {where} within the limit on general loss\n")
         write(
             f"{'case':10}{'method':14}{'T':>6}{'KL':>7}{'target':>10}{'+-':>8}{'general':>9}{'seeds':>6}"
             f"{'minus curate':>16}{'+-':>8}\n"
@@ -140,11 +141,11 @@ def show(result: dict[str, Any], write: Callable[[str], object] = sys.stdout.wri
             f"{_width(row['target']):>8}{row['general']['mean']:+9.4f}{row['seeds']:6}\n"
         )
 
-    write("a schedule's share of the gain that the same mixture has throughout\n")
+    write("a schedule's share of the gain that the same mixture has at a constant one\n")
     for row in result["schedules"]:
         write(
             f"{row['case']:10}{row['method']:14}{row['schedule']:14}gain {row['gain']['mean']:+.4f} +- "
-            f"{_width(row['gain'])}, throughout {row['throughout']['mean']:+.4f} +- {_width(row['throughout'])}\n"
+            f"{_width(row['gain'])}, constant {row['constant']['mean']:+.4f} +- {_width(row['constant'])}\n"
         )
 
     write("Spearman of domain scores with what a little more of one domain did to the target, by seed\n")

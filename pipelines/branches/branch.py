@@ -13,28 +13,27 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
+from curate.core.arrays import read_table
 from curate.core.artifacts import fingerprint, read_json, write_json
+from curate.domains.methods import PREDICTING, Method
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.evaluation.branches import agreement, realised_changes
+from curate.filter.choose import CHOICE, FilterConfig
+from curate.influence.extrapolate import PREDICTOR
 from curate.mixture.apportion import apportion
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
-from curate.mixture.schedule import Kind, StageSchedule
-from curate.pools.ngram_slopes import PREDICTOR as NGRAM_PREDICTOR
-from curate.pools.spread import PREDICTOR
-from curate.pools.values import ProbeConfig
-from curate.domains.methods import Method
+from curate.ngrams.regression import PREDICTOR as NGRAM_PREDICTOR
+from curate.output.layout import SelectionFolder
+from curate.output.write import write_weights
 from curate.select import select
-from curate.selection import SelectConfig
-from curate.shards.choose import CHOICE, ScreenConfig, ShardsConfig
-from curate.shards.write import write_reweight
-from curate.training.target import load_target, target_loss
-from curate.core.tracking import TrackingConfig
+from curate.selection.config import OutputConfig, SelectConfig, ValuesConfig
 from curate.training.recorder import RecorderConfig
 from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.samples import trained_tokens
-from pipelines.branches.config import DEFAULT_TEMPERATURE, GUARDED, LIKENESS, OURS, default_temperature
+from curate.training.target import load_target, target_loss
+from pipelines.branches.config import NGRAM_SHARES, OURS, RETAINING, TARGETLESS, default_temperature
 from pipelines.branches.pools import SPLITS, general_file, target_file
 from pipelines.evaluate import BATCH_SIZE, domain_losses, load_task
 from pipelines.optimizers import OptimizerConfig
@@ -43,6 +42,7 @@ from pipelines.pretrain import PretrainConfig, train
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from curate.mixture.constraints import Schedule
     from pipelines.branches.config import BenchMethod, BranchesConfig, Case
 
 FINAL = "checkpoint.safetensors"
@@ -97,9 +97,9 @@ def open_arena(config: BranchesConfig, case: Case, seed: int, data: Path) -> Are
     run = Run(folder / "run")
     names = {"branch_steps", "branch_lr", "batch_size", "target_documents", "excerpt_characters"}
     common: list[Any] = [config.model_dump(mode="json", include=names), run.fingerprint, config.target_names]
-    made_by = (MixtureConfig(), ShardsConfig(), ProbeConfig(), AdjointConfig(), StageSchedule())
+    made_by = (ValuesConfig(), MixtureConfig(), FilterConfig(), AdjointConfig())
     common += [[part.model_dump(mode="json") for part in made_by], config.drop_fraction, PREDICTOR, CHOICE]
-    own = fingerprint([*common, config.window, config.guard_drop, config.slopes_passes, NGRAM_PREDICTOR])[:8]
+    own = fingerprint([*common, config.window, config.max_regression, config.measured_passes, NGRAM_PREDICTOR])[:8]
     return Arena(
         config=config, case=case, seed=seed, data=data, run=run, folder=folder / f"{case.name}-{own}",
         shared=folder / f"shared-{fingerprint(common)[:8]}",
@@ -110,10 +110,10 @@ def run_branch(
     arena: Arena,
     folder: Path,
     method: BenchMethod,
-    temperature: float,
+    temperature: float | None = None,
     *,
     weights: Mapping[str, float] | None = None,
-    schedule: Kind = "throughout",
+    schedule: Schedule = "constant",
     keep_state: bool = False,
 ) -> dict[str, Any]:
     """A branch on the data of a method.
@@ -121,9 +121,9 @@ def run_branch(
     Args:
         arena: the case and seed.
         folder: of the branch.
-        method: of `curate.select`, or unguarded; the oracle's is given.
-        temperature: of the mixture.
-        weights: for method given.
+        method: of `curate.select`, or a variant of curate; the oracle's is proportional, to weights of its own.
+        temperature: prior strength of the mixture, or of dsir's draw; none: the method's default.
+        weights: share of each domain, for method proportional; none: what was trained on.
         schedule: where in the branch the mixture holds.
         keep_state: leave `stage/` there.
 
@@ -134,15 +134,15 @@ def run_branch(
         config = _selection(
             arena, folder / "selection", method, temperature, weights=weights, schedule=schedule, seed=arena.seed
         )
-        made = select(config, arena.run)
-        mixture = read_mixture(made / "mixture.yaml")
-        losses = train_and_read(arena, folder / "stage", data_of(made))
-        facts = {"kl_to_prior": mixture.kl_to_prior, "tokens": mixture.tokens}
+        written = SelectionFolder(select(config, arena.run))
+        mixture = read_mixture(written.mixture)
+        losses = train_and_read(arena, folder / "stage", written.training_data)
+        facts = {"kl_to_prior": mixture.kl_to_prior, "tokens": mixture.stored_tokens}
         domains = {
             "weights": {domain: part.delivered_weight for domain, part in mixture.domains.items()},
             "scores": {domain: part.score for domain, part in mixture.domains.items()},
         }
-        units = 0.0 if LIKENESS.get(method) == 1 else _cost_units(made)  # n-grams alone need no values
+        units = 0.0 if NGRAM_SHARES.get(method) == 1 else _passes(written)  # n-grams alone need no values
         write_json(folder / "losses.json", {**losses, **facts, "selection_cost_units": units, **domains})
         for part in ("selection",) if keep_state else ("selection", "stage"):
             shutil.rmtree(folder / part)
@@ -162,48 +162,45 @@ def _selection(
     arena: Arena,
     out: Path,
     method: BenchMethod,
-    temperature: float = DEFAULT_TEMPERATURE,
+    temperature: float | None = None,
     *,
     weights: Mapping[str, float] | None = None,
-    schedule: Kind = "throughout",
+    schedule: Schedule = "constant",
     seed: int,
 ) -> SelectConfig:
-    config, guarded, pooled = arena.config, method in GUARDED, method == "probes"
-    shares: dict[str, Any] = {"likeness_share": LIKENESS[method]} if method in LIKENESS else {}
-    mixture = MixtureConfig(guard_drop=config.guard_drop if guarded else 0.0, **shares)
+    """Settings of a method's selection: what the method has no use for is left at its default."""
+    config = arena.config
+    values: dict[str, Any] = {"min_target_tokens": 1}
+    mixture: dict[str, Any] = {"prior": dict(weights or {}), "schedule": schedule}
+    strength = default_temperature(method) if temperature is None else temperature
     if method == "dsir":
-        given: dict[str, Any] = {"importance_temperature": temperature}
-    else:
-        mixture, given = mixture.model_copy(update={"temperature": temperature}), {}
+        values["dsir_temperature"] = strength
+    elif method not in TARGETLESS:
+        mixture["prior_strength"] = strength
+    if method in OURS:
+        values["measured_passes"] = config.measured_passes
+        values["ngram_share"] = NGRAM_SHARES.get(method, ValuesConfig().ngram_share)
+    if method == "windowed" or method in PREDICTING:
+        values["sources"] = (config.window,)
+    if method in RETAINING:
+        mixture["max_regression"] = config.max_regression
     return SelectConfig(
-        target=target_file(arena.data, arena.case.target, "select"), min_target_tokens=1, out=out,
-        window="none" if method == "lean" else config.window,
-        guard=general_file(arena.data, "select") if guarded else None,
-        pool=arena.data / arena.case.pool if pooled else None, probe=ProbeConfig(overlap="keep"),
-        method=cast("Method", "curate" if method in OURS else method), weights=dict(weights or {}),
-        mode="filter", budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
-        mixture=mixture, tracking=TrackingConfig(mode="none"), schedule=StageSchedule(kind=schedule),
-        shards=ShardsConfig(
-            screen=ScreenConfig(mode="none"), drop_fraction=config.drop_fraction, slopes_passes=config.slopes_passes,
-            **shares,
-        ),
-        **given,
+        target=target_file(arena.data, arena.case.target, "select"), out=out,
+        retain=general_file(arena.data, "select") if method in RETAINING else None,
+        method=cast("Method", "curate" if method in OURS else method),
+        budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
+        values=ValuesConfig(**values), mixture=MixtureConfig(**mixture),
+        filter=FilterConfig(contamination_overlap=None, drop_fraction=config.drop_fraction),
+        output=OutputConfig(wandb="none"),
     )  # fmt: skip
 
 
-def data_of(selection: Path) -> Path:
-    """What `curate.select` wrote for a trainer: a schedule, else MDS folders, else a mixture of streams."""
-    data = selection / "data"
-    forms = [data / "mds" / "schedule.yaml", data / "schedule.yaml", data / "mds", data / "streams.yaml"]
-    return next(form for form in forms if form.exists())
-
-
-def _cost_units(selection: Path) -> float:
+def _passes(selection: SelectionFolder) -> float:
     """Forward+backward passes of a selection's values, which its temperatures share; 0 where it values nothing."""
-    costs = selection / "costs.parquet"
+    costs = selection.table("costs")
     if not costs.exists():
         return 0.0
-    return float(pl.read_parquet(costs, glob=False).filter(pl.col("phase") != "training")["units"].sum())
+    return float(read_table(costs).filter(pl.col("phase") != "training")["passes"].sum())
 
 
 def train_and_read(arena: Arena, out: Path, data: Path, state: Path | None = None, *, warm: bool = True) -> Losses:
@@ -250,13 +247,14 @@ def continued(arena: Arena) -> list[dict[str, float]]:
     if not path.exists():
         if not (first / "stage" / FINAL).exists():
             shutil.rmtree(first, ignore_errors=True)
-        branch = run_branch(arena, first, "proportional", DEFAULT_TEMPERATURE, keep_state=True)
+        branch = run_branch(arena, first, "proportional", keep_state=True)
         losses, state = [read_losses(arena, arena.run.folder / FINAL), branch], first / "stage" / FINAL
         for part in range(1, arena.config.continued):
             seed = arena.seed + 1000 * part  # other samples and another order each time
             selection = _selection(arena, folder / f"data-{part}", "proportional", seed=seed)
             stage = folder / f"stage-{part}"
-            losses.append(train_and_read(arena, stage, data_of(select(selection, arena.run)), state, warm=False))
+            data = SelectionFolder(select(selection, arena.run)).training_data
+            losses.append(train_and_read(arena, stage, data, state, warm=False))
             state = stage / FINAL
         write_json(path, {"losses": losses})
     for done in (folder, first / "stage"):
@@ -272,7 +270,7 @@ def clean_branch(arena: Arena) -> dict[str, Any]:
         sizes = {name: len(stream) for name, stream in clean.streams.items()}
         prior = read_json(arena.proportional / "losses.json")["weights"]
         wanted = apportion(prior, arena.config.branch_steps * arena.config.batch_size, dict.fromkeys(sizes, 10**9))
-        write_reweight(folder / "streams.yaml", clean.spec.streams, wanted)
+        write_weights(folder / "streams.yaml", clean.spec.streams, wanted)
         losses = train_and_read(arena, folder / "stage", folder / "streams.yaml")
         facts = {"kl_to_prior": 0.0, "tokens": arena.budget_tokens, "selection_cost_units": 0.0, "weights": prior}
         write_json(folder / "losses.json", {**losses, **facts})

@@ -10,24 +10,23 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from curate.core.config import Config
-from curate.evaluation.branches import BranchTestConfig
-from curate.mixture.constraints import MixtureConfig
-from curate.mixture.schedule import Kind
 from curate.domains.methods import Method
-from curate.shards.choose import ShardsConfig
+from curate.evaluation.branches import BranchTestConfig
+from curate.mixture.constraints import MixtureConfig, Schedule
+from curate.selection.config import ValuesConfig
 from pipelines.vocabulary import SMALLEST_VOCABULARY
 
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["lean", "values", "likeness", "unguarded", "probes", "oracle"]
-DEFAULT_TEMPERATURE = MixtureConfig().temperature
+BenchMethod = Method | Literal["windowed", "values", "ngrams", "unretained", "oracle"]
+DEFAULT_STRENGTH = MixtureConfig().prior_strength
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-OURS: tuple[BenchMethod, ...] = ("curate", "lean", "values", "likeness", "unguarded", "probes")
-GUARDED = tuple(method for method in OURS if method != "unguarded")  # they may not lose general text
-LIKENESS: Mapping[BenchMethod, float] = {"values": 0.0, "likeness": 1.0}  # its share, where it is not the default's
-TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one temperature, no word of the target
-GUARD = 1.01  # general loss that a method may reach, as a share of proportional's
+OURS: tuple[BenchMethod, ...] = ("curate", "windowed", "values", "ngrams", "unretained")
+RETAINING = tuple(method for method in OURS if method != "unretained")  # they may not lose general text
+NGRAM_SHARES: Mapping[BenchMethod, float] = {"values": 0.0, "ngrams": 1.0}  # where it is not the default
+TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one branch each, no word of the target
+GENERAL_LIMIT = 1.01  # general loss that a method may reach, as a share of proportional's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,8 @@ class Case:
 
 
 def default_temperature(method: BenchMethod) -> float:
-    """The temperature of a method's default row: 1 where scores are in a unit of their own."""
-    return 1.0 if method in ("dsir", "oracle") else DEFAULT_TEMPERATURE
+    """The temperature of a method's default row: the default prior strength, or 1 where scores have another unit."""
+    return 1.0 if method in ("dsir", "oracle") else DEFAULT_STRENGTH
 
 
 class BranchesConfig(Config):
@@ -68,28 +67,27 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "lean", "values", "likeness", "probes", "unguarded", "proportional", "uniform", "random", "dsir",
-        "grad-dot", "less", "shapley", "shuffled", "oracle",
+        "curate", "windowed", "values", "ngrams", "unretained", "proportional", "uniform", "random", "dsir", "grad-dot",
+        "less", "shapley", "shuffled", "oracle",
     )  # fmt: skip
-    """Methods of `curate.select`. curate has general text as its guard target; lean is the same without a window and
-    scores domains by the next step; probes values the whole pool from the last state (`curate.select --pool`);
-    unguarded is curate without the guard; values and likeness are its two parts, each alone. oracle: a regression over
-    a swarm of branches, or the pool without its noise."""
-    temperatures: tuple[Temperature, ...] = (0.5, 0.35, 0.25, 0.15)
-    """Temperatures of methods that value samples; the default is always run."""
-    importance_temperatures: tuple[Temperature, ...] = (128.0, 64.0, 32.0, 1.0)
+    """Methods of `curate.select`. curate has its defaults, and general text to retain; windowed is the same, domains
+    scored by a recorded window; unretained is curate without text to retain; values and ngrams are its two parts, each
+    alone. oracle: a regression over a swarm of branches, or the pool without its noise."""
+    prior_strengths: tuple[Temperature, ...] = (0.5, 0.35, 0.25, 0.15)
+    """Prior strengths of methods that value samples, see `mixture.prior_strength`; the default is always run."""
+    dsir_temperatures: tuple[Temperature, ...] = (128.0, 64.0, 32.0, 1.0)
     """Temperatures of dsir's draw. Log importance is a sum over a sample's n-grams and differs by hundreds: below 32
     nothing but the largest are drawn, as at 1, the published setting."""
     oracle_temperatures: tuple[Temperature, ...] = (2.0, 1.0, 0.5)
     """Temperatures of the oracle's scores, in their deviations between domains."""
-    guard_drop: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    """How far the guard lets the expected score of general text fall, see `mixture.guard_drop`."""
+    max_regression: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    """How far the expected score of general text may fall, see `mixture.max_regression`."""
     drop_fraction: float = Field(default=0.6, ge=0, lt=1)
-    """Share of the valued samples of each domain that are left out, where samples are chosen."""
-    slopes_passes: float = Field(default=ShardsConfig().slopes_passes, ge=0, allow_inf_nan=False)
-    """Passes that slopes of single samples may cost, see `shards.slopes_passes`."""
-    schedules: tuple[Kind, ...] = ("early-late",)
-    """Schedules that `curate` is run with at its default temperature, beside its mixture throughout."""
+    """Share of the samples of each domain that are left out, see `filter.drop_fraction`."""
+    measured_passes: float = Field(default=ValuesConfig().measured_passes, ge=0, allow_inf_nan=False)
+    """Passes that measuring single samples may cost, see `values.measured_passes`."""
+    schedules: tuple[Schedule, ...] = ("early-and-late",)
+    """Schedules that `curate` is run with at its default prior strength, beside the constant one."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     """Seeds of initial weights, data order and draws."""
     model: Path = Path("configs/bench/fidelity.json")
@@ -115,7 +113,7 @@ class BranchesConfig(Config):
     excerpt_characters: int = Field(default=400, ge=1)
     """Length of the excerpt taken of each."""
     window: Literal["early", "late"] = "late"
-    """Window whose samples are valued."""
+    """Window whose samples `windowed` and the gradient baselines value."""
     window_steps: int = Field(default=30, ge=1)
     """Steps of each window."""
     steps: int = Field(default=400, ge=2)
@@ -145,8 +143,6 @@ class BranchesConfig(Config):
             raise ValueError(f"two windows of {self.window_steps} steps do not fit into {self.steps} steps")
         if "proportional" not in self.methods:
             raise ValueError("methods must hold proportional: all differences are taken from it")
-        if "given" in self.methods:
-            raise ValueError("method given has no weights here; leave it out")
         if {self.inside, self.foreign} & set(self.junk) or self.inside == self.foreign:
             raise ValueError("inside, foreign and junk must be different domains")
         return self
@@ -170,18 +166,18 @@ class BranchesConfig(Config):
         default = default_temperature(method)
         if method in TARGETLESS:
             return [default]
-        own = {"dsir": self.importance_temperatures, "oracle": self.oracle_temperatures}.get(method, self.temperatures)
+        own = {"dsir": self.dsir_temperatures, "oracle": self.oracle_temperatures}.get(method, self.prior_strengths)
         return sorted({*own, default}, reverse=True)
 
 
 def small(config: BranchesConfig) -> BranchesConfig:
     """The same bench in a few minutes: short stages, a case of each pool, no parts of curate; only dsir is swept."""
-    parts = {"lean", "values", "likeness", "unguarded"}
+    parts = {"windowed", "values", "ngrams", "unretained"}
     return config.model_copy(
         update={
             "methods": tuple(method for method in config.methods if method not in parts),
             "folder": config.folder / "small", "seeds": config.seeds[:1], "cases": ("foreign", "noisy"),
-            "temperatures": (), "importance_temperatures": (128.0,), "oracle_temperatures": (1.0,),
+            "prior_strengths": (), "dsir_temperatures": (128.0,), "oracle_temperatures": (1.0,),
             "steps": 60, "branch_steps": 30,
             "window_steps": 8, "continued": 2,
             "target_documents": 12, "domain_megabytes": 0.06, "swarm": 4,

@@ -34,7 +34,7 @@ def oracle_weights(arena: Arena, temperature: float) -> dict[str, float]:
     tried, losses = [], []
     for member in range(arena.config.swarm):
         given = dict(zip(domains, draw_mixture(shares, arena.seed, member).tolist(), strict=True))
-        found = run_branch(arena, arena.shared / f"swarm-{member}", "given", 1.0, weights=given)
+        found = run_branch(arena, arena.shared / f"swarm-{member}", "proportional", weights=given)
         tried.append([found["weights"][domain] for domain in domains])
         losses.append(case_losses(arena, found)["target_select"])
     scores = slopes(np.array(tried), np.array(losses))

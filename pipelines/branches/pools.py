@@ -1,7 +1,7 @@
 """Data of the branch bench: held-out splits, and the pools that stage 1 trains on and branches draw from.
 
 Every target domain gives three splits without a common document: `select` (what selection sees), `tune` (what a
-temperature is chosen by) and `report` (what is reported). So does general text, the guard of methods that have one. The
+temperature is chosen by) and `report` (what is reported). So does general text, which methods may retain. The
 noisy pool has noise inside each domain: a weight for a whole domain cannot avoid it.
 """
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from curate.core.artifacts import file_fingerprint, is_complete, seal
 from curate.core.errors import UserError
-from curate.data.documents import Document
-from curate.data.files import read_documents
 from curate.core.rng import generator
 from curate.core.writing import replacing
+from curate.data.documents import Document
+from curate.data.files import read_documents
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.splits import corpus_files, excerpt, first_megabytes, write_rows
 

@@ -52,7 +52,7 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
         One row per case and method that reaches that KL in every seed that it was run with.
     """
     found = []
-    rows = [row for row in rows if row["schedule"] == "throughout"]
+    rows = [row for row in rows if row["schedule"] == "constant"]
     for case in _names(rows, "case"):
         mine = [row for row in rows if row["case"] == case]
         for method in _names(mine, "method"):
@@ -69,15 +69,15 @@ def at_equal_kl(rows: Sequence[Row], reference: str = "curate") -> list[Row]:
     return found
 
 
-def against_throughout(rows: Sequence[Row]) -> list[Row]:
-    """What each schedule gains on the target, beside the same mixture throughout; one row per case and schedule.
+def against_constant(rows: Sequence[Row]) -> list[Row]:
+    """What each schedule gains on the target, beside the same mixture held throughout; one row per case and schedule.
 
     Gains are proportional's loss minus that of the branch, paired by seed: positive = better.
     """
     found = []
     keys = dict.fromkeys((row["case"], row["method"], row["schedule"], row["temperature"]) for row in rows)
     for case, method, schedule, temperature in keys:
-        if schedule == "throughout":
+        if schedule == "constant":
             continue
         losses = {
             (row["schedule"] if row["method"] == method else BASE, row["seed"]): row["target_loss"]
@@ -86,10 +86,10 @@ def against_throughout(rows: Sequence[Row]) -> list[Row]:
             and (row["method"] == BASE or (row["method"], row["temperature"]) == (method, temperature))
         }
         seeds = [seed for name, seed in losses if name == schedule]
-        gain, whole = ([losses[BASE, seed] - losses[name, seed] for seed in seeds] for name in (schedule, "throughout"))
+        gain, whole = ([losses[BASE, seed] - losses[name, seed] for seed in seeds] for name in (schedule, "constant"))
         found.append(
             {"case": case, "method": method, "schedule": schedule, "temperature": temperature,
-             "gain": interval(gain), "throughout": interval(whole)}
+             "gain": interval(gain), "constant": interval(whole)}
         )  # fmt: skip
     return found
 
@@ -113,41 +113,41 @@ def _at_kl(rows: Sequence[Row], method: str, reference: str, seed: int) -> tuple
     return kl, float(np.interp(kl, kls, targets)), float(np.interp(kl, kls, generals))
 
 
-def best_within_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) -> list[Row]:
-    """Each method at its best temperature: lowest target loss on the tuning split within the guard on general text.
+def best_within_limit(rows: Sequence[Row], tuning: Sequence[Row], limit: float) -> list[Row]:
+    """Each method at its best temperature: lowest target loss on the tuning split within the limit on general text.
 
     Args:
         rows: of the bench.
         tuning: the same rows with the losses of the tuning splits, in the same order.
-        guard: largest general loss as a share of proportional's.
+        limit: largest general loss as a share of proportional's.
 
     Returns:
-        One row per case and method: `temperature` (none where no temperature keeps the guard: proportional is used),
+        One row per case and method: `temperature` (none where no temperature keeps the limit: proportional is used),
         differences from proportional on the reporting split, whether each seed's has the sign of the mean, and
         `minus_curate`: the target loss less that of curate's row, paired by seed; `oracle_share`: of the oracle's gain.
     """
 
     def best(target: Floats, general: Floats) -> float:
-        kept = np.flatnonzero(general[1:] <= guard) + 1
+        kept = np.flatnonzero(general[1:] <= limit) + 1
         return float(kept[np.argmin(target[kept])]) if len(kept) else 0.0
 
     return _along_curves(rows, tuning, best)
 
 
-def at_guard(rows: Sequence[Row], tuning: Sequence[Row], guard: float) -> list[Row]:
-    """Each method at the best place of its curve within the guard, so that no grid of temperatures decides.
+def at_limit(rows: Sequence[Row], tuning: Sequence[Row], limit: float) -> list[Row]:
+    """Each method at the best place of its curve within the limit, so that no grid of temperatures decides.
 
     A method's curve runs from proportional through its temperatures in the order of their KL, linear between them
     (where samples are chosen, its first part is of no temperature: the highest ones choose samples too). The place is
-    chosen on the tuning split and read on the reporting split; arguments and rows as of `best_within_guard`,
+    chosen on the tuning split and read on the reporting split; arguments and rows as of `best_within_limit`,
     without `temperature` where the place is between two.
     """
 
     def best(target: Floats, general: Floats) -> float:
-        places = [float(at) for at in np.flatnonzero(general <= guard)]
+        places = [float(at) for at in np.flatnonzero(general <= limit)]
         for at, (before, after) in enumerate(pairwise(general)):
-            if (before - guard) * (after - guard) < 0:
-                places.append(at + (guard - before) / (after - before))
+            if (before - limit) * (after - limit) < 0:
+                places.append(at + (limit - before) / (after - before))
         return min(places, key=lambda at: np.interp(at, np.arange(len(target)), target))
 
     return _along_curves(rows, tuning, best)
@@ -164,7 +164,7 @@ def _along_curves(rows: Sequence[Row], tuning: Sequence[Row], choose: Callable[[
     """
     found = []
     for case in _names(rows, "case"):
-        kept = [row["case"] == case and row["schedule"] == "throughout" for row in rows]
+        kept = [row["case"] == case and row["schedule"] == "constant" for row in rows]
         report, tune = ([row for row, own in zip(each, kept, strict=True) if own] for each in (rows, tuning))
         lines = {}
         for method in _names(report, "method"):

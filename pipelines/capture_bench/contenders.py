@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.core.artifacts import write_json
-from curate.embeddings.run_capture import CaptureConfig, RunCapture
-from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.gradients.capture import GradientCapture
 from curate.core.progress import progress
 from curate.core.rng import generator
-from curate.training.task import Batch, ModelSpec, Task, TaskSpec, collate
+from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
+from curate.embeddings.run_capture import CaptureConfig, RunCapture
+from curate.gradients.capture import GradientCapture
 from curate.training.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.task import Batch, ModelSpec, Task, TaskSpec, collate
 from pipelines.capture_bench.config import CASES, CLIP_NORM, MODELS, REPLAYED_STEPS, WARM_UP, CaptureBenchConfig
 from pipelines.corpus.sources import STANDARD_LIBRARY, python_sources
 

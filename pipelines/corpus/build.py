@@ -20,10 +20,10 @@ from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.core.writing import replacing
-from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, Source
+from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, RETAIN, Source
 from pipelines.corpus.sources import Text, package_version
 
-RULES = 1  # raised when the same packages give another corpus
+RULES = 2  # raised when the same packages give another corpus
 
 
 class CorpusConfig(Config):
@@ -36,7 +36,9 @@ class CorpusConfig(Config):
     target_documents: int = Field(default=256, gt=0)
     """Documents of each target, and as many again that only the final loss sees."""
     heldout_characters: int = Field(default=60_000, gt=0)
-    """Held-out text of each training domain."""
+    """Held-out text of each training domain, for the final loss."""
+    retain_characters: int = Field(default=20_000, gt=0)
+    """Held-out text of each natural training domain that a selection may see."""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,7 @@ def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, 
         "megabytes": config.megabytes,
         "target_documents": config.target_documents,
         "heldout_characters": config.heldout_characters,
+        "retain_characters": config.retain_characters,
         "packages": {name: package_version(name) for name in names},
         "sources": [source.name for source in recipe],
     }
@@ -128,6 +131,8 @@ def _limit(file: str, config: CorpusConfig) -> _Limit:
         return _Limit(most=config.megabytes * 1e6, unit="bytes")
     if file in (GENERAL, JUNK):
         return _Limit(most=config.heldout_characters, unit="characters")
+    if file == RETAIN:
+        return _Limit(most=config.retain_characters, unit="characters")
     return _Limit(most=config.target_documents, unit="documents")
 
 

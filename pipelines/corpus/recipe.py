@@ -13,6 +13,7 @@ from pipelines.corpus import sources
 from pipelines.corpus.sources import STANDARD_LIBRARY, Text
 
 GENERAL, JUNK = "heldout/general.jsonl", "heldout/junk.jsonl"
+RETAIN = "general.jsonl"  # natural text that a selection may see, and no final loss does
 _HELD_OUT_SHARE = 0.06
 
 
@@ -48,6 +49,8 @@ def domain(
 ) -> Source:
     """A training domain; `targets` are the shares of groups of each target's two halves."""
     shares = {held_out: _HELD_OUT_SHARE}
+    if held_out == GENERAL:  # half of it for selection, half for the final loss alone
+        shares = {GENERAL: _HELD_OUT_SHARE / 2, RETAIN: _HELD_OUT_SHARE / 2}
     for target, share in targets.items():
         shares |= {f"{target}.jsonl": share, f"heldout/{target}.jsonl": share}
     shares[f"train/{name}.jsonl"] = 1 - sum(shares.values())

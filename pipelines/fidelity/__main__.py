@@ -15,16 +15,16 @@ import numpy as np
 
 from curate.core.artifacts import SIGN, file_fingerprint, fingerprint, read_json, write_json
 from curate.core.config import parse_command, run_command
+from curate.core.lock import locked
+from curate.core.progress import start_logging
 from curate.embeddings.anchors import GENERAL
 from curate.evaluation.draw import draw
 from curate.evaluation.measure import HorizonName, compare
 from curate.evaluation.reruns import Reruns
 from curate.evaluation.truth import collect
-from curate.core.lock import locked
-from curate.core.progress import start_logging
 from curate.report.fidelity import pareto_page
-from curate.training.target import load_target
 from curate.training.replay import Replay
+from curate.training.target import load_target
 from pipelines.fidelity.config import BenchConfig, small
 from pipelines.fidelity.data import make_data, make_run
 from pipelines.fidelity.estimators import estimates, open_bench

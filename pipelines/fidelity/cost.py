@@ -19,10 +19,10 @@ from pydantic import Field
 
 from curate.core.artifacts import write_json
 from curate.core.config import Config, parse_command, run_command
+from curate.core.progress import progress, start_logging
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.products import Hessian
 from curate.optimizers.state import TrainingState
-from curate.core.progress import progress, start_logging
 from curate.training.replay import Replay
 from curate.training.run import Run, find_run
 

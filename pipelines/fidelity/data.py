@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.core.artifacts import file_fingerprint, is_complete, seal
-from curate.embeddings.anchors import GENERAL
 from curate.core.errors import UserError
-from curate.data.files import read_documents
 from curate.core.rng import generator
+from curate.core.writing import replacing
+from curate.data.files import read_documents
+from curate.embeddings.anchors import GENERAL
 from curate.training.recorder import RecorderConfig
 from curate.training.run import Run
-from curate.core.writing import replacing
 from pipelines.optimizers import OptimizerConfig
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.pretrain import PretrainConfig, train

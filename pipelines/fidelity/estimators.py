@@ -23,8 +23,8 @@ from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.estimator import WindowJob
 from curate.embeddings.store import embed_window
 from curate.evaluation.measure import Estimates, HorizonName, keyed
-from curate.training.target import load_target, read_pieces, weighted
 from curate.training.replay import Replay, records
+from curate.training.target import load_target, read_pieces, weighted
 from pipelines.fidelity.walk import Walk, walk_back
 
 if TYPE_CHECKING:

@@ -16,18 +16,18 @@ from pydantic import Field
 
 from curate.core.artifacts import list_files
 from curate.core.config import Config, parse_command, run_command
-from curate.embed import EmbedConfig, embed
 from curate.core.errors import UserError
-from curate.stats.rank_correlation import spearman
 from curate.core.lock import locked
 from curate.core.progress import start_logging
+from curate.embeddings.embed import EmbedConfig, embed
+from curate.embeddings.values import embedded_values
 from curate.reconstruct.moments import estimate_moments
-from curate.domains.values import embedded_values
-from curate.training.target import load_target
+from curate.stats.rank_correlation import spearman
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_targets
 
-_MADE = ("embeddings", "pools", "branch-tests", "selections", "reports")
+_MADE = ("embeddings", "influence", "branch-tests", "verify", "selections", "reports")
 
 
 class MomentsConfig(Config):
@@ -71,14 +71,15 @@ def agreement(config: MomentsConfig) -> dict[str, float]:
     save_file({name: part for name, part in load_file(state).items() if not name.startswith("optimizer.")}, state)
     list_files(config.out, [state])
     estimate_moments(Replay(copy, tolerance=config.tolerance), start, state, config.steps)
-    target = load_target(config.target, run.spec, config.min_target_tokens)
+    targets = load_targets([config.target], None, run.spec, config.min_target_tokens)
     frames = []
     for each in (run, copy):
         given = EmbedConfig(
             target=config.target, window=config.window, min_target_tokens=config.min_target_tokens,
             tolerance=config.tolerance,
         )  # fmt: skip
-        frames.append(embedded_values(embed(given, each, target), target).sort("step", "sample_id"))
+        (embedding,) = embed(given, each, targets)[config.window]
+        frames.append(embedded_values(embedding, targets.main).sort("step", "sample_id"))
     real, estimated = frames
     joined = real.select("step", "value").with_columns(estimated=estimated["value"])
     steps = joined.partition_by("step", maintain_order=True)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.core.arrays import read_arrays, write_arrays
+from curate.core.errors import UserError
+from curate.core.progress import progress
 from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
 from curate.embeddings.leave_one_out import embedding_corrections, exact_values
 from curate.embeddings.states import plan_states, states_backward
-from curate.core.errors import UserError
 from curate.optimizers.state import TrainingState
-from curate.core.progress import progress
 
 if TYPE_CHECKING:
     import numpy.typing as npt

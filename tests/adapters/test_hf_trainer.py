@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from curate.adapters.hf_trainer import RecorderCallback
+from curate.core.errors import UserError
+from curate.data.mds import MdsStream
 from curate.embeddings.captured import CapturedRows
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.run_capture import CaptureConfig
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
-from curate.data.mds import MdsStream
 from curate.gradients.capture import GradientCapture
 from curate.training.recorder import RecorderConfig
 from curate.training.replay import Replay

@@ -4,12 +4,12 @@ import pytest
 
 
 def make_values(
-    seed=0, *, steps=12, batch=16, domains=("a", "b", "c"), effect=(1.0, 0.0, -1.0), windows=("late",), targets=("t",)
+    seed=0, *, steps=12, batch=16, domains=("a", "b", "c"), effect=(1.0, 0.0, -1.0), sources=("late",), targets=("t",)
 ):
     """A values frame as `select` makes it: random batches, one document or two per sample."""
     random = np.random.default_rng(seed)
     frames = []
-    for window in windows:
+    for source in sources:
         n = steps * batch
         domain = random.integers(len(domains), size=n)
         tokens = random.integers(1, 9, size=n)
@@ -26,7 +26,7 @@ def make_values(
                         "weight": np.full(n, 1 / batch, np.float32),
                         "tokens": tokens,
                         "length": np.full(n, 9),
-                        "window": [window] * n,
+                        "source": [source] * n,
                         "horizon": ["window_end"] * n,
                         "domain": [domains[d] for d in domain],
                         "index": index,

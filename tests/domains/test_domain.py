@@ -3,10 +3,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from curate.stats.deviation import pooled_deviation
 from curate.core.errors import UserError
-from curate.stats.bootstrap import step_sums, step_weights
 from curate.domains.domain import domain_scores, shrink
+from curate.stats.bootstrap import step_sums, step_weights
+from curate.stats.deviation import pooled_deviation
 
 PRIOR = {"a": 0.5, "b": 0.3, "c": 0.2}
 
@@ -107,14 +107,14 @@ def test_noise_is_shrunk_away_and_signal_is_kept(make):
     assert (signal["shrunk"] / signal["score"]).filter(signal["domain"] != "b").min() > 0.9
 
 
-def test_windows_and_targets_are_kept_apart(make):
-    values = make(windows=("early", "late"), targets=("t", "u"))
+def test_sources_and_targets_are_kept_apart(make):
+    values = make(sources=("early", "late"), targets=("t", "u"))
     frame = domain_scores(values, PRIOR, seed=0, resamples=50)
-    assert frame.select("window", "target", "domain").rows() == [
-        (window, target, domain) for window in ("early", "late") for target in ("t", "u") for domain in "abc"
+    assert frame.select("source", "target", "domain").rows() == [
+        (source, target, domain) for source in ("early", "late") for target in ("t", "u") for domain in "abc"
     ]
-    alone = domain_scores(values.filter(window="late", target="u"), PRIOR, seed=0, resamples=50)
-    assert_frame_equal(frame.filter(window="late", target="u"), alone)
+    alone = domain_scores(values.filter(source="late", target="u"), PRIOR, seed=0, resamples=50)
+    assert_frame_equal(frame.filter(source="late", target="u"), alone)
 
 
 def test_shrink_formula():
@@ -140,84 +140,3 @@ def test_benefits_of_repeated_text_count_once_and_harm_every_time(make):
     found = domain_scores(values, PRIOR, seed=0, fresh={"a": 0.1, "b": 1.0, "c": 0.1}, resamples=20)
     assert found["score"].to_list() == pytest.approx([0.1 * plain["score"][0], *plain["score"][1:]])
     assert found["value_per_token"].to_list() == plain["value_per_token"].to_list()
-
-
-def parts_of(values, pieces=4, seed=1):
-    """Every domain in parts by chance, which differ by nothing but noise."""
-    part = np.random.default_rng(seed).integers(pieces, size=len(values)).astype(str)
-    named = values.with_columns(domain=pl.col("domain") + "." + pl.Series(part))
-    parents = dict(named.select("domain", pl.col("domain").str.slice(0, 1).alias("parent")).unique().iter_rows())
-    return named, parents, {name: PRIOR[parent] / pieces for name, parent in parents.items()}
-
-
-def test_parts_that_are_the_whole_domain_are_scored_like_it(values):
-    plain = domain_scores(values, PRIOR, seed=0, resamples=50)
-    assert_frame_equal(domain_scores(values, PRIOR, seed=0, resamples=50, parents={d: d for d in PRIOR}), plain)
-
-
-def test_parts_by_chance_have_their_parents_score(make):
-    values = make(5, steps=60)
-    named, parents, prior = parts_of(values)
-    whole = dict(domain_scores(values, PRIOR, seed=0).select("domain", "shrunk").iter_rows())
-    frame = domain_scores(named, prior, seed=0, parents=parents)
-    error = [row["shrunk"] - whole[parents[row["domain"]]] for row in frame.iter_rows(named=True)]
-    raw = [row["score"] - whole[parents[row["domain"]]] for row in frame.iter_rows(named=True)]
-    assert np.abs(error).max() < 0.1
-    assert np.square(error).sum() < np.square(raw).sum() / 3
-
-
-def test_parts_that_differ_keep_their_difference(make):
-    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
-    better = named.with_columns(value=pl.col("value") + 2 * pl.col("tokens") * (pl.col("domain") == "a.0"))
-    frame = domain_scores(better, prior, seed=0, parents=parents)
-    shrunk = dict(frame.select("domain", "shrunk").iter_rows())
-    assert shrunk["a.0"] > 1
-    assert shrunk["a.0"] > 3 * max(abs(value) for name, value in shrunk.items() if name != "a.0")
-
-
-def test_a_part_without_samples_has_its_parents_score(make):
-    values = make(5, steps=60)
-    named, parents, prior = parts_of(values)
-    frame = domain_scores(named, {**prior, "a.9": 0.1}, seed=0, parents={**parents, "a.9": "a"})
-    row = frame.row(by_predicate=pl.col("domain") == "a.9", named=True)
-    others = frame.filter(pl.col("domain").str.starts_with("a.") & (pl.col("samples") > 0))
-    assert row["samples"] == 0
-    assert row["shrunk"] == pytest.approx(others["shrunk"].mean(), abs=0.1)
-    assert row["score_low"] < row["score"] < row["score_high"]
-
-
-def test_a_parent_that_was_not_seen_takes_nothing_from_the_others_parts(make):
-    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
-    better = named.with_columns(value=pl.col("value") + 2 * pl.col("tokens") * (pl.col("domain") == "a.0"))
-    alone = domain_scores(better, prior, seed=0, parents=parents)
-    more = domain_scores(
-        better, {**prior, "z.0": 0.01, "z.1": 0.01}, seed=0, parents={**parents, "z.0": "z", "z.1": "z"}
-    )
-    one = dict(alone.select("domain", "shrunk").iter_rows())
-    other = dict(more.select("domain", "shrunk").iter_rows())
-    assert other["a.0"] == pytest.approx(one["a.0"], rel=0.02)
-    assert other["z.0"] == 0
-
-
-def test_parts_that_the_window_did_not_reach_change_nothing_for_those_of_other_domains(make):
-    """Unshuffled shards: of domain a one part is in the window, of b all; inside a domain nothing differs."""
-    values = make(7, steps=60, domains=("a", "b"), effect=(1.0, -1.0))
-    part = pl.Series(np.random.default_rng(0).integers(10, size=len(values)).astype(str))
-    named = values.with_columns(
-        domain=pl.when(pl.col("domain") == "a").then(pl.lit("a.0")).otherwise(pl.format("b.{}", part))
-    )
-    parents = {f"{domain}.{number}": domain for domain in "ab" for number in range(10)}
-    frame = domain_scores(named, dict.fromkeys(parents, 0.05), seed=0, parents=parents)
-    whole = dict(domain_scores(values, {"a": 0.5, "b": 0.5}, seed=0).select("domain", "shrunk").iter_rows())
-    for row in frame.iter_rows(named=True):
-        assert row["shrunk"] == pytest.approx(whole[parents[row["domain"]]], abs=0.15), row["domain"]
-
-
-def test_domains_of_one_part_do_not_weaken_what_is_known_of_parts(make):
-    named, parents, prior = parts_of(make(5, steps=60, effect=(0, 0, 0)))
-    better = named.with_columns(value=pl.col("value") + pl.col("tokens") * (pl.col("domain") == "a.0"))
-    single = better.filter(pl.col("domain") == "b.0").with_columns(domain=pl.lit("y.0"))
-    one = domain_scores(better, prior, seed=0, parents=parents).filter(domain="a.0")["shrunk"][0]
-    shares = {**prior, "y.0": 0.01}
-    other = domain_scores(pl.concat([better, single]), shares, seed=0, parents={**parents, "y.0": "y"})
-    assert other.filter(domain="a.0")["shrunk"][0] == pytest.approx(one, rel=0.1)

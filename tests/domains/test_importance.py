@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.ngrams.counts import BUCKETS, bag, buckets_of
 from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.domains.importance import drawn_shares, gumbel_keys, log_importance, log_ratio
+from curate.ngrams.counts import BUCKETS, bag, buckets_of
 
 ALL = np.ones(64, bool)
 

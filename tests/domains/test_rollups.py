@@ -22,7 +22,7 @@ def test_document_values_add_up(values):
 def test_a_document_in_two_samples_gets_both_shares():
     values = pl.DataFrame(
         {
-            "window": ["late"] * 3,
+            "source": ["late"] * 3,
             "target": ["t"] * 3,
             "domain": ["a"] * 3,
             "value": [8.0, 3.0, 5.0],
@@ -117,7 +117,7 @@ def test_length_bias_is_the_rank_correlation_inside_domains():
         value = random.normal(size=40) + 0.05 * tokens - level
         oracle.append(stats.spearmanr(value, tokens).statistic)
         rows += [
-            {"window": "late", "target": "t", "domain": domain, "step": i % 8, "tokens": int(n), "value": float(v)}
+            {"source": "late", "target": "t", "domain": domain, "step": i % 8, "tokens": int(n), "value": float(v)}
             for i, (n, v) in enumerate(zip(tokens, value, strict=True))
         ]
     (row,) = length_bias(pl.DataFrame(rows), seed=0, resamples=200).to_dicts()

@@ -30,7 +30,7 @@ def start(*words, environment=None):
 def test_selections_at_once_with_the_same_settings_all_end_with_the_same_bytes(folder, tmp_path):
     words = (
         "curate.select", "--run", folder / "run", "--target", folder / "target.jsonl", "--method", "dsir", "--mode",
-        "filter", "--tracking.mode", "none", "--min-target-tokens", 100, "--budget-tokens", 60 * SEQ_LEN,
+        "samples", "--output.wandb", "none", "--values.min_target_tokens", 100, "--budget-tokens", 60 * SEQ_LEN,
     )  # fmt: skip
     at_once = [start(*words) for _ in range(3)]
     for process in at_once:

@@ -13,23 +13,23 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from curate.core.artifacts import MANIFEST, read_hashed, read_json
 from curate.branch_test import BranchTestCommand, branch_test
+from curate.core.artifacts import MANIFEST, read_hashed, read_json
 from curate.core.errors import UserError
+from curate.data.mds import COLUMNS, iterate, write_stream
 from curate.evaluation.branch_record import FILE, check_tested, read_branch_test
 from curate.evaluation.branches import realised_changes
-from curate.data.mds import COLUMNS, iterate, write_stream
-from curate.select import select
-from curate.selection import SelectConfig
-from curate.training.target import load_target
-from curate.core.tracking import TrackingConfig
+from curate.mixture.record import read_mixture
+from curate.select import SelectConfig, select
 from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.samples import trained_tokens
+from curate.training.target import load_target
 from tests.crash import crash_environment
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
 
 ROOT = Path(__file__).resolve().parents[2]
+LATE = {"sources": ("late",)}
 SHORT = {"steps": 3, "share": 0.5, "repeats": 2}
 
 
@@ -47,11 +47,12 @@ def streams(folder):
     return found
 
 
-def run_select(folder, streams, **settings):
+def run_select(folder, streams, *, values=LATE, **settings):
     config = SelectConfig(
         **{
-            "run": folder / "run", "target": folder / "target.jsonl", "min_target_tokens": 100, "window": "late",
-            "budget_tokens": 60 * SEQ_LEN, "tracking": TrackingConfig(mode="none"), "streams": streams, **settings,
+            "run": folder / "run", "target": folder / "target.jsonl", "budget_tokens": 60 * SEQ_LEN,
+            "values": {"min_target_tokens": 100, **values}, "output": {"wandb": "none"},
+            "source": {"streams": streams}, **settings,
         }
     )  # fmt: skip
     return select(config, Run(folder / "run", streams))
@@ -78,7 +79,7 @@ def test_scores_are_held_against_what_branches_did(folder, streams, selection, t
     test = read_branch_test(tested, run.fingerprint, target.fingerprint)
     assert (tested.name, tested.parents[2]) == (FILE, folder / "run")
     assert test.selection == read_json(selection / MANIFEST)["fingerprint"]
-    domains = pl.read_parquet(selection / "domains.parquet").filter(window="late", target="target")
+    domains = pl.read_parquet(selection / "domains.parquet").filter(source="late", target="target")
     assert test.scores == dict(domains.select("domain", "score").iter_rows())
     assert set(test.scores) == set(streams)
     check_tested(tested, test, "late", test.scores)
@@ -90,7 +91,7 @@ def test_scores_are_held_against_what_branches_did(folder, streams, selection, t
     assert all(len(repeats) == 2 and any(repeats) for repeats in test.changes.values())
     wanted = spearmanr([test.scores[name] for name in changes], [np.mean(changes[name]) for name in changes])
     assert test.spearman == pytest.approx(wanted.statistic)
-    assert test.temperature_factor == pytest.approx(1 if test.spearman >= 0.7 else 1 / max(test.spearman, 0.05))
+    assert test.strength_factor == pytest.approx(1 if test.spearman >= 0.7 else 1 / max(test.spearman, 0.05))
     assert test.low <= test.spearman <= test.high
     assert test.forward_backward_passes > 2 * 5 * 3
 
@@ -100,7 +101,7 @@ def test_two_domains_have_changes_but_no_agreement(config, tmp_path):
     selection = run_select(tmp_path, {}, target=config.target)
     test = read_branch_test(branch_test(config.model_copy(update={"selection": selection, "streams": {}})))
     assert set(test.changes) == set(test.scores) == {"json", "dataclasses"}
-    assert (test.spearman, test.verdict, test.temperature_factor) == (None, "undefined", 20)
+    assert (test.spearman, test.verdict, test.strength_factor) == (None, "undefined", 20)
 
 
 def command(config, *more):
@@ -142,7 +143,7 @@ def test_a_complete_test_is_kept_and_another_selection_shares_its_branches(
     assert again.changes == test.changes
     assert again.scores != test.scores
     with pytest.raises(UserError):
-        check_tested(tested, test, again.window, again.scores)
+        check_tested(tested, test, again.source, again.scores)
 
 
 def test_a_selection_that_was_moved_needs_its_run(folder, config, tested, tmp_path):
@@ -175,10 +176,11 @@ def test_what_is_no_selection_of_valued_samples_is_refused(folder, config, strea
             branch_test(config.model_copy(update={"selection": wrong, "run": folder / "run"}))
     for settings in ({"method": "dsir"}, {"method": "proportional"}):
         with pytest.raises(UserError, match="curate"):
-            branch_test(config.model_copy(update={"selection": run_select(folder, streams, **settings)}))
-    pool = run_select(folder, {}, pool=folder / "split", probe={"min_per_domain": 10, "overlap": "keep"})
-    with pytest.raises(UserError, match=str(pool)):
-        branch_test(config.model_copy(update={"selection": pool}))
+            branch_test(config.model_copy(update={"selection": run_select(folder, streams, values={}, **settings)}))
+    some = {"candidates": folder / "split", "filter": {"unseen_only": False}}
+    candidates = run_select(folder, {}, values={"measured_per_domain": 10}, **some)
+    with pytest.raises(UserError, match=str(candidates)):
+        branch_test(config.model_copy(update={"selection": candidates}))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "mixture.yaml", "domains.parquet"])
@@ -209,3 +211,15 @@ def test_a_damaged_test_is_refused_and_made_again_when_it_was_deleted(config, te
     assert branch_test(moved).read_bytes() == whole
     with pytest.raises(UserError, match="seed"):
         branch_test(moved.model_copy(update={"seed": 1}))
+
+
+def test_a_selection_that_is_given_the_test_stays_nearer_to_the_prior(folder, streams, selection, tested, tmp_path):
+    test = read_branch_test(tested)
+    out = run_select(folder, streams, mixture={"branch_test": tested})
+    before, after = (read_mixture(each / "mixture.yaml") for each in (selection, out))
+    assert after.prior_strength == pytest.approx(before.prior_strength * test.strength_factor)
+    assert out != selection
+    target = write_tiny_target(tmp_path / "other.jsonl", documents=15)
+    for other in ({"values": {"sources": ("early",)}}, {"target": target}):
+        with pytest.raises(UserError, match=str(tested)):
+            run_select(folder, streams, mixture={"branch_test": tested}, **other)

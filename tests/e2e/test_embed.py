@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from curate.core.config import parse_command
+from curate.core.errors import UserError
 from curate.embed import EmbedConfig, embed
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.store import plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_targets
 from curate.training.windows import Found
 from tests.tiny import Training, record_tiny_run
 
@@ -35,6 +35,10 @@ def run(folder, tmp_path):
     return Run(tmp_path / "run")
 
 
+def targets_of(run, folder):
+    return load_targets([folder / "foreign.jsonl"], None, run.spec, 100)
+
+
 def config_of(run, folder, **settings):
     return EmbedConfig(
         **{
@@ -45,23 +49,23 @@ def config_of(run, folder, **settings):
 
 
 def test_a_large_residual_is_warned_of_with_the_way_out(folder, run, caplog):
-    target = load_target(folder / "foreign.jsonl", run.spec, 100)
+    targets = targets_of(run, folder)
     with caplog.at_level(logging.INFO):
-        embedding = embed(config_of(run, folder), run, target)["early"]
+        (embedding,) = embed(config_of(run, folder), run, targets)["early"]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert embedding.residual > 0.5
     assert f"leave {100 * embedding.residual:.0f} % of the target's gradient unexplained" in caplog.text
-    job = plan_job(Replay(run), "early", "window_end", target, batch_size=16)
-    units = AdjointEstimator(AdjointConfig()).passes(job)
+    job = plan_job(Replay(run), "early", "window_end", targets.main, batch_size=16)
+    passes = AdjointEstimator(AdjointConfig()).passes(job)
     (warning,) = [text for text in said if "approximate" in text]
-    assert f"--estimator adjoint), which would cost about {units:.0f} forward+backward passes" in warning
+    assert f"--estimator adjoint), which would cost about {passes:.0f} forward+backward passes" in warning
 
 
 def test_exact_values_are_not_doubted(folder, run, caplog):
     with caplog.at_level(logging.INFO):
         config = config_of(run, folder, estimator="adjoint")
-        found = embed(config, run, load_target(folder / "foreign.jsonl", run.spec, 100))
-    assert found["early"].residual is None
+        (embedding,) = embed(config, run, targets_of(run, folder))["early"]
+    assert embedding.residual is None
     assert "unexplained" not in caplog.text
 
 
@@ -75,9 +79,9 @@ def test_a_horizon_is_a_name_or_a_step():
 def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
     found = {"early": Found(start=3, stop=5, changes=5, line="early window: why")}
     monkeypatch.setattr("curate.training.windows.run_windows", lambda run: found)
-    target = load_target(folder / "foreign.jsonl", run.spec, 100)
+    config = config_of(run, folder, estimator="adjoint", windows="auto")
     with caplog.at_level(logging.INFO):
-        embedding = embed(config_of(run, folder, estimator="adjoint", windows="auto"), run, target)["early"]
+        (embedding,) = embed(config, run, targets_of(run, folder))["early"]
     assert embedding.rows["step"].unique().sort().to_list() == [3, 4]
     said = caplog.text
     assert said.index("early window: why") < said.index("steps 3 to 5") < said.index("(1 of them to replay")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -13,18 +12,16 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from curate.embeddings.estimators import AdjointConfig
 from curate.core.errors import UserError
 from curate.data.dataset import open_dataset
 from curate.data.mds import iterate, write_stream
 from curate.data.memory import construct
 from curate.mixture.constraints import MixtureConfig
 from curate.mixture.record import read_mixture
-from curate.select import select
-from curate.selection import SelectConfig
-from curate.shards.choose import ScreenConfig, ShardsConfig
-from curate.core.tracking import TrackingConfig
+from curate.select import SelectConfig, select
+from curate.training.recorder import RecorderConfig
 from curate.training.run import Run
 from tests.crash import crash_environment
 from tests.tiny import SEQ_LEN, Training, write_tiny_target
@@ -33,17 +30,27 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ["scores.parquet", "domains.parquet", "shards.parquet", "documents.parquet", "mixture.yaml", "report.html"]
 
 
-def config_of(folder, **settings):
+LATE = {"sources": ("late",)}
+BOTH = {"sources": ("early", "late")}
+
+
+def config_of(folder, *, values=LATE, **settings):
     return SelectConfig(
         **{
             "run": folder / "run",
             "target": folder / "target.jsonl",
-            "min_target_tokens": 100,
             "budget_tokens": 60 * SEQ_LEN,
-            "tracking": TrackingConfig(mode="none"),
+            "values": {"min_target_tokens": 100, **values},
+            "output": {"wandb": "none"},
             **settings,
         }
     )
+
+
+def embed_config(path, **settings):
+    """A file of settings of `curate.embed`."""
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
 
 
 def run_select(folder, **settings):
@@ -53,25 +60,25 @@ def run_select(folder, **settings):
 
 @pytest.fixture(scope="module")
 def both(folder):
-    return run_select(folder, mode="both")
+    return run_select(folder, mode="both", values=BOTH)
 
 
 def test_everything_is_written_and_agrees(folder, both):
     mixture = read_mixture(both / "mixture.yaml")
-    assert (mixture.samples, mixture.tokens) == (60, 60 * SEQ_LEN)
+    assert (mixture.samples, mixture.stored_tokens) == (60, 60 * SEQ_LEN)
     for name in FILES:
         assert (both / name).stat().st_size > 0, name
     scores = pl.read_parquet(both / "scores.parquet")
-    assert set(scores["window"]) == {"early", "late", "next_step"}
-    assert scores.filter(pl.col("window") != "next_step").height == 2 * 4 * 6
-    assert mixture.window == "late"
+    assert set(scores["source"]) == {"early", "late", "current"}
+    assert scores.filter(pl.col("source") != "current").height == 2 * 4 * 6
+    assert mixture.source == "late"
     domains = pl.read_parquet(both / "domains.parquet")
-    for window in ("early", "late", "next_step"):
-        rows = scores.filter(window=window)
+    for source in ("early", "late", "current"):
+        rows = scores.filter(source=source)
         for domain in ("json", "dataclasses"):
             mine = rows.filter(domain=domain)
             wanted = mine["value"].sum() / mine["tokens"].sum()
-            found = domains.filter(window=window, domain=domain)["value_per_token"].item()
+            found = domains.filter(source=source, domain=domain)["value_per_token"].item()
             assert found == pytest.approx(wanted, rel=1e-9)
     documents = pl.read_parquet(both / "documents.parquet")
     assert documents["value"].sum() == pytest.approx(scores["value"].sum(), rel=1e-6)
@@ -81,9 +88,9 @@ def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both)
     mixture = read_mixture(both / "mixture.yaml")
     rows = list(iterate(both / "data" / "mds"))
     assert Counter(row["domain"] for row in rows) == {name: part.samples for name, part in mixture.domains.items()}
-    assert sum(len(row["tokens"]) for row in rows) == mixture.tokens
+    assert sum(len(row["tokens"]) for row in rows) == mixture.stored_tokens
     dropped = pl.read_parquet(both / "data" / "mds" / "dropped.parquet")
-    assert set(dropped["reason"]) <= {"low_value", "over_quota", "near_duplicate", "leak"}
+    assert set(dropped["reason"]) <= {"low_value", "not_sampled", "near_duplicate", "contamination"}
     low = set(dropped.filter(reason="low_value")["sample_id"])
     assert low
     assert not low & {row["sample_id"] for row in rows}
@@ -105,17 +112,17 @@ def test_streams_yaml_loads_in_one_line_with_the_mixture_exactly(both):
 
 
 def test_phases_are_written_in_both_forms_and_served_exactly(folder, tmp_path):
-    schedule = {"kind": "early-late", "early_share": 0.2, "late_share": 0.3, "transition_share": 0.1}
-    out = run_select(folder, mode="both", out=tmp_path / "out", schedule={**schedule, "transition_steps": 2})
+    schedule = {"schedule": "early-and-late", "early_share": 0.2, "late_share": 0.3}
+    out = run_select(folder, mode="both", out=tmp_path / "out", mixture=schedule)
     mixture = read_mixture(out / "mixture.yaml")
-    assert [phase.curated for phase in mixture.phases] == pytest.approx([1, 2 / 3, 1 / 3, 0, 1 / 3, 2 / 3, 1])
-    assert [phase.samples for phase in mixture.phases] == [12, 3, 3, 18, 3, 3, 18]
+    assert [phase.blend for phase in mixture.phases] == [1, 0, 1]
+    assert [phase.samples for phase in mixture.phases] == [12, 30, 18]
     assert not (out / "data" / "streams.yaml").exists()
     for path in (out / "data" / "schedule.yaml", out / "data" / "mds" / "schedule.yaml"):
         rows = list(open_dataset(path, batch_size=6, seed=0))
         assert len(rows) == mixture.samples == 60
         for phase in mixture.phases:
-            part = rows[phase.start_step : phase.start_step + phase.samples]
+            part = rows[phase.start_sample : phase.start_sample + phase.samples]
             found = Counter(row["domain"] for row in part)
             assert found == {name: count for name, count in phase.domains.items() if count}
     assert "open_dataset" in (out / "report.html").read_text()
@@ -123,10 +130,10 @@ def test_phases_are_written_in_both_forms_and_served_exactly(folder, tmp_path):
 
 def test_a_complete_selection_is_reused_and_other_settings_are_refused(folder, both):
     stamp = (both / "mixture.yaml").stat().st_mtime_ns
-    assert run_select(folder, mode="both", out=both) == both
+    assert run_select(folder, mode="both", values=BOTH, out=both) == both
     assert (both / "mixture.yaml").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match=r"made with other settings \(budget_tokens: 720 there, 600 now\)"):
-        run_select(folder, mode="both", out=both, budget_tokens=600)
+        run_select(folder, mode="both", values=BOTH, out=both, budget_tokens=600)
 
 
 def test_a_folder_of_something_else_is_not_written_to(folder, tmp_path):
@@ -138,7 +145,7 @@ def test_a_folder_of_something_else_is_not_written_to(folder, tmp_path):
 
 def test_the_same_settings_give_the_same_bytes(folder, both, tmp_path):
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
-    again = run_select(folder, mode="both", run=tmp_path / "run")
+    again = run_select(folder, mode="both", values=BOTH, run=tmp_path / "run")
     assert again.name == both.name
     same = [*FILES[:-1], "data/streams.yaml", "manifest.json"]
     same += sorted(str(path.relative_to(both)) for path in (both / "data" / "mds").rglob("*") if path.is_file())
@@ -149,8 +156,8 @@ def test_the_same_settings_give_the_same_bytes(folder, both, tmp_path):
 def command(folder, run, *more):
     return [
         sys.executable, "-m", "curate.select", "--target", str(folder / "target.jsonl"), "--run", str(run),
-        "--min-target-tokens", "100", "--budget-tokens", str(60 * SEQ_LEN), "--mode", "both",
-        "--tracking.mode", "none", *more,
+        "--values.min_target_tokens", "100", "--budget-tokens", str(60 * SEQ_LEN), "--mode", "both",
+        "--values.sources", "[early, late]", "--output.wandb", "none", *more,
     ]  # fmt: skip
 
 
@@ -158,7 +165,8 @@ def command(folder, run, *more):
 def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, both, tmp_path):
     Training(Run(folder / "run").spec.streams).run(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = command(folder, tmp_path / "run", "--adjoint.save_seconds", "0")
+    eager = embed_config(tmp_path / "embed.yaml", adjoint={"save_seconds": 0})
+    arguments = command(folder, tmp_path / "run", "--values.embed_config", str(eager))
     for before, at in (("scratch/cotangent", 2), ("embeddings/late.*/manifest", 1), ("selections/.*/scores", 1)):
         crash = crash_environment(before, at, alone=True)
         killed = subprocess.run(arguments, cwd=ROOT, env=crash, capture_output=True, check=False)
@@ -171,6 +179,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(folder, 
     assert f"wrote {out / 'mixture.yaml'}" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -192,43 +201,44 @@ def test_a_bad_target_ends_in_one_sentence(folder, tmp_path, line, message):
 
 def test_a_budget_beyond_the_caps_names_what_binds_and_what_would_fit(folder):
     with pytest.raises(UserError, match=r"max_epochs 4 at all .* dataclasses .*, json .*budget_tokens at most"):
-        run_select(folder, budget_tokens=5000 * SEQ_LEN, mode="reweight")
+        run_select(folder, budget_tokens=5000 * SEQ_LEN, mode="weights")
 
 
 def test_what_earlier_stages_consumed_counts_against_the_caps(folder):
-    budget = {"budget_tokens": 400 * SEQ_LEN, "mode": "reweight", "window": "late"}
+    budget = {"budget_tokens": 400 * SEQ_LEN, "mode": "weights"}
     alone = run_select(folder, **budget)
     with pytest.raises(UserError, match=r"max_epochs 4 .* budget_tokens at most 3,"):
-        run_select(folder, **budget, earlier=(folder / "run",) * 4)
-    once = run_select(folder, **budget, earlier=(folder / "run",))
+        run_select(folder, **budget, source={"earlier_runs": (folder / "run",) * 4})
+    once = run_select(folder, **budget, source={"earlier_runs": (folder / "run",)})
     assert once != alone
-    ledgers = [pl.read_parquet(out / "ledger.parquet")["consumed_tokens"].sum() for out in (alone, once)]
+    ledgers = [pl.read_parquet(out / "seen.parquet")["consumed_tokens"].sum() for out in (alone, once)]
     assert ledgers == [72 * SEQ_LEN, 144 * SEQ_LEN]
     assert "epochs so far" in (once / "report.html").read_text(encoding="utf-8")
 
 
-def test_filtered_data_can_leave_out_all_that_was_consumed(folder):
-    settings = {"consume_once": True}
-    out = run_select(folder, mode="filter", window="late", shards=settings)
+def test_written_samples_can_leave_out_all_that_was_seen(folder):
+    settings = {"unseen_only": True}
+    out = run_select(folder, mode="samples", filter=settings)
     trained = set(Run(folder / "run").steps["sample_ids"].explode())
     written = {row["sample_id"] for row in iterate(out / "data" / "mds")}
     assert written
     assert not written & trained
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
-    assert set(dropped.filter(reason="consumed")["sample_id"]) <= trained
-    with pytest.raises(UserError, match=r"consume_once needs --mode filter"):
-        run_select(folder, mode="both", window="late", shards=settings)
+    assert set(dropped.filter(reason="seen")["sample_id"]) <= trained
+    for mode in ("weights", "both"):
+        with pytest.raises(ValidationError, match=r"filter.unseen_only True"):
+            config_of(folder, mode=mode, filter=settings)
 
 
-def test_several_targets_and_a_guard_are_valued_in_one_pass(folder, tmp_path):
+def test_several_targets_and_what_is_retained_are_valued_in_one_pass(folder, tmp_path):
     for name, documents in (("other", 15), ("general", 18)):
         write_tiny_target(tmp_path / f"{name}.jsonl", documents=documents)
-    more = {"more_targets": {str(tmp_path / "other.jsonl"): 0.5}, "guard": tmp_path / "general.jsonl"}
-    out = run_select(folder, window="late", mode="reweight", **more)
-    alone = run_select(folder, window="late", mode="reweight")
+    more = {"more_targets": {str(tmp_path / "other.jsonl"): 0.5}, "retain": tmp_path / "general.jsonl"}
+    out = run_select(folder, mode="weights", **more)
+    alone = run_select(folder, mode="weights")
     mixture = read_mixture(out / "mixture.yaml")
     assert mixture.targets == {"target": 1.0, "other": 0.5}
-    assert mixture.shared["guard"].reached >= mixture.shared["guard"].least - 1e-8
+    assert mixture.group_limits["retain"].reached >= mixture.group_limits["retain"].least - 1e-8
     scores, single = (pl.read_parquet(part / "scores.parquet") for part in (out, alone))
     assert set(scores["target"]) == {"target", "other", "general"}
     together = scores.filter(target="target").select("row", "value").sort("row")
@@ -237,36 +247,25 @@ def test_several_targets_and_a_guard_are_valued_in_one_pass(folder, tmp_path):
     domains = pl.read_parquet(out / "domains.parquet")
     for name, part in mixture.domains.items():
         rows = dict(domains.filter(domain=name).select("target", "shrunk").iter_rows())
-        together = rows["target"] + 0.5 * rows["other"] + 0.75 * rows["general"]  # guard_weight of 1.5
+        together = rows["target"] + 0.5 * rows["other"] + 0.75 * rows["general"]  # .5 of 1.5
         assert part.shrunk == pytest.approx(together / 2.25)
     assert "Every target" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="two targets are called 'target'"):
-        run_select(folder, window="late", mode="reweight", guard=folder / "target.jsonl")
+        run_select(folder, mode="weights", retain=folder / "target.jsonl")
 
 
-@pytest.mark.parametrize("guard_weight", [0.0, 1.0])
-def test_the_guard_has_a_say_in_which_samples_are_left_out(folder, tmp_path, guard_weight):
+def test_what_is_retained_has_a_say_in_which_samples_are_left_out(folder, tmp_path):
     write_tiny_target(tmp_path / "general.jsonl", documents=18)
-    out = run_select(
-        folder, window="late", mode="filter", guard=tmp_path / "general.jsonl", mixture=MixtureConfig(max_epochs=9),
-        shards=ShardsConfig(
-            guard_weight=guard_weight, drop_fraction=0.5, sample_temperature=0, unvalued="drop",
-            duplicate_overlap=1, screen=ScreenConfig(mode="none"),
-        ),
-    )  # fmt: skip
-    scores = pl.read_parquet(out / "scores.parquet").with_columns(x=pl.col("value") / pl.col("tokens"))
-    wanted: dict[int, float] = {}
-    for target, weight in (("target", 1.0), ("general", guard_weight)):
-        own = scores.filter(target=target).with_columns(mean=pl.col("x").mean().over("domain"))
-        scale = (((own["x"] - own["mean"]) ** 2).mean()) ** 0.5  # samples of one length
-        for sample, x in own.group_by("sample_id").agg(pl.col("x").mean()).iter_rows():
-            wanted[sample] = wanted.get(sample, 0.0) + weight * x / scale
-    dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet").filter(reason="low_value")
-    left = set(dropped["sample_id"])
-    assert left
-    for domain, samples in scores.group_by("domain").agg(pl.col("sample_id").unique()).iter_rows():
-        gone = [wanted[sample] for sample in samples if sample in left]
-        assert max(gone, default=-math.inf) <= min(wanted[sample] for sample in samples if sample not in left), domain
+    left = []
+    for retain in ({}, {"retain": tmp_path / "general.jsonl"}):
+        out = run_select(
+            folder, **retain, mode="samples", mixture={"max_epochs": 9},
+            filter={"drop_fraction": 0.5, "duplicate_overlap": 1, "contamination_overlap": None},
+        )  # fmt: skip
+        dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet").filter(reason="low_value")
+        left.append(set(dropped["sample_id"]))
+    assert min(map(len, left)) > 0
+    assert left[0] != left[1]
 
 
 def test_a_missing_target_and_an_unknown_key_are_named(folder):
@@ -283,16 +282,18 @@ def test_a_missing_target_and_an_unknown_key_are_named(folder):
     assert "temprature" in result.stderr
 
 
-def test_dvemb_serves_the_same_line(folder):
-    out = run_select(folder, estimator="dvemb", window="late", mode="reweight")
-    assert json.loads((out / "manifest.json").read_text())["settings"]["estimator"] == "dvemb"
+def test_dvemb_serves_the_same_line(folder, tmp_path):
+    dvemb = {**LATE, "embed_config": embed_config(tmp_path / "embed.yaml", estimator="dvemb")}
+    out = run_select(folder, mode="weights", values=dvemb)
+    assert json.loads((out / "manifest.json").read_text())["settings"]["embedding"]["estimator"] == "dvemb"
     assert read_mixture(out / "mixture.yaml").samples == 60
 
 
-def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(folder, caplog):
-    adjoint = AdjointConfig(anchors_per_domain=1, samples_per_anchor=6)
+def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(folder, tmp_path, caplog):
+    adjoint = {"anchors_per_domain": 1, "samples_per_anchor": 6}
+    path = embed_config(tmp_path / "embed.yaml", estimator="anchors", horizon=12, adjoint=adjoint)
     with caplog.at_level(logging.INFO):
-        out = run_select(folder, estimator="anchors", window="late", mode="reweight", horizon=12, adjoint=adjoint)
+        out = run_select(folder, mode="weights", values={**LATE, "embed_config": path})
     residual = json.loads((out / "manifest.json").read_text())["residuals"]["late"]
     assert 0 < residual <= 1
     assert f"late window: the anchors leave {100 * residual:.0f} % of the target's gradient unexplained" in caplog.text
@@ -304,30 +305,34 @@ def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(f
 @pytest.mark.slow
 def test_an_anchor_file_that_changed_is_another_selection(folder, tmp_path):
     write_tiny_target(tmp_path / "anchors.jsonl", documents=20)
-    adjoint = AdjointConfig(anchor_files=(tmp_path / "anchors.jsonl",), anchors_per_file=2, min_anchor_tokens=50)
-    settings = {"estimator": "anchors", "window": "late", "mode": "reweight", "adjoint": adjoint}
+    adjoint = {"anchor_files": [str(tmp_path / "anchors.jsonl")], "anchors_per_file": 2, "min_anchor_tokens": 50}
+    path = embed_config(tmp_path / "embed.yaml", estimator="anchors", adjoint=adjoint)
+    settings = {"mode": "weights", "values": {**LATE, "embed_config": path}}
     out = run_select(folder, **settings)
     write_tiny_target(tmp_path / "anchors.jsonl", documents=19)
     assert run_select(folder, **settings) != out
 
 
-def test_the_mixture_window_must_be_valued(folder):
-    with pytest.raises(UserError, match=r"mixture.window 'late' is not among the valued windows"):
-        run_select(folder, window="early", mode="reweight", mixture=MixtureConfig(window="late"))
-    out = run_select(folder, window="early", mode="reweight")
-    assert read_mixture(out / "mixture.yaml").window == "early"
+def test_the_last_source_sets_the_mixture_and_must_be_there(folder, tmp_path):
+    for sources in (("early",), ("late", "early"), ("early", "current")):
+        out = run_select(folder, mode="weights", values={"sources": sources})
+        assert read_mixture(out / "mixture.yaml").source == sources[-1]
+        assert set(pl.read_parquet(out / "domains.parquet")["source"]) == set(sources)
+    Training(Run(folder / "run").spec.streams).run(tmp_path / "run", RecorderConfig(windows={"late": (8, 12)}))
+    with pytest.raises(UserError, match=r"no window 'early'.*\['late'\].*values.sources"):
+        run_select(folder, run=tmp_path / "run", values={"sources": ("early",)})
 
 
 @pytest.mark.slow
 def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplog):
     """All that there is of one domain was trained on, and lies elsewhere in its stream since it was valued."""
     run = Run(folder / "run")
-    run_select(folder, window="late", mode="reweight")
+    run_select(folder, mode="weights")
     stream, trained = run.streams["json"], set(run.steps["sample_ids"].explode())
     rows = [stream.row(at) for at in range(len(stream)) if stream[at].sample_id in trained]
     write_stream(tmp_path / "json", stream.encodings[0], rows, shard_bytes=1500)
     moved = Run(folder / "run", {"json": tmp_path / "json"})
-    given = {"mode": "filter", "window": "late", "shards": {"consume_once": True}}
+    given = {"mode": "samples", "filter": {"unseen_only": True}}
     loose = MixtureConfig(
         max_epochs=9, ceilings={"json": 0.5}, replay_domains=("json", "dataclasses"), replay_share=0.2
     )
@@ -335,19 +340,19 @@ def test_a_domain_of_which_nothing_is_left_has_no_weight(folder, tmp_path, caplo
     mixture = read_mixture(out / "mixture.yaml")
     assert set(mixture.domains) == {"dataclasses"}
     assert (mixture.samples, mixture.domains["dataclasses"].prior) == (60, 1)
-    assert f"nothing is left of json ({len(rows)} consumed)" in caplog.text
+    assert f"nothing is left of json ({len(rows)} seen)" in caplog.text
     assert {row["domain"] for row in iterate(out / "data" / "mds")} == {"dataclasses"}
     assert (out / "report.html").exists()
     floor = config_of(
         folder, out=tmp_path / "floor", **given, mixture=MixtureConfig(max_epochs=9, floors={"json": 0.1})
     )
-    with pytest.raises(UserError, match=r"nothing is left of json \(\d+ consumed\).*lower mixture.floors of json"):
+    with pytest.raises(UserError, match=r"nothing is left of json \(\d+ seen\).*lower mixture.floors of json"):
         select(floor, moved)
 
 
 @pytest.mark.slow
 def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
-    out, given = tmp_path / "out", {"mode": "reweight", "window": "late"}
+    out, given = tmp_path / "out", {"mode": "weights"}
     run = Run(folder / "run")
     assert run_select(folder, out=out, **given) == run_select(folder, out=out, **given)
     moved, grown = {}, {}
@@ -358,7 +363,7 @@ def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
             write_stream(kind[domain], stream.encodings[0], own, shard_bytes=1500)
     config = config_of(folder, out=out, **given)
     assert select(config, Run(folder / "run", moved)) == out  # the same samples
-    with pytest.raises(UserError, match=r"selected from other samples than the run's streams hold now"):
+    with pytest.raises(UserError, match=r"selected from other samples than the streams hold now"):
         select(config, Run(folder / "run", grown))
     free = config_of(folder, **given)
     assert select(free, Run(folder / "run", grown)) != select(free, run)
@@ -375,6 +380,6 @@ def test_streams_with_other_samples_are_another_selection(folder, tmp_path):
 def test_constraints_that_no_data_could_meet_are_refused_before_anything_is_valued(
     folder, monkeypatch, mixture, problem
 ):
-    monkeypatch.setattr("curate.select.embed", lambda *_: pytest.fail("values were made"))
+    monkeypatch.setattr("curate.selection.pipeline.measure", lambda *_: pytest.fail("values were made"))
     with pytest.raises(UserError, match=problem):
-        run_select(folder, mode="reweight", seed=77, mixture=MixtureConfig(**mixture))
+        run_select(folder, mode="weights", seed=77, mixture=MixtureConfig(**mixture))

@@ -7,7 +7,7 @@ import pytest
 from curate.core.config import parse_command
 from curate.core.errors import UserError
 from curate.evaluation.draw import DrawConfig
-from curate.verify import VerifyConfig, named_windows, verify
+from curate.evaluation.verify import VerifyConfig, named_windows, verify
 from tests.tiny import record_tiny_run, write_tiny_target
 
 DRAW = DrawConfig(pairs=8, pairs_per_step=4, groups=3, group_share=0.25, repeats=1, part_pairs=1, parts=(0.5,))

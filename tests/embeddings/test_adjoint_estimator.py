@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
+from curate.core.errors import UserError
 from curate.embeddings import adjoint, adjoint_estimator
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target, target_loss
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_target, target_loss
 from tests.tiny import Training, record_tiny_run, write_tiny_target
 
 STATE = 16 * 1384  # bytes of one state of the tiny model

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.core.errors import UserError
 from curate.data.mds import content_id
-from curate.training.target import load_target, loss_gradients
+from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.training.replay import Replay
+from curate.training.target import load_target, loss_gradients
 from tests.tiny import record_tiny_run, write_tiny_target
 
 TRAINED = 36  # of the 80 samples of each domain: 12 steps of 3
@@ -71,7 +71,7 @@ def test_anchors_of_streams_hold_no_trained_sample_and_no_sample_twice(run, capl
     assert len(trained(run)) == 2 * TRAINED
     assert not trained(run) & set(found)
     assert len(set(found)) == len(found) == 6 * 9 + 10
-    domains = dict(run.places.select("sample_id", "domain").iter_rows())
+    domains = dict(run.unique_samples.select("sample_id", "domain").iter_rows())
     for name, batch in zip(anchors.names, anchors.batches, strict=True):
         found = [domains[sample] for sample in ids(batch)]
         assert sorted(found) == (["dataclasses"] * 5 + ["json"] * 5 if name == "general" else [name[:-2]] * 9)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from curate.core.errors import UserError
 from curate.embeddings.baselines import BaselineConfig, BaselineEstimator
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target
 from curate.training.replay import Replay, records
 from curate.training.snapshots import load_state
+from curate.training.target import load_target
 from tests.tiny import build_optimizers, factory, record_tiny_run, write_tiny_target
 
 

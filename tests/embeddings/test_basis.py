@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.embeddings.basis import FILE, AnchorBasis, choose_metric, load_basis, save_basis, solve
 from curate.core.errors import UserError
+from curate.embeddings.basis import FILE, AnchorBasis, choose_metric, load_basis, save_basis, solve
 
 ROUNDING = 2**-8  # of bfloat16, relative
 METRICS = st.sampled_from(["euclidean", "optimizer"])

@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from curate.core.errors import UserError
 from curate.embeddings import dvemb, dvemb_adam_estimator
 from curate.embeddings.dvemb_adam import denominator, recursion, recursion_block, separable_inverse
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator, check_adam, preconditioners
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
 from curate.optimizers.settings import GroupSettings
-from curate.training.target import load_target
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_target
 from tests.tiny import Training, record_tiny_run
 
 

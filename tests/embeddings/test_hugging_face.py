@@ -7,8 +7,8 @@ import torch
 
 from curate.embeddings.products import check_curvature, exact_products
 from curate.gradients.capture import GradientCapture
-from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 from curate.training.layout import FlatLayout
+from curate.training.task import Batch, ModelSpec, Task, TaskSpec
 
 MODELS = {
     "llama": {

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from curate.core.errors import UserError
 from curate.embeddings.captured import CapturedRows, RowWriter
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
 from curate.gradients.projection import projection
-from curate.training.task import Task
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from curate.training.replay import Replay, records
 from curate.training.run import Run
 from curate.training.snapshots import load_state
+from curate.training.task import Task
 from tests.ranks import STEPS, train
 from tests.tiny import TASK, Training, factory, write_tiny_streams
 

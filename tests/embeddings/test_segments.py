@@ -11,9 +11,9 @@ from curate.embeddings import dvemb, dvemb_adam, dvemb_adam_estimator, dvemb_est
 from curate.embeddings.dvemb import carry, chain, joined
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
-from curate.training.target import load_target
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.target import load_target
 from tests.tiny import Training
 
 TOLERANCE = 1e-5  # what the docstring of `segment_steps` says

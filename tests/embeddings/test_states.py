@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.embeddings.states import plan_states, states_backward
 from curate.core.errors import UserError
+from curate.embeddings.states import plan_states, states_backward
 from curate.training.recorder import RecorderConfig
 from curate.training.replay import Replay
 from curate.training.run import Run

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from curate.core.errors import UserError
 from curate.embeddings import adjoint_estimator, dvemb_adam_estimator, dvemb_estimator
 from curate.embeddings.estimators import AdjointConfig, DvembAdamConfig, DvembConfig, make_estimator
 from curate.embeddings.store import embed_window, embedding_folder, plan_job
-from curate.core.errors import UserError
-from curate.training.target import load_target, target_loss
 from curate.training.replay import Replay, records
 from curate.training.run import Run
+from curate.training.target import load_target, target_loss
 from tests.tiny import Training
 
 NAMES = ["adjoint", "dvemb", "dvemb-adam", "dvemb-adam-shortcut"]

@@ -20,7 +20,7 @@ from curate.evaluation.branch_record import (
     BranchTest,
     check_tested,
     read_branch_test,
-    temperature_factor,
+    strength_factor,
     verdict_of,
 )
 from curate.evaluation.branches import (
@@ -32,14 +32,13 @@ from curate.evaluation.branches import (
     agreement,
     ceiling,
     cost_units,
-    domain_scores,
     realised_changes,
 )
 from curate.stats.rank_correlation import spearman
-from curate.training.target import load_target, target_loss
 from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.snapshots import load_state
+from curate.training.target import load_target, target_loss
 from tests.tiny import build_optimizers, factory
 
 PRIOR = {"dataclasses": 3.0, "json": 1.0}
@@ -57,7 +56,7 @@ def target(folder, replay):
 
 
 def domain_of(run):
-    return dict(run.places.select("sample_id", "domain").iter_rows())
+    return dict(run.unique_samples.select("sample_id", "domain").iter_rows())
 
 
 def test_branches_share_all_places_but_a_share_which_one_domain_fills(replay):
@@ -192,14 +191,14 @@ def test_agreement_is_over_domains_with_a_score():
 
 
 @given(st.floats(-1, 1))
-def test_a_weak_agreement_raises_the_temperature_and_a_strong_one_does_nothing(r):
-    factor = temperature_factor(r)
+def test_a_weak_agreement_raises_the_prior_strength_and_a_strong_one_does_nothing(r):
+    factor = strength_factor(r)
     if r >= TRUSTED:
         assert factor == 1
     else:
         assert 1 / TRUSTED <= factor <= 20 * (1 + 1e-12)
-        assert factor >= temperature_factor(min(r + 0.1, 1.0))
-    assert temperature_factor(None) == temperature_factor(-1.0)
+        assert factor >= strength_factor(min(r + 0.1, 1.0))
+    assert strength_factor(None) == strength_factor(-1.0)
 
 
 def test_the_verdict_is_of_the_correlation_and_of_what_noise_leaves_to_reach():
@@ -210,10 +209,10 @@ def test_the_verdict_is_of_the_correlation_and_of_what_noise_leaves_to_reach():
 
 def test_scores_are_those_of_valued_samples_and_must_differ():
     rows = pl.DataFrame({"domain": ["a", "b", "c"], "samples": [5, 5, 0], "score": [1.0, -1.0, 0.0]})
-    assert domain_scores(rows) == {"a": 1.0, "b": -1.0}
+    assert branches.tested_scores(rows) == {"a": 1.0, "b": -1.0}
     for useless in (rows.with_columns(samples=pl.lit(0)), rows.with_columns(score=pl.lit(0.5)), rows[:1]):
         with pytest.raises(UserError):
-            domain_scores(useless)
+            branches.tested_scores(useless)
 
 
 def test_the_cost_is_that_of_the_steps_and_of_reading_the_target(replay, target):
@@ -222,9 +221,9 @@ def test_the_cost_is_that_of_the_steps_and_of_reading_the_target(replay, target)
 
 
 RECORD = BranchTest(
-    run="r", target="t", target_name="docs", selection="s", window="late", scores={"a": 1.0, "b": -2.0},
+    run="r", target="t", target_name="docs", selection="s", source="late", scores={"a": 1.0, "b": -2.0},
     changes={"a": [0.1, 0.2], "b": [0.0, -0.1], "c": [1.0, 2.0]}, spearman=None, low=None, high=None, ceiling=None,
-    verdict="undefined", temperature_factor=20.0, steps=3, share=0.5, repeats=2, seed=0, forward_backward_passes=27.5,
+    verdict="undefined", strength_factor=20.0, steps=3, share=0.5, repeats=2, seed=0, forward_backward_passes=27.5,
 )  # fmt: skip
 
 
@@ -256,9 +255,9 @@ def test_a_record_that_is_missing_damaged_or_of_something_else_is_refused(tmp_pa
 def test_a_record_is_of_its_scores_only(tmp_path):
     check_tested(tmp_path, RECORD, "late", {"a": 1.0 + 1e-9, "b": -2.0})
     wrong = [("early", RECORD.scores), ("late", {"a": 1.0, "b": -2.1}), ("late", {"a": 1.0}), ("late", {})]
-    for window, scores in [*wrong, ("late", {**RECORD.scores, "c": 0.0})]:
+    for source, scores in [*wrong, ("late", {**RECORD.scores, "c": 0.0})]:
         with pytest.raises(UserError):
-            check_tested(tmp_path, RECORD, window, scores)
+            check_tested(tmp_path, RECORD, source, scores)
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])

@@ -9,8 +9,8 @@ from curate.evaluation.draw import DrawConfig, Removal, draw
 from curate.evaluation.heldout import heldout_targets
 from curate.evaluation.reruns import Reruns
 from curate.evaluation.truth import TRUTH, collect
-from curate.training.target import load_target, target_loss
 from curate.training.replay import Replay, records
+from curate.training.target import load_target, target_loss
 from tests.tiny import STEPS, Training, record_tiny_run, write_tiny_target
 
 WINDOWS = {"early": (0, 4), "late": (8, STEPS)}

@@ -51,9 +51,9 @@ log: {file: log.csv}
 checkpoints: {0: ckpt/0.pt, 1950: ckpt/1950.pt}
 """
 SETTINGS = b"# curate.select\ntarget: t.jsonl\n"
-SCHEDULE = b"""- start_step: 0
+SCHEDULE = b"""- start_sample: 0
   streams: [{local: data/a, choose: 3}]
-- start_step: 3
+- start_sample: 3
   streams: [{local: data/b, choose: 2}]
 """
 
@@ -102,8 +102,9 @@ CORPUS = {
         PLAN + b"train_first: train {steps:zz}\n",
         PLAN + b'train_first: "a \\0"\n',
         PLAN + b"train_first: train {steps:99999999999d}\n",
-        PLAN + b"selection: {schedule: late}\n",
-        PLAN + b"selection: {schedule: {kind: [late]}}\n",
+        PLAN + b"selection: {mixture: anneal}\n",
+        PLAN + b"selection: {mixture: {schedule: [anneal]}}\n",
+        PLAN + b"selection: {shards: {drop_fraction: .1}}\n",
         PLAN.replace(b"one", b"two"),
         PLAN.replace(b"3}", b"true}"),
         PLAN.replace(b"3}", b"0}"),
@@ -127,18 +128,20 @@ CORPUS = {
     ),
     "settings": accepted(
         SETTINGS,
-        SETTINGS + b"mixture: {decay_epochs: .inf}\n",
-        SETTINGS + b"adjoint: {anchor_files: a.jsonl}\nearlier: ~/r\n",
+        SETTINGS + b"mixture: {max_epochs: 1e3}\n",
+        SETTINGS + b"filter: {held_out: a.jsonl}\nsource: {earlier_runs: ~/r}\n",
+        b"# curate.embed\nadjoint: {anchor_files: a.jsonl}\ntolerance: 1e-3\n",
         b"# curate.verify\ntarget: t.jsonl\n",
-        SETTINGS + b"tolerance: 1e-3\n",
     )
     + refused(
         *YAML,
-        SETTINGS + b"mixture: {temperature: .inf}\n",
-        SETTINGS + b"tolerance: -1\n",
-        SETTINGS + b"target_batch_size: 0\n",
-        SETTINGS + b"mixture: {temperature: .nan}\n",
-        SETTINGS + b"window_steps: 0\n",
+        SETTINGS + b"mixture: {prior_strength: .inf}\n",
+        b"# curate.embed\ntolerance: -1\n",
+        b"# curate.embed\ntarget_batch_size: 0\n",
+        SETTINGS + b"mixture: {prior_strength: .nan}\n",
+        b"# curate.embed\nwindow_steps: 0\n",
+        SETTINGS + b"window: late\n",
+        SETTINGS + b"method: dsir\nretain: r.jsonl\n",
         SETTINGS + b"method: [a]\n",
         SETTINGS + b"seed: true\n",
         SETTINGS + b"mixture: {max_epochs: 3}\nmixture: {max_epochs: 4}\n",
@@ -154,9 +157,9 @@ CORPUS = {
     + refused(
         *YAML[2:8],
         SCHEDULE.replace(b"choose: 3", b"choose: 0"),
-        SCHEDULE.replace(b"start_step: 3", b"start_step: 4"),
+        SCHEDULE.replace(b"start_sample: 3", b"start_sample: 4"),
         SCHEDULE.replace(b"choose: 3", b"choose: .inf"),
-        SCHEDULE.replace(b"- start_step: 0", b"- start_step: -1"),
+        SCHEDULE.replace(b"- start_sample: 0", b"- start_sample: -1"),
         SCHEDULE.replace(b"choose: 3}", b"3: 4}"),
         SCHEDULE.replace(b"choose: 3", b"chose: 3"),
     ),

@@ -13,16 +13,16 @@ from pydantic import BaseModel
 
 from curate.core.artifacts import list_files
 from curate.core.config import parse_command
+from curate.core.validation import kinds_of
 from curate.data.files import DocumentFile, open_reader, read_documents
 from curate.data.phases import load_schedule
 from curate.mixture.record import Mixture, read_mixture
-from curate.pools.open import pool_streams
+from curate.plans.plan import load_plan
 from curate.reconstruct.description import ReconstructConfig
 from curate.reconstruct.records import read_log
-from curate.plans.plan import load_plan
-from curate.training.target import load_target
+from curate.selection.candidates import candidate_streams
 from curate.training.run import Run, RunSpec
-from curate.core.validation import kinds_of
+from curate.training.target import load_target
 from pipelines.vocabulary import train_tokenizer
 from tests.fuzz import inputs, oracles
 from tests.fuzz.corpus import CORPUS
@@ -239,7 +239,7 @@ STAGE = st.fixed_dictionaries(
         "windows": mostly(st.just({"late": [0.5, 1.0]}), ANY),
         "settings": mostly(st.just({"rate": 0.1}), ANY),
         "lr_schedule": mostly(st.just({"lr": 0.1}), ANY),
-        "selection": mostly(st.just({"mode": "filter"}), ANY),
+        "selection": mostly(st.just({"mode": "weights"}), ANY),
     },
 )
 PLAN = st.fixed_dictionaries(
@@ -253,7 +253,7 @@ PLAN = st.fixed_dictionaries(
     optional={
         "train_first": TEMPLATES,
         "checkpoint": mostly(st.just("c.pt"), st.sampled_from(["../c.pt", "/c.pt"]) | TEXT),
-        "selection": mostly(st.just({"schedule": {"kind": "late"}}), st.just({"schedule": "late"}) | ANY),
+        "selection": mostly(st.just({"mixture": {"schedule": "anneal"}}), st.just({"mixture": "anneal"}) | ANY),
     },
 )
 AMOUNT = {"choose": mostly(st.integers(1, 9), SCALAR)}
@@ -275,7 +275,7 @@ def schedules(draw: Any) -> bytes:
     entries, at = [], 0
     for _ in range(draw(st.integers(1, 3))):
         streams = draw(st.lists(STREAM, min_size=1, max_size=2))
-        entries.append({"start_step": draw(mostly(st.just(at), SCALAR)), "streams": streams})
+        entries.append({"start_sample": draw(mostly(st.just(at), SCALAR)), "streams": streams})
         at += sum(stream["choose"] for stream in streams if type(stream["choose"]) is int)
     return as_yaml(entries)
 
@@ -300,8 +300,6 @@ def _plan_holds(data: bytes, plan: Any) -> None:
 
 def _settings_hold(data: bytes, config: Any) -> None:
     said = oracles.once(data)
-    if isinstance(said, dict):
-        said.pop("estimator", None)  # a method that is a baseline sets it
     oracles.said_is_meant(said or {}, config)
     oracles.in_range(config)
 
@@ -317,13 +315,15 @@ def _schedule_holds(data: bytes, schedule: Any) -> None:
     if schedule is None:
         return
     said = oracles.once(data)
-    at = int(said[0]["start_step"], 0)
+    at = int(said[0]["start_sample"], 0)
     for entry in said:
-        demand(int(entry["start_step"].replace("_", ""), 0) == at, f"an entry at {entry['start_step']}, not {at}")
+        demand(int(entry["start_sample"].replace("_", ""), 0) == at, f"an entry at {entry['start_sample']}, not {at}")
         counts = [int(stream["choose"].replace("_", ""), 0) for stream in entry["streams"]]
         demand(bool(counts) and min(counts) >= 1, f"choose {counts}")
         at += sum(counts)
-    demand(sum(stream["choose"] for stream in schedule.totals()) == at - schedule.entries[0].start_step, "other totals")
+    demand(
+        sum(stream["choose"] for stream in schedule.totals()) == at - schedule.entries[0].start_sample, "other totals"
+    )
 
 
 def _yaml_targets() -> list[FuzzTarget]:
@@ -356,7 +356,7 @@ def _yaml_targets() -> list[FuzzTarget]:
         FuzzTarget(
             name="streams",
             file="streams.yaml",
-            read=pool_streams,
+            read=candidate_streams,
             oracle=_streams_hold,
             corpus=CORPUS["streams"],
             inputs=files(STREAMS.map(as_yaml), seeds("streams")),

@@ -16,12 +16,12 @@ import polars as pl
 import pytest
 import yaml
 
-from curate.embeddings.run_capture import CaptureConfig
+from curate.core.trust import trust
 from curate.data.mds import COLUMNS, MdsStream, iterate, write_stream
+from curate.embeddings.run_capture import CaptureConfig
 from curate.mixture.record import read_mixture
 from curate.select import SelectConfig, select
 from curate.training.run import Run
-from curate.core.trust import trust
 from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 GOLDEN = Path(__file__).with_name("golden.json")

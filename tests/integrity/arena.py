@@ -22,8 +22,8 @@ import yaml
 import pipelines.pretrain
 from curate.core.artifacts import sum_of
 from curate.core.config import parse_command, run_command
-from curate.schedule import carry_out, selection_config
 from curate.plans.plan import load_plan
+from curate.plans.runner import carry_out, selection_config
 from curate.training.run import Run
 from pipelines.pretrain import PretrainConfig, train
 
@@ -38,8 +38,9 @@ TRAIN = (
     + OPTIONS
 )
 SELECTION = {
-    "mode": "both", "min_target_tokens": 100, "tracking": {"mode": "none"}, "mixture": {"max_epochs": 20},
-    "probe": {"min_per_domain": 20}, "shards": {"shard_bytes": 6000},
+    "mode": "both", "output": {"wandb": "none", "shard_bytes": 6000},
+    "values": {"min_target_tokens": 100, "sources": ["early", "late"], "measured_per_domain": 20},
+    "mixture": {"max_epochs": 20, "schedule": "early-and-late"},
 }  # fmt: skip
 TIMED = re.compile(r"timings\.json|costs\.parquet|report\.html|report\.json|curate\.sums\.json|lock|.*\.lock")
 """Files whose bytes depend on the time that something took, and locks."""
@@ -88,7 +89,7 @@ def prepare_words(folder: Path, out: str, *domains: str) -> list[str]:
 
 def make(folder: Path) -> None:
     """Below `folder`: prepared data, a plan with two finished stages and selections, an interrupted training."""
-    from curate.select import select
+    from curate.select import SelectConfig, select
     from pipelines.prepare import main as prepare
 
     folder.mkdir(parents=True)
@@ -114,16 +115,13 @@ def make(folder: Path) -> None:
         (folder / f"select-{index}.yaml").write_text(yaml.safe_dump(settings))
     # Where training is next, a runner that got so far says so by its exit status, and trains nothing.
     (folder / "stop.yaml").write_text(yaml.safe_dump({**raw, "train": "false {data} {checkpoint} {out}"}))
-    kind = {"mode": "reweight", "method": "proportional", "schedule": {"kind": "throughout"}}
-    select(config.model_copy(update={**_plain(config, kind), "out": folder / "plain"}), Run(plan.run_folder(1)))
+    plain = SelectConfig(
+        run=config.run, target=config.target, out=folder / "plain", mode="weights", method="proportional",
+        budget_tokens=config.budget_tokens, values={"min_target_tokens": 100}, mixture={"max_epochs": 20},
+    )  # fmt: skip
+    select(plain, Run(plan.run_folder(1)))
     for name, seed in (("half", 0), ("other-half", 1)):
         interrupt(half_words(folder, name, seed))
-
-
-def _plain(config: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a config of the same kind with other settings."""
-    other = type(config)(**{**config.model_dump(exclude_unset=True), **changes})
-    return dict(other)
 
 
 def half_words(folder: Path, name: str, seed: int = 0) -> list[str]:

@@ -122,7 +122,9 @@ def _same_of_two(file: str, read: Callable[[Path], Outcome], *gone: str) -> Arti
 
 LAST = f"snapshots/step-{STEPS:08d}.safetensors"
 LATE = f"{ONE}/embeddings/late-*"
-TABLES = ("documents", "domains", "leaks", "ledger", "predicted", "reliability", "scores", "shards", "between_shards")
+TABLES = (
+    "documents", "domains", "contamination", "seen", "predicted", "reliability", "scores", "shards", "between_shards"
+)  # fmt: skip
 REPORTED = ("curve", "domains", "examples", "mixture", "reliability", "shards", "sweep", "targets", "training", "costs")
 PARTS = ("steps.parts/*/00000000-", "steps.parts/*/00000003-")
 ARTIFACTS = (
@@ -132,7 +134,7 @@ ARTIFACTS = (
     _same_of_two(f"{ONE}/catalogue-*.parquet", select_again),
     *(_same_of_two(f"{ONE}/{name}", ledger) for name in ("run.json", "steps.parquet")),
     *(_same_of_two(f"{ONE}/snapshots/step-{step:08d}.safetensors", embed, f"{ONE}/embeddings") for step in (0, 3, 5)),
-    _same_of_two(f"{ONE}/{LAST}", select_again, SELECTED, f"{ONE}/pools"),
+    _same_of_two(f"{ONE}/{LAST}", select_again, SELECTED, f"{ONE}/influence"),
     Artifact(f"{TWO}/checkpoint.safetensors", scheduled, f"{ONE}/checkpoint.safetensors"),
     Artifact(f"{TWO}/{LAST}", scheduled, f"{ONE}/{LAST}"),
     _same_of_two(f"{ONE}/checkpoint.safetensors", trained("data")),
@@ -146,12 +148,12 @@ ARTIFACTS = (
     ),
     _same_of_two(f"{LATE}/influence.safetensors", embed_early),
     *(
-        _same_of_two(f"{ONE}/pools/next-*/{name}", select_again, SELECTED)
+        _same_of_two(f"{ONE}/influence/current-*/{name}", select_again, SELECTED)
         for name in ("values.parquet", "tokens.npz", "timings.json", "manifest.json", SUMS)
     ),
-    _same_of_two(f"{ONE}/pools/next-*/directions.npz", select_again, SELECTED, f"{ONE}/pools/slopes-*"),
+    _same_of_two(f"{ONE}/influence/current-*/directions.npz", select_again, SELECTED, f"{ONE}/influence/measured-*"),
     *(
-        _same_of_two(f"{ONE}/pools/slopes-*/{name}", select_again, SELECTED)
+        _same_of_two(f"{ONE}/influence/measured-*/{name}", select_again, SELECTED)
         for name in ("values.parquet", "timings.json", "manifest.json", SUMS)
     ),
     *(_same_of_two(f"{SELECTED}/{name}.parquet", select_again) for name in TABLES),

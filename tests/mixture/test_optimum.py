@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.mixture.weights import Problem, expected_gain, objective, optimum, roomiest, solve
+from curate.mixture.weights import Problem, expected_gain, max_slack, objective, optimum, solve
 
 
 def draw_problem(seed, size=None, shared=None, temperature=None):
@@ -64,7 +64,7 @@ def test_no_feasible_mixture_is_better(seed):
     solution = optimum(problem)
     random = np.random.default_rng(seed)
     rows, least = problem.rows, problem.least
-    inside = roomiest(rows, least, problem.lo, problem.hi)[0]
+    inside = max_slack(rows, least, problem.lo, problem.hi)[0]
     for _ in range(60):
         other = solve(problem.prior, 3 * random.standard_normal(len(inside)), 1.0, problem.lo, problem.hi)
         for share in (1.0, 0.3, 0.01):

@@ -9,10 +9,10 @@ from curate.core.errors import UserError
 from curate.data.mds import Columns, write_stream
 from curate.data.streams import domain_folders
 from curate.mixture.record import Phase
-from curate.shards.write import write_schedule
-from curate.training.token_accounting import domain_ledger, uses
+from curate.output.write import write_schedule
 from curate.training.replay import Replay
 from curate.training.run import Run
+from curate.training.token_accounting import domain_ledger, uses
 from pipelines import pretrain
 from pipelines.optimizers import OptimizerConfig, learning_rate
 from pipelines.pretrain import PretrainConfig, train
@@ -93,7 +93,7 @@ def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, 
     phases = ({"json": 30, "dataclasses": 6}, {"json": 2, "dataclasses": 42}, {"json": 16, "dataclasses": 1})
     starts = (0, 36, 80)
     laid = [
-        Phase(start_step=start, curated=1.0, samples=sum(domains.values()), domains=domains)
+        Phase(start_sample=start, blend=1.0, samples=sum(domains.values()), domains=domains)
         for start, domains in zip(starts, phases, strict=True)
     ]
     schedule = tmp_path / "schedule.yaml"

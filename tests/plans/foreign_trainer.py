@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from curate.data.dataset import open_dataset
-from curate.training.task import ModelSpec, TaskSpec
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
+from curate.training.task import ModelSpec, TaskSpec
 
 BATCH, PARTS, CHECKPOINT_STEPS = 8, 2, 4
 

@@ -55,9 +55,9 @@ def test_a_command_that_cannot_be_filled_in_is_refused_for_every_stage(tmp_path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": {"schedule": "early"}}, r"selection\.schedule after stage one: "),
-        ({"selection": {"schedule": {"kind": "early"}}}, r"selection\.schedule after stage one: kind: "),
-        ({"selection": {"schedule": {"kind": None}}}, r"selection\.schedule after stage one: kind: "),
+        ({"selection": {"mixture": "early"}}, r"selection\.mixture after stage one: "),
+        ({"selection": {"mixture": {"schedule": "early"}}}, r"selection\.mixture after stage one: schedule: "),
+        ({"selection": {"mixture": {"schedule": None}}}, r"selection\.mixture after stage one: schedule: "),
         ({"checkpoint": "../other/c.pt"}, "does not lie in"),
         ({"checkpoint": "/c.pt"}, "does not lie in"),
         ({"data": "s3://bucket/data"}, r"data: s3://bucket/data is a URL"),

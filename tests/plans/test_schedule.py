@@ -18,22 +18,12 @@ from curate.core.config import parse_command
 from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.mixture.constraints import MixtureConfig
-from curate.schedule import (
-    BUSY,
-    MORE,
-    TRAINER_FAILED,
-    ScheduleConfig,
-    carry_out,
-    check_plan,
-    describe,
-    is_done,
-    pieces,
-    selection_config,
-)  # fmt: skip
 from curate.plans.check import check_data, check_stage, check_states, check_supply, open_stage
 from curate.plans.plan import load_plan
-from curate.training.token_accounting import stages
+from curate.plans.runner import MORE, carry_out, check_plan, describe, is_done, pieces, selection_config
+from curate.schedule import BUSY, TRAINER_FAILED, ScheduleConfig
 from curate.training.run import Run
+from curate.training.token_accounting import stages
 from tests.crash import crash_environment
 from tests.pipelines.test_pretrain import MODEL
 from tests.tiny import SEQ_LEN, write_tiny_streams, write_tiny_target
@@ -57,8 +47,9 @@ def write_plan(place, inputs, **changes):
         "train": TRAIN + " --init_from {checkpoint}",
         "train_first": TRAIN,
         "selection": {
-            "mode": "both", "min_target_tokens": 100, "budget_tokens": 64 * SEQ_LEN, "tracking": {"mode": "none"},
-            "mixture": {"max_epochs": 20},
+            "mode": "both", "budget_tokens": 64 * SEQ_LEN, "output": {"wandb": "none"},
+            "values": {"min_target_tokens": 100, "sources": ["early", "late"]},
+            "mixture": {"max_epochs": 20, "schedule": "early-and-late"},
         },
         "stages": [{"name": name, **stage} for name in ("one", "two", "three")],
         **changes,
@@ -93,7 +84,7 @@ def final_bytes(folder):
     for path in folder.glob("*/selection/data/schedule.yaml"):
         entries = yaml.safe_load(path.read_text())
         chosen = [{Path(s["local"]).name: s["choose"] for s in entry["streams"]} for entry in entries]
-        found[str(path.relative_to(folder))] = [entry["start_step"] for entry in entries], chosen
+        found[str(path.relative_to(folder))] = [entry["start_sample"] for entry in entries], chosen
     arrays = sorted(path for path in folder.glob("*/run/embeddings/*/embeddings.npy"))
     return {**found, **{str(path.relative_to(folder)): file_fingerprint(path) for path in arrays}}
 
@@ -119,7 +110,7 @@ def test_stages_follow_each_other(whole, inputs):
     third = Run(plan.run_folder(2))
     assert stages(third) == [plan.run_folder(0).resolve(), plan.run_folder(1).resolve(), plan.run_folder(2)]
     assert plan.data_of(2) == whole / "plan" / "two" / "selection" / "data" / "schedule.yaml"
-    assert selection_config(plan, 1).earlier == (plan.run_folder(0),)
+    assert selection_config(plan, 1).source.earlier_runs == (plan.run_folder(0),)
     assert not (whole / "plan" / "three" / "selection").exists()
     assert len([path for path in final_bytes(whole / "plan") if "mds" not in path]) == 2 + 2 + 3 + 3 + 2 + 4
 
@@ -261,12 +252,13 @@ def test_a_foreign_trainer_killed_in_the_middle_of_its_training_goes_on_from_its
     assert final_bytes(tmp_path / "killed" / "plan") == final_bytes(tmp_path / "whole" / "plan")
 
 
+@pytest.mark.slow
 def test_piece_by_piece_the_status_says_whether_more_is_left(whole, monkeypatch):
     plan = load_plan(whole / "plan.yaml")
     assert carry_out(plan, once=True) == 0  # nothing is left
     done = []
-    monkeypatch.setattr("curate.schedule.is_done", lambda plan, piece: piece in done)
-    monkeypatch.setattr("curate.schedule.work", lambda plan, piece, lock: done.append(piece))
+    monkeypatch.setattr("curate.plans.runner.is_done", lambda plan, piece: piece in done)
+    monkeypatch.setattr("curate.plans.runner.work", lambda plan, piece, lock: done.append(piece))
     statuses = [carry_out(plan, once=True) for _ in pieces(plan)]
     assert statuses == [MORE] * (len(statuses) - 1) + [0]
     assert done == list(pieces(plan))
@@ -300,6 +292,7 @@ def test_a_trainer_that_fails_is_told(inputs, tmp_path, train, status, message):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
     folder = str(whole / "plan")
     longer = {"name": "one", "steps": 9, "settings": {"model": "m"}}
@@ -315,6 +308,7 @@ def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, selection=selection)), once=True)
 
 
+@pytest.mark.slow
 def test_what_a_trainer_did_otherwise_is_named(whole, inputs, tmp_path):
     def refused(index=0, **stage):
         stages = [{"name": "one", "steps": 8, "settings": {"model": "m"}, **stage}, {"name": "two", "steps": 8}]
@@ -333,6 +327,7 @@ def test_what_a_trainer_did_otherwise_is_named(whole, inputs, tmp_path):
         refused(tokens="2K")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, inputs, tmp_path):
     shutil.copytree(whole / "plan", tmp_path / "plan")
     plan = load_plan(write_plan(tmp_path, inputs))
@@ -352,6 +347,7 @@ def test_a_checkpoint_of_another_stage_is_refused_wherever_it_turns_up(whole, in
         check_states(plan, 1, open_stage(plan, 1))
 
 
+@pytest.mark.slow
 def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
     shutil.copytree(whole / "plan", tmp_path / "elsewhere")
     shutil.copytree(inputs / "data", tmp_path / "data")
@@ -371,6 +367,7 @@ def test_a_plan_and_data_that_were_moved_are_found(whole, inputs, tmp_path):
         check_data(plan, 1)
 
 
+@pytest.mark.slow
 def test_stages_that_do_not_follow_are_refused_before_they_cost_anything(whole, inputs, tmp_path):
     stage = {"settings": {"model": "m"}}
     stages = [{"name": "one", "steps": 8, **stage}, {"name": "two", "steps": 8, "tokens": 500, **stage}]
@@ -396,23 +393,25 @@ def test_the_plan_hands_on_what_a_stage_says(inputs, tmp_path):
         "lr_schedule": {"lr": 0.5, "warmup_steps": 7, "schedule": "linear"},
     }  # fmt: skip
     train = "t {tokens} {windows} {lr} {warmup_steps} {schedule} {min_lr_ratio} {colour} {out}"
-    later = {"name": "two", "steps": 3, "train": "t", "selection": {"mode": "filter"}}
+    later = {"name": "two", "steps": 3, "train": "t", "selection": {"mode": "samples"}}
     plan = load_plan(write_plan(tmp_path, inputs, stages=[stage, later], train=train, train_first=None))
     words = ["t", "2000", '{"early":[0,0.25]}', "0.5", "7", "linear", "0.1", "red", str(plan.run_folder(0))]
     assert plan.arguments(0) == words
     assert plan.data_of(1) == plan.selection_folder(0) / "data" / "schedule.yaml"
-    for kind, mode, path in (
-        ("throughout", "reweight", "streams.yaml"),
-        ("late", "filter", "mds/schedule.yaml"),
-        ("throughout", "filter", "mds"),
+    for schedule, mode, path in (
+        ("constant", "weights", "streams.yaml"),
+        ("anneal", "samples", "mds/schedule.yaml"),
+        ("anneal", "both", "schedule.yaml"),
+        ("constant", "samples", "mds"),
     ):
-        selection = {"mode": mode, "schedule": {"kind": kind}}
+        selection = {"mode": mode, "mixture": {"schedule": schedule}}
         plan = load_plan(
             write_plan(tmp_path, inputs, stages=[stage, later], train=train, train_first="t", selection=selection)
         )
         assert plan.data_of(1) == plan.selection_folder(0) / "data" / path
 
 
+@pytest.mark.slow
 def test_the_dry_run_states_steps_tokens_bytes_and_cost(whole, inputs, tmp_path):
     done = describe(load_plan(whole / "plan.yaml"))
     assert re.search(r"done  train   one +8 steps, 768 tokens, [\d.]+ MB of states: ", done[0])

@@ -16,8 +16,7 @@ from curate.reconstruct.build import FACTS, reconstruct
 from curate.reconstruct.check import Compared, Digits, judge
 from curate.reconstruct.checkpoints import CheckpointKeys, snapshot_tensors
 from curate.reconstruct.description import ReconstructConfig
-from curate.select import select
-from curate.selection import SelectConfig
+from curate.select import SelectConfig, select
 from curate.training.replay import Replay, records
 from curate.training.run import Run
 from tests.reconstruct.training import Loop, in_processes
@@ -71,7 +70,10 @@ def test_a_selection_from_it_is_that_of_the_recorded_run(loop, tmp_path):
     made = {}
     for name in ("recorded", "rebuilt"):
         rebuild(loop)
-        config = SelectConfig(target=target, out=tmp_path / name, mode="both", min_target_tokens=10)
+        config = SelectConfig(
+            target=target, out=tmp_path / name, mode="both", output={"wandb": "none"},
+            values={"min_target_tokens": 10, "sources": ("early", "late")},
+        )  # fmt: skip
         folder = select(config, Run(Path(loop.folder) / name))
         made[name] = {
             file: (folder / file).read_bytes() for file in ("mixture.yaml", "scores.parquet", "domains.parquet")

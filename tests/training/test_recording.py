@@ -11,8 +11,8 @@ import torch
 from curate.core.artifacts import list_files
 from curate.core.errors import UserError
 from curate.data.mds import COLUMNS, MdsStream, write_stream
-from curate.training.model import named_parameters
 from curate.training.declared import default_windows, window_steps
+from curate.training.model import named_parameters
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from curate.training.replay import Replay, records
 from curate.training.run import STEPS, Run, find_run
@@ -210,7 +210,7 @@ def test_copies_of_another_domain_are_said_and_a_domain_of_copies_is_refused(tmp
     Training({**streams, "zzz": tmp_path / "data" / "zzz"}).run(tmp_path / "run")
     copied = Run(tmp_path / "run")
     with pytest.raises(UserError, match="domain zzz holds only exact copies"):
-        copied.places  # noqa: B018
+        copied.unique_samples  # noqa: B018
     assert "80 samples are exact copies" in caplog.text
 
 

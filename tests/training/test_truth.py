@@ -10,25 +10,25 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import AdamW
 
 from curate.core.artifacts import list_files, read_json
+from curate.core.errors import UserError
+from curate.core.machine import free_disk, free_memory
 from curate.embeddings.adjoint_estimator import AdjointConfig, AdjointEstimator
 from curate.embeddings.baselines import BaselineConfig, BaselineEstimator
 from curate.embeddings.dvemb_adam_estimator import DvembAdamConfig, DvembAdamEstimator
 from curate.embeddings.dvemb_estimator import DvembConfig, DvembEstimator
 from curate.embeddings.run_capture import CaptureConfig
 from curate.embeddings.store import embed_window, plan_job
-from curate.core.errors import UserError
 from curate.evaluation.draw import Removal
 from curate.evaluation.reruns import Reruns
-from curate.core.machine import free_disk, free_memory
-from curate.training.model import named_parameters, unwrapped_name
-from curate.training.target import load_target
 from curate.training.drift import drift
-from curate.training.token_accounting import consumed, domain_ledger, uses
+from curate.training.model import named_parameters, unwrapped_name
 from curate.training.recorder import RecorderConfig, TrajectoryRecorder
 from curate.training.replay import Replay, records
-from curate.training.run import Run
+from curate.training.run import ContinuedRun, Run
 from curate.training.samples import trained_tokens
 from curate.training.snapshots import snapshot_schedule
+from curate.training.target import load_target
+from curate.training.token_accounting import domain_ledger, seen_uses, uses
 from tests import tiny
 from tests.tiny import STEPS, Training, record_tiny_run, write_tiny_streams, write_tiny_target
 
@@ -115,11 +115,11 @@ class TestSkippedUpdates:
             found.append(embed_window(job, "early", "stage_end", DvembEstimator(DvembConfig(width=4, seed=0))).vectors)
         np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5 * np.abs(found[1]).max())
 
-    def test_a_pool_s_next_step_repeats_the_last_batches_that_were_trained_on(self, run):
-        longer = run.continued(2)
-        ids = [[each for each, _ in one.micro_batches] for one in records(longer, STEPS, STEPS + 2)]
-        assert ids == [[each for each, _ in one.micro_batches] for one in records(run, 0, STEPS) if one.step in (8, 10)]
-        assert all(one.updated for one in records(longer, STEPS, STEPS + 2))
+    def test_the_next_step_repeats_the_last_batch_that_was_trained_on(self, run):
+        (added,) = records(ContinuedRun(run, 0.1), STEPS, STEPS + 1)
+        (last,) = records(run, 10, 11)
+        assert [each for each, _ in added.micro_batches] == [each for each, _ in last.micro_batches]
+        assert added.updated
 
     def test_a_scaler_s_overflow_needs_no_word_and_no_norm(self, tmp_path, streams):
         """torch's own GradScaler: the first step overflows at the scale that it begins with."""
@@ -450,9 +450,9 @@ class TestSamplesThatAreInNoStream:
         assert len(run.unknown) == STEPS * 6 // 2
         assert sum(trained_tokens(run).values()) == STEPS * 6 // 2 * tiny.SEQ_LEN
         assert "36 of 72 samples" in caplog.text
-        ledger = domain_ledger(run, uses([run.folder]))
+        ledger = domain_ledger(run.source, uses([run.folder]))
         assert ledger["consumed_tokens"].sum() == STEPS * 6 // 2 * tiny.SEQ_LEN
-        assert consumed(uses([run.folder]))["uses"].sum() == STEPS * 6
+        assert seen_uses(uses([run.folder]))["uses"].sum() == STEPS * 6
 
     def test_none_at_all_is_refused(self, run):
         foreign = pl.col("sample_ids").list.eval(pl.element() * 2 + 1)

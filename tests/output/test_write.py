@@ -12,19 +12,20 @@ import yaml
 from streaming import Stream, StreamingDataset
 
 from curate.core.errors import UserError
+from curate.core.lock import locked
 from curate.data.mds import COLUMNS, MdsStream, merge_indexes, write_stream
 from curate.data.memory import construct
-from curate.core.lock import locked
+from curate.filter.choose import FilterConfig, choose
+from curate.filter.overlap import contamination, held_out, scan
 from curate.mixture.constraints import MixtureConfig
-from curate.mixture.decide import Aims, decide
-from curate.selection import SelectConfig
-from curate.shards.check import check_filter, check_reweight
-from curate.shards.choose import ShardsConfig, choose
-from curate.shards.plan import Plan, make_plan, make_pool, supply_of
-from curate.shards.scan import held_out, leaks, scan
-from curate.shards.write import DROPPED, STREAMS, columns_of, write_filter, write_reweight
-from curate.stock import open_stock
-from curate.training.token_accounting import consumed, stages, uses
+from curate.mixture.decide import Objectives, decide
+from curate.output.check import check_samples, check_weights
+from curate.output.layout import DROPPED, STREAMS
+from curate.output.plan import SamplePlan, make_plan, make_pool, supply_of
+from curate.output.write import columns_of, write_samples, write_weights
+from curate.selection.config import SelectConfig
+from curate.selection.resolve import resolve
+from curate.selection.source import open_source
 from curate.training.run import Run
 from tests.tiny import record_tiny_run, write_tiny_target
 
@@ -33,18 +34,20 @@ from tests.tiny import record_tiny_run, write_tiny_target
 def pool(streams, catalogues, values):
     made = make_pool(catalogues, values, pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64}))
     found = scan(made, streams, held_out([]))
-    return choose(made, found, leaks(found, held_out([]), 0.2), ShardsConfig(sample_temperature=0), 0)
+    hits = contamination(found, held_out([]), 0.2)
+    return choose(made, found, hits, FilterConfig(), 0, ngram_share=0.0, noise=0.0)
 
 
 @pytest.fixture(scope="module")
 def mixture(pool):
     """Repeats of a, a part of b, nothing of c."""
     names = ["a", "b", "c"]
-    row = {"window": ["late"] * 3, "target": ["t"] * 3, "domain": names, "samples": [20] * 3}
+    row = {"source": ["late"] * 3, "target": ["t"] * 3, "domain": names, "samples": [20] * 3}
     scores = {name: [1.0, 0.2, -1.0] for name in ("score", "score_low", "score_high", "shrunk")}
-    config = MixtureConfig(temperature=0.25, ceilings={"a": 0.9, "c": 0.0})
+    config = MixtureConfig(prior_strength=0.25, ceilings={"a": 0.9, "c": 0.0})
     prior = dict.fromkeys(names, 1 / 3)
-    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config, Aims(targets={"t": 1.0}))
+    objectives = Objectives(targets={"t": 1.0})
+    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config, objectives, "late")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def plan(pool, mixture):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, streams, plan):
     folder = tmp_path_factory.mktemp("out") / "data"
-    write_filter(folder, streams, plan, seed=0, shard_bytes=2000)
+    write_samples(folder, streams, plan, seed=0, shard_bytes=2000)
     return folder
 
 
@@ -84,16 +87,16 @@ def test_the_mixture_of_this_test_repeats_and_leaves_out(mixture):
     assert mixture.samples == 101
 
 
-def test_filter_is_the_mixture_exactly(written, mixture):
+def test_the_folders_are_the_mixture_exactly(written, mixture):
     rows = read(local=str(written))
     assert counts(rows) == {name: domain.samples for name, domain in mixture.domains.items() if domain.samples}
     for name, domain in mixture.domains.items():
-        assert sum(len(row["tokens"]) for row in rows if row["domain"] == name) == domain.tokens
-        assert domain.tokens / mixture.tokens == domain.delivered_weight
+        assert sum(len(row["tokens"]) for row in rows if row["domain"] == name) == domain.stored_tokens
+        assert domain.stored_tokens / mixture.stored_tokens == domain.delivered_weight
     used, lost = {row["sample_id"] for row in rows}, set(pl.read_parquet(written / DROPPED)["sample_id"])
     assert used.isdisjoint(lost)
     assert len(used | lost) == sum(SIZES.values())
-    check_filter(written, mixture)
+    check_samples(written, mixture)
 
 
 def test_every_domain_folder_is_valid_alone_and_rows_are_unchanged(written, streams, mixture, plan):
@@ -115,9 +118,9 @@ def files(folder):
 
 
 def test_written_twice_has_the_same_bytes(tmp_path, written, streams, plan):
-    write_filter(tmp_path / "again", streams, plan, seed=0, shard_bytes=2000)
+    write_samples(tmp_path / "again", streams, plan, seed=0, shard_bytes=2000)
     assert files(tmp_path / "again") == files(written)
-    write_filter(tmp_path / "again", streams, plan, seed=1, shard_bytes=2000)
+    write_samples(tmp_path / "again", streams, plan, seed=1, shard_bytes=2000)
     assert files(tmp_path / "again") != files(written)
 
 
@@ -127,7 +130,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, streams, plan):
             raise UserError("shard is corrupted")
 
     with pytest.raises(UserError, match="corrupted"):
-        write_filter(tmp_path / "out", {**streams, "b": Broken(streams["b"].folder)}, plan, seed=0, shard_bytes=2000)
+        write_samples(tmp_path / "out", {**streams, "b": Broken(streams["b"].folder)}, plan, seed=0, shard_bytes=2000)
     assert not list(tmp_path.iterdir())
 
 
@@ -140,8 +143,8 @@ from pathlib import Path
 import polars as pl
 from curate.data.mds import MdsStream
 from curate.core.lock import locked
-from curate.shards.plan import Plan
-from curate.shards.write import write_filter
+from curate.output.plan import SamplePlan
+from curate.output.write import write_samples
 
 class Killed(MdsStream):
     def row(self, index):
@@ -150,16 +153,16 @@ class Killed(MdsStream):
         return super().row(index)
 
 uses = pl.DataFrame({"domain": ["a"] * 40, "index": range(40), "length": [8] * 40, "uses": [50] * 40})
-plan = Plan(uses=uses, dropped=pl.DataFrame())
+plan = SamplePlan(uses=uses, dropped=pl.DataFrame())
 with locked(Path(sys.argv[2]).parent):
-    write_filter(Path(sys.argv[2]), {"a": Killed(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
+    write_samples(Path(sys.argv[2]), {"a": Killed(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
 """
     killed = subprocess.run([sys.executable, "-c", code, str(folders["a"]), str(out)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert list(tmp_path.rglob("shard.*.mds"))
     assert not out.exists()
     with locked(tmp_path):
-        write_filter(out, streams, plan, seed=0, shard_bytes=2000)
+        write_samples(out, streams, plan, seed=0, shard_bytes=2000)
     assert files(out) == files(written)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -170,7 +173,7 @@ with locked(Path(sys.argv[2]).parent):
 def test_choose_is_exact_in_a_streaming_dataset(tmp_path, folders, samples):
     """Whole rounds and a part more, checked at world size 1."""
     path = tmp_path / STREAMS
-    write_reweight(path, folders, samples)
+    write_weights(path, folders, samples)
     rows = read(streams=yaml.safe_load(path.read_text()))
     assert counts(rows) == {name: count for name, count in samples.items() if count}
     uses = Counter((row["domain"], row["sample_id"]) for row in rows)
@@ -179,36 +182,36 @@ def test_choose_is_exact_in_a_streaming_dataset(tmp_path, folders, samples):
         assert count in {rounds, rounds + 1}
 
 
-def test_reweight_check(tmp_path, folders, mixture):
+def test_weights_are_checked(tmp_path, folders, mixture):
     path = tmp_path / STREAMS
     samples = {name: domain.samples for name, domain in mixture.domains.items()}
-    write_reweight(path, folders, samples)
-    check_reweight(path, folders, mixture)
-    write_reweight(path, folders, {**samples, "b": samples["b"] + 1})
-    with pytest.raises(UserError, match="the mixture says"):
-        check_reweight(path, folders, mixture)
+    write_weights(path, folders, samples)
+    check_weights(path, folders, mixture)
+    write_weights(path, folders, {**samples, "b": samples["b"] + 1})
+    with pytest.raises(UserError, match=STREAMS):
+        check_weights(path, folders, mixture)
 
 
 def test_check_finds_what_is_missing(tmp_path, streams, pool, mixture):
     other = make_plan(pool, {"a": 80, "b": 20, "c": 0}, seed=0)
-    write_filter(tmp_path / "out", streams, other, seed=0, shard_bytes=2000)
-    with pytest.raises(UserError, match="holds 80 samples and 640 tokens, the mixture says"):
-        check_filter(tmp_path / "out", mixture)
+    write_samples(tmp_path / "out", streams, other, seed=0, shard_bytes=2000)
+    with pytest.raises(UserError, match=r"\b80\b.*\b640\b.*\b90\b.*\b720\b"):
+        check_samples(tmp_path / "out", mixture)
 
 
 def test_check_finds_a_truncated_shard(tmp_path, streams, plan, mixture):
-    write_filter(tmp_path / "out", streams, plan, seed=0, shard_bytes=2000)
+    write_samples(tmp_path / "out", streams, plan, seed=0, shard_bytes=2000)
     shard = next((tmp_path / "out" / "a").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(UserError, match="corrupted"):
-        check_filter(tmp_path / "out", mixture)
+    with pytest.raises(UserError, match=shard.name):
+        check_samples(tmp_path / "out", mixture)
 
 
 def plan_of(stream):
     """Every sample once."""
     count = len(stream)
     uses = {"domain": ["m"] * count, "index": range(count), "length": [8] * count, "uses": [1] * count}
-    return Plan(uses=pl.DataFrame(uses), dropped=pl.DataFrame())
+    return SamplePlan(uses=pl.DataFrame(uses), dropped=pl.DataFrame())
 
 
 def merged(folder, kinds, rows):
@@ -236,7 +239,7 @@ def test_a_merged_stream_of_several_encodings_is_written_with_one(tmp_path, enco
     second = [{"tokens": stored(tokens), "documents": [["d", 0, 8]]} for tokens in samples[5:]]
     kinds = [{"tokens": "ndarray:int32", "loss_mask": "ndarray:int64"}, {"tokens": encoding, "documents": "json"}]
     stream = merged(tmp_path / "m", kinds, [first, second])
-    write_filter(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
+    write_samples(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
     written = MdsStream(tmp_path / "out" / "m")
     assert len(written.encodings) == 1
     found, wanted = ([sample[index] for index in range(10)] for sample in (written, stream))
@@ -250,10 +253,10 @@ def test_columns_that_no_one_encoding_holds_are_refused_at_the_start(tmp_path):
     kinds = [{"tokens": "ndarray:int32", "source": "str"}, {"tokens": "ndarray:int32", "source": "int"}]
     rows = [[{"tokens": np.arange(8, dtype=np.int32), "source": value}] for value in ("web", 5)]
     stream = merged(tmp_path / "m", kinds, rows)
-    with pytest.raises(UserError, match=r"m hold column 'source' as str, int.*mode reweight"):
+    with pytest.raises(UserError, match=r"'source'.*--mode weights"):
         columns_of(stream)
     with pytest.raises(UserError, match="column 'source'"):
-        write_filter(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
+        write_samples(tmp_path / "out", {"m": stream}, plan_of(stream), seed=0, shard_bytes=2000)
     assert not (tmp_path / "out").exists()
 
 
@@ -263,8 +266,7 @@ def test_a_selection_refuses_such_columns_before_it_values_anything(tmp_path):
     halves = [[{**row, "source": value} for row in half] for value, half in (("web", rows[:40]), (5, rows[40:]))]
     merged(tmp_path / "m", [{**COLUMNS, "source": kind} for kind in ("str", "int")], halves)
     moved = Run(run.folder, {"json": tmp_path / "m"})
-    used = consumed(uses(stages(moved)))
-    config = SelectConfig(target=write_tiny_target(tmp_path / "t.jsonl"), mode="filter")
+    config = SelectConfig(target=write_tiny_target(tmp_path / "t.jsonl"))
     with pytest.raises(UserError, match="column 'source'"):
-        open_stock(config, moved, used)
-    assert open_stock(config.model_copy(update={"mode": "reweight"}), moved, used).trained
+        open_source(resolve(config, moved))
+    assert open_source(resolve(config.model_copy(update={"mode": "weights"}), moved)).prior_tokens

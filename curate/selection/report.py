@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import dataframely as dy
 import polars as pl
 
-from curate.core.artifacts import SIGN
+from curate.core.artifacts import SIGN, folder_bytes
 from curate.core.escape import visible, visible_json
 from curate.output.write import loader_line
 from curate.report.collect import (
@@ -21,6 +22,7 @@ from curate.report.collect import (
     value_curve,
 )
 from curate.report.data import ReportData
+from curate.tables import Costs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from curate.mixture.record import Mixture
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
-    from curate.selection.values import Values
+    from curate.selection.values import Cost, Values
+    from curate.training.run import Run
     from curate.training.target import Target
 
 
@@ -87,3 +90,22 @@ def _estimator(plan: Resolved) -> str:
     """What estimated the values of all sources."""
     windows = [plan.embedding.estimator] if plan.windows else []
     return " and ".join([*windows, *(["next-step influence"] if plan.asks_next_step else [])])
+
+
+def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> dy.DataFrame[Costs]:
+    """What each phase cost, the stage's training for comparison.
+
+    Args:
+        run: of the stage.
+        made: what was made, phase by phase.
+        out: folder of the selection.
+        seconds: that selecting took.
+    """
+    rows: list[dict[str, object]] = [{"phase": "training", "passes": float(run.spec.steps), "note": "one per step"}]
+    for cost in made:
+        note = f"{100 * cost.passes / run.spec.steps:.1f} % of the stage"
+        size = sum(path.stat().st_size for path in cost.folder.glob("*.*"))
+        rows.append({"phase": cost.phase, "passes": cost.passes, "seconds": cost.seconds, "bytes": size, "note": note})
+    written = folder_bytes(out)
+    rows.append({"phase": "select", "passes": 0.0, "seconds": seconds, "bytes": written, "note": "no passes"})
+    return Costs.validate(pl.DataFrame(rows, schema_overrides={"seconds": pl.Float64, "bytes": pl.Int64}))

@@ -1,4 +1,4 @@
-"""Slopes of tokens, and what their n-grams predict of other samples."""
+"""Values of tokens, and what their n-grams predict of other samples."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.data.mds import Sample
-from curate.pools import ngram_slopes
-from curate.pools.ngram_slopes import FOLDS, fit, means, ngrams_of
+from curate.ngrams import regression
+from curate.ngrams.regression import FOLDS, fit, means, ngrams_of
 
 
 def sample(tokens, mask=None):
@@ -71,7 +71,7 @@ def test_hashes_are_equal_where_the_n_grams_are(tokens):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_fit_is_a_ridge_regression_on_tokens(seed, monkeypatch):
-    monkeypatch.setattr(ngram_slopes, "_TOLERANCE", 1e-10)
+    monkeypatch.setattr(regression, "_TOLERANCE", 1e-10)
     texts, masks, keys, names, values, counts = drawn(seed)
     made, held_out = fit(keys, values, counts, seed)
     others = [np.random.default_rng(9).integers(0, 7, 25)]
@@ -85,7 +85,7 @@ def test_the_fit_is_a_ridge_regression_on_tokens(seed, monkeypatch):
 
 
 def test_held_out_samples_have_no_say_in_what_is_predicted_of_them(monkeypatch):
-    monkeypatch.setattr(ngram_slopes, "_TOLERANCE", 1e-10)
+    monkeypatch.setattr(regression, "_TOLERANCE", 1e-10)
     _, _, keys, names, values, counts = drawn(2)
     _, before = fit(keys, values, counts, 5)
     starts = np.cumsum(counts) - counts
@@ -121,7 +121,7 @@ def test_what_n_grams_say_is_found_and_chance_is_not():
 def test_only_some_of_very_many_tokens_are_fitted_to(monkeypatch):
     _, _, keys, _, values, counts = drawn(3, samples=400)
     whole, _ = fit(keys, values, counts, 0)
-    monkeypatch.setattr(ngram_slopes, "_MOST", len(values) // 2)
+    monkeypatch.setattr(regression, "_MOST", len(values) // 2)
     some, held_out = fit(keys, values, counts, 0)
     assert not np.allclose(whole.weights, some.weights)
     assert np.isfinite(held_out).all()
@@ -137,7 +137,7 @@ def test_one_sample_is_held_out_of_nothing():
 def test_tokens_are_predicted_in_chunks(monkeypatch):
     _, _, keys, _, values, counts = drawn(4)
     whole, before = fit(keys, values, counts, 0)
-    monkeypatch.setattr(ngram_slopes, "_CHUNK", 7)
+    monkeypatch.setattr(regression, "_CHUNK", 7)
     some, after = fit(keys, values, counts, 0)
     np.testing.assert_array_equal(whole.tokens(keys), some.tokens(keys))
     np.testing.assert_array_equal(before, after)

@@ -1,4 +1,4 @@
-"""Ridge regression from probes to the rest of their domains, against obvious oracles."""
+"""Ridge regression from measured samples to the rest of their domains, against obvious oracles."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from curate.pools.predictor import _PENALTIES, _ridge, fit, held_out_scores, normal_scores
+from curate.stats.rank_ridge import _PENALTIES, _ridge, fit, held_out_scores, normal_scores
 
 
 def problem(samples=120, features=8, noise=0.1, seed=0):
@@ -50,7 +50,7 @@ def test_predictions_are_values_of_the_domain_in_predicted_order():
 
 
 @given(st.integers(0, 50))
-def test_the_order_of_probes_and_the_scale_of_values_and_blocks_are_irrelevant(seed):
+def test_the_order_of_samples_and_the_scale_of_values_and_blocks_are_irrelevant(seed):
     blocks, values, domains = problem(samples=60, seed=seed)
     order = np.random.default_rng(seed).permutation(len(values))
     one = fit(blocks, values, domains)
@@ -110,7 +110,7 @@ def test_a_constant_feature_and_ties_do_no_harm():
     np.testing.assert_allclose(normal_scores(np.zeros((5, 1))), 0, atol=1e-12)
 
 
-def test_a_domain_of_one_probe_has_no_held_out_prediction():
+def test_a_domain_of_one_sample_has_no_held_out_prediction():
     blocks, values, domains = problem(samples=30)
     domains = domains.astype("U4")
     domains[0] = "lone"

@@ -43,4 +43,4 @@ def values(catalogues):
     once = pl.concat(tables).with_columns(step=0)
     twice = pl.concat([once, once.filter(pl.col("index") % 3 == 0).with_columns(step=1)])
     value = pl.col("tokens") * pl.col("index") / 100
-    return twice.with_columns(window=pl.lit("late"), target=pl.lit("t"), value=value, value_a=value, value_b=value)
+    return twice.with_columns(source=pl.lit("late"), target=pl.lit("t"), value=value, value_a=value, value_b=value)

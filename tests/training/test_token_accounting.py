@@ -9,9 +9,9 @@ import pytest
 
 from curate.core.errors import UserError
 from curate.data.mds import COLUMNS, MdsStream, write_stream
-from curate.training.token_accounting import consumed, domain_ledger, main, stages, uses
 from curate.training.recorder import RecorderConfig
 from curate.training.run import Run
+from curate.training.token_accounting import domain_ledger, main, seen_uses, stages, uses
 from tests.tiny import Training, write_tiny_streams
 
 CONFIG = RecorderConfig(windows={"early": (0, 4), "late": (4, 8)}, flush_steps=2)
@@ -48,17 +48,17 @@ def test_every_use_of_every_stage_counts_once(folder):
     found = uses(chain)
     for stage, count in enumerate(wanted):
         assert dict(found.filter(stage=stage).select("sample_id", "uses").iter_rows()) == count
-    assert dict(consumed(uses(chain)).iter_rows()) == sum(wanted, Counter())
+    assert dict(seen_uses(uses(chain)).iter_rows()) == sum(wanted, Counter())
     assert [path.name for path in stages(Run(folder / "one"))] == ["one"]
 
 
 def test_domains_add_up(folder):
     run = Run(folder / "three")
-    table = domain_ledger(run, uses(stages(run)))
+    table = domain_ledger(run.source, uses(stages(run)))
     assert table["domain"].to_list() == ["dataclasses", "json"]
     assert table["samples"].to_list() == [80, 80]
     total = sum(slow_count(folder), Counter())
-    owner = dict(run.places.select("sample_id", "domain").iter_rows())
+    owner = dict(run.unique_samples.select("sample_id", "domain").iter_rows())
     for row in table.iter_rows(named=True):
         own = {sample: count for sample, count in total.items() if owner[sample] == row["domain"]}
         assert row["seen"] == len(own)
@@ -82,15 +82,15 @@ def test_it_survives_streams_that_are_written_anew_in_another_order(folder, tmp_
         write_stream(tmp_path / f"new-{domain}", COLUMNS, rows, shard_bytes=900)
         shards[domain] = tmp_path / f"new-{domain}"
     moved = Run(folder / "three", shards)
-    assert domain_ledger(moved, uses(stages(moved))).equals(domain_ledger(run, uses(stages(run))))
+    assert domain_ledger(moved.source, uses(stages(moved))).equals(domain_ledger(run.source, uses(stages(run))))
 
 
 def test_earlier_runs_can_be_named_where_they_lie(folder, tmp_path):
     shutil.copytree(folder / "one", tmp_path / "one")
     run = Run(folder / "three")
-    assert consumed(uses(stages(run, [tmp_path / "one", folder / "two"]))).equals(consumed(uses(stages(run))))
-    assert consumed(uses(stages(run, []))).equals(consumed(uses([run.folder])))
-    with pytest.raises(UserError, match=r"nowhere, a stage before run .* is not there .* --earlier"):
+    assert seen_uses(uses(stages(run, [tmp_path / "one", folder / "two"]))).equals(seen_uses(uses(stages(run))))
+    assert seen_uses(uses(stages(run, []))).equals(seen_uses(uses([run.folder])))
+    with pytest.raises(UserError, match=r"nowhere, a stage before run .* is not there .* earlier_runs"):
         stages(run, [tmp_path / "nowhere"])
 
 
@@ -114,7 +114,7 @@ def test_the_command_prints_domains_and_stages(folder, monkeypatch, caplog):
     assert "stage 1: " in caplog.text
     (line,) = [line for line in caplog.messages if line.startswith("json")]
     run = Run(folder / "three")
-    assert line.split()[1:3] == ["80", str(domain_ledger(run, uses(stages(run)))["seen"][1])]
+    assert line.split()[1:3] == ["80", str(domain_ledger(run.source, uses(stages(run)))["seen"][1])]
 
 
 def test_an_unreadable_record_is_named(folder, tmp_path):

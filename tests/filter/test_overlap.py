@@ -1,5 +1,6 @@
 """The pass over a pool: what near-duplicates are found by where not every n-gram is held."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,10 @@ import polars as pl
 import pytest
 
 from curate.core.rng import generator
-from curate.shards import scan as module
-from curate.shards.choose import ShardsConfig
-from curate.shards.scan import held_out, near_duplicates, scan, sight
-from curate.shards.sift import sift
+from curate.filter import overlap as module
+from curate.filter.choose import FilterConfig
+from curate.filter.overlap import held_out, near_duplicates, scan, sight
+from curate.filter.pipeline import filter_pool
 
 LENGTH, PAIRS = 212, 400
 
@@ -32,9 +33,9 @@ def test_the_stated_recall_is_that_of_planted_copies(pool, memory, monkeypatch):
     monkeypatch.setattr(module, "MEMORY", memory)
     table, streams = pool
     found = scan(table, streams, held_out([]))
-    order = pl.DataFrame({"place": range(len(table)), "domain": "a", "rank": range(len(table))})
+    order = pl.DataFrame({"row": range(len(table)), "domain": "a", "rank": range(len(table))})
     doubles = near_duplicates(found, order, 0.8)
-    assert (doubles["place"] >= PAIRS).all()
+    assert (doubles["row"] >= PAIRS).all()
     seen = sight(table, 0.8)
     if memory == 1e6:
         assert seen is None
@@ -48,9 +49,10 @@ def test_the_stated_recall_is_that_of_planted_copies(pool, memory, monkeypatch):
 def test_what_is_missed_is_said_before_the_pass(pool, monkeypatch, caplog):
     table, _ = pool
     monkeypatch.setattr(module, "MEMORY", 16_000)
-    sift(table.with_columns(sample_id="index"), {}, held_out([]), ShardsConfig(), filtered=False, seed=0)
+    how = {"ngram_share": 0.5, "seed": 0}
+    unread = table.with_columns(sample_id="index")
+    filter_pool(unread, {}, held_out([]), FilterConfig(), leave_out=False, **how)
     assert not caplog.records  # nothing is left out for being a near-duplicate
     with pytest.raises(KeyError):  # no stream to read
-        sift(table, {}, held_out([]), ShardsConfig(), filtered=True, seed=0)
-    assert "9.4 % of the n-grams, 18.9 of 200" in caplog.text
-    assert "90 % of their n-grams in common" in caplog.text
+        filter_pool(table, {}, held_out([]), FilterConfig(), leave_out=True, **how)
+    assert re.search(r"\b9\.4 %.*\b18\.9 of 200\b.*\b90 %", caplog.text)

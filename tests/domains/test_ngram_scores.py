@@ -1,20 +1,20 @@
-"""Likeness to targets: a slow oracle over dictionaries of n-grams, and what it must not depend on."""
+"""N-gram ratios of domains and samples: a slow oracle over dictionaries of n-grams, and what it must not depend on."""
 
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
-from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
-from curate.domains import likeness as module
-from curate.domains.likeness import find_likeness, sample_likeness, with_likeness
+from curate.data.mds import COLUMNS, Columns, content_id, write_stream
+from curate.domains import ngram_scores as module
+from curate.domains.ngram_scores import ngram_ratios, sample_ratios, with_ratios
 from curate.training.samples import usable_samples
+from curate.training.source import SampleSource
 
 PRIOR = {"a": 3.0, "b": 1.0}
 MU = 2000
@@ -31,8 +31,8 @@ class Words:
         return [(row, np.arange(len(row)) > 0) for row in self.rows]
 
 
-def run_of(base, tokens, shard_bytes=3000):
-    """What is read of a run: streams and the places of samples."""
+def source_of(base, tokens, shard_bytes=3000):
+    """The samples of some streams on disk."""
     for name, rows in tokens.items():
         mask = np.ones(len(rows[0]), np.uint8)
         samples = [
@@ -40,9 +40,7 @@ def run_of(base, tokens, shard_bytes=3000):
             for row in rows
         ]
         write_stream(base / name, COLUMNS, samples, shard_bytes=shard_bytes)
-    streams = {name: MdsStream(base / name) for name in tokens}
-    places = pl.concat(stream.catalogue().with_columns(domain=pl.lit(name)) for name, stream in streams.items())
-    return SimpleNamespace(streams=streams, places=places)
+    return SampleSource(base, {name: base / name for name in tokens}, Columns())
 
 
 def texts(seed=0):
@@ -65,7 +63,7 @@ def grams(row):
 
 
 def oracle(tokens, targets):
-    """target -> domain -> likeness of each sample and score of the domain, without hashing."""
+    """target -> domain -> ratio of each sample and score of the domain, without hashing."""
     shares = {name: share / sum(PRIOR.values()) for name, share in PRIOR.items()}
     pool = Counter()
     for name, rows in tokens.items():
@@ -94,15 +92,15 @@ def oracle(tokens, targets):
 
 def test_against_the_oracle(tmp_path):
     tokens, targets = texts()
-    run, wanted = run_of(tmp_path, tokens), oracle(tokens, targets)
-    found = find_likeness(run, targets, PRIOR, 0)
+    source, wanted = source_of(tmp_path, tokens), oracle(tokens, targets)
+    found = ngram_ratios(source, targets, PRIOR, 0)
     for target, domain, score in found.domains.iter_rows():
         assert score == pytest.approx(wanted[target][1][domain], abs=0.02)  # buckets are shared by a few n-grams
-    assert found.domains.filter(target="near", domain="a")["likeness"].item() > 0.3
-    values = of_all(run, found, {"near": 1.0, "far": 3.0})
+    assert found.domains.filter(target="near", domain="a")["ngram_ratio"].item() > 0.3
+    values = of_all(source, found, {"near": 1.0, "far": 3.0})
     for name, rows in tokens.items():
         mask = np.ones(24, np.uint8)
-        own = dict(values.filter(domain=name).select("sample_id", "likeness").iter_rows())
+        own = dict(values.filter(domain=name).select("sample_id", "ngram_ratio").iter_rows())
         mixed = sum(
             weight / 4 * wanted[target][0][name] / wanted[target][2] for target, weight in (("near", 1), ("far", 3))
         )
@@ -114,11 +112,11 @@ def test_against_the_oracle(tmp_path):
 def test_shards_and_batches_change_nothing(tmp_path, monkeypatch):
     tokens, targets = texts()
     moved = {name: rows[::-1] for name, rows in tokens.items()}
-    one, other = run_of(tmp_path / "one", tokens), run_of(tmp_path / "other", moved, shard_bytes=900)
+    one, other = source_of(tmp_path / "one", tokens), source_of(tmp_path / "other", moved, shard_bytes=900)
     monkeypatch.setattr(module, "_DRAWN", 20)
-    first = find_likeness(one, targets, PRIOR, 0)
+    first = ngram_ratios(one, targets, PRIOR, 0)
     monkeypatch.setattr(module, "_BATCH", 7)
-    second = find_likeness(other, targets, PRIOR, 0)
+    second = ngram_ratios(other, targets, PRIOR, 0)
     assert_frame_equal(first.domains, second.domains, rel_tol=1e-12, abs_tol=1e-12)
     weights = {"near": 1.0}
     tables = [of_all(*pair, weights).sort("domain", "sample_id") for pair in ((one, first), (other, second))]
@@ -127,44 +125,44 @@ def test_shards_and_batches_change_nothing(tmp_path, monkeypatch):
 
 def test_large_domains_are_read_in_part(tmp_path, monkeypatch):
     tokens, targets = texts()
-    run = run_of(tmp_path, tokens)
-    whole = find_likeness(run, targets, PRIOR, 0)
+    source = source_of(tmp_path, tokens)
+    whole = ngram_ratios(source, targets, PRIOR, 0)
     monkeypatch.setattr(module, "_DRAWN", 20)
-    part, again, other = (find_likeness(run, targets, PRIOR, seed) for seed in (0, 0, 1))
+    part, again, other = (ngram_ratios(source, targets, PRIOR, seed) for seed in (0, 0, 1))
     assert_frame_equal(part.domains, again.domains)
-    assert part.domains["likeness"].to_list() != other.domains["likeness"].to_list()
-    np.testing.assert_allclose(part.domains["likeness"], whole.domains["likeness"], atol=0.4)
+    assert part.domains["ngram_ratio"].to_list() != other.domains["ngram_ratio"].to_list()
+    np.testing.assert_allclose(part.domains["ngram_ratio"], whole.domains["ngram_ratio"], atol=0.4)
 
 
 def test_texts_that_are_all_alike_have_no_scores(tmp_path):
-    row = np.arange(24, dtype=np.int32)
-    run = run_of(tmp_path, {"a": np.tile(row, (3, 1)), "b": np.tile(row, (4, 1))})
-    found = find_likeness(run, [Words("near", [row])], PRIOR, 0)
-    assert found.domains["likeness"].to_list() == [0.0, 0.0]
-    assert of_all(run, found, {"near": 1.0})["likeness"].to_list() == pytest.approx([0.0] * 7)
+    rows = {name: np.full((3, length), 7, np.int32) for name, length in (("a", 24), ("b", 30))}
+    source = source_of(tmp_path, rows)
+    found = ngram_ratios(source, [Words("near", [np.arange(24, dtype=np.int32)])], PRIOR, 0)
+    assert found.domains["ngram_ratio"].to_list() == [0.0, 0.0]
+    assert of_all(source, found, {"near": 1.0})["ngram_ratio"].to_list() == pytest.approx([0.0] * 2)
 
 
-def of_all(run, found, weights):
-    return sample_likeness(run, usable_samples(run.places), found, weights)
+def of_all(source, found, weights):
+    return sample_ratios(source, usable_samples(source.unique_samples), found, weights)
 
 
-def test_scores_take_their_share_of_likeness():
+def test_n_grams_have_their_share_of_scores():
     domains = pl.DataFrame(
         {"target": ["t", "t"], "domain": ["a", "b"], "score": [1.0, -1.0], "score_low": [0.5, None],
          "score_high": [1.5, None], "shrunk": [0.8, 0.0], "prior": [0.75, 0.25]}
     )  # fmt: skip
-    table = pl.DataFrame({"target": ["t", "t"], "domain": ["b", "a"], "likeness": [2.0, -1.0]})
-    found = module.Likeness(targets=["t"], ratios=np.zeros((1, 1)), deviations=np.ones(1), domains=table)
-    mixed = with_likeness(domains, found, 0.25)
+    table = pl.DataFrame({"target": ["t", "t"], "domain": ["b", "a"], "ngram_ratio": [2.0, -1.0]})
+    found = module.NgramRatios(targets=["t"], ratios=np.zeros((1, 1)), deviations=np.ones(1), domains=table)
+    mixed = with_ratios(domains, found, 0.25)
     assert mixed["domain"].to_list() == ["a", "b"]
     assert mixed["shrunk"].to_list() == pytest.approx([0.75 * 0.8 - 0.25, 0.5])
     assert mixed["score"].to_list() == pytest.approx([0.5, -0.25])
     assert mixed["score_low"].to_list() == [pytest.approx(0.125), None]
     assert mixed["value_score"].to_list() == [1.0, -1.0]
-    assert mixed["likeness"].to_list() == [-1.0, 2.0]
-    alone = with_likeness(domains, found, 0.0)
+    assert mixed["ngram_ratio"].to_list() == [-1.0, 2.0]
+    alone = with_ratios(domains, found, 0.0)
     assert alone["score"].to_list() == domains["score"].to_list()
-    without = with_likeness(domains, None, 0.5)
+    without = with_ratios(domains, None, 0.5)
     assert without["score"].to_list() == domains["score"].to_list()
-    assert without["likeness"].null_count() == 2
+    assert without["ngram_ratio"].null_count() == 2
     assert set(without.columns) == set(mixed.columns)
