@@ -210,7 +210,9 @@ def _products(basis: AnchorBasis, gradients: Tensor, metric: Metric, chunk: int)
     if broken:
         first = broken[0]
         name = f"anchor {basis.names[first]}" if first < len(basis.names) else f"target {first - len(basis.names)}"
-        raise UserError(f"the gradient of {name} at the horizon is not finite: training had diverged there")
+        raise UserError(
+            f"the gradient of {name} is not finite at the evaluation checkpoint: training had diverged there"
+        )
     result: Floats = products.cpu().numpy()
     return result
 
