@@ -115,7 +115,7 @@ class _Update:
         before: what it read, (p,) each.
         gradient: (p,) `ghat`.
         factor: clip factor, a scalar.
-        groups: places and settings; they cover all columns.
+        groups: columns and settings of each; together they cover all columns.
         updates: updates that each group had before.
     """
 
