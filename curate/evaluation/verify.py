@@ -244,6 +244,6 @@ def _estimate(
         values[target.name] = keyed(embedding.rows["step"].to_list(), embedding.values(target))
     return Estimates(
         estimator=config.estimator, window=window, horizon=end, values=values,
-        cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
+        cost_units_per_step=embedding.passes / (stop - first) / len(targets),
         bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
     )  # fmt: skip
