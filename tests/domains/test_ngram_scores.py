@@ -12,7 +12,8 @@ from polars.testing import assert_frame_equal
 
 from curate.data.mds import COLUMNS, Columns, content_id, write_stream
 from curate.domains import ngram_scores as module
-from curate.domains.ngram_scores import ngram_ratios, sample_ratios, with_ratios
+from curate.domains.ngram_scores import combined_ratios, ngram_ratios, with_ratios
+from curate.ngrams.ratios import mean_log_ratios
 from curate.tables import ValueScores
 from curate.training.samples import usable_samples
 from curate.training.source import SampleSource
@@ -145,7 +146,9 @@ def test_texts_that_are_all_alike_have_no_scores(tmp_path):
 
 
 def of_all(source, found, weights):
-    return sample_ratios(source, usable_samples(source.unique_samples), found, weights)
+    samples = usable_samples(source.unique_samples)
+    means = [mean_log_ratios(batch, found.ratios) for batch in source.read_batches(samples, 9)]
+    return combined_ratios(samples, np.concatenate(means), found, weights)
 
 
 def test_n_grams_have_their_share_of_scores():

@@ -48,12 +48,20 @@ def test_the_stated_recall_is_that_of_planted_copies(pool, memory, monkeypatch):
     assert len(doubles) / PAIRS == pytest.approx(seen.recall, abs=0.06)
 
 
-def test_what_is_missed_is_said_before_the_pass(pool, monkeypatch, caplog):
+def test_what_is_missed_is_said(pool, monkeypatch, caplog):
     table, _ = pool
     monkeypatch.setattr(module, "MEMORY", 16_000)
+    unread = scan(table.clear(), {}, held_out([]))
     how = {"ngram_share": 0.5, "seed": 0}
-    filter_pool(table, {}, held_out([]), FilterConfig(), leave_out=False, **how)
+    filter_pool(table, unread, held_out([]), FilterConfig(), leave_out=False, **how)
     assert not caplog.records  # nothing is left out for being a near-duplicate
-    with pytest.raises(KeyError):  # no stream to read
-        filter_pool(table, {}, held_out([]), FilterConfig(), leave_out=True, **how)
+    filter_pool(table, unread, held_out([]), FilterConfig(), leave_out=True, **how)
     assert re.search(r"\b9\.4 %.*\b18\.9 of 200\b.*\b90 %", caplog.text)
+
+
+def test_what_reads_along_is_given_every_sample_once_in_order(pool):
+    table, streams = pool
+    seen = []
+    alone, shared = scan(table, streams, held_out([])), scan(table, streams, held_out([]), [seen.extend])
+    assert [id(sample) for sample in seen] == [id(sample) for sample in streams["a"]]
+    assert shared.grams.equals(alone.grams)
