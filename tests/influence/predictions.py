@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from curate.influence.current import fit_predictor
+from curate.influence.predict_next_step import fit_predictor
 
 
 def predict_samples(source, samples, part, weights, seed):

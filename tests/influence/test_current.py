@@ -10,7 +10,6 @@ import torch
 from polars.testing import assert_frame_equal, assert_series_equal
 
 from curate.core.errors import UserError
-from curate.domains.scores_file import Scores
 from curate.influence.current import (
     NextStepOptions,
     measure_samples,
@@ -155,7 +154,7 @@ def test_the_value_of_a_sample_is_the_mean_of_its_tokens(run):
 
 @pytest.mark.parametrize("least", [-1.0, 1.0])
 def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, monkeypatch, least):
-    monkeypatch.setattr("curate.influence.current.MIN_RANK_CORRELATION", least)
+    monkeypatch.setattr("curate.influence.predict_next_step.MIN_RANK_CORRELATION", least)
     part, samples = next_step(run, targets, 20, seed=3), usable(run)
     found, judged = predict_samples(run.source, samples, part, WEIGHTS, 5)
     known = combined_values(part.values, WEIGHTS)
