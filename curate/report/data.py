@@ -102,9 +102,7 @@ class ReportData:
     length_bias: Mapping[str, float] = field(default_factory=dict)
     """Source -> rank correlation of value and length inside domains (`curate.domains.reliability.length_bias`)."""
     predicted: Sequence[Mapping[str, Any]] = ()
-    """How well the values of samples that were not measured are predicted, by domain (`influence.extrapolate`), with
-    the `source` whose values they are of, and of how many samples it was measured beside the part of every domain
-    (`also_measured`); empty where data is not chosen by predictions."""
+    """Rows of `tables.Predicted`; empty where data is not chosen by predictions."""
     contamination: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""

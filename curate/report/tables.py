@@ -132,7 +132,7 @@ def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
         "measured": "none left",
         "too few": "too few to tell",
     }
-    also = ["promising, measured"] if "also_measured" in quality[0] else []
+    also = ["promising, measured"] if quality[0]["also_measured"] is not None else []
     return Table(
         headers=["domain", "samples", "measured", "rank correlation", "low", "high", *also, "the others"],
         numeric=[False, *[True] * (5 + len(also)), False],
