@@ -326,7 +326,8 @@ class SamplePool(dy.Schema):
 class RankedPool(SamplePool):
     """The same with what samples are drawn by."""
 
-    key = dy.Float64(nullable=False)
+    key = dy.Float64(nullable=False, allow_inf=True)
+    """-inf where n-grams have a share and the sample has no ratio: it was seen, or predicts no token."""
 
 
 class PlannedUses(dy.Schema):

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from pydantic import Field
@@ -27,6 +28,7 @@ from curate.data.memory import release
 from curate.data.phases import load_schedule
 from curate.data.streams import domain_folders, find_tokenizer, load_streams
 from curate.embeddings.run_capture import CaptureConfig, RunCapture
+from curate.tables import Catalogue
 from curate.training.fit import check_fit, check_tokens
 from curate.training.recorder import NoRecorder, RecorderConfig, TrajectoryRecorder
 from curate.training.snapshots import load_state
@@ -193,7 +195,7 @@ def _previous(config: PretrainConfig) -> Path | None:
     return folder if folder and (folder / "run.json").exists() else None
 
 
-def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> pl.DataFrame:
+def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: PretrainConfig) -> dy.DataFrame[Catalogue]:
     """Read every sample once, hold it against the model, and keep the catalogue, which `curate.select` needs later.
 
     Raises:
@@ -219,7 +221,9 @@ def _read_streams(streams: list[dict[str, Any]], model: nn.Module, config: Pretr
     return catalogue
 
 
-def _tokenizer(config: PretrainConfig, streams: list[dict[str, Any]], catalogue: pl.DataFrame) -> Path | None:
+def _tokenizer(
+    config: PretrainConfig, streams: list[dict[str, Any]], catalogue: dy.DataFrame[Catalogue]
+) -> Path | None:
     """What the run is recorded with.
 
     Raises:

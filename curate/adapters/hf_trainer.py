@@ -135,7 +135,7 @@ class RecorderCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Finish the run where all its steps were taken; otherwise a resumed training will."""
         self._unwrap()
-        self._known.say()
+        self._known.warn()
         if state.global_step == state.max_steps:
             self._running.finish()
         else:

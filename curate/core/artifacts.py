@@ -38,6 +38,7 @@ _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "polars", "mosaicml-str
 _LEVELS = 4  # folders above a file that may list it
 _CHUNK = 1 << 20
 _HASH = "hash"  # of a JSON file, in itself
+_TRACKER = "wandb"  # folder whose logs still grow when the artifact beside it is complete
 
 Json = Mapping[str, Any]
 Sum = tuple[int, str]
@@ -283,9 +284,9 @@ def seal(folder: Path, kind: str, settings: Json, *, parts: Iterable[str] = ("*"
 
 
 def _passing(path: Path) -> bool:
-    """Whether a file is no part of an artifact: its list and manifest, locks, and what an interrupted job leaves."""
+    """Whether a file is no part of an artifact: its list and manifest, locks, a tracker's log, leftovers of a job."""
     left = any(part == SCRATCH or part.endswith(".part") for part in path.parts)
-    return left or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
+    return left or path.parts[0] == _TRACKER or path.as_posix() in (SUMS, MANIFEST) or path.name.endswith(LOCK)
 
 
 def is_complete(folder: Path, settings: Json) -> bool:

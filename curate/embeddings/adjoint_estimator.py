@@ -172,7 +172,7 @@ class AdjointEstimator:
             vectors = np.eye(len(anchors), dtype=np.float32)[anchor_positions]
             # `anchors` states a residual for every target, also where it is 0; `adjoint` is always exact.
             return Encoded(vectors=vectors, residual=None if self.with_target else 0.0)
-        job.replay.horizon_model(job.horizon)
+        job.replay.model_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
         solver = read_json(job.folder / MANIFEST)["solver"]
         solution = solve(load_basis(job.folder), gradients, solver["metric"], solver["ridge"])
@@ -228,7 +228,7 @@ class AdjointEstimator:
         if saved is not None and (not self._has_basis or (job.folder / BASIS).exists()):
             return saved
         replay, anchors = job.replay, self.anchors(job)
-        optimizers = replay.horizon_optimizers(job.horizon)
+        optimizers = replay.optimizers_at(job.horizon)
         gradients = anchor_gradients(replay.task, replay.layout, anchors, job.batch_size)
         if self._has_basis:
             diagonal = optimizer_metric(replay, optimizers, job.horizon)

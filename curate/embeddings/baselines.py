@@ -206,7 +206,7 @@ class BaselineEstimator:
         # These values need no replay of the window: a few steps still show that this is the run that was recorded.
         for _ in job.replay.steps(job.start, min(job.start + _CHECKED_STEPS, job.stop)):
             pass
-        optimizers = job.replay.horizon_optimizers(job.horizon)
+        optimizers = job.replay.optimizers_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, target.halves, job.batch_size)
         if self.name == "grad-dot":
             out[:] = grad_dot(job.replay, gradients, window)

@@ -67,7 +67,7 @@ class DvembAdamEstimator(DvembEstimator):
         capture = self._plain_capture(job, keep=not (self.config.shortcut or frozen), frozen=frozen)
         if self.config.shortcut:
             last = next(records(job.replay.run, job.horizon - 1, job.horizon))
-            optimizers = job.replay.horizon_optimizers(job.horizon)
+            optimizers = job.replay.optimizers_at(job.horizon)
             scales = preconditioners(job, capture, last, optimizers, updated=True)
             # Roots: half of D goes into the rows, half into the target.
             capture.scale({layer: (outputs.sqrt(), inputs.sqrt()) for layer, (outputs, inputs) in scales.items()})

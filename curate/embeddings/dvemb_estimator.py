@@ -117,7 +117,7 @@ class DvembEstimator:
 
         target = job_target(job, self.name)
         capture = self._capture(job, frozen=True)
-        job.replay.horizon_model(job.horizon)
+        job.replay.model_at(job.horizon)
         vectors = np.zeros((HALVES, capture.size), np.float32)
         with capture:
             for half, batch in enumerate(target.halves):

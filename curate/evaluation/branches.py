@@ -154,7 +154,7 @@ def _train(
 ) -> Iterator[tuple[str, float]]:
     """Train branches one after the other; yields the key of each and the target's loss after it."""
     run = replay.run
-    optimizers = replay.horizon_optimizers(run.spec.steps)
+    optimizers = replay.optimizers_at(run.spec.steps)
     state, record = replay.checkpoint(optimizers), _record(run)
     drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat, _ in branches}
     for repeat, name in progress(branches, total=len(branches), what="branches", unit="branch"):

@@ -4,9 +4,8 @@ For a linear layer with inputs `a` (B, T, I) and output gradients `b` (B, T, O) 
 (O, I); with projections `P_i`, `P_o` it is `(b_z P_o)^T (a_z P_i)` (k_o, k_i), and the full gradient is never formed.
 
 Policy: the weights of `nn.Linear` and of transformers' `Conv1D` are captured, except modules whose name matches
-    `exclude`
-(the output head by default: its vocabulary side makes it the least informative per byte). Embeddings, norms and biases
-are not captured; the `adjoint` estimator covers every parameter.
+`exclude` (the output head by default: its vocabulary side makes it the least informative per byte). Embeddings, norms
+and biases are not captured; the `adjoint` estimator covers every parameter.
 
 A scale `d_o d_i` of each weight goes into the two sides, `(b d_o P_o)^T (a d_i P_i)`; where it is known only after the
 backward pass, `a` and `b` are kept until then, and each is multiplied once by the projections without and with it.
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedFactors:
-    """What one backward pass of B samples left of each layer.
+    """The factors of one backward pass of B samples, by layer.
 
     Attributes:
         weights: (B,) `c_z`.
@@ -49,7 +48,7 @@ class CapturedFactors:
 
 
 class GradientCapture:
-    """Context manager that collects projected per-sample gradients of each backward pass; its hooks go when it is left.
+    """Context manager that collects projected per-sample gradients of each backward pass; leaving it removes its hooks.
 
     Args:
         model: the model.
@@ -83,6 +82,7 @@ class GradientCapture:
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self._model = model
+        # unwrapped names: the projections are seeded by them, so rows of a compiled and a plain model agree
         named = {unwrapped_name(name): module for name, module in model.named_modules()}
         self._modules = {
             name: module
@@ -91,6 +91,7 @@ class GradientCapture:
             and module.weight.requires_grad
             and not any(fnmatch(name, pattern) for pattern in exclude)
         }
+        # `_parameters`, because `parameters()` goes into children and names a tied weight once
         self._owners = Counter(id(p) for m in named.values() for p in m._parameters.values())  # noqa: SLF001
         import torch
 
@@ -102,6 +103,7 @@ class GradientCapture:
         self.blocks: dict[str, slice] = {}
         self.size = 0
         features = {name: _features(module) for name, module in self._modules.items()}
+        # torch's version: the stream of its generator, and QR, may change with it
         self.identity: dict[str, Any] = {"width": width, "seed": seed, "torch": torch.__version__, "layers": features}
         for name, (inputs, outputs) in features.items():
             module = self._modules[name]
@@ -126,7 +128,7 @@ class GradientCapture:
         return weight
 
     def oriented(self, layer: str, tensor: Tensor) -> Tensor:
-        """A tensor of the shape of a module's weight as (O, I); Conv1D stores (I, O)."""
+        """Orient a tensor of the shape of a module's weight as (O, I); Conv1D stores (I, O)."""
         from torch import nn
 
         return tensor if isinstance(self._modules[layer], nn.Linear) else tensor.T
@@ -138,6 +140,7 @@ class GradientCapture:
     def __enter__(self) -> Self:
         """Install the hooks."""
         if self._frozen:
+            # remember which ones, so that leaving does not unfreeze what the user froze
             self._thaw = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             for parameter in self._thaw:
                 parameter.requires_grad_(False)
@@ -166,11 +169,12 @@ class GradientCapture:
         """
         if self._keep:
             return self.rows(self.take_factors(weights))
+        # emptied on the way out: a module that the next pass does not reach must not show this one's gradient
         gradients, self._gradients = self._gradients, {}
         return self._rows(gradients, weights)
 
     def take_factors(self, weights: Tensor) -> CapturedFactors:
-        """What `rows` and `scaled_rows` need of the last backward pass; only of a capture that keeps factors."""
+        """The factors of the last backward pass, for `rows` and `scaled_rows`; only for a capture with `keep`."""
         factors, self._factors = self._factors, {}
         return CapturedFactors(weights=weights, factors=factors)
 
@@ -184,20 +188,21 @@ class GradientCapture:
     def scaled_rows(
         self, captured: CapturedFactors, scales: Mapping[str, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of one backward pass, and the same weight by weight times `d_o d_i`.
+        """The gradients of one backward pass, plain and with each weight's entry times `d_o d_i`.
 
         Args:
             captured: of that pass.
             scales: (O,) `d_o` and (I,) `d_i` of each layer.
 
         Returns:
-            Twice (B, D) float32.
+            The plain and the scaled rows, (B, D) float32 each.
         """
         both = {
             name: _project_calls(calls, [self._projections[name], self._projections[name].scaled(*scales[name])])
             for name, calls in captured.factors.items()
         }
-        plain, scaled = ({name: found[i] for name, found in both.items()} for i in range(2))
+        plain = {name: layer_rows[0] for name, layer_rows in both.items()}
+        scaled = {name: layer_rows[1] for name, layer_rows in both.items()}
         return self._rows(plain, captured.weights), self._rows(scaled, captured.weights)
 
     def sum_rows(self) -> Tensor:
@@ -208,6 +213,7 @@ class GradientCapture:
         for name, block in self.blocks.items():
             weight, layer = self.weight(name), self._projections[name]
             if self._owners[id(weight)] > 1:
+                # `.grad` is the sum over both modules, a row only this module's: NaN says that they do not compare
                 parts.append(torch.full((block.stop - block.start,), torch.nan, device=weight.device))
             elif weight.grad is None:
                 parts.append(torch.zeros(block.stop - block.start, device=weight.device))
@@ -221,43 +227,52 @@ class GradientCapture:
         import torch
 
         sizes = {name: block.stop - block.start for name, block in self.blocks.items()}
-        parts = [
+        # a layer has none where the pass did not reach it, such as an expert that no token was routed to
+        layer_rows = [
             gradients[name] if name in gradients else weights.new_zeros(len(weights), size)
             for name, size in sizes.items()
         ]
+        # the pass was of sum c_z l_z, so each row is c_z g_z; c_z = 0 (padding rows) has no gradient to recover
         inverse = torch.where(weights != 0, 1 / weights, torch.zeros_like(weights))
-        return torch.cat(parts, dim=1).float() * inverse[:, None]
+        return torch.cat(layer_rows, dim=1).float() * inverse[:, None]
 
     def _hook(self, name: str) -> Any:
+        """The forward hook of one layer; it hangs the backward hook on the layer's output."""
         layer = self._projections[name]
 
         def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             import torch
 
-            first = self._frozen and torch.is_grad_enabled() and not output.requires_grad
-            if first:
-                output.requires_grad_()  # the backward pass ends here
+            # in a frozen model nothing before the first captured layer needs a gradient, so its output starts the graph
+            starts_graph = self._frozen and torch.is_grad_enabled() and not output.requires_grad
+            if starts_graph:
+                output.requires_grad_()
+            # torch.no_grad, or the first pass of reentrant checkpointing: no backward pass comes through here
             if not output.requires_grad:
                 return None
             value = inputs[0].detach()
-            projected_input = None if self._keep else _rows(value) @ layer.input.to(value.dtype)  # (B, T, k_i)
+            # project at once: between forward and backward B T k_i numbers are kept instead of B T I
+            projected_input = None if self._keep else _token_rows(value) @ layer.input.to(value.dtype)  # (B, T, k_i)
 
             def backward_hook(gradient: Tensor) -> None:
                 if projected_input is None:
                     self._factors.setdefault(name, []).append((value, gradient))
                     return
-                projected_output = _rows(gradient) @ layer.output.to(gradient.dtype)  # (B, T, k_o)
+                projected_output = _token_rows(gradient) @ layer.output.to(gradient.dtype)  # (B, T, k_o)
                 captured = _contract(projected_output, projected_input)
+                # a module that is called twice (shared layers) has the sum of both calls as its gradient
                 earlier = self._gradients.get(name)
                 self._gradients[name] = captured if earlier is None else earlier + captured
 
+            # on the tensor: a module's full backward hook would forbid in-place changes of its output
             output.register_hook(self._guarded(backward_hook))
-            return output.clone() if first else None  # a leaf could not be changed in place
+            # a leaf that needs gradients cannot be changed in place, which the model may do next
+            return output.clone() if starts_graph else None
 
         return self._guarded(forward_hook)
 
     def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook that hands what it raises to `on_error`, where there is one."""
+        """Wrap a hook so that it gives what it raises to `on_error`, where there is one."""
         on_error = self._on_error
         if on_error is None:
             return hook
@@ -275,8 +290,9 @@ def _contract(outputs: Tensor, inputs: Tensor) -> Tensor:
     """(B, T, k_o), (B, T, k_i) -> (B, k_o k_i), summed over T in float32 or better."""
     import torch
 
-    kind = torch.promote_types(torch.promote_types(outputs.dtype, inputs.dtype), torch.float32)
-    return torch.bmm(outputs.to(kind).transpose(1, 2), inputs.to(kind)).flatten(1)
+    # a sum over thousands of tokens in half precision would lose most of its digits; float64 oracles keep theirs
+    dtype = torch.promote_types(torch.promote_types(outputs.dtype, inputs.dtype), torch.float32)
+    return torch.bmm(outputs.to(dtype).transpose(1, 2), inputs.to(dtype)).flatten(1)
 
 
 def _project_calls(calls: list[tuple[Tensor, Tensor]], layers: Sequence[LayerProjection]) -> list[Tensor]:
@@ -287,17 +303,19 @@ def _project_calls(calls: list[tuple[Tensor, Tensor]], layers: Sequence[LayerPro
     import torch
 
     def project(tensor: Tensor, projections: list[Tensor]) -> tuple[Tensor, ...]:
-        kind = torch.promote_types(tensor.dtype, projections[0].dtype)
-        return (_rows(tensor).to(kind) @ torch.cat(projections, dim=1).to(kind)).chunk(len(projections), dim=2)
+        dtype = torch.promote_types(tensor.dtype, projections[0].dtype)
+        # side by side in one product, so that the factor, the largest array here, is read once for all projections
+        projected = _token_rows(tensor).to(dtype) @ torch.cat(projections, dim=1).to(dtype)
+        return projected.chunk(len(projections), dim=2)
 
-    found = []
+    by_call = []
     for a, b in calls:
-        inputs, outputs = project(a, [one.input for one in layers]), project(b, [one.output for one in layers])
-        found.append([_contract(one, other) for one, other in zip(outputs, inputs, strict=True)])
-    return [torch.stack(parts).sum(0) for parts in zip(*found, strict=True)]
+        inputs, outputs = project(a, [layer.input for layer in layers]), project(b, [layer.output for layer in layers])
+        by_call.append([_contract(b_side, a_side) for b_side, a_side in zip(outputs, inputs, strict=True)])
+    return [torch.stack(call_rows).sum(0) for call_rows in zip(*by_call, strict=True)]
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _token_rows(tensor: Tensor) -> Tensor:
     """(B, I) -> (B, 1, I); (B, T, I) stays; (B, S, T, I) -> (B, S T, I)."""
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
@@ -319,6 +337,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     linear = isinstance(module, nn.Linear)
+    # FSDP1 leaves a flat or empty weight, tensor parallelism one that is smaller than the features that it names
     if len(shape) != 2 or (linear and shape != (module.out_features, module.in_features)):
         raise UserError(
             f"a captured weight of shape {shape} is a shard of its layer (FSDP, tensor parallelism): capture needs "

@@ -22,7 +22,7 @@ def projection(features: int, width: int, seed: int, layer: str, side: str) -> T
     Args:
         features: F, size of the side.
         width: k, size after projection.
-        seed: of the run of the estimator.
+        seed: of the estimator.
         layer: name of the module.
         side: "input" or "output".
 
@@ -31,9 +31,12 @@ def projection(features: int, width: int, seed: int, layer: str, side: str) -> T
     """
     import torch
 
+    # rotating a side that already fits would cost time and change no inner product
     if features <= width:
         return torch.eye(features)
+    # one seed for all layers would give layers of one shape the same projection, whose errors then add up
     random = torch.Generator().manual_seed(derive_seed(seed, "projection", layer, side))
+    # on the CPU in float64: a GPU draws another stream, and float32 QR loses orthogonality for wide layers
     gaussian = torch.randn(features, width, generator=random, dtype=torch.float64)
     orthonormal, _ = torch.linalg.qr(gaussian)
     scaled: Tensor = orthonormal * (features / width) ** 0.5
@@ -55,12 +58,13 @@ class LayerProjection:
         self.size = self.input.shape[1] * self.output.shape[1]
 
     def scaled(self, outputs: Tensor, inputs: Tensor) -> Self:
-        """Projections that multiply each feature first: they take `b^T a` to the projection of `(b d_o)^T (a d_i)`.
+        """Fold a scale of each feature into the projections: `b^T a` goes to the projection of `(b d_o)^T (a d_i)`.
 
         Args:
             outputs: (O,) `d_o`.
             inputs: (I,) `d_i`.
         """
-        other = copy(self)
-        other.output, other.input = outputs[:, None] * self.output, inputs[:, None] * self.input
-        return other
+        scaled = copy(self)
+        # diag(d) P once per step, instead of scaling every activation
+        scaled.output, scaled.input = outputs[:, None] * self.output, inputs[:, None] * self.input
+        return scaled

@@ -34,10 +34,10 @@ from curate.core.writing import replacing
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
 from curate.influence.draw import draw_measured, measured_frame, values_frame
-from curate.influence.extrapolate import blocks_of, from_fit, with_fallback
-from curate.ngrams.regression import NgramRegression, fit, means, ngrams_of
+from curate.influence.extrapolate import blocks_of
+from curate.ngrams.regression import means
 from curate.stats.deviation import combined_values, target_shares
-from curate.tables import MeasuredValues, PredictedValues, PredictionQuality, Samples, SampleValues
+from curate.tables import MeasuredValues, Samples, SampleValues
 from curate.training.fit import check_fit
 from curate.training.replay import Replay, records
 from curate.training.run import ContinuedRun
@@ -57,14 +57,10 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
-MIN_RANK_CORRELATION = 0.2
-"""Held-out rank correlation from which a domain's predictions are used, if it is certainly positive; elsewhere the
-domain's mean stands for what is not measured. What choosing by predictions gains is about this share of what choosing
-by values would gain."""
 _LR_SHARE = 0.1  # of the run's median lr, see `influence.direction`
 _FORWARD_PASSES = 0.4  # of a forward+backward pass: a forward pass
 _BATCH = 64  # samples read at a time
-_DIRECTIONS, _TOKENS = "directions.npz", "tokens.npz"
+_DIRECTIONS, TOKEN_VALUES = "directions.npz", "tokens.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +197,7 @@ def _measure_part(
         scratch=scratch, by_token=True,
     ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
     write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
-    write_arrays(folder / _TOKENS, {"values": tokens.astype(np.float32)})
+    write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
     with replacing(folder / "values.parquet") as part:
         pl.concat(_of_target(drawn, place, own) for place, own in enumerate(of_samples.T)).write_parquet(part)
@@ -248,7 +244,7 @@ def measure_samples(
             )  # fmt: skip
             with timed(folder, replay) as scratch:
                 parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-                own = [_places(next_step)[name] for name in aimed]  # a retention target may have no say here
+                own = [target_places(next_step)[name] for name in aimed]  # a retention target may have no say here
                 directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][own])
                 shares = parameters.new_tensor(list(target_shares(next_step.values, aimed).values()))
                 value = linear_values(
@@ -266,70 +262,7 @@ def measure_samples(
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
 
 
-@dataclass(frozen=True, kw_only=True)
-class NextStepPredictor:
-    """What n-grams say of the next step, learned from the tokens of the measured part; no pass through the model.
-
-    Attributes:
-        regression: gives the value per token of any text, for all targets together.
-        measured: the part that it was fitted to.
-        held_out: (n,) what fits without a measured sample's fold predict of it; NaN where there is none.
-        seed: of intervals.
-    """
-
-    regression: NgramRegression
-    measured: dy.DataFrame[SampleValues]
-    held_out: Floats
-    seed: int
-
-    def predict(self, samples: Sequence[Sample]) -> Floats:
-        """(B,) values per token; NaN of samples that predict no token."""
-        predicted = np.full(len(samples), np.nan)
-        usable = [place for place, sample in enumerate(samples) if sample.predicted_tokens]
-        if usable:
-            predicted[usable] = self.regression.samples([samples[place] for place in usable])[:, 0]
-        return predicted
-
-    def judged(
-        self, samples: dy.DataFrame[Samples], predicted: Floats
-    ) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
-        """Predictions where they are good enough, and how good they are.
-
-        Args:
-            samples: N samples, the measured ones among them.
-            predicted: (N,) of them.
-
-        Returns:
-            Values of all samples; measured ones have the measured value.
-            How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
-        """
-        known = (self.measured["value_total"] / self.measured["predicted_tokens"]).to_numpy()
-        quality = from_fit(samples, self.measured, known, predicted, self.held_out, self.seed)
-        every, judged = with_fallback(*quality, MIN_RANK_CORRELATION)
-        return PredictedValues.validate(every), PredictionQuality.validate(judged)
-
-
-def fit_predictor(
-    source: SampleSource, next_step: NextStep, weights: Mapping[str, float], seed: int
-) -> NextStepPredictor:
-    """Learn from the tokens of the measured part.
-
-    Args:
-        source: of the samples.
-        next_step: of the run and the targets.
-        weights: target -> weight.
-        seed: of folds and intervals.
-    """
-    measured = combined_values(next_step.values, weights)
-    shares = np.array(list(target_shares(next_step.values, weights).values()))
-    stored = read_arrays(next_step.folder / _TOKENS)["values"][:, [_places(next_step)[name] for name in weights]]
-    keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
-    tokens = stored.astype(np.float64) @ shares
-    regression, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
-    return NextStepPredictor(regression=regression, measured=measured, held_out=held_out[:, 0], seed=seed)
-
-
-def _places(next_step: NextStep) -> dict[str, int]:
+def target_places(next_step: NextStep) -> dict[str, int]:
     """Target -> its place among those that the next step is valued for."""
     return {name: place for place, name in enumerate(next_step.values["target"].unique(maintain_order=True))}
 
@@ -358,7 +291,7 @@ def timed(folder: Path, replay: Replay) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        add_time(folder, perf_counter() - begin, replay.unit_seconds)
+        add_time(folder, perf_counter() - begin, replay.pass_seconds)
 
 
 def timings_of(folder: Path) -> dict[str, float]:

@@ -64,7 +64,7 @@ def target_directions(
     import torch
 
     last = replay.run.spec.steps - 1
-    replay.horizon_model(last + 1)  # the state that the losses are read at
+    replay.model_at(last + 1)  # the state that the losses are read at
     cotangent = TrainingState.zeros(loss_gradients(replay.task, replay.layout, losses, batch_size))
     state = next(replay.states(last, last + 1))
     groups = replay.layout.groups(state.record.groups)

@@ -33,6 +33,7 @@ class MuonRule:
 
     def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
         """See `Rule.pieces`: matrix by matrix, whatever their size."""
+        # NS reads the whole matrix, so a piece is one; a group without parameters has no piece
         start = group.place.start
         for shape in group.shapes:
             yield replace(group, place=slice(start, start + prod(shape)), shapes=(shape,))
@@ -44,13 +45,14 @@ class MuonRule:
 
         settings = group.settings
         buffer, direction = _buffer_and_direction(state, gradient, settings)
+        # the last two dimensions: a gradient of (b, p), one update for each row, gives (b, m, n)
         steps = [
             (settings.lr * _scale(settings, matrix.shape[-2:]) * newton_schulz(matrix, settings)).flatten(-2)
             for matrix in _matrices(direction, group.shapes)
         ]
-        kept = (1 - settings.lr * settings.weight_decay) * state.parameters
+        decayed = (1 - settings.lr * settings.weight_decay) * state.parameters
         return TrainingState(
-            parameters=kept - torch.cat(steps, dim=-1) if steps else kept,
+            parameters=decayed - torch.cat(steps, dim=-1),
             momentum=buffer,
             second_moment=state.second_moment,
         )
@@ -70,14 +72,16 @@ class MuonRule:
 
         settings, mu = group.settings, group.settings.momentum
         _, direction = _buffer_and_direction(state, gradient, settings)
+        # theta' = ... - lr s NS(D), D = B' or (Nesterov) (1 - mu) G + mu B', B' = mu B + (1 - mu) G, last to first
         pulled = [
             _pull(matrix, d_step, settings)
             for matrix, d_step in zip(
                 _matrices(direction, group.shapes), _matrices(cotangent.parameters, group.shapes), strict=True
             )
         ]
-        d_direction = torch.cat(pulled, dim=1) if pulled else torch.zeros_like(u)
+        d_direction = torch.cat(pulled, dim=1)
         d_buffer = cotangent.momentum + (mu * d_direction if settings.nesterov else d_direction)
+        # Nesterov's direction reads G twice: once itself, once through the buffer
         u[:] = (1 - mu) * (d_buffer + d_direction if settings.nesterov else d_buffer)
         before.momentum[:] = mu * d_buffer
         before.second_moment[:] = cotangent.second_moment
@@ -89,9 +93,12 @@ def newton_schulz(matrix: Tensor, settings: GroupSettings) -> Tensor:
     import torch
 
     if matrix.dim() > 2:
-        each: Tensor = torch.func.vmap(lambda one: newton_schulz(one, settings))(matrix)
-        return each
+        # vmap, because the norm below is of one matrix
+        batch: Tensor = torch.func.vmap(lambda single: newton_schulz(single, settings))(matrix)
+        return batch
+    # A = X X^T is the smaller of the two Gram matrices where X is wide; torch transposes alike
     wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    # the Frobenius norm bounds the spectral norm, so that the iteration starts inside its region of convergence
     x = wide / wide.norm().clamp(min=settings.eps)
     for _ in range(settings.ns_steps):
         gram = x @ x.mT
@@ -103,18 +110,20 @@ def newton_schulz(matrix: Tensor, settings: GroupSettings) -> Tensor:
 
 
 def _pull(matrix: Tensor, d_step: Tensor, settings: GroupSettings) -> Tensor:
-    """(R, m n): what (R, m, n) cotangents of theta' are to D, through `- lr s NS(D)`."""
+    """Pull cotangents (R, m, n) of theta' back to D, through `- lr s NS(D)`; (R, m n)."""
     import torch
 
     if float(matrix.norm()) <= settings.eps:
         return torch.zeros_like(d_step).flatten(1)
     pull = torch.func.vjp(lambda value: newton_schulz(value, settings), matrix)[1]
+    # the forward pass ran once; vmap repeats the backward pass for the R cotangents only
     scaled = -settings.lr * _scale(settings, matrix.shape) * d_step
     pulled: Tensor = torch.func.vmap(pull)(scaled)[0]
     return pulled.flatten(1)
 
 
 def _buffer_and_direction(state: TrainingState, gradient: Tensor, settings: GroupSettings) -> tuple[Tensor, Tensor]:
+    """B' and D of the module docstring."""
     mu = settings.momentum
     buffer = mu * state.momentum + (1 - mu) * gradient
     return buffer, (1 - mu) * gradient + mu * buffer if settings.nesterov else buffer
@@ -122,14 +131,15 @@ def _buffer_and_direction(state: TrainingState, gradient: Tensor, settings: Grou
 
 def _matrices(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """(..., p) as views (..., m, n)."""
-    parts = flat.split([prod(shape) for shape in shapes], dim=-1) if shapes else ()
-    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+    columns = flat.split([prod(shape) for shape in shapes], dim=-1)
+    return [matrix.unflatten(-1, shape) for matrix, shape in zip(columns, shapes, strict=True)]
 
 
 def _scale(settings: GroupSettings, shape: Sequence[int]) -> float:
     """Torch's `adjust_lr_fn` of a (m, n) matrix."""
     rows, columns = shape
     if settings.adjust_lr_fn == "match_rms_adamw":
+        # .2 is the usual RMS of an AdamW update (Liu et al., arXiv 2502.16982, section 2.2)
         return 0.2 * sqrt(max(rows, columns))
     ratio = rows / columns
     return sqrt(ratio if settings.adjust_lr_fn == "spectral_unclamped" else max(1.0, ratio))

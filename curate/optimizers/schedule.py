@@ -27,12 +27,13 @@ class LrSchedule(Config):
     """Steps from the first one to the end of the decay; none: the stage's."""
 
     def lr(self, step: int, steps: int) -> float:
-        """Lr of one step of a stage of so many."""
+        """The lr at `step` of a stage of `steps`."""
         if step < self.warmup_steps:
             return self.peak * (step + self.warmup_from) / self.warmup_steps
         if self.decay == "constant":
             return self.peak
         end = self.decay_steps or steps
+        # at most 1: a decay that ends before the stage stays at its end; max: the warm-up may fill the whole stage
         progress = min((step - self.warmup_steps) / max(end - self.warmup_steps, 1), 1.0)
-        left = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.peak * (self.min_ratio + (1 - self.min_ratio) * left)
+        remaining = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.peak * (self.min_ratio + (1 - self.min_ratio) * remaining)

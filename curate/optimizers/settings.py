@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
 BUFFERS = {"AdamW": _ADAM, "Adam": _ADAM, "SGD": frozenset({"momentum_buffer"}), "Muon": frozenset({"momentum_buffer"})}
 """Supported class of `torch.optim` -> buffers that it keeps per parameter (SGD only with momentum)."""
-_FLAGS = ("amsgrad", "maximize")
+# flags of torch.optim that change the update and that no rule here knows
+_UNSUPPORTED_FLAGS = ("amsgrad", "maximize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +58,44 @@ class GroupSettings:
 
     @classmethod
     def read(cls, optimizer: str, group: Mapping[str, Any]) -> GroupSettings:
-        """From an entry of a torch optimizer's `param_groups`."""
+        """Read an entry of a torch optimizer's `param_groups`."""
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         ns_a, ns_b, ns_c = group.get("ns_coefficients", (0.0, 0.0, 0.0))
+        # float(): a scheduler, or capturable=True, may leave tensors and NumPy numbers in a group
         return cls(
-            optimizer=optimizer, lr=float(group["lr"]), weight_decay=float(group["weight_decay"]),
-            beta1=float(beta1), beta2=float(beta2), eps=float(group.get("eps", 0.0)),
-            momentum=float(group.get("momentum", 0.0)), dampening=float(group.get("dampening", 0.0)),
-            nesterov=bool(group.get("nesterov", False)), ns_steps=int(group.get("ns_steps", 0)),
-            ns_a=float(ns_a), ns_b=float(ns_b), ns_c=float(ns_c),
+            optimizer=optimizer,
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group.get("eps", 0.0)),
+            momentum=float(group.get("momentum", 0.0)),
+            dampening=float(group.get("dampening", 0.0)),
+            nesterov=bool(group.get("nesterov", False)),
+            ns_steps=int(group.get("ns_steps", 0)),
+            ns_a=float(ns_a),
+            ns_b=float(ns_b),
+            ns_c=float(ns_c),
+            # torch's None means "original"; one word for both, so that equal settings compare equal
             adjust_lr_fn=(group.get("adjust_lr_fn") or "original") if optimizer == "Muon" else "",
-        )  # fmt: skip
+        )
 
     def as_group(self) -> dict[str, Any]:
-        """The hyper-parameters that `read` read, for an entry of `param_groups` of the same optimizer."""
-        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        """The inverse of `read`: keys and values for an entry of `param_groups` of the same optimizer."""
+        # only the keys that the class has: torch would keep a foreign one in every checkpoint
+        common = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer in ("AdamW", "Adam"):
-            return {**shared, "betas": (self.beta1, self.beta2), "eps": self.eps}
-        shared = {**shared, "momentum": self.momentum, "nesterov": self.nesterov}
+            return {**common, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        common = {**common, "momentum": self.momentum, "nesterov": self.nesterov}
         if self.optimizer == "SGD":
-            return {**shared, "dampening": self.dampening}
+            return {**common, "dampening": self.dampening}
         return {
-            **shared, "eps": self.eps, "ns_steps": self.ns_steps, "adjust_lr_fn": self.adjust_lr_fn,
+            **common,
+            "eps": self.eps,
+            "ns_steps": self.ns_steps,
+            "adjust_lr_fn": self.adjust_lr_fn,
             "ns_coefficients": (self.ns_a, self.ns_b, self.ns_c),
-        }  # fmt: skip
+        }
 
 
 def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
@@ -94,24 +109,26 @@ def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
         name = supported_class(type(optimizer))
         for group in optimizer.param_groups:
             refuse_variant(name, group)
-            own = {id(parameter) for parameter in group["params"]}
-            if own & seen:
+            # by identity: tensors compare elementwise. torch itself refuses doubles within one optimizer only
+            parameters = {id(parameter) for parameter in group["params"]}
+            if parameters & seen:
                 raise UserError(f"{name} holds a parameter that another optimizer holds too; give each to one of them")
-            seen |= own
+            seen |= parameters
 
 
-def supported_class(kind: type) -> str:
-    """Its name in `torch.optim`.
+def supported_class(optimizer: type) -> str:
+    """The name of an optimizer's class in `torch.optim`.
 
     Raises:
         UserError: it is not a supported class of torch's own.
     """
     import torch
 
-    name: str = kind.__name__
-    if name not in BUFFERS or kind is not getattr(torch.optim, name, None):
+    name: str = optimizer.__name__
+    # the very class: a subclass, or a library's class of the same name, may update in another way
+    if name not in BUFFERS or optimizer is not getattr(torch.optim, name, None):
         raise UserError(
-            f"the optimizer is {kind.__module__}.{kind.__qualname__}; values are computed for torch.optim's "
+            f"the optimizer is {optimizer.__module__}.{optimizer.__qualname__}; values are computed for torch.optim's "
             f"{', '.join(BUFFERS)} (one, or several over different parameters): train with these"
         )
     return name
@@ -123,9 +140,10 @@ def refuse_variant(name: str, group: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the flag.
     """
-    for flag in _FLAGS:
+    for flag in _UNSUPPORTED_FLAGS:
         if group.get(flag):
             raise UserError(f"{name} with {flag} cannot be replayed; set {flag}=False")
+    # newer torch derives AdamW from Adam and keeps the difference in this flag, which a user may flip
     if name in ("AdamW", "Adam") and bool(group.get("decoupled_weight_decay", name == "AdamW")) != (name == "AdamW"):
         raise UserError(
             f"{name} with decoupled_weight_decay={group['decoupled_weight_decay']} cannot be replayed; use "

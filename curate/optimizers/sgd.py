@@ -34,6 +34,7 @@ class SgdRule:
         direction = a = gradient + settings.weight_decay * state.parameters
         buffer = state.momentum
         if settings.momentum:
+            # torch starts the buffer as a copy of the first gradient, without dampening
             buffer = settings.momentum * buffer + (1 - settings.dampening) * a if updates else a.clone()
             direction = a + settings.momentum * buffer if settings.nesterov else buffer
         return TrainingState(
@@ -54,13 +55,16 @@ class SgdRule:
         settings = group.settings
         before.second_moment[:] = cotangent.second_moment
         if settings.momentum:
-            through = settings.momentum if settings.nesterov else 1.0
-            d_buffer = cotangent.momentum - (settings.lr * through) * cotangent.parameters
+            # d d / d b': mu for Nesterov's direction, 1 for the buffer itself
+            d_direction = settings.momentum if settings.nesterov else 1.0
+            d_buffer = cotangent.momentum - (settings.lr * d_direction) * cotangent.parameters
             u[:] = (1 - settings.dampening) * d_buffer if updates else d_buffer
             if settings.nesterov:
+                # the direct term `a` of Nesterov's direction, beside the one through the buffer
                 u.add_(cotangent.parameters, alpha=-settings.lr)
             before.momentum[:] = settings.momentum * d_buffer if updates else 0.0
         else:
             u[:] = -settings.lr * cotangent.parameters
             before.momentum[:] = cotangent.momentum
+        # u is the cotangent of `a` too, and `a` reads theta through the coupled decay
         before.parameters[:] = cotangent.parameters + settings.weight_decay * u

@@ -30,7 +30,8 @@ class TrainingState:
     second_moment: Tensor
 
     def part(self, place: slice) -> TrainingState:
-        """Views of some columns."""
+        """Views of some columns; what is written to them is written to this state."""
+        # `...`: the same slice serves vectors (P,) and cotangents (R, P)
         return TrainingState(
             parameters=self.parameters[..., place],
             momentum=self.momentum[..., place],
@@ -39,7 +40,7 @@ class TrainingState:
 
     @classmethod
     def zeros(cls, parameters: Tensor) -> TrainingState:
-        """These parameters, with zero vectors beside them."""
+        """A state of these parameters whose two other vectors are 0."""
         import torch
 
         return cls(
@@ -52,7 +53,7 @@ class Group:
     """One parameter group at one step.
 
     Attributes:
-        place: its columns.
+        place: slice of its columns in a vector (P,).
         shapes: of its parameters, in the order of the columns.
         settings: hyper-parameters.
     """
@@ -62,7 +63,8 @@ class Group:
     settings: GroupSettings
 
     def cut(self, numbers: int) -> Iterator[Group]:
-        """Consecutive parts of at most so many columns; what shapes there were is lost."""
+        """Consecutive pieces of at most `numbers` columns, for elementwise rules."""
+        # a cut may run through a parameter, so the pieces have no shapes
         for start in range(self.place.start, self.place.stop, numbers):
             yield replace(self, place=slice(start, min(start + numbers, self.place.stop)), shapes=())
 
@@ -71,7 +73,7 @@ class Rule(Protocol):
     """One optimizer's update of one group, without clipping."""
 
     def pieces(self, group: Group, numbers: int) -> Iterator[Group]:
-        """Consecutive parts of a group that can be updated apart, of about so many numbers each."""
+        """Consecutive pieces of a group that can be updated apart, of about `numbers` columns each."""
 
     def update(self, state: TrainingState, gradient: Tensor, updates: int, group: Group) -> TrainingState:
         """The state after the step; the arguments are not changed.
@@ -80,7 +82,7 @@ class Rule(Protocol):
             state: before the step, (p,) each.
             gradient: (p,), clipped; or (b, p), one update for each row.
             updates: updates that the group had before this one.
-            group: its settings.
+            group: place, shapes and settings.
         """
 
     def vjp(
@@ -99,7 +101,7 @@ class Rule(Protocol):
             state: before the step, (p,) each.
             gradient: (p,), clipped.
             updates: updates that the group had before this one.
-            group: its settings.
+            group: place, shapes and settings.
             cotangent: (R, p) each, of the state after the step.
             u: (R, p), written: cotangent of the clipped gradient.
             before: (R, p) each, written: cotangent of the state before the step.

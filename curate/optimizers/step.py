@@ -28,26 +28,29 @@ _RULES: dict[str, Rule] = {
 }
 
 
-_CPU_PIECE = 1 << 16  # numbers for each thread: some vectors of that length stay in a core's cache
-_PIECE = 1 << 24
+# numbers per thread: a handful of float32 vectors of 256 KB stay in a core's cache, so each is read from memory once
+_CPU_PIECE = 1 << 16
+# 64 MB of float32: large enough to fill a GPU, small beside the R cotangents of a model
+_GPU_PIECE = 1 << 24
 
 
 def piece_numbers(device: torch.device) -> int:
-    """Numbers that are worked on at once: little memory, and on CPUs the cache."""
+    """How many numbers an update works on at once: it bounds memory, and on CPUs fits the cache."""
     import torch
 
-    return _CPU_PIECE * torch.get_num_threads() if device.type == "cpu" else _PIECE
+    return _CPU_PIECE * torch.get_num_threads() if device.type == "cpu" else _GPU_PIECE
 
 
 def clip_factor(norm: Tensor, clip_norm: float | None) -> Tensor:
     """min(1, clip_norm / (|ghat| + 1e-6)) for norms of any shape."""
+    # 1e-6 and the clamp are those of torch.nn.utils.clip_grad_norm_
     return norm.new_ones(norm.shape) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def update_pieces(
     groups: Sequence[Group], updates: Sequence[int], rows: int, device: torch.device
 ) -> Iterator[tuple[Rule, Group, int]]:
-    """The groups that were updated, cut to about `piece_numbers` where their optimizer allows.
+    """Cut the groups that were updated into pieces of about `piece_numbers`, where their optimizer allows.
 
     Args:
         groups: places and settings.
@@ -56,15 +59,17 @@ def update_pieces(
         device: of the vectors.
 
     Yields:
-        Rule, part of a group, its updates.
+        Rule, piece of a group, updates that the group had before.
     """
+    # `rows` vectors share the cache; at least one column, however many rows there are
     width = max(1, piece_numbers(device) // rows)
-    for group, done in zip(groups, updates, strict=True):
+    for group, earlier_updates in zip(groups, updates, strict=True):
+        # a skipped optimizer (GradScaler) leaves parameters and buffers as they are; the callers copy them through
         if not group.settings.updated:
             continue
         rule = _RULES[group.settings.optimizer]
         for piece in rule.pieces(group, width):
-            yield rule, piece, done
+            yield rule, piece, earlier_updates
 
 
 def update_state(
@@ -89,10 +94,11 @@ def update_state(
     new = TrainingState(
         parameters=state.parameters.clone(), momentum=state.momentum.clone(), second_moment=state.second_moment.clone()
     )
+    # once, over all groups: the training clips the global norm before any optimizer steps
     factor = clip_factor(gradient.norm(), clip_norm)
-    for rule, group, done in update_pieces(groups, updates, 1, gradient.device):
+    for rule, group, earlier_updates in update_pieces(groups, updates, 1, gradient.device):
         place = group.place
-        after = rule.update(state.part(place), factor * gradient[place], done, group)
+        after = rule.update(state.part(place), factor * gradient[place], earlier_updates, group)
         new.parameters[place] = after.parameters
         new.momentum[place] = after.momentum
         new.second_moment[place] = after.second_moment
@@ -126,19 +132,22 @@ def update_vjp(
     import torch
 
     factor = clip_factor(gradient.norm(), clip_norm)
+    # empty: every column belongs to a group, and each group is written below, by its rule or as skipped
     u = torch.empty_like(cotangent.parameters)
     before = TrainingState(
         parameters=torch.empty_like(u), momentum=torch.empty_like(u), second_moment=torch.empty_like(u)
     )
-    for rule, group, done in update_pieces(groups, updates, len(u), gradient.device):
+    for rule, group, earlier_updates in update_pieces(groups, updates, len(u), gradient.device):
         place = group.place
-        part, ghat = state.part(place), factor * gradient[place]
-        rule.vjp(part, ghat, done, group, cotangent.part(place), u[:, place], before.part(place))
+        piece, clipped = state.part(place), factor * gradient[place]
+        rule.vjp(piece, clipped, earlier_updates, group, cotangent.part(place), u[:, place], before.part(place))
     for group in groups:
-        if not group.settings.updated:  # its step was skipped: the state went through as it was
+        if not group.settings.updated:
+            # its step was skipped: the state went through unchanged, and the gradient was not read
             u[:, group.place] = 0
-            for name, through in vars(cotangent.part(group.place)).items():
-                getattr(before, name)[:, group.place] = through
+            for name, passed_through in vars(cotangent.part(group.place)).items():
+                getattr(before, name)[:, group.place] = passed_through
+    # the rules gave the cotangent of the clipped gradient; clipping came first, so it is pulled back last
     return _unclip(u, gradient, factor), before
 
 
@@ -149,4 +158,5 @@ def _unclip(u: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
         return u
     norm = gradient.norm()
     along = (u @ gradient) * factor / ((norm + 1e-6) * norm)  # (R,)
+    # in place: u may be the largest array in memory
     return u.mul_(factor).addr_(along, gradient, alpha=-1)

@@ -11,7 +11,7 @@ from curate.filter.choose import CHOICE
 from curate.influence.extrapolate import PREDICTOR
 from curate.ngrams.regression import PREDICTOR as NGRAM_PREDICTOR
 from curate.selection.candidates import candidate_streams, streams_fingerprint
-from curate.training.token_accounting import ledger_identity
+from curate.training.token_accounting import stages_identity
 
 if TYPE_CHECKING:
     from curate.core.artifacts import Json
@@ -44,7 +44,7 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
     identity: dict[str, Any] = {
         "run": plan.run.fingerprint,
         "targets": [[target.fingerprint, weight] for target, weight in zip(targets.every, weights, strict=True)],
-        "earlier": ledger_identity(plan.stages[:-1]),
+        "earlier": stages_identity(plan.stages[:-1]),
         "sources": list(plan.sources),
         "budget_tokens": plan.budget_tokens,
         "unseen_only": plan.unseen_only,

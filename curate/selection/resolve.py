@@ -141,7 +141,7 @@ class Resolved:
 
     @cached_property
     def uses(self) -> dy.DataFrame[StageUses]:
-        """How often each sample was trained on in each stage, see `ledger.uses`."""
+        """How often each sample was trained on in each stage, see `token_accounting.uses`."""
         return uses(self.stages)
 
     @cached_property

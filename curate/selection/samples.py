@@ -14,16 +14,18 @@ import polars as pl
 
 from curate.domains.ngram_scores import combined_ratios
 from curate.filter.choose import combined_z
-from curate.influence.current import MIN_RANK_CORRELATION, fit_predictor, forward_passes, measure_samples
+from curate.influence.current import forward_passes, measure_samples
 from curate.influence.draw import values_frame
-from curate.influence.predict import predict_rest
+from curate.influence.predict_next_step import MIN_RANK_CORRELATION, fit_predictor
+from curate.influence.predict_window import predict_rest
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
 from curate.tables import DomainScores, DrawKeys, NgramRatios, Samples, SampleValues
 
 if TYPE_CHECKING:
-    from curate.influence.current import MeasuredSamples, NextStepPredictor
+    from curate.influence.current import MeasuredSamples
+    from curate.influence.predict_next_step import NextStepPredictor
     from curate.selection.domains import Domains
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
@@ -43,7 +45,7 @@ class SampleScores:
         values: for all targets together; samples that are not in it stand for the mean of their domain.
         texts: what one reading of all texts says.
         ngram_ratios: for all targets together; None: they have no share.
-        quality: how good predicted values are, see `influence.current.NextStepPredictor` and `influence.predict`.
+        quality: how good predicted values are, see `influence.predict_next_step` and `influence.predict_window`.
         measured: samples that were measured beside the part of every domain.
         keys: by which a method draws samples, where it does; they replace the values.
         measuring_seconds: that measuring took now.

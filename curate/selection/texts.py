@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from curate.data.mds import Sample
     from curate.domains.ngram_scores import TargetRatios
-    from curate.influence.current import NextStepPredictor
+    from curate.influence.predict_next_step import NextStepPredictor
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.tables import Samples

@@ -28,17 +28,18 @@ def check_fit(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], m
     Raises:
         UserError: names the first such sample.
     """
-    shape: Any = getattr(model, "config", None)
-    vocabulary, positions = getattr(shape, "vocab_size", None), getattr(shape, "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    # isinstance: a model of the user's own may keep anything under these names
     if isinstance(vocabulary, int):
-        where, largest = _first(catalogue, streams, "largest_token_id", vocabulary - 1)
+        where, largest = _first_above(catalogue, streams, "largest_token_id", vocabulary - 1)
         if where:
             raise UserError(
                 f"{where} has token id {largest}, the model has a vocabulary of {vocabulary}: set vocab_size of the "
                 "model, or write the stream with the model's tokenizer"
             )
     if isinstance(positions, int):
-        where, longest = _first(catalogue, streams, "stored_tokens", positions)
+        where, longest = _first_above(catalogue, streams, "stored_tokens", positions)
         if where:
             raise UserError(
                 f"{where} has {longest} tokens, the model has {positions} positions: set its max_position_embeddings, "
@@ -57,8 +58,9 @@ def check_tokens(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path]
     Raises:
         UserError: names the first such sample.
     """
+    # the largest id, not the number of tokens: ids may have gaps, and added tokens may lie far above the others
     size = 1 + max(load_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values())
-    where, largest = _first(catalogue, streams, "largest_token_id", size - 1)
+    where, largest = _first_above(catalogue, streams, "largest_token_id", size - 1)
     if where:
         raise UserError(
             f"{where} has token id {largest}, the tokenizer {tokenizer} has {size} tokens: give the one that the "
@@ -66,12 +68,12 @@ def check_tokens(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path]
         )
 
 
-def _first(
+def _first_above(
     catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], column: str, limit: int
 ) -> tuple[str | None, int]:
-    """The first sample that has more, in words, and what it has."""
-    over = catalogue.filter(pl.col(column) > limit)
-    if over.is_empty():
+    """Name the first sample whose `column` is above a limit, and give its number; (None, 0) where there is none."""
+    above = catalogue.filter(pl.col(column) > limit)
+    if above.is_empty():
         return None, 0
-    row = over.row(0, named=True)
+    row = above.row(0, named=True)
     return f"{streams[row['domain']]}, sample {row['index']}", row[column]

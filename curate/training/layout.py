@@ -33,6 +33,7 @@ class FlatLayout:
         self.group_slices: list[slice] = []
         self._group_shapes = [tuple(shapes[name] for name in group) for group in groups]
         self._sizes = [prod(shapes[name]) for name in self.names]
+        # the groups lie one after the other, so that each is one slice, whatever the order of the model's parameters
         start = 0
         for group in groups:
             stop = start + sum(prod(shapes[name]) for name in group)
@@ -41,45 +42,50 @@ class FlatLayout:
         self.size = start
 
     def groups(self, settings: Sequence[GroupSettings]) -> list[Group]:
-        """Places and shapes of the parameter groups, with their settings at one step."""
+        """Slices and shapes of the parameter groups, with their settings at one step."""
         return [
-            Group(place=place, shapes=shapes, settings=own)
-            for place, shapes, own in zip(self.group_slices, self._group_shapes, settings, strict=True)
+            Group(place=place, shapes=shapes, settings=group_settings)
+            for place, shapes, group_settings in zip(self.group_slices, self._group_shapes, settings, strict=True)
         ]
 
     def parts(self, settings: Sequence[GroupSettings], names: Sequence[str]) -> list[tuple[int, Group]]:
-        """Some parameters as groups of their own, placed in vectors of these parameters alone (`columns`).
+        """Give some parameters a group each, whose slices are of vectors of these parameters alone (`columns`).
 
         Returns:
-            Index of the parameter's group, and the part.
+            For each parameter, in the order of the layout, the index of its group here and its own group.
         """
-        found, start, at = [], 0, 0
+        parts = []
+        # two offsets: in the vector of all parameters, and in the vector of the chosen ones
+        start = chosen_start = 0
         for name, size in zip(self.names, self._sizes, strict=True):
             if name in names:
+                # the groups are in order, so the first that ends behind the parameter's start holds it
                 index = next(i for i, place in enumerate(self.group_slices) if start < place.stop)
-                part = Group(place=slice(at, at + size), shapes=(self.shapes[name],), settings=settings[index])
-                found.append((index, part))
-                at += size
+                place = slice(chosen_start, chosen_start + size)
+                parts.append((index, Group(place=place, shapes=(self.shapes[name],), settings=settings[index])))
+                chosen_start += size
             start += size
-        return found
+        return parts
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy named tensors of shape (..., *parameter shape) into one of shape (..., P)."""
         import torch
 
-        parts = [tensors[name] for name in self.names]
-        lead = parts[0].shape[: parts[0].dim() - len(self.shapes[self.names[0]])]
-        return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
+        ordered = [tensors[name] for name in self.names]
+        # dimensions before those of the parameter (rows of cotangents) are the same on every tensor
+        lead = ordered[0].shape[: ordered[0].dim() - len(self.shapes[self.names[0]])]
+        return torch.cat([tensor.reshape(*lead, -1) for tensor in ordered], dim=-1)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Named views (..., *parameter shape) of a vector (..., P); nothing is copied."""
-        parts = flat.split(self._sizes, dim=-1)
+        pieces = flat.split(self._sizes, dim=-1)
         return {
-            name: part.view(*flat.shape[:-1], *self.shapes[name]) for name, part in zip(self.names, parts, strict=True)
+            name: piece.view(*flat.shape[:-1], *self.shapes[name])
+            for name, piece in zip(self.names, pieces, strict=True)
         }
 
     def columns(self, names: Sequence[str]) -> Tensor:
-        """Mask (P,) of the places of some parameters."""
+        """Boolean mask (P,), True in the columns of some parameters."""
         import torch
 
         chosen = set(names)

@@ -1,4 +1,4 @@
-"""What is asked of a model: the names of its parameters, and a forward pass that a replay can repeat."""
+"""Names of a model's parameters, and checks that a replay can repeat its forward pass."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from curate.core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# attributes that torch.compile, activation checkpointing and FSDP keep the wrapped module under
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_OTHER_HEADS = ("summary_", "classifier_")  # settings of a Hugging Face config that no language model reads
+# dropouts of classification heads: every GPT-2 config has them, and no language model reads them
+_OTHER_HEADS = ("summary_", "classifier_")
 
 
 def unwrapped_name(name: str) -> str:
     """The name of a parameter or module as if nothing were wrapped.
 
-    torch.compile, activation checkpointing and FSDP add a part wherever the wrapped module stands in the model; DDP
-    adds `module` at the front.
+    torch.compile, activation checkpointing and FSDP add an attribute wherever they wrap a module; DDP adds `module` at
+    the front.
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while parts and parts[0] == "module":
-        del parts[0]
-    return ".".join(parts)
+    attributes = [attribute for attribute in name.split(".") if attribute not in _WRAPPERS]
+    # only in front: a model may well have a submodule called `module`
+    while attributes and attributes[0] == "module":
+        del attributes[0]
+    return ".".join(attributes)
 
 
 def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its unwrapped name; tied ones once, under their first name."""
+    # named_parameters leaves doubles out
     return {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
 
 
@@ -37,12 +41,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train_only(model: nn.Module, names: Collection[str], whose: str) -> None:
-    """Let some parameters be trained, and all others be frozen.
+    """Make some parameters trainable and freeze all others.
 
     Args:
         model: the model.
-        names: of those that are trained.
-        whose: who says so, for messages.
+        names: of the parameters to train.
+        whose: what names them, for messages.
 
     Raises:
         UserError: the model lacks one.
@@ -70,6 +74,7 @@ def refuse_random(model: nn.Module) -> None:
         dropout = next(_dropouts(where, module), None)
         if dropout is not None:
             raise UserError(f"{dropout}: replay could not repeat it; train with dropout 0")
+        # by name, so that SyncBatchNorm and those of other libraries count; tracked statistics mix batches as well
         if "BatchNorm" in type(module).__name__ or getattr(module, "track_running_stats", False) is True:
             raise UserError(
                 f"{where} is a {type(module).__name__}, which mixes the samples of a batch: they have no values of "
@@ -78,17 +83,19 @@ def refuse_random(model: nn.Module) -> None:
 
 
 def _dropouts(where: str, module: nn.Module) -> Iterator[str]:
-    """Every dropout of one module, in words."""
+    """Describe every dropout of one module."""
+    # by name: dropouts of other libraries do not derive from torch's
     if "Dropout" in type(module).__name__ and getattr(module, "p", False):
         yield f"{where} is a dropout with p > 0"
+    # attention modules keep a rate as a number and pass it to a function; True and integers are switches and sizes
     for key, value in vars(module).items():
         if "drop" in key and isinstance(value, float) and value > 0:
             yield f"{where} has {key} {value:g}"
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         for key, value in _numbers(config.to_dict()):
-            own = key.rpartition(".")[2]
-            if "drop" in own and value > 0 and not own.startswith(_OTHER_HEADS):
+            setting = key.rpartition(".")[2]
+            if "drop" in setting and value > 0 and not setting.startswith(_OTHER_HEADS):
                 yield f"the model's config has {key} {value:g}"
 
 
@@ -116,9 +123,9 @@ def refuse_unwhole(model: nn.Module) -> None:
                 "DistributedDataParallel, or on one device"
             )
         if parameter.dtype != torch.float32:
-            kind = str(parameter.dtype).removeprefix("torch.")
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} is {kind}, and replay computes with float32 weights; keep the weights in float32 and train "
+                f"{name} is {dtype}, and replay computes with float32 weights; keep the weights in float32 and train "
                 "under torch.autocast (task.autocast bfloat16)"
             )
 
@@ -126,8 +133,10 @@ def refuse_unwhole(model: nn.Module) -> None:
 def _is_sharded(parameter: Tensor) -> bool:
     from torch import distributed
 
+    # FSDP1 recognises its flat parameters by this attribute; without use_orig_params the class says it too
     if hasattr(parameter, "_is_flat_param") or type(parameter).__name__ == "FlatParameter":
         return True
+    # a torch built without distributed has no DTensor to import
     if not distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -70,7 +70,7 @@ class RecorderConfig(Config):
 
 
 class StepObserver(Protocol):
-    """What takes part in a recorded training beside the recorder, see `TrajectoryRecorder.attach`."""
+    """Takes part in a recorded training beside the recorder, see `TrajectoryRecorder.attach`."""
 
     def begin_step(self, step: int) -> None:
         """Before the first forward pass of a step."""
@@ -106,7 +106,7 @@ class TrajectoryRecorder:
         first_step: where this process starts; records of that step and later ones are dropped (they are repeated).
         columns: columns of the streams.
         tokenizer: tokenizer file of the tokens.
-        previous: run of the stage that this one continues from, for the ledger of consumed samples.
+        previous: run of the stage that this one continues from; its samples count as seen.
 
     Attributes:
         folder, model, optimizers, clip_norm, first_step: as given.
@@ -138,14 +138,17 @@ class TrajectoryRecorder:
         previous: Path | None = None,
     ) -> None:
         self.folder, self.model, self.optimizers = local_path(Path(folder)), model, as_sequence(optimizer)
+        # before the lock, which makes the folder: a refused training leaves nothing on disk
         check_replayable(model, self.optimizers)
         for domain in streams:
             check_domain(domain)
         self.clip_norm, self._flush_steps = clip_norm, config.flush_steps
         self.rank, self.world = _rank_and_world()
+        # a lock per rank: the ranks of one training share the folder, two trainings must not
         self._lock = Lock(self.folder, LOCK if self.rank == 0 else f".rank-{self.rank:05d}.lock")
         self._observers: list[StepObserver] = []
         self._rows: list[dict[str, Any]] = []
+        # -1 until this process's first step, so that `begin_step` recognises it
         self._step = -1
         self.first_step = first_step
         self.windows = default_windows(steps) if config.windows is None else window_steps(config.windows, steps)
@@ -153,22 +156,33 @@ class TrajectoryRecorder:
         self._watch = OptimizerWatch(self.optimizers, model)
         self._buffers: BufferWatch | None = None
         task = keep_model_config(self.folder, task, write=self.rank == 0)
+        # absolute paths: the selection may run in another working directory
         self._spec = RunSpec(
-            task=task, streams={domain: Path(path).resolve() for domain, path in streams.items()},
-            columns=columns or Columns(), seq_len=seq_len,
+            task=task,
+            streams={domain: Path(path).resolve() for domain, path in streams.items()},
+            columns=columns or Columns(),
+            seq_len=seq_len,
             tokenizer=None if tokenizer is None else tokenizer_file(Path(tokenizer)).resolve(),
-            steps=steps, windows=self.windows,
-            optimizers=[name for name, _ in groups_of(self.optimizers)], clip_norm=clip_norm, groups=self._watch.names,
+            steps=steps,
+            windows=self.windows,
+            optimizers=[name for name, _ in groups_of(self.optimizers)],
+            clip_norm=clip_norm,
+            groups=self._watch.names,
             previous=previous and Path(previous).resolve(),
-        )  # fmt: skip
+        )
         self._snapshot_steps = snapshot_schedule(
-            self.windows, steps, config.cadence_snapshots, state_bytes(model, self.optimizers),
+            self.windows,
+            steps,
+            config.cadence_snapshots,
+            state_bytes(model, self.optimizers),
             snapshot_budget(self.folder, None if config.snapshot_bytes is None else int(config.snapshot_bytes)),
-        )  # fmt: skip
+        )
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
+        """Begin a run, or continue one: keep its unbroken records of the steps before `first_step`, drop all others."""
         if (self.folder / "steps.parquet").exists():
+            # the process that finished it may have been killed before it could tidy up
             remove_parts(self.folder)
             raise UserError(f"{self.folder} holds a finished run; choose another output folder")
         self._parts = self.folder / "steps.parts" / f"rank-{self.rank:05d}"
@@ -176,15 +190,19 @@ class TrajectoryRecorder:
         if self.rank == 0:
             write_json(self.folder / "run.json", self._spec.model_dump(mode="json"))
             list_files(self.folder, [self.folder / "run.json"])
+        # number of steps that are recorded without a gap from step 0 on
         reached = 0
+        # names begin with the first step, so this is their order
         for path in sorted(self._parts.glob("*.parquet")):
             rows = part_rows(path)
+            # from `reached` on: a kill between the write and the unlink below leaves a step in two parts
             kept = rows.filter(pl.col("step").is_between(reached, first_step, closed="left"))
             if len(kept) < len(rows):
                 if len(kept):
                     self._write(kept)
                 path.unlink()
             for step in kept["step"].unique().sort():
+                # a gap stops the count for good
                 reached += step == reached
         if reached < first_step:
             raise UserError(
@@ -193,14 +211,16 @@ class TrajectoryRecorder:
             )
 
     def attach(self, observer: StepObserver) -> None:
-        """Let another take part from the next step on, such as `curate.embeddings.run_capture.RunCapture`."""
+        """Call an observer from the next step on, such as `curate.embeddings.run_capture.RunCapture`."""
         self._observers.append(observer)
 
     def begin_step(self, step: int) -> None:
-        """Call before the first micro-batch of a step: takes the snapshot where one is due."""
+        """Call before the first micro-batch of a step; takes the snapshot where one is due."""
+        # first, because an observer installs its hooks here
         for observer in self._observers:
             observer.begin_step(step)
         self._watch.begin()
+        # buffers are copied and compared in this process's first step only: that would cost at every step
         self._buffers = BufferWatch(self.model) if self._step < 0 else None
         self._step = step
         self._first_row = len(self._rows)
@@ -255,6 +275,7 @@ class TrajectoryRecorder:
         groups = self._watch.end(self._step, updated)
         if self._buffers is not None:
             self._buffers.check()
+        # loss, norm and settings are known at the end of the step only, and are the same in all its rows
         for row in self._rows[self._first_row :]:
             row.update(loss=_detached(loss), grad_norm=_detached(grad_norm), groups=groups)
         for observer in self._observers:
@@ -268,9 +289,11 @@ class TrajectoryRecorder:
             observer.flush()
         if not self._rows:
             return
+        # beside snapshots, the only place where the host waits for the device
         rows = [{key: _host(value) for key, value in row.items()} for row in self._rows]
         for row in rows:
             row["clip_factor"] = clip_factor(row["grad_norm"], self.clip_norm)
+            # `updated` is a tensor where a fused optimizer decides on the device whether it steps
             row["groups"] = [{**group, "updated": bool(group["updated"])} for group in row["groups"]]
         self._write(pl.DataFrame(rows, schema=STEPS))
         self._rows = []
@@ -282,39 +305,46 @@ class TrajectoryRecorder:
         self._watch.close()
         for observer in self._observers:
             observer.finish()
+        # the state after the last update, where the stage's values end
         self._snapshot(self._spec.steps)
+        # every rank has flushed before rank 0 merges
         _barrier(self.world)
         if self.rank == 0:
-            parts = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
-            merged = pl.concat([part_rows(part) for part in parts]).sort("step", "rank", "micro_batch")
+            paths = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
+            merged = pl.concat([part_rows(path) for path in paths]).sort("step", "rank", "micro_batch")
             with replacing(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
+                # listed before it is renamed: steps.parquet says that a run is finished, and must never be without sum
                 list_files(self.folder, [], sums={"steps.parquet": sum_of(part)})
             remove_parts(self.folder)
         self._lock.release()
 
     def _snapshot(self, step: int) -> None:
+        # the ranks of DistributedDataParallel hold the same state
         if self.rank == 0:
             save_snapshot(self.folder, step, self.model, self.optimizers)
 
     def _write(self, frame: pl.DataFrame) -> None:
-        """Write a part, whose name ends in its hash: a list beside it could not be replaced together with it."""
+        """Write a part of the step records; its name ends in its hash.
+
+        Parts come every few steps, and a list of sums beside them could not be replaced in one step with a part.
+        """
         frame.write_parquet(content := io.BytesIO())
         with replacing(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
             part.write_bytes(content.getvalue())
 
 
 def remove_parts(run: Path) -> None:
-    """Remove what a process that was killed as it finished a run left beside `steps.parquet`."""
+    """Remove what a process left beside `steps.parquet` that was killed while it finished a run."""
     shutil.rmtree(run / "steps.parts", ignore_errors=True)
     sweep(run)
 
 
 class NoRecorder:
-    """Stands where a loop may run without recording; every call does nothing."""
+    """A recorder that does nothing, for a loop that may run without recording."""
 
     def begin_step(self, step: int) -> None:
-        """Nothing is taken."""
+        """Take no snapshot."""
 
     def micro_batch(
         self,
@@ -323,28 +353,29 @@ class NoRecorder:
         tokens: Tensor | Sequence[int],
         backward_scale: Tensor | float | None = None,
     ) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def end_step(
         self, loss: Tensor | float, grad_norm: Tensor | float | None = None, updated: bool | None = None
     ) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def flush(self) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
     def finish(self) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
 
 def clip_factor(grad_norm: float | None, clip_norm: float | None) -> float | None:
-    """`torch.nn.utils.clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6)); None where that is unknown."""
+    """What `torch.nn.utils.clip_grad_norm_` multiplied by: min(1, max_norm / (norm + 1e-6)); None where unknown."""
     if clip_norm is None:
         return 1.0
     return None if grad_norm is None else min(1.0, clip_norm / (grad_norm + 1e-6))
 
 
 def _detached(value: Any) -> Any:
+    # a copy on the device: the trainer may write the next micro-batch into the same tensor
     return value.detach().clone() if hasattr(value, "detach") else value
 
 

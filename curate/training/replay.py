@@ -59,7 +59,7 @@ class StepRecord:
 
     @property
     def clipped(self) -> float:
-        """The clip factor.
+        """The clip factor, where it must be known.
 
         Raises:
             UserError: it is not known.
@@ -84,7 +84,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedStep:
-    """A step whose backward pass has been repeated, but not its update: the model holds `theta_k`, `.grad` `ghat_k`.
+    """A step after its backward pass and before its update: the model holds `theta_k`, `.grad` holds `ghat_k`.
 
     Attributes:
         record: the step.
@@ -139,6 +139,7 @@ class Replay:
         import torch
 
         self.run, self.device, self.tolerance = run, usable_device(device), tolerance
+        # Muon came to torch.optim late, so a run may have been recorded with a newer torch
         for name in run.spec.optimizers:
             if name not in BUFFERS or not hasattr(torch.optim, name):
                 raise UserError(
@@ -147,14 +148,16 @@ class Replay:
                 )
         self.reader = SampleReader(run.source)
         self.task = Task(run.spec.task, self.device)
+        # what the training froze must not get gradients here: they would count in the norm
         trained = {name for group in run.spec.groups for name in group}
         train_only(self.task.model, trained, f"run {run.folder}")
         self.layout = FlatLayout(self.task.model, run.spec.groups)
         self._pass_seconds: list[float] = []
 
     @property
-    def unit_seconds(self) -> float | None:
-        """Median time of one forward+backward of a step's batch in this process; the unit of all costs."""
+    def pass_seconds(self) -> float | None:
+        """Median seconds of a forward-backward pass of a step's batch in this process: the unit of all costs."""
+        # median: the first pass compiles and allocates
         return median(self._pass_seconds) if self._pass_seconds else None
 
     @property
@@ -167,8 +170,8 @@ class Replay:
         self._refuse_diverged(step)
         load_state(self.run.snapshot(step), self.model)
 
-    def horizon_model(self, step: int) -> nn.Module:
-        """The model at `step`, replayed from the snapshot before it where it has none."""
+    def model_at(self, step: int) -> nn.Module:
+        """The model in its state before `step`: loaded, or replayed from the last snapshot before it."""
         start = self.run.snapshot_before(step)
         if start == step:
             self.load(step)
@@ -177,11 +180,12 @@ class Replay:
                 pass
         return self.model
 
-    def horizon_optimizers(self, step: int) -> Sequence[torch.optim.Optimizer]:
-        """The optimizers in their state before `step`, and the model too; replayed where the step has no snapshot."""
+    def optimizers_at(self, step: int) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers, and the model too, in their state before `step`; see `model_at`."""
         start = self.run.snapshot_before(step)
         if start == step:
             return self.restore(step)
+        # keep the last step but exhaust the generator: that step's update comes after its yield
         return deque(self.steps(start, step), maxlen=1)[0].optimizers
 
     def batches(self, record: StepRecord) -> list[Batch]:
@@ -201,9 +205,9 @@ class Replay:
         """Repeat steps `start` to `stop - 1`, from the last snapshot at or before `start`.
 
         Each step is yielded after its backward pass and before its update; after the last one the model is at `stop`.
-        At each snapshot on the way, and at the end where there is one, the replayed state is held against it. It is
-        loaded then, so that rounding differences (other hardware, other thread counts) do not grow over a long replay.
-        A change that the caller makes to gradients would be refused there: what trains differently goes by `restore`,
+        At each snapshot on the way, and at the end where there is one, the replayed state is compared with it. Then the
+        snapshot is loaded, so that rounding differences (other hardware, other thread counts) do not grow.
+        A caller must not change gradients: the next snapshot would refuse it. To train differently, use `restore`,
         `backward` and `update`.
 
         Args:
@@ -219,8 +223,10 @@ class Replay:
         self._refuse_diverged(stop)
         first = self.run.snapshot_before(start) if checkpoint is None else start
         optimizers = self.restore(first, checkpoint)
+        # the one at `first` was just loaded
         snapshots = {step for step in self.run.snapshots if step > first}
         for record in records(self.run, first, stop):
+            # a snapshot is of the state before its step, so it is compared before that step's batch is run
             if record.step in snapshots:
                 check_drift(self.run, record.step, self.model, self.tolerance)
                 load_state(self.run.snapshot(record.step), self.model, optimizers)
@@ -229,6 +235,7 @@ class Replay:
             loss, captured = self.backward(batches, optimizers, after_backward)
             self._pass_seconds.append(perf_counter() - begin)
             self.check(record, loss)
+            # the steps from the snapshot to `start` only lead there
             if record.step >= start:
                 yield ReplayedStep(record=record, batches=batches, captured=captured, optimizers=optimizers)
             self.update(record, optimizers)
@@ -240,6 +247,7 @@ class Replay:
         parameters = named_parameters(self.model)
         for replayed in self.steps(start, stop, checkpoint=checkpoint):
             momentum, second_moment, updates = self.moments(replayed.optimizers)
+            # no gradient (an expert that was not used) counts as 0, as in the clip norm
             gradient = {n: p.detach().new_zeros(p.shape) if p.grad is None else p.grad for n, p in parameters.items()}
             yield State(
                 record=replayed.record,
@@ -252,41 +260,46 @@ class Replay:
             )
 
     def moments(self, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor, list[int]]:
-        """Copies of what some optimizers keep: momentum (P,), second moment (P,), updates done in each group.
+        """Copy what the optimizers keep: momentum (P,), second moment (P,), updates done in each group.
 
         See `curate.optimizers.state.TrainingState`; zeros where an optimizer, or a parameter without a gradient so
         far, has none.
         """
-        parameters, kept = named_parameters(self.model), optimizer_state(optimizers)
+        parameters, state = named_parameters(self.model), optimizer_state(optimizers)
         zeros = {name: parameter.detach().new_zeros(parameter.shape) for name, parameter in parameters.items()}
-        buffers = {name: kept.get(parameter, {}) for name, parameter in parameters.items()}
-        first = {n: found.get("exp_avg", found.get("momentum_buffer", zeros[n])) for n, found in buffers.items()}
-        second = {n: found.get("exp_avg_sq", zeros[n]) for n, found in buffers.items()}
+        buffers = {name: state.get(parameter, {}) for name, parameter in parameters.items()}
+        momentum = {n: kept.get("exp_avg", kept.get("momentum_buffer", zeros[n])) for n, kept in buffers.items()}
+        second_moment = {n: kept.get("exp_avg_sq", zeros[n]) for n, kept in buffers.items()}
+        # SGD and Muon keep no counter: a buffer means that there was an update. max: a parameter that got its first
+        # gradient late counts fewer
         updates = [
             max((int(buffers[name].get("step", 1)) for name in group if buffers[name]), default=0)
             for group in self.run.spec.groups
         ]
-        return self.layout.flatten(first), self.layout.flatten(second), updates
+        return self.layout.flatten(momentum), self.layout.flatten(second_moment), updates
 
     def restore(self, step: int, checkpoint: Path | None = None) -> list[torch.optim.Optimizer]:
-        """Put the model into its state before `step` (a snapshot, or a checkpoint); returns optimizers in theirs.
+        """Put the model into its state before `step` (a snapshot, or a checkpoint); return optimizers in theirs.
 
-        Hyper-parameters are set by `update`. Two optimizers of one class become one: their groups stay apart.
+        `update` sets their hyper-parameters. Two neighbouring optimizers of one class become one with all their groups.
         """
         import torch
 
         self._refuse_diverged(step)
         parameters, spec = named_parameters(self.model), self.run.spec
-        named = zip(spec.optimizers, spec.groups, strict=True)
+        groups_by_class = groupby(zip(spec.optimizers, spec.groups, strict=True), key=itemgetter(0))
+        # lr 0: a step before `update` has set the recorded one would change nothing
         optimizers: list[torch.optim.Optimizer] = [
-            getattr(torch.optim, name)([{"params": [parameters[one] for one in group]} for _, group in groups], lr=0.0)
-            for name, groups in groupby(named, key=itemgetter(0))
+            getattr(torch.optim, class_name)(
+                [{"params": [parameters[name] for name in names]} for _, names in class_groups], lr=0.0
+            )
+            for class_name, class_groups in groups_by_class
         ]
         load_state(checkpoint or self.run.snapshot(step), self.model, optimizers)
         return optimizers
 
     def checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-        """A copy in memory of the state of model and optimizers, for `rewind`; as large as a snapshot."""
+        """Copy the state of model and optimizers in memory, for `rewind`; as large as a snapshot."""
         return {key: tensor.clone() for key, tensor in state_tensors(self.model, optimizers).items()}
 
     def rewind(self, checkpoint: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -299,11 +312,12 @@ class Replay:
         optimizers: Sequence[torch.optim.Optimizer],
         after_backward: Callable[[Tensor], Any] | None = None,
     ) -> tuple[float, list[Any]]:
-        """Leave `ghat` of some micro-batches in `.grad`.
+        """Leave `ghat`, the gradient of some micro-batches, in `.grad`.
 
         Returns:
             Their loss `sum c_z l_z`, nats per token, and what `after_backward` returned for each of them.
         """
+        # to None and not to 0: an optimizer skips a parameter without gradient, but decays one with gradient 0
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss, captured = 0.0, []
@@ -316,18 +330,20 @@ class Replay:
         return loss, captured
 
     def update(self, record: StepRecord, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Clip and step as the training did, with the recorded hyper-parameters; nothing where it skipped the step."""
+        """Clip and step as the training did, with the recorded hyper-parameters; do nothing where it took no step."""
         from torch.nn.utils import clip_grad_norm_
 
         if not record.updated:
             return
+        # over all parameters at once, before any optimizer steps; torch's own function rounds as the training did
         if self.run.spec.clip_norm is not None:
             clip_grad_norm_(named_parameters(self.model).values(), self.run.spec.clip_norm)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, settings in zip(groups, record.groups, strict=True):
             group.update(settings.as_group())
+            # this optimizer alone skipped the step, and torch skips a parameter without gradient
             for parameter in group["params"] if not settings.updated else ():
-                parameter.grad = None  # this optimizer alone skipped the step
+                parameter.grad = None
         for optimizer in optimizers:
             optimizer.step()
 
@@ -339,9 +355,9 @@ class Replay:
         return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     def check(self, record: StepRecord, loss: float) -> None:
-        """Hold a step's loss and the norm of what is in `.grad` against the record.
+        """Compare a step's loss, and the norm of what is in `.grad`, with the record.
 
-        What is not finite in the record of a skipped step is not compared: it may be why it was skipped.
+        In a skipped step, recorded numbers that are not finite are not compared: they may be why it was skipped.
 
         Raises:
             UserError: one differs by more than the tolerance; a NaN differs from everything.
@@ -350,6 +366,7 @@ class Replay:
         for what, replayed, recorded in (("loss", loss, record.loss), ("gradient norm", norm, record.grad_norm)):
             if recorded is None or (not record.updated and not math.isfinite(recorded)):
                 continue
+            # isclose is False for NaN
             if not math.isclose(replayed, recorded, rel_tol=self.tolerance):
                 raise UserError(
                     f"replay of step {record.step} gives {what} {replayed:.6g}, recorded was {recorded:.6g}: likely "
@@ -359,10 +376,10 @@ class Replay:
                 )
 
     def _refuse_diverged(self, stop: int) -> None:
-        """Refuse steps whose numbers mean nothing.
+        """Refuse steps after the training diverged.
 
         Raises:
-            UserError: names the step from which on the training was not finite, and the windows before it.
+            UserError: names the step from which on the training was not finite, and a window before it.
         """
         first = self.run.diverged
         if first is not None and first < stop:
@@ -382,13 +399,15 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor,
 def records(run: Run, start: int, stop: int) -> Iterator[StepRecord]:
     """The recorded steps `start` to `stop - 1`."""
     frame = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
+    # in order of rank and micro-batch: sums of gradients round by their order
     for _, rows in frame.group_by("step", maintain_order=True):
-        first = rows.row(0, named=True)
+        # all but samples and weights is the same in every row of a step
+        common = rows.row(0, named=True)
         yield StepRecord(
-            step=first["step"],
+            step=common["step"],
             micro_batches=list(zip(rows["sample_ids"].to_list(), rows["weights"].to_list(), strict=True)),
-            loss=first["loss"],
-            grad_norm=first["grad_norm"],
-            clip_factor=first["clip_factor"],
-            groups=[GroupSettings(**group) for group in first["groups"]],
+            loss=common["loss"],
+            grad_norm=common["grad_norm"],
+            clip_factor=common["clip_factor"],
+            groups=[GroupSettings(**group) for group in common["groups"]],
         )

@@ -32,7 +32,8 @@ from curate.training.task import TaskSpec
 
 _log = logging.getLogger(__name__)
 _NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "momentum", "dampening", "ns_a", "ns_b", "ns_c")
-_SETTINGS = {  # the fields of `GroupSettings`
+# the fields of `GroupSettings`; Float64 keeps Python's floats to the last digit, so replay sets the very same
+_SETTINGS = {
     "optimizer": pl.String,
     **dict.fromkeys(_NUMBERS, pl.Float64),
     "nesterov": pl.Boolean,
@@ -55,11 +56,12 @@ STEPS = pl.Schema(
     ]
 )
 
+# whether any optimizer took the step
 _UPDATED = pl.col("groups").list.eval(pl.element().struct.field("updated")).list.any()
 
 
 class RunSpec(Config):
-    """What a run was, as written by the recorder into `run.json`."""
+    """Description of a run, which the recorder writes to `run.json`."""
 
     task: TaskSpec
     """Model and precision."""
@@ -82,7 +84,7 @@ class RunSpec(Config):
     clip_norm: float | None = Field(gt=0, allow_inf_nan=True)
     """Clipping threshold of the global gradient norm; none: no clipping."""
     previous: Path | None = None
-    """Run of the stage that this one continued from; what it consumed counts too (`training.ledger`)."""
+    """Run of the stage that this one continued from; its samples count as seen too (`training.token_accounting`)."""
 
 
 class Run:
@@ -109,8 +111,10 @@ class Run:
             self.spec = _resolved(RunSpec.model_validate(raw), folder)
         except ValidationError as error:
             raise UserError(f"{folder / 'run.json'} does not describe a run: {first_problem(error)}") from None
+        # steps.parquet is written last, so it alone tells a finished run
         if not (folder / "steps.parquet").exists():
             raise UserError(f"{folder} is not finished (no steps.parquet): resume its training to the end first")
+        # snapshots are large, so their sums are checked when one is read (`snapshot`)
         config = self.spec.task.model.hf_config
         for path in (folder / "run.json", folder / "steps.parquet", *([config] if config else [])):
             checked(path, by=folder)
@@ -120,11 +124,13 @@ class Run:
                 "train with the recorder's windows set"
             )
         tokenizer = None if tokenizer is None else tokenizer_file(tokenizer)
+        # a tokenizer that the run did not name decides what targets say, so the fingerprint has to know it
         self._added_tokenizer = tokenizer if self.spec.tokenizer is None else None
         if tokenizer is not None:
             self._set_tokenizer(tokenizer)
 
     def _set_tokenizer(self, tokenizer: Path) -> None:
+        # where the recorded file is gone, the token ids of the streams are the only check left
         if self.spec.tokenizer is not None and self.spec.tokenizer.exists():
             check_same_tokenizer(tokenizer, self.spec.tokenizer, "of the run")
         check_tokens(self.catalogue, self.spec.streams, tokenizer)
@@ -132,16 +138,19 @@ class Run:
 
     @cached_property
     def unknown(self) -> dy.DataFrame[SampleUses]:
-        """Samples that the run trained on and that are in none of its streams; they are said."""
+        """Samples that the run trained on and that are in none of its streams; a warning gives their number."""
         trained = sample_uses(self.steps)
         unknown = SampleUses.validate(trained.join(self.catalogue, on="sample_id", how="anti").sort("sample_id"))
         if len(unknown):
             _log.warning(
                 "%s of %s samples that run %s trained on (%s of %s uses) are in none of its streams and count nowhere: "
                 "the streams were changed since, or other rows than theirs were trained on (labels, special tokens)",
-                f"{len(unknown):,}", f"{len(trained):,}", self.folder, f"{unknown['uses'].sum():,}",
+                f"{len(unknown):,}",
+                f"{len(trained):,}",
+                self.folder,
+                f"{unknown['uses'].sum():,}",
                 f"{trained['uses'].sum():,}",
-            )  # fmt: skip
+            )
         return unknown
 
     @property
@@ -151,7 +160,8 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the recorded trajectory: spec and steps, not the place where it lies."""
+        """Identity of the recorded trajectory: spec and steps, not where the files lie."""
+        # paths are left out: streams may be moved, and the content ids in the steps say which samples they were
         spec = self.spec.model_dump(mode="json", exclude={"streams", "tokenizer", "task", "previous"})
         added = [] if self._added_tokenizer is None else [file_fingerprint(self._added_tokenizer)]
         return fingerprint([spec, file_fingerprint(self.folder / "steps.parquet"), *added])
@@ -193,7 +203,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        earlier = [found for found in self.snapshots if found <= step]
+        earlier = [snapshot for snapshot in self.snapshots if snapshot <= step]
         if not earlier:
             raise UserError(
                 f"run {self.folder} has no snapshot at or before step {step} (it has {self.snapshots}): "
@@ -212,15 +222,21 @@ class Run:
     @cached_property
     def diverged(self) -> int | None:
         """The first updated step whose loss or gradient norm is not finite; what follows it means nothing."""
-        wrong = ~(pl.col("loss").is_finite() & pl.col("grad_norm").is_finite())  # unknown where they are not logged
-        found = self.steps.filter(wrong & _UPDATED)["step"]
-        return int(found[0]) if len(found) else None
+        # a number that was not logged is null; the filter drops null, so it does not count as divergence
+        not_finite = ~(pl.col("loss").is_finite() & pl.col("grad_norm").is_finite())
+        # a skipped step is not divergence: a GradScaler skips exactly the steps that overflow
+        steps = self.steps.filter(not_finite & _UPDATED)["step"]
+        return int(steps[0]) if len(steps) else None
 
     @property
     def usual_step(self) -> int:
-        """The updated step of median lr (of the first group): what is to stand for the steps of another stage."""
+        """The updated step of median lr (of the first group). Its settings stand for the steps of another stage.
+
+        The last step would not do: its lr has decayed to almost nothing.
+        """
         lr = pl.col("groups").list.first().struct.field("lr")
         steps = self.steps.filter(_UPDATED).unique("step", keep="first", maintain_order=True)
+        # by step too: a constant lr must give the same step every time
         rates = steps.select("step", lr=lr).sort("lr", "step")
         return int(rates["step"][len(rates) // 2])
 
@@ -246,7 +262,7 @@ class Run:
 
 
 class ContinuedRun(Run):
-    """A run as if it went on: the batch of its last update once more, with the settings of the usual step.
+    """A run with one more step: the batch of its last update, with the settings of the usual step.
 
     The added step has neither loss nor gradient norm. It is a trajectory of its own, with its own fingerprint.
 
@@ -255,33 +271,40 @@ class ContinuedRun(Run):
         lr_share: factor of the usual step's lr.
 
     Raises:
-        UserError: it was updated in no step.
+        UserError: no step of the run took an update.
     """
 
     def __init__(self, run: Run, lr_share: float) -> None:
         self.folder, self._added_tokenizer = run.folder, run._added_tokenizer  # noqa: SLF001 (its own kind)
         self.spec = run.spec.model_copy(update={"steps": run.spec.steps + 1})
-        self.__dict__["source"] = run.source  # read once for both
+        # values for the cached properties of `Run`, which would read the files of the run without the added step
+        self.__dict__["source"] = run.source
         self.__dict__["fingerprint"] = fingerprint([run.fingerprint, "continued", lr_share])
         self.__dict__["steps"] = _continued_steps(run, lr_share)
 
 
 def _continued_steps(run: Run, lr_share: float) -> pl.DataFrame:
+    """The steps of a run and the added one, see `ContinuedRun`."""
     updated = run.steps.filter(_UPDATED)["step"]
     if updated.is_empty():
         raise UserError(f"run {run.folder} was updated in no step: there is none to be repeated")
+    # the batch matters: its gradient is what clipping and the moments of the added step see
     last = run.steps.filter(step=updated.max()).with_columns(step=pl.lit(run.spec.steps, pl.Int64))
     lr = (pl.element().struct.field("lr") * lr_share).alias("lr")
     settings = pl.col("groups").list.eval(pl.element().struct.with_fields(lr))
+    # one row is enough: all rows of a step hold the same settings
     usual = run.steps.filter(pl.col("step") == run.usual_step).head(1).select(settings)
+    # null: replay compares only what was recorded
     unknown = pl.lit(None, pl.Float64)
     added = last.drop("groups").with_columns(loss=unknown, grad_norm=unknown, clip_factor=unknown)
+    # select: concat needs the columns of `STEPS` in their order
     return pl.concat([run.steps, added.join(usual, how="cross").select(STEPS.names())])
 
 
 def sample_uses(steps: pl.DataFrame) -> dy.DataFrame[SampleUses]:
     """How often each sample occurs in a table of steps (its `sample_ids`)."""
     counted = steps.select(sample_id="sample_ids").explode("sample_id").group_by("sample_id").len("uses")
+    # polars counts in UInt32, where a difference below 0 wraps around
     return SampleUses.validate(counted.with_columns(pl.col("uses").cast(pl.Int64)))
 
 
@@ -291,10 +314,10 @@ def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> Ta
     Args:
         folder: the run.
         task: as the trainer gave it.
-        write: whether this process does the writing.
+        write: whether this process writes; only rank 0 should.
 
     Returns:
-        The task with the config's place relative to the run.
+        The task with the config's path relative to the run.
     """
     source = task.model.hf_config
     if source is None:
@@ -309,7 +332,7 @@ def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> Ta
 
 
 def part_rows(path: Path) -> pl.DataFrame:
-    """Read a part of the records of a stage that trains; its name ends in its hash.
+    """Read a part of the step records of an unfinished run; its name ends in its hash.
 
     Raises:
         UserError: it is damaged.
@@ -321,7 +344,7 @@ def part_rows(path: Path) -> pl.DataFrame:
 
 
 def _resolved(spec: RunSpec, folder: Path) -> RunSpec:
-    """The model's config lies inside the run: its path is relative to it, so that a run can be moved."""
+    """Resolve the path of the model's config, which is kept relative to the run, so that a run can be moved."""
     config = spec.task.model.hf_config
     if config is None:
         return spec
@@ -329,9 +352,10 @@ def _resolved(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.model_copy(update={"task": spec.task.model_copy(update={"model": model})})
 
 
-def open_run(place: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> Run:
-    """A run, or the newest finished one below a folder; see `Run`."""
-    return Run(place if (place / "run.json").exists() or place.is_file() else find_run(place), streams, tokenizer)
+def open_run(path: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> Run:
+    """Open a run, or the newest finished one below a folder; see `Run`."""
+    # a file goes to `Run` too, which names the folder to give instead
+    return Run(path if (path / "run.json").exists() or path.is_file() else find_run(path), streams, tokenizer)
 
 
 def find_run(root: Path) -> Path:
@@ -343,4 +367,5 @@ def find_run(root: Path) -> Path:
     finished = [path.parent for path in root.glob("**/run.json") if (path.parent / "steps.parquet").exists()]
     if not finished:
         raise UserError(f"no finished run below {root}; train one with the recorder, or name it with --run")
+    # by name where times are equal, as after a copy without times
     return max(finished, key=lambda path: ((path / "steps.parquet").stat().st_mtime, str(path)))

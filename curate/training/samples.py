@@ -24,11 +24,12 @@ class SampleReader:
     """Random access to the samples of a source by content id.
 
     Args:
-        source: its catalogue is read once. Exact duplicates resolve to their first place.
+        source: its catalogue is read once. An exact duplicate is read at its first row.
     """
 
     def __init__(self, source: SampleSource) -> None:
         self._source = source
+        # sorted for a binary search: arrays take a tenth of the memory of a dictionary
         catalogue = source.unique_samples.sort("sample_id")
         self._ids = catalogue["sample_id"].to_numpy()
         self._indexes = catalogue["index"].to_numpy()
@@ -41,15 +42,16 @@ class SampleReader:
             UserError: a sample is not in the streams (they were changed after training).
         """
         wanted = np.asarray(sample_ids, np.int64)
-        places = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
-        missing = self._ids[places] != wanted
+        # an id above all others lands one past the end; clipped, it is compared with the last one and differs
+        rows = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
+        missing = self._ids[rows] != wanted
         if missing.any():
             raise UserError(
                 f"sample {wanted[int(missing.argmax())]} is not in the streams {', '.join(self._source.folders)}: they "
                 "were changed after training (restore them), or other "
                 "rows than theirs were trained on (other labels, special tokens, packing)"
             )
-        return [self._source.streams[self._domains[place]][int(self._indexes[place])] for place in places]
+        return [self._source.streams[self._domains[row]][int(self._indexes[row])] for row in rows]
 
 
 def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> dy.DataFrame[WindowRows]:
@@ -60,29 +62,33 @@ def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> d
         window: name of the window.
         start: its first step.
         stop: step after its last.
-        horizon: state that the target is read at.
+        horizon: name of the evaluation checkpoint.
 
     Returns:
         Rows without values; `source` is the window.
     """
     steps = run.steps.filter(pl.col("step").is_between(start, stop, closed="left"))
     rows = steps.select("step", sample_id="sample_ids", weight="weights").explode("sample_id", "weight")
+    # row i of the table is row i of the arrays that an estimator writes, hence the order, and the index after the join
     joined = rows.join(run.unique_samples, on="sample_id", how="left", maintain_order="left").with_row_index("row")
     documents = [sample.document_tokens() for sample in SampleReader(run.source).samples(joined["sample_id"].to_list())]
     return WindowRows.validate(
         joined.with_columns(
-            pl.col("row").cast(pl.Int64), source=pl.lit(window), horizon=pl.lit(horizon),
+            pl.col("row").cast(pl.Int64),
+            source=pl.lit(window),
+            horizon=pl.lit(horizon),
             documents=pl.Series(documents, dtype=DOCUMENTS),
         )
-    )  # fmt: skip
+    )
 
 
 def trained_tokens(run: Run) -> dict[str, int]:
     """Stored tokens of each domain that the run trained on, repeats counted.
 
     Raises:
-        UserError: nothing that it trained on is in its streams.
+        UserError: no sample that it trained on is in its streams.
     """
+    # some unknown samples are only warned of; without any known one the sums below would be empty
     if len(run.unknown) == len(sample_uses(run.steps)):
         raise UserError(
             f"none of the {len(run.unknown):,} samples that run {run.folder} trained on is in its streams: they were "
@@ -94,19 +100,21 @@ def trained_tokens(run: Run) -> dict[str, int]:
 
 
 def usable_samples(samples: dy.DataFrame[Catalogue]) -> dy.DataFrame[Samples]:
-    """The samples that predict a token, by domain and content id.
+    """The samples that predict a token, sorted by domain and content id.
+
+    The order depends on nothing but content, so seeded draws from it survive re-sharding.
 
     Args:
         samples: as `SampleSource.unique_samples`.
-
     """
     return Samples.validate(samples.filter(pl.col("predicted_tokens") > 0).sort("domain", "sample_id"))
 
 
 def samples_fingerprint(samples: pl.DataFrame) -> str:
-    """Identity of samples by domain and content, in that order."""
+    """Identity of a table of samples: domains and content ids, in the table's order."""
     digest = hashlib.blake2b(digest_size=8)
-    for (domain,), own in samples.group_by("domain", maintain_order=True):
+    for (domain,), domain_samples in samples.group_by("domain", maintain_order=True):
         digest.update(str(domain).encode())
-        digest.update(own["sample_id"].to_numpy().astype("<i8").tobytes())
+        # little-endian, so that every machine gives the same digest
+        digest.update(domain_samples["sample_id"].to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
+# safetensors metadata of a snapshot whose optimizer state was estimated
 _ESTIMATED = {"optimizer": "estimated"}
 
 
@@ -35,23 +36,25 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 def snapshot_steps(run: Path) -> list[int]:
     """Steps that have a complete snapshot, ascending."""
+    # incomplete ones have a hidden name until they are renamed
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / "snapshots").glob("step-*.safetensors"))
 
 
 def state_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     """Size of one snapshot in bytes: parameters, buffers and what the optimizers keep for each of their parameters."""
-    own: int = sum(tensor.nbytes for _, tensor in _model_tensors(model))
-    kept: int = sum(
-        _vectors(optimizer, group) * parameter.nbytes
+    model_bytes: int = sum(tensor.nbytes for _, tensor in _model_tensors(model))
+    # computed, because before the first step the optimizers hold nothing yet that could be measured
+    optimizer_bytes: int = sum(
+        _state_vectors(optimizer, group) * parameter.nbytes
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    return own + kept
+    return model_bytes + optimizer_bytes
 
 
-def _vectors(optimizer: Optimizer, group: dict[str, Any]) -> int:
-    """What an optimizer keeps per parameter, in copies of it."""
+def _state_vectors(optimizer: Optimizer, group: dict[str, Any]) -> int:
+    """How many tensors of a parameter's size an optimizer keeps for it."""
     if "momentum_buffer" in BUFFERS.get(type(optimizer).__name__, ()):
         return 1 if group["momentum"] else 0
     return 2
@@ -60,7 +63,7 @@ def _vectors(optimizer: Optimizer, group: dict[str, Any]) -> int:
 def snapshot_schedule(
     windows: dict[str, tuple[int, int]], steps: int, cadence: int, snapshot_bytes: int, budget_bytes: int
 ) -> set[int]:
-    """Steps to snapshot before: all window borders and the stage's end, then an even cadence within the byte budget.
+    """Steps whose state is stored: all window borders and the stage's end, then an even cadence within the byte budget.
 
     Args:
         windows: step ranges.
@@ -84,21 +87,26 @@ def snapshot_schedule(
     if spare < cadence:
         _log.warning(
             "%d of %d snapshots between the windows fit into %s bytes; each takes %s",
-            spare, cadence, f"{budget_bytes:,}", f"{snapshot_bytes:,}",
-        )  # fmt: skip
+            spare,
+            cadence,
+            f"{budget_bytes:,}",
+            f"{snapshot_bytes:,}",
+        )
+    # rounded up, so that there are never more than `spare`
     return borders | (set(range(0, steps, ceil(steps / spare))) if spare else set())
 
 
 def snapshot_budget(run: Path, snapshot_bytes: int | None) -> int:
-    """Bytes for snapshots: as set, or what is free where the run lies, with those that are there already."""
+    """Bytes for snapshots: as set, or what is free on the run's disk plus what its snapshots take already."""
     if snapshot_bytes is not None:
         return snapshot_bytes
-    there = sum(path.stat().st_size for path in (run / "snapshots").glob("*.safetensors"))
-    return free_disk(run) + there
+    # a resumed stage must come to the same schedule as when it began
+    stored = sum(path.stat().st_size for path in (run / "snapshots").glob("*.safetensors"))
+    return free_disk(run) + stored
 
 
 def as_sequence(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
-    """One or several optimizers as several."""
+    """One optimizer as a sequence of one; several as they are."""
     return optimizers if isinstance(optimizers, Sequence) else (optimizers,)
 
 
@@ -132,7 +140,7 @@ def save_state(
 
 
 def is_estimated(path: Path) -> bool:
-    """Whether the optimizer state of a snapshot was estimated: what is replayed from it is near the training only."""
+    """Whether the optimizer state of a snapshot was estimated, so that a replay from it is only near the training."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -140,7 +148,7 @@ def is_estimated(path: Path) -> bool:
 
 
 def read_tensors(path: Path, prefix: str, names: Sequence[str]) -> Iterator[Tensor]:
-    """Some tensors of a snapshot, one after the other; each is read when it is asked for.
+    """Some tensors of a snapshot, each read when the caller asks for it.
 
     Raises:
         UserError: the file is damaged, or lacks one.
@@ -178,47 +186,53 @@ def put_state(
     """Copy what `state_tensors` gave into a model and, where given, its optimizers.
 
     Args:
-        tensors: by key; left as they are.
+        tensors: by key; not changed.
         model: the model.
         optimizers: its optimizers.
-        what: the tensors, for messages.
+        what: name of the tensors' source, for messages.
 
     Raises:
         UserError: they belong to another model or to other optimizers.
     """
     import torch
 
-    wanted = dict(_model_tensors(model))
-    found = {key: value for key, value in tensors.items() if key.startswith("model.")}
-    wrong = [
+    model_tensors = dict(_model_tensors(model))
+    stored = {key: value for key, value in tensors.items() if key.startswith("model.")}
+    differing = [
         key
-        for key in sorted({*wanted, *found})
-        if key not in wanted or key not in found or wanted[key].shape != found[key].shape
+        for key in sorted({*model_tensors, *stored})
+        if key not in model_tensors or key not in stored or model_tensors[key].shape != stored[key].shape
     ]
-    if wrong:
-        there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-        here = tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else "missing"
+    # all are compared before any is copied: a refused snapshot leaves the model as it was
+    if differing:
+        first = differing[0]
+        there = tuple(stored[first].shape) if first in stored else "missing"
+        here = tuple(model_tensors[first].shape) if first in model_tensors else "missing"
         raise UserError(
-            f"{what} is of another model: {len(wrong)} tensors differ, first {wrong[0]} ({there} there, "
+            f"{what} is of another model: {len(differing)} tensors differ, first {first} ({there} there, "
             f"{here} in the run's model); restore the run's own snapshot or its model config"
         )
     with torch.no_grad():
-        for key, target in wanted.items():
-            target.copy_(found[key])
-    given = as_sequence(optimizers)
-    if given:
-        _put_optimizers(tensors, named_parameters(model), given, what)
+        # in place: optimizers, hooks and compiled graphs hold these very tensors
+        for key, tensor in model_tensors.items():
+            tensor.copy_(stored[key])
+    given_optimizers = as_sequence(optimizers)
+    if given_optimizers:
+        _put_optimizers(tensors, named_parameters(model), given_optimizers, what)
 
 
 def _put_optimizers(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], what: str
 ) -> None:
+    """Replace the state of some optimizers by what a snapshot holds, see `put_state`."""
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    # a parameter that the snapshot has no state of never had a gradient; stale state would be taken for its own
     for optimizer in optimizers:
         optimizer.state.clear()
     for key, value in tensors.items():
         if not key.startswith("optimizer."):
             continue
+        # from the right: names of parameters have dots, names of buffers have none
         name, _, buffer = key.removeprefix("optimizer.").rpartition(".")
         if name not in parameters or id(parameters[name]) not in owners:
             raise UserError(f"{what} has optimizer state of {name}, which is no trainable parameter of the run's model")
@@ -227,25 +241,28 @@ def _put_optimizers(
                 f"{what} has optimizer state of shape {tuple(value.shape)} for {name}, which is "
                 f"{tuple(parameters[name].shape)}: it is of other parameters (are some frozen, or the groups others?)"
             )
+        # Adam's step counter stays on the CPU, where torch keeps it unless it is fused or capturable
         device = value.device if value.dim() == 0 else parameters[name].device
+        # a copy: the optimizer updates its buffers in place, and the caller's tensors may be used again
         owners[id(parameters[name])].state[parameters[name]][buffer] = value.clone().to(device)
     _refuse_other_buffers(parameters, optimizers, what)
 
 
 def _refuse_other_buffers(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], what: str) -> None:
-    """An optimizer takes up foreign state silently, or fails at its first step; nothing is done about unknown ones.
+    """Refuse state of another optimizer, which torch would take silently, or fail on at the first step.
 
     Raises:
         UserError: a supported optimizer was given state that lacks a buffer of its own.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        class_name = type(optimizer).__name__
         for parameter, buffers in optimizer.state.items():
-            lacking = sorted(BUFFERS.get(kind, frozenset()) - set(buffers))
+            # a class that is not in BUFFERS, in a training that is not recorded, is not judged
+            lacking = sorted(BUFFERS.get(class_name, frozenset()) - set(buffers))
             if lacking:
                 raise UserError(
-                    f"{what} has {', '.join(sorted(buffers))} of {names[id(parameter)]}, but {kind} needs "
+                    f"{what} has {', '.join(sorted(buffers))} of {names[id(parameter)]}, but {class_name} needs "
                     f"{', '.join(lacking)}: it was written with another optimizer; use that one, or start without it"
                 )
 
@@ -253,6 +270,7 @@ def _refuse_other_buffers(parameters: Mapping[str, Tensor], optimizers: Sequence
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers under `model.`, each storage once (tied weights under their first name)."""
     seen: set[int] = set()
+    # keep_vars: the tensors themselves and not detached views, whose ids would not tell which ones are tied
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))

@@ -53,26 +53,30 @@ class SampleSource:
 
     @cached_property
     def unique_samples(self) -> dy.DataFrame[Catalogue]:
-        """The catalogue with each distinct sample once, at its first place; copies elsewhere are reported.
+        """The catalogue with each distinct sample once, at its first row; a warning counts copies in other domains.
 
         Raises:
             UserError: every sample of a domain is a copy of another domain's.
         """
+        # the first by the order of the domains in the run, which the catalogue keeps
         first = self.catalogue.unique("sample_id", keep="first", maintain_order=True)
         copies = self.catalogue.join(first.select("sample_id", owner="domain"), on="sample_id")
         copies = copies.filter(pl.col("domain") != pl.col("owner"))
         if len(copies):
             _log.warning("%d samples are exact copies of samples of an earlier domain and count there", len(copies))
-        lost = sorted(set(self.folders) - set(first["domain"]))
-        if lost:
+        # a domain without samples could have no score and no weight
+        empty_domains = sorted(set(self.folders) - set(first["domain"]))
+        if empty_domains:
             raise UserError(
-                f"domain {lost[0]} holds only exact copies of other domains' samples; leave it out of the streams"
+                f"domain {empty_domains[0]} holds only exact copies of other domains' samples; leave it out of the "
+                "streams"
             )
         return Catalogue.validate(first)
 
     @property
     def novel_shares(self) -> dict[str, float]:
-        """Share of novel text in each domain's stream: n-grams that occur for the first time (`data.ngrams`)."""
+        """Share of each domain's n-grams that occur for the first time in its stream (`curate.ngrams`)."""
+        # clip: samples shorter than an n-gram have none
         shares = self.catalogue.group_by("domain").agg(pl.col("novel_ngrams").sum() / pl.col("ngrams").sum().clip(1))
         return dict(shares.sort("domain").iter_rows())
 
@@ -85,17 +89,23 @@ class SampleSource:
 
     def read_batches(self, samples: pl.DataFrame, size: int) -> Iterator[list[Sample]]:
         """Read the samples of a table (`domain`, `index`) in its order, `size` at a time."""
-        for part in samples.iter_slices(size):
-            yield [self.streams[domain][index] for domain, index in part.select("domain", "index").iter_rows()]
+        for batch in samples.iter_slices(size):
+            yield [self.streams[domain][index] for domain, index in batch.select("domain", "index").iter_rows()]
 
 
 def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> dy.DataFrame[Catalogue]:
-    """Every sample of some streams, by domain; kept in the folder of their run, under what the streams are."""
+    """Every sample of some streams, by domain.
+
+    The table is kept in the folder of their run; its name has a fingerprint of the streams, so changed streams are read
+    anew.
+    """
+    # the index of a stream names its shards with their hashes, so it stands for the content
     indexes = {
         domain: [file_fingerprint(stream.folder / "index.json"), stream.columns.model_dump()]
         for domain, stream in streams.items()
     }
     path = folder / f"catalogue-{fingerprint([CATALOGUE, indexes])}.parquet"
+    # a file that is not listed was left by a process that was killed between the two
     if not path.exists() or path.name not in listed(folder):
         with locked(folder, f".{path.name}.lock", wait=True):
             # another process may have written it while this one waited

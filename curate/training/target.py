@@ -59,18 +59,18 @@ class Target:
     half_weights: tuple[float, float]
 
     def sequences(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-        """Tokens and loss mask of every sequence, padded as in its half."""
+        """Tokens (T,) and loss mask (T,) of every sequence, padded as in its half."""
         for half in self.halves:
             yield from zip(half.tokens.numpy(), half.loss_mask.numpy(), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What is to get better, and what must not get worse; read once.
+    """The targets, and the retention target, which must not get worse; read once.
 
     Attributes:
         named: the targets, the main one first.
-        retain: what must be retained; None: nothing is named.
+        retain: the retention target; None: there is none.
     """
 
     named: tuple[Target, ...] = ()
@@ -88,19 +88,19 @@ class Targets:
 
 
 def load_targets(paths: Sequence[Path], retain: Path | None, spec: RunSpec, min_tokens: int) -> Targets:
-    """Read the targets and what must be retained, see `load_target`.
+    """Read the targets and the retention target, see `load_target`.
 
     Raises:
         UserError: a file is bad, or two have one name: a target is called by its file's stem.
     """
     named = tuple(load_target(path, spec, min_tokens) for path in paths)
-    kept = None if retain is None else load_target(retain, spec, min_tokens)
-    targets = Targets(named=named, retain=kept)
+    targets = Targets(named=named, retain=None if retain is None else load_target(retain, spec, min_tokens))
+    # names become columns and folder names
     names = [target.name for target in targets.every]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise UserError(
-            f"two targets are called {twice[0]!r}, by the names of their files: rename one, or leave it out"
+            f"two targets are called {repeated[0]!r}, by the names of their files: rename one, or leave it out"
         )
     return targets
 
@@ -118,6 +118,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
     """
     documents = read_pieces(path, spec)
     tokens = predicted_tokens(documents)
+    # two documents, because the halves' agreement is how noise is told from signal
     if len(documents) < 2 or tokens < min_tokens:
         raise UserError(
             f"target {path} has {tokens} predicted tokens in {len(documents)} documents; at least {min_tokens} tokens "
@@ -138,7 +139,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
 def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     """Read documents with the run's tokenizer and split each to the run's sequence length.
 
-    A document that repeats an earlier one does not count: halves that share documents would agree for no reason.
+    A document that repeats an earlier one is left out: halves that share documents would agree for no reason.
 
     Args:
         path: one file of documents (`curate.data.files`).
@@ -153,17 +154,22 @@ def read_pieces(path: Path, spec: RunSpec) -> list[Pieces]:
     tokenizer = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
     start = find_eot(tokenizer) if tokenizer else None
     documents = read_documents(path)
-    different = list({document.content_hash: document for document in reversed(documents)}.values())[::-1]
+    # reversed twice: a dictionary keeps the last of equal keys, and the first one is wanted, in the file's order
+    distinct = list({document.content_hash: document for document in reversed(documents)}.values())[::-1]
     spelling = Spelling(str(path), tokenizer)
-    split = [split_document(*encoded, spec.seq_len, start) for encoded in spelling.encode(different)]
-    pieces = [parts for parts in split if parts]
+    split = [split_document(*encoded, spec.seq_len, start) for encoded in spelling.encode(distinct)]
+    usable = [pieces for pieces in split if pieces]
     spelling.warn()
-    if len(pieces) < len(documents):
+    if len(usable) < len(documents):
         _log.warning(
             "%s: %d of %d documents count; %d repeat an earlier one, %d have no token to predict",
-            path, len(pieces), len(documents), len(documents) - len(different), len(different) - len(pieces),
-        )  # fmt: skip
-    return pieces
+            path,
+            len(usable),
+            len(documents),
+            len(documents) - len(distinct),
+            len(distinct) - len(usable),
+        )
+    return usable
 
 
 def predicted_tokens(documents: Sequence[Pieces]) -> int:
@@ -173,7 +179,9 @@ def predicted_tokens(documents: Sequence[Pieces]) -> int:
 
 def shuffled_parts(documents: Sequence[Pieces], parts: int) -> list[list[Pieces]]:
     """Deal the documents into parts whose sizes differ by at most one, the same way each time."""
+    # shuffled, because neighbours in a file are often of one source; seed 0, because the halves belong to the target
     order = generator(0, "target halves").permutation(len(documents))
+    # sorted: within a part the order of the file
     return [[documents[i] for i in sorted(order[part::parts])] for part in range(parts)]
 
 
@@ -184,6 +192,7 @@ def weighted(documents: Sequence[Pieces]) -> Batch:
         Their pieces; `c_p` = the piece's share of its document's tokens / number of documents. The weights sum to 1.
     """
     weights = []
+    # the loss of a piece is a mean over its tokens, so its share of tokens restores the mean over the document
     for pieces in documents:
         total = sum(piece.predicted_tokens for piece in pieces)
         weights += [piece.predicted_tokens / total / len(documents) for piece in pieces]
@@ -199,6 +208,7 @@ def check_vocabulary(target: Target, task: Task) -> None:
     import torch
 
     vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
+    # a model of the user's own has no config to ask: run token 0, which every vocabulary has, and look at the logits
     if vocabulary is None:
         first = target.halves[0].split(1)[0].to(task.device)
         with torch.no_grad():
@@ -218,7 +228,8 @@ def target_loss(task: Task, target: Target, batch_size: int) -> float:
     with torch.no_grad():
         losses = [
             sum(
-                float((task.sample_losses(part) * part.weights).sum()) for part in _parts(half, batch_size, task.device)
+                float((task.sample_losses(batch) * batch.weights).sum())
+                for batch in _batches(half, batch_size, task.device)
             )
             for half in target.halves
         ]
@@ -239,21 +250,24 @@ def loss_gradients(task: Task, layout: FlatLayout, batches: Sequence[Batch], bat
     """
     import torch
 
-    parameters = all_parameters(task.model)
-    wanted = [parameters[name] for name in layout.names]
-    gradients = wanted[0].new_zeros(len(batches), layout.size)
+    named = all_parameters(task.model)
+    parameters = [named[name] for name in layout.names]
+    gradients = parameters[0].new_zeros(len(batches), layout.size)
     for batch, gradient in zip(batches, gradients, strict=True):
-        for part in _parts(batch, batch_size, task.device):
-            loss = (task.sample_losses(part) * part.weights).sum()
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
-            for total, term in zip(layout.views(gradient).values(), found, strict=True):
+        for small_batch in _batches(batch, batch_size, task.device):
+            loss = (task.sample_losses(small_batch) * small_batch.weights).sum()
+            # autograd.grad leaves `.grad` alone: a replay may hold a step's gradient there
+            terms = torch.autograd.grad(loss, parameters, allow_unused=True)
+            # the views write into the row of `gradients`
+            for total, term in zip(layout.views(gradient).values(), terms, strict=True):
                 if term is not None:
                     total += term
     return gradients
 
 
-def _parts(batch: Batch, batch_size: int, device: torch.device) -> list[Batch]:
-    return [part.to(device) for part in batch.split(batch_size)]
+def _batches(batch: Batch, batch_size: int, device: torch.device) -> list[Batch]:
+    """Split a batch into batches of at most `batch_size` samples, on the device."""
+    return [small_batch.to(device) for small_batch in batch.split(batch_size)]
 
 
 def split_document(
@@ -266,6 +280,7 @@ def split_document(
     if start is not None:
         tokens, mask = np.append(np.int32(start), tokens), np.append(False, mask)
     pieces = []
+    # by seq_len - 1: a piece begins with the last token of the one before, as context only
     for begin in range(0, max(len(tokens) - 1, 0), seq_len - 1):
         piece = slice(begin, begin + seq_len)
         pieces.append(Sample(tokens=tokens[piece], loss_mask=mask[piece], documents=[]))

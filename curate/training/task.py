@@ -75,17 +75,18 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of at most `size` samples with the weights that they have here."""
+        slices = [slice(start, start + size) for start in range(0, len(self), size)]
         return [
-            replace(self, tokens=self.tokens[i : i + size], loss_mask=self.loss_mask[i : i + size],
-                    weights=self.weights[i : i + size])
-            for i in range(0, len(self), size)
-        ]  # fmt: skip
+            replace(self, tokens=self.tokens[rows], loss_mask=self.loss_mask[rows], weights=self.weights[rows])
+            for rows in slices
+        ]
 
 
 def collate(samples: Sequence[Sample], weights: npt.NDArray[np.float32]) -> Batch:
     """Stack samples of possibly different length; padding is token 0 with loss mask False."""
     import torch
 
+    # at the end: under causal attention no real token sees the padding, so no attention mask is needed
     length = max(len(sample.tokens) for sample in samples)
     tokens = np.zeros((len(samples), length), np.int64)
     mask = np.zeros((len(samples), length), bool)
@@ -115,6 +116,7 @@ class Task:
         self.device = usable_device(device)
         self.dtype = dtype or torch.float32
         self.model = build_model(spec.model).to(device=self.device, dtype=self.dtype)
+        # a factory may return a wrapped model, whose functional call wants its own names
         self._wrapped_names = {unwrapped_name(name): name for name, _ in self.model.named_parameters()}
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -149,21 +151,25 @@ class Task:
         """
         import torch
 
+        # a key-value cache would cost memory, and is not made for vmap and for checkpointing
         arguments: dict[str, Any] = {"use_cache": False} if _is_hugging_face(self.model) else {}
         with self.autocast():
             if parameters is None:
                 output = self.model(batch.tokens, **arguments)
             else:
-                given = {self._wrapped_names.get(name, name): value for name, value in parameters.items()}
-                output = torch.func.functional_call(self.model, given, (batch.tokens,), arguments)
+                values = {self._wrapped_names.get(name, name): value for name, value in parameters.items()}
+                output = torch.func.functional_call(self.model, values, (batch.tokens,), arguments)
         output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+        # the logits at token t predict token t + 1: the last ones have nothing to predict
         logits: Tensor = output[:, :-1]
+        # a cross-entropy in half precision would be off in the third digit; float64 of the oracles stays
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def losses_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """`l_z` (B,) of logits (B, T-1, V); 0 for a sample without predicted tokens."""
         nll = self.token_losses_of(logits, batch)
         mask = batch.loss_mask[:, 1:].to(nll.dtype)
+        # clamp: 0 / 1 and not 0 / 0 for a sample that predicts nothing
         return (nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def token_losses_of(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -183,16 +189,20 @@ def build_model(spec: ModelSpec) -> nn.Module:
         raise UserError("the model needs exactly one of model.hf_config and model.factory")
     model = _from_hugging_face(spec.hf_config) if spec.hf_config else _from_factory(str(spec.factory), spec.kwargs)
     refuse_random(model)
+    # as in training: some modules (activation checkpointing, routers) look at the mode
     return model.train()
 
 
+# attentions that come with torch; others are imported, or fetched from the hub as kernels
 _ATTENTION = (None, "eager", "sdpa")
-_ELSEWHERE = ("configuration_files", "quantization_config")
+# settings that make transformers read another config, or replace the layers
+_REFUSED_SETTINGS = ("configuration_files", "quantization_config")
 
 
 def _from_hugging_face(path: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # before transformers sees the file: loading alone may import what a config names
     attention = _attention(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -204,27 +214,29 @@ def _from_hugging_face(path: Path) -> nn.Module:
 
 
 def _attention(path: Path) -> str | None:
-    """The attention that a config asks for; none: transformers' default.
+    """The attention that a config asks for; None: transformers' default.
 
     Raises:
-        UserError: the config asks, at any depth, for what transformers would fetch or import.
+        UserError: the config asks, at any depth, for something that transformers would fetch or import.
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
+    # at any depth: the parts of a composite model have configs of their own
     for key, value in _entries(config):
         if "attn_implementation" in key and value not in _ATTENTION:
             raise UserError(
                 f"{file} sets {key} to {value!r}; curate builds eager and sdpa only and fetches no kernel: set one of "
                 "them, or leave it out"
             )
-        if key in _ELSEWHERE and value:
+        if key in _REFUSED_SETTINGS and value:
             raise UserError(f"{file} sets {key}, which a replayed model cannot have; leave it out")
-    named: str | None = config.get("attn_implementation") or config.get("_attn_implementation")
-    return named
+    # transformers writes the name with an underscore in front, users write it without
+    attention: str | None = config.get("attn_implementation") or config.get("_attn_implementation")
+    return attention
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a JSON value at any depth, with what it holds."""
+    """Every key of a JSON value at any depth, with its value."""
     if isinstance(value, dict):
         yield from value.items()
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

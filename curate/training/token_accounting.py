@@ -1,7 +1,7 @@
-"""Which samples were consumed how often, over all stages: `python -m curate.training.token_accounting --run RUN`.
+"""How often each sample was trained on, over all stages: `python -m curate.training.token_accounting --run RUN`.
 
-Counted from what the recorder wrote, by content id, so it survives re-sharding and renaming, and a resumed stage counts
-once. A run names the run that it continued from (`RunSpec.previous`); the chain back to the first stage is the ledger.
+The counts come from the recorded steps and go by content id. So they survive re-sharding and renaming, and a resumed
+stage counts once. A run names the run that it continued from (`RunSpec.previous`), which gives the chain of stages.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from curate.training.source import SampleSource
 _log = logging.getLogger(__name__)
 
 
-class LedgerConfig(Config):
-    """Whose ledger."""
+class TokenAccountingConfig(Config):
+    """The stages to count."""
 
     run: Path = Path("runs")
     """Recorded run of the last stage, or a folder of runs: the newest finished one is taken."""
@@ -39,39 +39,46 @@ def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
 
     Args:
         run: of the last stage.
-        earlier: the stages before it; none: the chain of `previous`, as the runs were recorded.
+        earlier: runs of the stages before it; None: the chain of `previous`, as the runs were recorded.
 
     Raises:
         UserError: an earlier run is not where it was, is not finished, or the chain comes back to itself.
     """
-    if earlier is not None:
-        found = [Path(folder) for folder in earlier]
-    else:
-        found, at = [], run.spec.previous
-        while at is not None:
-            if at in found or at == run.folder.resolve():
-                raise UserError(f"the stages of run {run.folder} come back to {at}: name them in earlier_runs")
-            found.insert(0, at)
-            before = _previous(at)
-            at = None if before is None else Path(before)
-    for folder in found:
+    earlier_stages = _recorded_chain(run) if earlier is None else [Path(folder) for folder in earlier]
+    # only a stage's steps are read, so its snapshots and streams may be gone
+    for folder in earlier_stages:
         if not (folder / "steps.parquet").exists():
             raise UserError(
                 f"{folder}, a stage before run {run.folder}, is not there or not finished: its samples cannot be "
                 "counted; name the earlier runs where they lie now in earlier_runs, or [] for none"
             )
-    return [*found, run.folder]
+    return [*earlier_stages, run.folder]
 
 
-def _previous(folder: Path) -> str | None:
+def _recorded_chain(run: Run) -> list[Path]:
+    """The earlier stages as the runs name them, first stage first."""
+    chain: list[Path] = []
+    folder = run.spec.previous
+    while folder is not None:
+        # paths of moved or copied runs can form a circle
+        if folder in chain or folder == run.folder.resolve():
+            raise UserError(f"the stages of run {run.folder} come back to {folder}: name them in earlier_runs")
+        chain.insert(0, folder)
+        folder = _previous(folder)
+    return chain
+
+
+def _previous(folder: Path) -> Path | None:
+    """The run that a run continued from."""
+    # a missing run ends the chain here, and `stages` refuses it by name
     if not (folder / "run.json").exists():
-        return None  # `stages` says that it is not there
-    found = read_json(folder / "run.json").get("previous")
-    return None if found is None else str(found)
+        return None
+    previous = read_json(folder / "run.json").get("previous")
+    return None if previous is None else Path(previous)
 
 
 def uses(folders: Sequence[Path]) -> dy.DataFrame[StageUses]:
-    """How often each sample was trained on.
+    """How often each stage trained on each sample.
 
     Args:
         folders: of the stages, see `stages`.
@@ -81,34 +88,36 @@ def uses(folders: Sequence[Path]) -> dy.DataFrame[StageUses]:
     """
     frames = []
     for stage, folder in enumerate(folders):
+        # one column: weights and settings are most of the file
         ids = read_table(folder / "steps.parquet", ["sample_ids"])
         frames.append(sample_uses(ids).select(pl.lit(stage).alias("stage"), "sample_id", "uses"))
+    # sorted: group_by gives an order of its own each time, and the table goes into files
     return StageUses.validate(pl.concat(frames).sort("stage", "sample_id"))
 
 
 def seen_uses(stage_uses: dy.DataFrame[StageUses]) -> dy.DataFrame[SampleUses]:
-    """`uses` summed over the stages."""
+    """How often each sample was trained on, summed over the stages of `uses`."""
     summed = stage_uses.group_by("sample_id").agg(pl.col("uses").sum()).sort("sample_id")
     return SampleUses.validate(summed)
 
 
-def ledger_identity(folders: Sequence[Path]) -> list[str]:
-    """What a result depends on that counts these stages."""
+def stages_identity(folders: Sequence[Path]) -> list[str]:
+    """Identity of the stages, for a result that counts them."""
     return [file_fingerprint(folder / "steps.parquet") for folder in folders]
 
 
 def domains_seen(source: SampleSource, stage_uses: dy.DataFrame[StageUses]) -> dy.DataFrame[DomainsSeen]:
-    """Per domain of a source, what all stages trained on of it.
+    """What all stages trained on of each domain of a source.
 
-    Samples of earlier stages that are in none of its streams are not in it.
+    Samples of earlier stages that are in none of the source's streams do not count.
 
     Args:
         source: of the samples.
         stage_uses: see `uses`.
     """
     samples = source.unique_samples.select("domain", "sample_id", "stored_tokens")
-    each = samples.join(seen_uses(stage_uses), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
-    sums = each.group_by("domain").agg(
+    counted = samples.join(seen_uses(stage_uses), on="sample_id", how="left").with_columns(pl.col("uses").fill_null(0))
+    sums = counted.group_by("domain").agg(
         samples=pl.len().cast(pl.Int64),
         seen=(pl.col("uses") > 0).sum().cast(pl.Int64),
         most_uses=pl.col("uses").max(),
@@ -122,34 +131,42 @@ def domains_seen(source: SampleSource, stage_uses: dy.DataFrame[StageUses]) -> d
 
 def _tokens_by_stage(samples: pl.DataFrame, stage_uses: dy.DataFrame[StageUses]) -> pl.DataFrame:
     """`domain` and `seen_tokens_by_stage`: stored tokens, 0 where a stage trained on none."""
+    # every pair, so that position i of the list is stage i in every domain
     stages_and_domains = stage_uses.select("stage").unique().join(samples.select("domain").unique(), how="cross")
     trained = samples.join(stage_uses, on="sample_id").group_by("stage", "domain")
     tokens = trained.agg(tokens=(pl.col("stored_tokens") * pl.col("uses")).sum())
-    every = stages_and_domains.join(tokens, on=["stage", "domain"], how="left").sort("domain", "stage")
-    return every.group_by("domain").agg(seen_tokens_by_stage=pl.col("tokens").fill_null(0))
+    pairs = stages_and_domains.join(tokens, on=["stage", "domain"], how="left").sort("domain", "stage")
+    return pairs.group_by("domain").agg(seen_tokens_by_stage=pl.col("tokens").fill_null(0))
 
 
 def main() -> None:
     """Entry point."""
     config = parse_command(
-        LedgerConfig,
+        TokenAccountingConfig,
         "python -m curate.training.token_accounting",
-        "What all stages up to a run consumed of each domain.",
+        "What all stages up to a run trained on of each domain.",
     )
     start_logging()
     run = open_run(config.run)
     folders = stages(run, config.earlier_runs)
     for stage, folder in enumerate(folders):
         _log.info("stage %d: %s", stage, folder)
-    _log.info("%-20s %10s %10s %14s %14s %7s %5s", "domain", "samples", "seen", "tokens", "consumed", "epochs", "most")
+    header = ("domain", "samples", "seen", "tokens", "seen tokens", "epochs", "most")
+    _log.info("%-20s %10s %10s %14s %14s %7s %5s", *header)
     for row in domains_seen(run.source, uses(folders)).iter_rows(named=True):
         _log.info(
             "%-20s %10s %10s %14s %14s %7.2f %5d",
-            row["domain"], f"{row['samples']:,}", f"{row['seen']:,}", f"{row['stored_tokens']:,}",
-            f"{row['seen_tokens']:,}", row["epochs"], row["most_uses"],
-        )  # fmt: skip
+            row["domain"],
+            f"{row['samples']:,}",
+            f"{row['seen']:,}",
+            f"{row['stored_tokens']:,}",
+            f"{row['seen_tokens']:,}",
+            row["epochs"],
+            row["most_uses"],
+        )
     unknown = run.unknown
     if len(unknown):
+        # their lengths are in the streams only
         cells = ("(in no stream)", "?", f"{len(unknown):,}", "?", "?", "?", str(unknown["uses"].max()))
         _log.info("%-20s %10s %10s %14s %14s %7s %5s", *cells)
 

@@ -1,4 +1,4 @@
-"""What a training must be for a replay to repeat it, and what its optimizers do, seen from outside."""
+"""Checks that a replay can repeat a training, before it begins; and hooks that see what its optimizers do."""
 
 from __future__ import annotations
 
@@ -36,23 +36,26 @@ def check_replayable(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_rebuilt(spec: ModelSpec, model: nn.Module) -> None:
-    """Hold the parameters of a model against those that its Hugging Face config gives; nothing is allocated.
+    """Compare the parameters of a model with those that its Hugging Face config gives; nothing is allocated.
 
     Raises:
         UserError: it is another model.
     """
     import torch
 
-    if spec.hf_config is None:  # a factory may do anything
+    # a factory may read files or need the device, so it is not run for a check
+    if spec.hf_config is None:
         return
+    # fork_rng: initialisation draws numbers, and recording must change no number of the training
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         rebuilt = all_parameters(build_model(spec))
-    found = {name: tuple(parameter.shape) for name, parameter in all_parameters(model).items()}
-    wanted = {name: tuple(parameter.shape) for name, parameter in rebuilt.items()}
-    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    trained_shapes = {name: tuple(parameter.shape) for name, parameter in all_parameters(model).items()}
+    rebuilt_shapes = {name: tuple(parameter.shape) for name, parameter in rebuilt.items()}
+    names = {*trained_shapes, *rebuilt_shapes}
+    differing = sorted(name for name in names if trained_shapes.get(name) != rebuilt_shapes.get(name))
     if differing:
         name = differing[0]
-        here, there = found.get(name, "missing"), wanted.get(name, "missing")
+        here, there = trained_shapes.get(name, "missing"), rebuilt_shapes.get(name, "missing")
         raise UserError(
             f"the model that is trained is not that of {spec.hf_config}: {name} is {here} here, {there} there; correct "
             "the config, or give model.factory (adapters such as LoRA)"
@@ -62,7 +65,7 @@ def check_rebuilt(spec: ModelSpec, model: nn.Module) -> None:
 class OptimizerWatch:
     """Hooks that PyTorch calls after every `optimizer.step()`; they change nothing and wait for no device.
 
-    A GradScaler that finds an infinity does not call it, or hands a fused optimizer the tensor `found_inf`.
+    A GradScaler that finds an infinity does not call `step`, or hands a fused optimizer the tensor `found_inf`.
 
     Args:
         optimizers: of the training.
@@ -79,18 +82,21 @@ class OptimizerWatch:
         self._optimizers = optimizers
         self.names = _group_names(optimizers, model)
         self._trained = self._now_trained()
+        # per optimizer, one entry for each call of its `step` since the step began: whether it updated
         self._steps: list[list[bool | Tensor]] = [[] for _ in optimizers]
         self._handles = [
             optimizer.register_step_post_hook(self._note(index)) for index, optimizer in enumerate(optimizers)
         ]
-        self._recorded = self._skipped = False  # whether a step has ended, and one without an update
+        # whether a step has ended, and whether one took no update
+        self._recorded = self._skipped = False
 
     def begin(self) -> None:
-        """A step begins.
+        """Begin a step.
 
         Raises:
             UserError: an optimizer has stepped since the last one ended.
         """
+        # before the first step an optimizer may step freely: a warm-up, or a restored checkpoint
         if self._recorded and any(self._steps):
             raise UserError(
                 "optimizer.step() was called between end_step and begin_step, so the record would lack it; call "
@@ -99,32 +105,37 @@ class OptimizerWatch:
         self._steps = [[] for _ in self._optimizers]
 
     def end(self, step: int, updated: bool | None) -> list[dict[str, Any]]:
-        """A step ends: the fields of `GroupSettings` of every group; `updated` may be a tensor.
+        """End a step.
 
         Args:
             step: its number.
             updated: whether an update was taken; None: what the hooks saw.
 
+        Returns:
+            The fields of `GroupSettings` of every group; `updated` may be a tensor on the device.
+
         Raises:
-            UserError: an optimizer stepped twice or although it is said that it did not, or the groups have changed.
+            UserError: an optimizer stepped twice, or stepped although `updated` is False, or the groups have changed.
         """
-        taken, self._recorded = self._steps, True
+        calls, self._recorded = self._steps, True
         self._steps = [[] for _ in self._optimizers]
-        if any(len(each) > 1 for each in taken):
+        if any(len(outcomes) > 1 for outcomes in calls):
             raise UserError(
-                f"optimizer.step() was called {max(map(len, taken))} times in step {step}; record every update as a "
+                f"optimizer.step() was called {max(map(len, calls))} times in step {step}; record every update as a "
                 "step of its own"
             )
-        if updated is False and any(each == [True] for each in taken):
+        if updated is False and any(outcomes == [True] for outcomes in calls):
             raise UserError(f"end_step was told that step {step} took no update, but optimizer.step() was called in it")
         self._check_groups(step)
-        seen = [each[0] if each else False for each in taken] if updated is None else [updated] * len(taken)
-        if not self._skipped and not any(took is not False for took in seen):
+        seen = [outcomes[0] if outcomes else False for outcomes in calls]
+        updates = seen if updated is None else [updated] * len(calls)
+        # `is not False`: the truth of a tensor would wait for the device
+        if not self._skipped and not any(update is not False for update in updates):
             self._skipped = True
-            _log.warning("step %d took no update, so its samples get value 0; later ones are not said", step)
+            _log.warning("step %d took no update, so its samples get value 0; later ones are not reported", step)
         return [
-            vars(GroupSettings.read(type(optimizer).__name__, group)) | {"updated": took}
-            for optimizer, took in zip(self._optimizers, seen, strict=True)
+            vars(GroupSettings.read(type(optimizer).__name__, group)) | {"updated": update}
+            for optimizer, update in zip(self._optimizers, updates, strict=True)
             for group in optimizer.param_groups
         ]
 
@@ -134,13 +145,17 @@ class OptimizerWatch:
             handle.remove()
 
     def _note(self, index: int) -> Any:
+        """The hook of one optimizer."""
+
         def after_step(optimizer: Optimizer, *_: Any) -> None:
-            infinite = getattr(optimizer, "found_inf", None)  # of a fused optimizer under a GradScaler
-            self._steps[index].append(True if infinite is None else infinite == 0)
+            # a GradScaler gives it to fused optimizers, whose kernel then skips the update without the host knowing
+            found_inf = getattr(optimizer, "found_inf", None)
+            self._steps[index].append(True if found_inf is None else found_inf == 0)
 
         return after_step
 
     def _now_trained(self) -> list[list[int]]:
+        """Identities of the parameters that each group trains now."""
         return [[id(p) for p in group["params"] if p.requires_grad] for _, group in groups_of(self._optimizers)]
 
     def _check_groups(self, step: int) -> None:
@@ -155,7 +170,7 @@ class OptimizerWatch:
 
 
 class BufferWatch:
-    """Looks at the model's buffers before and after a step: it may leave nothing in them for the next one.
+    """Compares the model's buffers before and after a step: a step must leave nothing in them for the next one.
 
     Args:
         model: before the step.
@@ -166,7 +181,7 @@ class BufferWatch:
         self._before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
     def check(self) -> None:
-        """After the step.
+        """Compare them after the step.
 
         Raises:
             UserError: names the buffer that changed.
@@ -187,7 +202,9 @@ def groups_of(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, dict[str, 
 
 
 def _group_names(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[str]]:
+    """Names of the parameters that each group trains, see `OptimizerWatch`."""
     names = {id(parameter): name for name, parameter in all_parameters(model).items()}
+    # frozen ones may stay in a group: torch skips them
     trained = [[p for p in group["params"] if p.requires_grad] for _, group in groups_of(optimizers)]
     foreign = [p for group in trained for p in group if id(p) not in names]
     if foreign:
@@ -195,11 +212,12 @@ def _group_names(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list
             f"an optimizer trains a parameter of shape {tuple(foreign[0].shape)} that is not the model's, so replay "
             "could not rebuild it; make it a part of the model, or train it with an optimizer that is not recorded"
         )
+    # a parameter with gradients but no optimizer counts in the clip norm, which replay could not repeat
     held = {id(p) for group in trained for p in group}
-    left = [n for n, p in all_parameters(model).items() if p.requires_grad and id(p) not in held]
-    if left:
+    without_optimizer = [n for n, p in all_parameters(model).items() if p.requires_grad and id(p) not in held]
+    if without_optimizer:
         raise UserError(
-            f"{left[0]} and {len(left) - 1} more parameters need gradients but are in no optimizer; freeze them with "
-            "requires_grad_(False), or give them to an optimizer before recording"
+            f"{without_optimizer[0]} and {len(without_optimizer) - 1} more parameters need gradients but are in no "
+            "optimizer; freeze them with requires_grad_(False), or give them to an optimizer before recording"
         )
     return [[names[id(p)] for p in group] for group in trained]

@@ -111,7 +111,7 @@ def _product(bench: Bench, name: str, window: str, horizon: int) -> dict[str, An
     if name == "tracin":
         values = baselines.along_trajectory(replay, bench.targets.batches, (start, stop), 48, _TRACIN_EVERY)
     else:
-        optimizers = replay.horizon_optimizers(horizon)
+        optimizers = replay.optimizers_at(horizon)
         targets = anchor_gradients(replay.task, replay.layout, bench.targets, 48)
         if name == "grad-dot":
             values = baselines.grad_dot(replay, targets, (start, stop))
@@ -119,9 +119,9 @@ def _product(bench: Bench, name: str, window: str, horizon: int) -> dict[str, An
             lengths = targets.norm(dim=1, keepdim=True)
             values = baselines.less(replay, targets / lengths, (start, stop), optimizers)
     seconds = perf_counter() - begin
-    if replay.unit_seconds is None:
+    if replay.pass_seconds is None:
         deque(replay.steps(start, stop), maxlen=0)
-    unit = (replay.unit_seconds or 1.0) * (stop - start) * len(bench.targets)
+    unit = (replay.pass_seconds or 1.0) * (stop - start) * len(bench.targets)
     return {"values": values, "units": seconds / unit}
 
 
@@ -223,7 +223,7 @@ def _agreement(bench: Bench, values: npt.NDArray[np.float32]) -> float:
 def _solve(bench: Bench, values: npt.NDArray[np.float32], horizon: int) -> dict[str, Any]:
     """Values (N, Q) of every kind of anchor set, and the relative residuals (Q,)."""
     replay, both = bench.replay(), bench.targets + bench.pool
-    diagonal = optimizer_metric(replay, replay.horizon_optimizers(horizon), horizon)
+    diagonal = optimizer_metric(replay, replay.optimizers_at(horizon), horizon)
     gradients = anchor_gradients(replay.task, replay.layout, both, 48)
     found: dict[str, Any] = {}
     for kind in ("r8", "r32", "r32-heldout", "r32-foreign"):

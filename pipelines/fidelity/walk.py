@@ -99,7 +99,7 @@ def _cotangent(replay: Replay, anchors: AnchorSet, walk: Walk, stop: int, folder
         UserError: a part was deleted whose cotangent is gone.
     """
     if stop == walk.horizon:
-        replay.horizon_model(stop)
+        replay.model_at(stop)
         return TrainingState.zeros(anchor_gradients(replay.task, replay.layout, anchors, 48))
     saved = load_cotangent(_border(folder, walk, stop), replay.device)
     if saved is None:
@@ -126,7 +126,7 @@ def _part(
                 values[own].append(_own(replay, state, own, linear, after).float().cpu().numpy())
                 seconds[own] += perf_counter() - own_begin
     total = perf_counter() - begin
-    unit = (replay.unit_seconds or 1.0) * (stop - start)
+    unit = (replay.pass_seconds or 1.0) * (stop - start)
     arrays = {own: np.concatenate(rows[::-1]) for own, rows in values.items()}
     shared = total - sum(seconds.values())
     arrays |= {f"units {own}": np.float64((shared + seconds[own]) / unit) for own in walk.own_steps}

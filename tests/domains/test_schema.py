@@ -1,9 +1,9 @@
 import polars as pl
 import pytest
-from curate.domains.schema import Scores, read_scores, write_scores
 from polars.testing import assert_frame_equal
 
 from curate.core.errors import UserError
+from curate.domains.scores_file import Scores, read_scores, write_scores
 
 
 def test_round_trip_without_documents(tmp_path, values):

@@ -14,7 +14,7 @@ from curate.embeddings.store import plan_job
 from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.target import load_targets
-from curate.training.windows import Found
+from curate.training.windows import PhaseWindow
 from tests.tiny import Training, record_tiny_run
 
 
@@ -77,7 +77,7 @@ def test_a_horizon_is_a_name_or_a_step():
 
 
 def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
-    found = {"early": Found(start=3, stop=5, changes=5, line="early window: why")}
+    found = {"early": PhaseWindow(start=3, stop=5, changes=5, line="early window: why")}
     monkeypatch.setattr("curate.training.windows.run_windows", lambda run: found)
     config = config_of(run, folder, estimator="adjoint", windows="auto")
     with caplog.at_level(logging.INFO):

@@ -109,9 +109,9 @@ def test_values_of_shuffled_are_those_of_curate_in_another_order(folder):
         pl.read_parquet(run_select(folder, method=method) / "scores.parquet").filter(source="late")
         for method in ("curate", "shuffled")
     )
-    per_token = [np.sort((frame["value"] / frame["tokens"]).to_numpy()) for frame in (ours, null)]
+    per_token = [np.sort((frame["value_total_nats"] / frame["predicted_tokens"]).to_numpy()) for frame in (ours, null)]
     np.testing.assert_allclose(*per_token, rtol=1e-12)
-    assert (ours["value"] != null["value"]).mean() > 0.8
+    assert (ours["value_total_nats"] != null["value_total_nats"]).mean() > 0.8
 
 
 def test_an_estimator_is_that_of_its_method(folder, tmp_path):

@@ -77,11 +77,11 @@ def test_everything_is_written_and_agrees(folder, both):
         rows = scores.filter(source=source)
         for domain in ("json", "dataclasses"):
             mine = rows.filter(domain=domain)
-            wanted = mine["value"].sum() / mine["tokens"].sum()
+            wanted = mine["value_total_nats"].sum() / mine["predicted_tokens"].sum()
             found = domains.filter(source=source, domain=domain)["value_per_token"].item()
             assert found == pytest.approx(wanted, rel=1e-9)
     documents = pl.read_parquet(both / "documents.parquet")
-    assert documents["value"].sum() == pytest.approx(scores["value"].sum(), rel=1e-6)
+    assert documents["value_total_nats"].sum() == pytest.approx(scores["value_total_nats"].sum(), rel=1e-6)
 
 
 def test_filtered_shards_read_by_a_plain_streaming_dataset_are_the_mixture(both):
@@ -211,7 +211,7 @@ def test_what_earlier_stages_consumed_counts_against_the_caps(folder):
         run_select(folder, **budget, source={"earlier_runs": (folder / "run",) * 4})
     once = run_select(folder, **budget, source={"earlier_runs": (folder / "run",)})
     assert once != alone
-    ledgers = [pl.read_parquet(out / "seen.parquet")["consumed_tokens"].sum() for out in (alone, once)]
+    ledgers = [pl.read_parquet(out / "seen.parquet")["seen_tokens"].sum() for out in (alone, once)]
     assert ledgers == [72 * SEQ_LEN, 144 * SEQ_LEN]
     assert "epochs so far" in (once / "report.html").read_text(encoding="utf-8")
 
@@ -241,8 +241,8 @@ def test_several_targets_and_what_is_retained_are_valued_in_one_pass(folder, tmp
     assert mixture.group_limits["retain"].reached >= mixture.group_limits["retain"].least - 1e-8
     scores, single = (pl.read_parquet(part / "scores.parquet") for part in (out, alone))
     assert set(scores["target"]) == {"target", "other", "general"}
-    together = scores.filter(target="target").select("row", "value").sort("row")
-    for found, wanted in zip(together["value"], single.sort("row")["value"], strict=True):
+    together = scores.filter(target="target").select("row", "value_total_nats").sort("row")
+    for found, wanted in zip(together["value_total_nats"], single.sort("row")["value_total_nats"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     domains = pl.read_parquet(out / "domains.parquet")
     for name, part in mixture.domains.items():
@@ -297,9 +297,9 @@ def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(f
     residual = json.loads((out / "manifest.json").read_text())["residuals"]["late"]
     assert 0 < residual <= 1
     assert f"late window: the anchors leave {100 * residual:.0f} % of the target's gradient unexplained" in caplog.text
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "unexplained by the anchors" in page
-    assert "late at step 12" in page
+    shown = json.loads((out / "report_data" / "report.json").read_text(encoding="utf-8"))
+    assert shown["residuals"] == {"late": pytest.approx(residual)}
+    assert shown["horizons"] == {"late": "step_12"}
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_the_next_stage_draws_from_the_candidates(folder):
     for name in wanted:
         own = scores.filter(domain=name)
         found = domains.filter(domain=name)["value_per_token"].item()
-        assert found == pytest.approx(own["value"].sum() / own["tokens"].sum(), rel=1e-9)
+        assert found == pytest.approx(own["value_total_nats"].sum() / own["predicted_tokens"].sum(), rel=1e-9)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "rank correlation" in page
     assert "finished stage:" not in page
@@ -76,7 +76,9 @@ def test_the_next_stage_draws_from_the_candidates(folder):
 def test_samples_of_low_value_are_left_out(folder):
     filtering = {"drop_fraction": 0.25, "duplicate_overlap": 1.0, "contamination_overlap": None}
     out = run_select(folder, values={**VALUES, "ngram_share": 0.0, "measured_per_domain": 1000}, filter=filtering)
-    scores = pl.read_parquet(out / "scores.parquet").with_columns(x=pl.col("value") / pl.col("tokens"))
+    scores = pl.read_parquet(out / "scores.parquet").with_columns(
+        x=pl.col("value_total_nats") / pl.col("predicted_tokens")
+    )
     low = pl.read_parquet(out / "data" / "mds" / "dropped.parquet").filter(reason="low_value")
     for name in ("fresh", "dataclasses"):
         own = scores.filter(domain=name).sort("x")
@@ -98,7 +100,7 @@ def test_what_was_trained_on_needs_written_samples(folder):
     kept = run_select(folder, **keep, mode="weights", budget_tokens=None)
     assert kept != out
     assert read_mixture(kept / "mixture.yaml").stored_tokens == 72 * SEQ_LEN  # as many as the last stage
-    assert pl.read_parquet(kept / "seen.parquet")["consumed_tokens"].sum() == 72 * SEQ_LEN
+    assert pl.read_parquet(kept / "seen.parquet")["seen_tokens"].sum() == 72 * SEQ_LEN
 
 
 def test_several_targets_and_methods_without_values_serve_candidates(folder):

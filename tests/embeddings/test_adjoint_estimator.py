@@ -169,7 +169,7 @@ def test_values_at_an_intermediate_horizon_are_about_the_model_there(folder):
     target = load_target(folder / "target.jsonl", run.spec, min_tokens=100)
     values = found.vectors @ found.targets.T @ np.array(target.half_weights)
     replay = Replay(run)
-    replay.horizon_model(6)
+    replay.model_at(6)
     base = target_loss(replay.task, target, 16)
     removed = np.array([loss_without(run, target, row, 6) - base for row in range(24)])
     assert np.corrcoef(values, removed)[0, 1] > 0.97

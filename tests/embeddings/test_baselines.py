@@ -120,7 +120,7 @@ def test_shapley_sums_what_each_step_took_off_the_target_to_first_order(job):
 def state_of(job, step):
     """The model's parameters before a step, replayed from the snapshot before it."""
     replay = Replay(job.replay.run)
-    replay.horizon_model(step)
+    replay.model_at(step)
     return replay.model.state_dict()
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from curate.domains.schema import Scores
 from polars.testing import assert_frame_equal, assert_series_equal
 
 from curate.core.errors import UserError
+from curate.domains.scores_file import Scores
 from curate.influence.current import (
     NextStepOptions,
     measure_samples,

@@ -6,7 +6,7 @@ import pytest
 
 from curate.data.mds import COLUMNS, Columns, content_id, write_stream
 from curate.influence import predict
-from curate.influence.predict import predict_rest
+from curate.influence.predict_window import predict_rest
 from curate.training.run import Run
 from curate.training.source import SampleSource
 from curate.training.target import load_target

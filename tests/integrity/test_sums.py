@@ -104,6 +104,17 @@ def test_only_what_belongs_to_an_artifact_is_listed(tmp_path):
     assert is_complete(tmp_path, {})
 
 
+def test_a_log_of_a_tracker_may_grow_afterwards(tmp_path):
+    log = tmp_path / "wandb" / "offline-run" / "debug.log"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(b"a line\n")
+    (tmp_path / "table").write_bytes(b"0123456789")
+    seal(tmp_path, "test", {})
+    log.write_bytes(b"a line\nanother\n")
+    assert is_complete(tmp_path, {})
+    check_contents(tmp_path)
+
+
 def test_a_file_that_carries_its_hash(tmp_path):
     path, value = tmp_path / "a.json", {"step": 3, "data": {"at": [1, 2.5]}}
     write_hashed(path, value)

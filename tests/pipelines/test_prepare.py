@@ -78,8 +78,8 @@ def test_streams_hold_every_document(corpus: Path) -> None:
             "without_tokens": 0,
             "changed_by_tokenizer": 0,
             "tokens": sum(len(tokens) + 1 for tokens in documents.values()),
-            "predicted_tokens": catalogue["tokens"].sum(),
-            "padding": catalogue["length"].sum() - sum(len(tokens) + 1 for tokens in documents.values()),
+            "predicted_tokens": catalogue["predicted_tokens"].sum(),
+            "padding": catalogue["stored_tokens"].sum() - sum(len(tokens) + 1 for tokens in documents.values()),
             "samples": len(catalogue),
         }
     assert read_json(out / "manifest.json")["domains"] == facts

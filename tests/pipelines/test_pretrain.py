@@ -12,7 +12,7 @@ from curate.mixture.record import Phase
 from curate.output.write import write_schedule
 from curate.training.replay import Replay
 from curate.training.run import Run
-from curate.training.token_accounting import domain_ledger, uses
+from curate.training.token_accounting import domains_seen, uses
 from pipelines import pretrain
 from pipelines.optimizers import OptimizerConfig, learning_rate
 from pipelines.pretrain import PretrainConfig, train
@@ -108,8 +108,8 @@ def test_a_schedule_of_phases_is_recorded_resumed_and_counted(config, tmp_path, 
         found = [owner[each] for each in ids[start:stop]]
         if stop < 96:  # the last sample of the schedule fills no step
             assert {name: found.count(name) for name in domains} == domains
-    ledger = domain_ledger(run, uses([run.folder]))
-    assert dict(ledger.select("domain", "consumed_tokens").iter_rows()) == {
+    ledger = domains_seen(run, uses([run.folder]))
+    assert dict(ledger.select("domain", "seen_tokens").iter_rows()) == {
         name: 12 * sum(owner[each] == name for each in ids) for name in ("json", "dataclasses")
     }
     other = config.model_copy(update={"out": tmp_path / "crashed"})

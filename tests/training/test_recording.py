@@ -95,8 +95,8 @@ def test_window_rows_name_each_sample_with_its_documents(run):
     assert rows["row"].to_list() == list(range(24))
     first = run.streams[rows["domain"][0]][rows["index"][0]]
     assert first.sample_id == rows["sample_id"][0]
-    assert first.predicted_tokens == rows["tokens"][0]
-    assert sum(document["tokens"] for document in rows["documents"][0]) == rows["tokens"][0]
+    assert first.predicted_tokens == rows["predicted_tokens"][0]
+    assert sum(document["predicted_tokens"] for document in rows["documents"][0]) == rows["predicted_tokens"][0]
     assert rows["domain"].unique().sort().to_list() == ["dataclasses", "json"]
 
 

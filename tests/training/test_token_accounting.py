@@ -11,7 +11,7 @@ from curate.core.errors import UserError
 from curate.data.mds import COLUMNS, MdsStream, write_stream
 from curate.training.recorder import RecorderConfig
 from curate.training.run import Run
-from curate.training.token_accounting import domain_ledger, main, seen_uses, stages, uses
+from curate.training.token_accounting import domains_seen, main, seen_uses, stages, uses
 from tests.tiny import Training, write_tiny_streams
 
 CONFIG = RecorderConfig(windows={"early": (0, 4), "late": (4, 8)}, flush_steps=2)
@@ -54,7 +54,7 @@ def test_every_use_of_every_stage_counts_once(folder):
 
 def test_domains_add_up(folder):
     run = Run(folder / "three")
-    table = domain_ledger(run.source, uses(stages(run)))
+    table = domains_seen(run.source, uses(stages(run)))
     assert table["domain"].to_list() == ["dataclasses", "json"]
     assert table["samples"].to_list() == [80, 80]
     total = sum(slow_count(folder), Counter())
@@ -63,7 +63,7 @@ def test_domains_add_up(folder):
         own = {sample: count for sample, count in total.items() if owner[sample] == row["domain"]}
         assert row["seen"] == len(own)
         assert row["most_uses"] == max(own.values())
-        assert row["consumed_tokens"] == 12 * sum(own.values()) == sum(row[f"stage_{i}"] for i in range(3))
+        assert row["seen_tokens"] == 12 * sum(own.values()) == sum(row["seen_tokens_by_stage"])
         assert row["epochs"] == pytest.approx(sum(own.values()) / 80)
 
 
@@ -82,7 +82,7 @@ def test_it_survives_streams_that_are_written_anew_in_another_order(folder, tmp_
         write_stream(tmp_path / f"new-{domain}", COLUMNS, rows, shard_bytes=900)
         shards[domain] = tmp_path / f"new-{domain}"
     moved = Run(folder / "three", shards)
-    assert domain_ledger(moved.source, uses(stages(moved))).equals(domain_ledger(run.source, uses(stages(run))))
+    assert domains_seen(moved.source, uses(stages(moved))).equals(domains_seen(run.source, uses(stages(run))))
 
 
 def test_earlier_runs_can_be_named_where_they_lie(folder, tmp_path):
@@ -114,7 +114,7 @@ def test_the_command_prints_domains_and_stages(folder, monkeypatch, caplog):
     assert "stage 1: " in caplog.text
     (line,) = [line for line in caplog.messages if line.startswith("json")]
     run = Run(folder / "three")
-    assert line.split()[1:3] == ["80", str(domain_ledger(run.source, uses(stages(run)))["seen"][1])]
+    assert line.split()[1:3] == ["80", str(domains_seen(run.source, uses(stages(run)))["seen"][1])]
 
 
 def test_an_unreadable_record_is_named(folder, tmp_path):

@@ -28,7 +28,7 @@ from curate.training.run import ContinuedRun, Run
 from curate.training.samples import trained_tokens
 from curate.training.snapshots import snapshot_schedule
 from curate.training.target import load_target
-from curate.training.token_accounting import domain_ledger, seen_uses, uses
+from curate.training.token_accounting import domains_seen, seen_uses, uses
 from tests import tiny
 from tests.tiny import STEPS, Training, record_tiny_run, write_tiny_streams, write_tiny_target
 
@@ -450,8 +450,8 @@ class TestSamplesThatAreInNoStream:
         assert len(run.unknown) == STEPS * 6 // 2
         assert sum(trained_tokens(run).values()) == STEPS * 6 // 2 * tiny.SEQ_LEN
         assert "36 of 72 samples" in caplog.text
-        ledger = domain_ledger(run.source, uses([run.folder]))
-        assert ledger["consumed_tokens"].sum() == STEPS * 6 // 2 * tiny.SEQ_LEN
+        ledger = domains_seen(run.source, uses([run.folder]))
+        assert ledger["seen_tokens"].sum() == STEPS * 6 // 2 * tiny.SEQ_LEN
         assert seen_uses(uses([run.folder]))["uses"].sum() == STEPS * 6
 
     def test_none_at_all_is_refused(self, run):

@@ -1,0 +1,97 @@
+"""Values of samples that were not measured, from the n-grams of those that were; no pass through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import dataframely as dy
+import numpy as np
+
+from curate.core.arrays import read_arrays
+from curate.influence.current import TOKEN_VALUES, target_places
+from curate.influence.extrapolate import from_fit, with_fallback
+from curate.ngrams.regression import NgramRegression, fit, ngrams_of
+from curate.stats.deviation import combined_values, target_shares
+from curate.tables import PredictedValues, PredictionQuality, Samples, SampleValues
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from curate.data.mds import Sample
+    from curate.influence.current import NextStep
+    from curate.training.source import SampleSource
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+MIN_RANK_CORRELATION = 0.2
+"""Held-out rank correlation from which a domain's predictions are used, if it is certainly positive; elsewhere the
+domain's mean stands for what is not measured. What choosing by predictions gains is about this share of what choosing
+by values would gain."""
+_BATCH = 64  # samples read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStepPredictor:
+    """What n-grams say of the next step, learned from the tokens of the measured part; no pass through the model.
+
+    Attributes:
+        regression: gives the value per token of any text, for all targets together.
+        measured: the part that it was fitted to.
+        held_out: (n,) what fits without a measured sample's fold predict of it; NaN where there is none.
+        seed: of intervals.
+    """
+
+    regression: NgramRegression
+    measured: dy.DataFrame[SampleValues]
+    held_out: Floats
+    seed: int
+
+    def predict(self, samples: Sequence[Sample]) -> Floats:
+        """(B,) values per token; NaN of samples that predict no token."""
+        predicted = np.full(len(samples), np.nan)
+        usable = [place for place, sample in enumerate(samples) if sample.predicted_tokens]
+        if usable:
+            predicted[usable] = self.regression.samples([samples[place] for place in usable])[:, 0]
+        return predicted
+
+    def judged(
+        self, samples: dy.DataFrame[Samples], predicted: Floats
+    ) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
+        """Predictions where they are good enough, and how good they are.
+
+        Args:
+            samples: N samples, the measured ones among them.
+            predicted: (N,) of them.
+
+        Returns:
+            Values of all samples; measured ones have the measured value.
+            How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
+        """
+        known = (self.measured["value_total"] / self.measured["predicted_tokens"]).to_numpy()
+        quality = from_fit(samples, self.measured, known, predicted, self.held_out, self.seed)
+        every, judged = with_fallback(*quality, MIN_RANK_CORRELATION)
+        return PredictedValues.validate(every), PredictionQuality.validate(judged)
+
+
+def fit_predictor(
+    source: SampleSource, next_step: NextStep, weights: Mapping[str, float], seed: int
+) -> NextStepPredictor:
+    """Learn from the tokens of the measured part.
+
+    Args:
+        source: of the samples.
+        next_step: of the run and the targets.
+        weights: target -> weight.
+        seed: of folds and intervals.
+    """
+    measured = combined_values(next_step.values, weights)
+    shares = np.array(list(target_shares(next_step.values, weights).values()))
+    stored = read_arrays(next_step.folder / TOKEN_VALUES)["values"][
+        :, [target_places(next_step)[name] for name in weights]
+    ]
+    keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
+    tokens = stored.astype(np.float64) @ shares
+    regression, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
+    return NextStepPredictor(regression=regression, measured=measured, held_out=held_out[:, 0], seed=seed)
