@@ -206,17 +206,17 @@ def read_timings(folder: Path) -> dict[str, Any]:
     return read_hashed(folder / "timings.json")
 
 
-def add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
+def add_time(folder: Path, seconds: float, pass_seconds: float | None) -> None:
     """Add the time of one attempt.
 
     Args:
         folder: of the artifact.
         seconds: time of the attempt.
-        unit_seconds: time of one forward-backward pass in it; None: nothing was replayed, an earlier attempt's counts.
+        pass_seconds: time of one forward-backward pass in it; None: nothing was replayed, an earlier attempt's counts.
     """
     path = folder / "timings.json"
     before: dict[str, Any] = read_timings(folder) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
-    pass_seconds = unit_seconds or before["unit_seconds"]
+    pass_seconds = pass_seconds or before["unit_seconds"]
     total = before["seconds"] + seconds
     passes = total / pass_seconds if pass_seconds else 0.0
     write_hashed(path, {"seconds": total, "cost_units": passes, "unit_seconds": pass_seconds})
