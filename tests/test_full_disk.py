@@ -17,9 +17,9 @@ from curate.core.artifacts import write_json
 from curate.core.config import run_command
 from curate.core.writing import atomic_write
 from curate.data.mds import write_stream
+from curate.seen import main as ledger
 from curate.select import main as select
 from curate.training.snapshots import save_state
-from curate.training.token_accounting import main as ledger
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
 from tests.tiny import TinyLM, build_optimizers
