@@ -9,6 +9,7 @@ import pytest
 from curate.data.mds import COLUMNS, content_id, write_stream
 from curate.domains.domain import domain_scores
 from curate.filter.choose import choose
+from curate.filter.overlap import scan
 from curate.influence.current import NextStepOptions, forward_passes, measure_samples, value_next_step
 from curate.mixture.record import read_mixture
 from curate.selection import samples as module
@@ -128,6 +129,20 @@ def test_baselines_and_streams_weighted_by_a_window_ask_nothing_of_the_next_step
 def test_n_grams_alone_predict_no_values(folder, tmp_path, asked):
     assert not (selected(folder, tmp_path / "out", {"ngram_share": 1}) / "predicted.parquet").exists()
     assert not asked
+
+
+def test_texts_are_read_once_or_where_nothing_is_compared_not_at_all(folder, run, tmp_path, monkeypatch):
+    read = []
+
+    def spy(samples, *args):
+        read.append(len(samples))
+        return scan(samples, *args)
+
+    monkeypatch.setattr("curate.selection.texts.scan", spy)
+    selected(folder, tmp_path / "samples", {"measured_per_domain": 6})
+    selected(folder, tmp_path / "weights", {"measured_per_domain": 6}, mode="weights")
+    selected(folder, tmp_path / "held out", {"measured_per_domain": 6}, {"contamination_overlap": 0.5}, mode="weights")
+    assert read == [len(run.catalogue), 0, len(run.catalogue)]
 
 
 def test_only_the_most_promising_samples_are_measured():
