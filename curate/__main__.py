@@ -16,6 +16,7 @@ COMMANDS = {  # name -> module that has its `main`, and what it does
     "reconstruct": ("curate.reconstruct.__main__", "rebuild a finished run that had no recorder, and check it"),
     "schedule": ("curate.schedule", "train, embed, select, train ...: carry out a plan of stages"),
     "report": ("curate.report.__main__", "render the report of a selection again"),
+    "seen": ("curate.seen", "tokens, epochs and samples of each domain that all stages trained on"),
     "branch_test": ("curate.branch_test", "train short branches to see whether scores predict what domains do"),
 }
 

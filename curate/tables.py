@@ -171,7 +171,7 @@ class PredictedValues(dy.Schema):
 
 
 class PredictionQuality(dy.Schema):
-    """How well predictions rank held-out samples, by domain (`predicted.parquet`)."""
+    """How well predictions rank held-out samples, by domain."""
 
     domain = dy.String(nullable=False)
     samples = dy.Int64(nullable=False)
@@ -182,6 +182,15 @@ class PredictionQuality(dy.Schema):
     low = dy.Float64(nullable=True)
     high = dy.Float64(nullable=True)
     used = dy.String(nullable=False, regex="^(predictor|domain mean|measured|too few)$")
+
+
+class Predicted(PredictionQuality):
+    """The same of a selection (`predicted.parquet`)."""
+
+    source = dy.String(nullable=False, regex=_SOURCES)
+    """Whose values they are."""
+    also_measured = dy.Int64(nullable=True)
+    """Samples measured beside `measured`, the most promising ones; null where a window's values are predicted from."""
 
 
 class NgramRatios(dy.Schema):

@@ -152,7 +152,7 @@ def _embedded(config: PhasesConfig, run: Run) -> tuple[Embedding, tuple[float, f
     _log.info(
         "%s: the whole stage will cost about %.0f forward+backward passes, the stage itself took %d",
         config.estimator,
-        estimator.cost_units(job),
+        estimator.passes(job),
         steps,
     )
     return embed_window(job, "stage", "stage_end", estimator), target.half_weights

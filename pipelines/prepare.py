@@ -25,18 +25,18 @@ from curate.core.artifacts import (
     STARTED,
     check_contents,
     file_fingerprint,
+    finalize,
     fingerprint,
     is_complete,
     making,
     read_json,
-    seal,
     write_json,
 )
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.progress import say, start_logging
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import Document, Fields, eot_id, load_tokenizer, tokenizer_file
 from curate.data.files import open_reader
 from curate.data.mds import COLUMNS, Sample, write_stream
@@ -108,10 +108,10 @@ def prepare(config: PrepareConfig) -> dict[str, dict[str, int]]:
                 facts = _write(config, domains, inputs, cache)
             finally:
                 shutil.rmtree(cache, ignore_errors=True)
-            seal(config.out, "data", settings, parts=[TOKENIZER, *inputs], domains=facts)
+            finalize(config.out, "data", settings, parts=[TOKENIZER, *inputs], domains=facts)
         else:
             check_contents(config.out)
-        # after seal: a crash in between leaves the mark on a complete folder, and the next call removes it
+        # after finalize: a crash in between leaves the mark on a complete folder, and the next call removes it
         (config.out / STARTED).unlink(missing_ok=True)
     return _facts(config.out)
 
@@ -135,16 +135,16 @@ def _write(
     _refuse_strangers(config.out, set(catalogues), done, serialised)
     write_json(config.out / STARTED, settings)  # until all domains are there nothing is trained on them
     # before the streams: a stream without its tokenizer could not be read
-    with replacing(config.out / TOKENIZER) as part:
+    with atomic_write(config.out / TOKENIZER) as part:
         part.write_text(serialised, encoding="utf-8")
     tokenizer = load_tokenizer(config.out / TOKENIZER)
     facts: dict[str, dict[str, int]] = {}
     for name, documents in catalogues.items():
         if name not in done:
             # the stream appears with its manifest in it: complete or not at all
-            with replacing(config.out / name) as part:
+            with atomic_write(config.out / name) as part:
                 counts = _write_domain(config, part, name, documents, tokenizer)
-                seal(part, "stream", settings[name], domains={name: counts})
+                finalize(part, "stream", settings[name], domains={name: counts})
         facts |= _facts(config.out / name)
     return facts
 

@@ -151,7 +151,7 @@ def _train(config: PretrainConfig, settings: dict[str, Any], stack: ExitStack) -
             # records first: a checkpoint must not be ahead of what is recorded, or a resumed run would miss steps
             recorder.flush()
             save(config.out, step + 1, settings, model, optimizers, loader)
-    # the recorder's seal comes last: a run that is finished has its final checkpoint
+    # the recorder finishes last: a run that is finished has its final checkpoint
     finish(config.out, config.steps)
     recorder.finish()
     _log.info(

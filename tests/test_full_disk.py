@@ -15,11 +15,11 @@ import torch
 from curate.core.arrays import create_memmap, write_arrays
 from curate.core.artifacts import write_json
 from curate.core.config import run_command
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.mds import write_stream
+from curate.seen import main as ledger
 from curate.select import main as select
 from curate.training.snapshots import save_state
-from curate.training.token_accounting import main as ledger
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
 from tests.tiny import TinyLM, build_optimizers
@@ -45,7 +45,7 @@ def read_only(disk):
 
 
 def table(path):
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         pl.DataFrame({"x": np.random.default_rng(0).random(400_000)}).write_parquet(part)
 
 
@@ -103,10 +103,10 @@ def test_a_memory_map_has_its_place_on_the_disk(tmp_path):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "x"):
         (tmp_path / "gone.npz").read_bytes()
     assert caught.value.filename == str(tmp_path / "gone.npz")
-    with pytest.raises(ValueError, match="bug"), replacing(tmp_path / "x"):
+    with pytest.raises(ValueError, match="bug"), atomic_write(tmp_path / "x"):
         raise ValueError("bug")
 
 

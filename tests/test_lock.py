@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from curate.core.artifacts import check_startable
+from curate.core.artifacts import check_can_begin
 from curate.core.lock import LOCK, BusyError, Lock, is_locked_here, locked, sweep
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -111,7 +111,7 @@ def test_a_process_gets_again_what_it_holds_and_a_lost_lock_is_released(tmp_path
         del inner
         assert is_locked_here(tmp_path / "a" / "b")
         assert not is_locked_here(tmp_path.parent / "other")
-        check_startable(tmp_path, {})  # a lock makes no folder another's
+        check_can_begin(tmp_path, {})  # a lock makes no folder another's
     assert not is_locked_here(tmp_path / "a")
     assert not (tmp_path / LOCK).exists()
 
@@ -129,9 +129,9 @@ def test_what_a_killed_process_left_is_written_over_under_the_lock_and_never_wit
     code = """
 import os, sys
 from pathlib import Path
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.core.lock import locked
-with locked(Path(sys.argv[1])), replacing(Path(sys.argv[1]) / "x") as part:
+with locked(Path(sys.argv[1])), atomic_write(Path(sys.argv[1]) / "x") as part:
     part.mkdir()
     (part / "index.json").write_text("half")
     os.kill(os.getpid(), 9)
@@ -140,10 +140,10 @@ with locked(Path(sys.argv[1])), replacing(Path(sys.argv[1]) / "x") as part:
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     (left,) = (path for path in tmp_path.iterdir() if path.name != LOCK)
-    with replacing(tmp_path / "x") as part:  # knows of no lock: another's may be alive
+    with atomic_write(tmp_path / "x") as part:  # knows of no lock: another's may be alive
         part.mkdir()
     assert left.exists()
-    with locked(tmp_path), replacing(tmp_path / "x") as part:
+    with locked(tmp_path), atomic_write(tmp_path / "x") as part:
         assert part == left
         assert not part.exists()
         part.mkdir()

@@ -85,6 +85,9 @@ def test_files_are_named_with_the_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_text(wrong)
+    path.write_bytes(b"\xef\xbb\xbfa:\n \xff\n")  # positions count from behind a byte order mark
+    with pytest.raises(UserError, match=r"line 2: .*0xff"):
+        read_text(path)
     path.write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert read_yaml(path) == {"a": 1}
 

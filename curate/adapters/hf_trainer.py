@@ -1,15 +1,15 @@
-"""Recording and capture in a Hugging Face `Trainer`: one callback, no change of its loop and of no number of it.
+"""Recording and capture in a Hugging Face `Trainer`: one callback, which changes neither its loop nor its numbers.
 
     trainer.add_callback(RecorderCallback(trainer, "runs/stage1", streams={"web": "data/web"}, seq_len=1024))
 
-A sample is known by its content: a row of `input_ids` (where `attention_mask` is 1) and which of its `labels` are not
--100 give the id that prepared MDS streams have, so nothing has to be added to the data set or the collator. The streams
-named here are what replay reads; they must hold the same samples. They are read once before the first step, and batches
-are held against them; the loss of the first step is held against the one that the record describes.
+A sample is identified by its content: a row of `input_ids` (where `attention_mask` is 1) and which of its `labels` are
+not -100 give the id that prepared MDS streams have, so the data set and the collator need no id column. Replay reads
+the streams named here; they must hold the same samples. They are read once before the first step, and each batch is
+compared with them; the loss of the first step is compared with the one that the record describes.
 
-`Trainer` shows a callback neither batches nor the gradient's norm before clipping. They are read where they pass: from
-the arguments of the model's forward pass, and from `backward` and `clip_grad_norm_` of the trainer's accelerator, which
-are wrapped for the time of the training.
+`Trainer` shows a callback neither batches nor the gradient's norm before clipping. The callback reads them where they
+pass: from the arguments of the model's forward pass, and from `backward` and `clip_grad_norm_` of the trainer's
+accelerator, which are wrapped while the training runs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch"})
+# fp16 is missing: its loss scaling skips steps and changes gradients, which replay would have to repeat.
 _AUTOCAST: Mapping[str, Literal["bfloat16"] | None] = {"no": None, "bf16": "bfloat16"}
-_LOSS_TOLERANCE = 1e-3  # the same logits make both, so half precision is in neither
+# Relative. Both losses are made of the same logits, so half precision makes no difference between them.
+_LOSS_TOLERANCE = 1e-3
 
 
 class RecorderCallback(TrainerCallback):
@@ -43,7 +45,7 @@ class RecorderCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that the callback is added to.
-        folder: the run.
+        folder: folder of the run.
         streams: domain -> MDS folder with the samples trained on.
         seq_len: tokens of a sequence.
         config: windows, byte budget.
@@ -72,13 +74,17 @@ class RecorderCallback(TrainerCallback):
         self._trainer, self._folder = trainer, Path(folder)
         self._config, self._capture = config or RecorderConfig(), capture
         self._settings: dict[str, Any] = {
-            "streams": dict(streams), "seq_len": seq_len, "columns": columns, "tokenizer": tokenizer,
+            "streams": dict(streams),
+            "seq_len": seq_len,
+            "columns": columns,
+            "tokenizer": tokenizer,
             "previous": previous,
-        }  # fmt: skip
+        }
         self._recorder: TrajectoryRecorder | None = None
         self._batch: dict[str, Any] = {}
         self._logits: Tensor | None = None
-        self._checked = False  # whether a step's loss has been held against its record
+        # Whether a step's loss was compared with its record.
+        self._checked = False
         self._loss: Tensor | None = None
         self._norm: Tensor | float | None = None
         self._undo: list[Any] = []
@@ -88,20 +94,28 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Start the recorder, and see batches and norms from now on."""
         trainer = self._trainer
-        self._unwrap()  # auto_find_batch_size begins again
+        # `auto_find_batch_size` begins a training again, without an end of the first.
+        self._unwrap()
         _refuse(trainer, args)
         model = given["model"]
+        # Replay builds the model from its configuration alone; weights are in the snapshots.
         config = self._folder / "model" / "config.json"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(model.config.to_json_string(use_diff=True), encoding="utf-8")
         optimizer = given["optimizer"]
         self._recorder = TrajectoryRecorder(
-            self._folder, self._config, model, getattr(optimizer, "optimizer", optimizer),
+            self._folder,
+            self._config,
+            model,
+            getattr(optimizer, "optimizer", optimizer),  # inside of Accelerate's wrapper
             task=TaskSpec(model=ModelSpec(hf_config=config), autocast=_AUTOCAST[_precision(trainer)]),
-            steps=state.max_steps, clip_norm=args.max_grad_norm or None, first_step=state.global_step,
+            steps=state.max_steps,
+            clip_norm=args.max_grad_norm or None,  # 0 means no clipping
+            first_step=state.global_step,
             **self._settings,
-        )  # fmt: skip
+        )
         self._known = KnownSamples(self._folder, self._settings["streams"], self._settings["columns"])
+        # Each training's own first step is checked.
         self._checked = False
         if self._capture is not None:
             self._recorder.attach(RunCapture(self._recorder, self._capture))
@@ -115,21 +129,21 @@ class RecorderCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Before the first micro-batch."""
+        """Begin a step, before its first micro-batch."""
         self._loss = self._norm = None
         self._running.begin_step(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """After the optimizer's step, before the schedule's."""
+        """End a step, after the optimizer's step and before the schedule's."""
         if self._loss is None:
             raise UserError("this Trainer takes its steps without accelerator.backward, so it cannot be recorded")
         self._running.end_step(self._loss, self._norm)
         self._checked = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """A checkpoint was written."""
+        """Write what was recorded, as a checkpoint was written."""
         self._running.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -152,8 +166,8 @@ class RecorderCallback(TrainerCallback):
         return self._recorder
 
     def _forward(self, model: Any, arguments: Any, inputs: dict[str, Any]) -> None:
-        """Keep what is needed of a batch; evaluation goes by."""
-        if model.training:
+        """Keep the inputs of a training batch."""
+        if model.training:  # evaluation between steps runs the same model
             self._batch = inputs
 
     def _output(self, model: Any, arguments: Any, output: Any) -> None:
@@ -162,7 +176,7 @@ class RecorderCallback(TrainerCallback):
             self._logits = getattr(output, "logits", None)
 
     def _backward(self, loss: Tensor) -> None:
-        """A micro-batch's backward pass has just been.
+        """Record a micro-batch after its backward pass.
 
         With `num_items_in_batch` N the model's loss is a sum over tokens divided by N, and `c_z` the sample's share of
         N; without, it is the micro-batch's mean divided by the number of micro-batches. The accelerator divides again.
@@ -173,17 +187,20 @@ class RecorderCallback(TrainerCallback):
         if inputs.get("labels") is None or inputs.get("input_ids") is None:
             raise UserError("RecorderCallback needs batches with input_ids and labels, and a model that makes the loss")
         _refuse_batch(inputs)
+        # The model shifts labels by one, so the first label of a row is never predicted.
         predicted = (inputs["labels"][:, 1:] != -100).sum(1)
         items = inputs.get("num_items_in_batch")
         if items is None:
+            # The accumulation of this step, which is shorter at the end of an epoch.
             items = predicted.sum() * self._trainer.current_gradient_accumulation_steps
         divisor = self._trainer.accelerator.gradient_accumulation_steps
-        part = loss.detach() / divisor
-        self._loss = part if self._loss is None else self._loss + part
+        batch_loss = loss.detach() / divisor
+        self._loss = batch_loss if self._loss is None else self._loss + batch_loss
+        # No `float(...)` here: it would wait for the GPU at each micro-batch.
         share = 1 / (torch.as_tensor(items, device=predicted.device) * divisor)
         if self._logits is not None:
-            _check_loss(self._logits, inputs["labels"], share, part)
-            self._logits = None
+            _check_loss(self._logits, inputs["labels"], share, batch_loss)
+            self._logits = None  # frees (B, T, vocabulary) numbers
         sample_ids = _sample_ids(inputs)
         self._known.check(sample_ids)
         self._running.micro_batch(sample_ids, predicted * share, predicted)
@@ -193,18 +210,19 @@ class RecorderCallback(TrainerCallback):
 
 
 def _wrap(owner: Any, name: str, after: Any) -> Any:
-    """Call `after` behind a method of one object: with the loss for `backward`, else with what it returned.
+    """Call `after` each time a method of one object returns: with the loss for `backward`, else with its result.
 
     Returns:
-        What puts the method back.
+        A function that restores the method.
     """
     original = getattr(owner, name)
 
     def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        found = original(*arguments, **keywords)
-        after(arguments[0] if name == "backward" else found)
-        return found
+        result = original(*arguments, **keywords)
+        after(arguments[0] if name == "backward" else result)
+        return result
 
+    # On the object, so that deleting it uncovers the class's method again.
     setattr(owner, name, wrapped)
     return lambda: delattr(owner, name)
 
@@ -217,21 +235,23 @@ def _sample_ids(inputs: Mapping[str, Any]) -> Sequence[int]:
 
 
 def _refuse_batch(inputs: Mapping[str, Any]) -> None:
-    """A batch whose rows are not what their ids say, or that the model reads otherwise than replay would.
+    """Refuse a batch whose rows are not what their ids say, or that replay would read differently.
 
     Raises:
-        UserError: says what of it.
+        UserError: names what is wrong with it.
     """
     import torch
 
     tokens, labels = inputs["input_ids"], inputs["labels"]
     attended, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     kept = torch.ones_like(tokens, dtype=torch.bool) if attended is None else attended.bool()
-    found = {
+    # Tensors of other names (token_type_ids, images) change the loss, and no record has them.
+    problems = {
         f"an input {name}": isinstance(value, torch.Tensor) for name, value in inputs.items() if name not in _INPUTS
     }
+    # Not a mask per pair of tokens (4-d), as packed rows have.
     whole = kept.shape == tokens.shape
-    found |= {
+    problems |= {
         "padding that is not at the end of a row (padding_side 'right' would do)": (
             not whole or bool((kept[:, 1:] & ~kept[:, :-1]).any())
         ),
@@ -241,42 +261,43 @@ def _refuse_batch(inputs: Mapping[str, Any]) -> None:
         "labels that are neither the input_ids nor -100": bool(((labels != tokens) & (labels != -100)).any()),
         "labels at its padding": whole and bool((~kept & (labels != -100)).any()),
     }
-    for what, there in found.items():
-        if there:
+    for what, is_there in problems.items():
+        if is_there:
             raise UserError(
                 f"a batch has {what}, which a record does not tell: train on the rows of the streams as they are"
             )
 
 
 def _check_loss(logits: Tensor, labels: Tensor, share: Tensor, loss: Tensor) -> None:
-    """Hold a micro-batch's loss against the token losses that its record gives.
+    """Compare a micro-batch's loss with the token losses that its record gives.
 
     Raises:
-        UserError: another loss is trained on.
+        UserError: the training uses another loss.
     """
     from torch.nn.functional import cross_entropy
 
-    known = cross_entropy(logits[:, :-1].detach().float().transpose(1, 2), labels[:, 1:], reduction="sum") * share
-    if not math.isclose(float(known), float(loss), rel_tol=_LOSS_TOLERANCE):
+    # Labels of -100 are ignored by default; (B, T, V) logits become (B, V, T), as cross_entropy wants them.
+    recorded = cross_entropy(logits[:, :-1].detach().float().transpose(1, 2), labels[:, 1:], reduction="sum") * share
+    if not math.isclose(float(recorded), float(loss), rel_tol=_LOSS_TOLERANCE):
         raise UserError(
-            f"the loss of a micro-batch is {float(loss):.6g}, its predicted tokens give {float(known):.6g}: a "
+            f"the loss of a micro-batch is {float(loss):.6g}, its predicted tokens give {float(recorded):.6g}: a "
             "compute_loss of its own, an auxiliary loss or a penalty is in it, which replay could not repeat; train "
             "on the token loss alone"
         )
 
 
 def _precision(trainer: Trainer) -> str:
-    """What the trainer computes in; its accelerator decides, which environment and earlier trainers may have set."""
+    """Precision of the trainer's computation: its accelerator decides, which the environment may have set too."""
     return str(trainer.accelerator.mixed_precision)
 
 
 def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
-    """What a record of this trainer would get wrong.
+    """Refuse a trainer that a record could not describe.
 
     Raises:
-        UserError: names it.
+        UserError: names what it does.
     """
-    found = {
+    refused = {
         "more than one process or GPU": args.world_size > 1 or args.n_gpu > 1,
         "DeepSpeed": bool(args.deepspeed),
         "FSDP": bool(args.fsdp),
@@ -286,8 +307,8 @@ def _refuse(trainer: Trainer, args: TrainingArguments) -> None:
         "a loss function of its own (compute_loss_func)": trainer.compute_loss_func is not None,
         "torch.compile": args.torch_compile,
     }
-    for what, there in found.items():
-        if there:
+    for what, is_used in refused.items():
+        if is_used:
             raise UserError(
                 f"RecorderCallback cannot record a Trainer with {what}; train without, or in a loop of yours"
             )

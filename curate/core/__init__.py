@@ -1,1 +1,1 @@
-"""Core: configs, artifacts, locks, errors: what every part stands on and nothing of the product."""
+"""Configs, artifacts, locks and errors: what every other folder uses, and nothing of the product."""

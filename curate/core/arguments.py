@@ -1,10 +1,10 @@
-"""The command line of every command: `--config FILE.yaml`, dotted flags over it, `--help [PAGE]` and `--print_config`.
+"""Parses every command line: `--config FILE.yaml`, dotted flags over it, `--help [PAGE]` and `--print_config`.
 
     --mixture.max_epochs 3     a setting; dashes and underscores of its name are the same
     --mixture '{prior: ...}'   a group of settings or a mapping, as YAML; a group's other settings stay
-    --earlier '[a, b]'         a list; one value is a list of one
+    --source.earlier_runs '[a, b]'   a list; one value is a list of one
     --once                     a setting of type bool needs no value
-    --guard null               none, where a setting may be none
+    --retain null              none, where a setting may be none
 
 Later ones override earlier ones, files and flags alike. Files are read by `core.reading`, flags too where they are
 lists or mappings; everything else is text until the config's own validation. An old name is an error that says the
@@ -43,34 +43,37 @@ def parse(config: type[Model], prog: str, description: str, argv: Sequence[str])
     for page in [text for name, text in options if name == _HELP]:
         sys.stdout.write(help_page(config, prog, description, page))
         raise SystemExit(0)
+    # Files and flags are taken in the order of the command line, since later ones override.
     given = _Given(config)
     for name, text in options:
         if name == "config":
             given.take_file(text)
         elif name != _PRINT:
             given.take_flag(name, text)
+    # Before the validation: it would call an old name unknown.
     if given.renamed:
         raise UserError("; ".join(given.renamed))
     shown = any(name == _PRINT for name, _ in options)
     try:
-        made = config.model_validate(given.values)
+        parsed = config.model_validate(given.values)
     except ValidationError as error:
-        if not shown or any(each["type"] != "missing" for each in error.errors()):
+        # `--print_config` writes a file to start from, so what is required may still be missing.
+        if not shown or any(problem["type"] != "missing" for problem in error.errors()):
             only_files = all(name == "config" for name, _ in options)
-            raise UserError(_told(error, given.files, only_files=only_files)) from None
+            raise UserError(_problem_text(error, given.files, only_files=only_files)) from None
     if shown:
         sys.stdout.write(dump_yaml(_shown(config, given.values)))
         raise SystemExit(0)
-    return made
+    return parsed
 
 
 class _Given:
-    """What files and flags say, in their order.
+    """Settings of files and flags, each put over what the ones before it said.
 
     Attributes:
         values: the settings, in nested mappings.
         files: which file each setting of a file is from.
-        renamed: what is to be written instead of old names.
+        renamed: sentences that say what to write instead of old names.
     """
 
     def __init__(self, config: type[BaseModel]) -> None:
@@ -80,7 +83,7 @@ class _Given:
         self.renamed: list[str] = []
 
     def take_file(self, name: str) -> None:
-        """Put a file's settings over what is there.
+        """Put a file's settings over the present ones.
 
         Raises:
             UserError: it cannot be read, or is no mapping.
@@ -91,16 +94,16 @@ class _Given:
         self.renamed += [f"{path}: {', '.join(old)}"] if old else []
         for key, value in raw.items():
             _put(self._config, self.values, (key,), value)
-        self.files |= {place: str(path) for place, _ in settings}
+        self.files |= {keys: str(path) for keys, _ in settings}
 
     def take_flag(self, name: str, text: str) -> None:
-        """Put one flag over what is there.
+        """Put one flag over the present settings.
 
         Raises:
             UserError: there is no such setting, and never was; or its text is not what it should be.
         """
         try:
-            keys, annotation = _place(self._config, name)
+            keys, annotation = _find_setting(self._config, name)
         except UserError:
             old = _replaced(self._config, name, text)
             if not old:
@@ -110,16 +113,18 @@ class _Given:
         value = _value(annotation, text, name)
         self.renamed += replacements(self._config, _leaves(keys, value), flags=True)
         _put(self._config, self.values, keys, value)
-        self.files = {place: file for place, file in self.files.items() if place[: len(keys)] != keys}
+        # A setting that a flag overrides is no longer the file's: an error about it must not name the file.
+        self.files = {setting: file for setting, file in self.files.items() if setting[: len(keys)] != keys}
 
 
 def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and text of each option."""
+    """Yield name and text of each option."""
     words = list(argv)
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
         if name in ("-h", _HELP):
+            # A page is a word of its own (`--help mixture`), unless that word is the next option.
             is_page = not equals and words and not words[0].startswith("-")
             yield _HELP, words.pop(0) if is_page else text
         elif not word.startswith("--") or not name:
@@ -128,25 +133,27 @@ def _options(config: type[BaseModel], argv: Sequence[str]) -> Iterator[tuple[str
             yield _PRINT if name.replace("-", "_") == _PRINT else name, text
         elif words and not words[0].startswith("--"):
             yield name, words.pop(0)
-        elif name != "config" and (_replaced(config, name) or kinds_of(_place(config, name)[1]) == [bool]):
+        # An old name without a value goes on too: its error says the new name.
+        elif name != "config" and (_replaced(config, name) or kinds_of(_find_setting(config, name)[1]) == [bool]):
             yield name, "true"
         else:
             raise UserError(f"--{name} needs a value; see --help")
 
 
 def _replaced(config: type[BaseModel], name: str, text: str = "") -> list[str]:
-    """What is to be written instead of a flag that there no longer is."""
+    """Sentences that say what to write instead of a flag that is gone; none for any other flag."""
     keys = tuple(name.replace("-", "_").split("."))
     value = parse_yaml(text, f"--{name}") if text.lstrip().startswith("{") else text
     return replacements(config, _leaves(keys, value), flags=True)
 
 
 def _leaves(keys: Keys, value: Any) -> Iterable[tuple[Keys, Any]]:
+    # An empty mapping is a value, as in `leaves`.
     return leaves(value, keys) if isinstance(value, Mapping) and value else [(keys, value)]
 
 
-def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
-    """The keys that lead to a setting, and its type; a mapping's key may have dots where its values have no keys.
+def _find_setting(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
+    """Find the keys that lead to a setting, and its type; a mapping's key may have dots where its values have no keys.
 
     Raises:
         UserError: there is no such setting.
@@ -157,6 +164,7 @@ def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
     while rest:
         groups = [kind for kind in kinds_of(annotation) if group_of(kind) or get_origin(kind) is dict]
         if annotation is Any:
+            # Inside of untyped values (a trainer's settings) every name is a key.
             keys, rest = [*keys, *rest], []
         elif groups and group_of(groups[0]):
             field = groups[0].model_fields.get(rest[0].replace("-", "_"))
@@ -166,6 +174,7 @@ def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
             annotation = field.annotation
         elif groups:
             annotation = get_args(groups[0])[1]
+            # Domains and files have dots in their names: `--mixture.prior.web.en 1` sets one key, `web.en`.
             flat = not any(kind is Any or group_of(kind) or get_origin(kind) is dict for kind in kinds_of(annotation))
             keys.append(".".join(rest) if flat else rest[0])
             rest = [] if flat else rest[1:]
@@ -175,13 +184,14 @@ def _place(config: type[BaseModel], name: str) -> tuple[Keys, Any]:
 
 
 def _value(annotation: Any, text: str, name: str) -> Any:
-    """What a flag's text stands for: YAML where only that can be, else the text, which the validation reads."""
+    """Read a flag's text as YAML where it can be nothing else; other text is left to the validation."""
     kinds = kinds_of(annotation)
     if text == "null" and NoneType in get_args(annotation):
         return None
     nested = [kind for kind in kinds if group_of(kind) or get_origin(kind) in (dict, list, tuple)]
-    only = all(kind is Any or (kind in nested and not is_list(kind)) for kind in kinds)
-    return parse_yaml(text, f"--{name}") if only or (nested and text.lstrip()[:1] in ("[", "{")) else text
+    only_yaml = all(kind is Any or (kind in nested and not is_list(kind)) for kind in kinds)
+    # A list may also be one plain value, which stays text: YAML would read the path `1e3` as a number.
+    return parse_yaml(text, f"--{name}") if only_yaml or (nested and text.lstrip()[:1] in ("[", "{")) else text
 
 
 def _read_file(name: str) -> tuple[Path, dict[str, Any]]:
@@ -196,15 +206,15 @@ def _read_file(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _put(config: type[BaseModel], given: dict[str, Any], keys: Keys, value: Any) -> None:
-    """Set one value; where it is a group of settings, one by one over those that there are."""
+    """Set one value; a group of settings is set one by one, so that its other settings stay."""
     key, rest = keys[0], keys[1:]
     field = config.model_fields.get(key)
     group = group_of(field.annotation) if field else None
     if group and (rest or isinstance(value, Mapping)):
-        inner = _started(given.get(key, field.default if field else None))
+        inner = _as_mapping(given.get(key, field.default if field else None))
         given[key] = inner
-        for each, one in {rest: value}.items() if rest else [((name,), one) for name, one in value.items()]:
-            _put(group, inner, each, one)
+        for inner_keys, setting in {rest: value}.items() if rest else [((name,), item) for name, item in value.items()]:
+            _put(group, inner, inner_keys, setting)
     elif rest:
         given[key] = dict(given[key]) if isinstance(given.get(key), Mapping) else {}
         _put_plain(given[key], rest, value)
@@ -213,34 +223,38 @@ def _put(config: type[BaseModel], given: dict[str, Any], keys: Keys, value: Any)
 
 
 def _put_plain(given: dict[str, Any], keys: Keys, value: Any) -> None:
+    """Set one value of a mapping in a setting; what stands in its way is replaced."""
     for key in keys[:-1]:
         given[key] = dict(given[key]) if isinstance(given.get(key), Mapping) else {}
         given = given[key]
     given[keys[-1]] = value
 
 
-def _started(there: Any) -> dict[str, Any]:
+def _as_mapping(group: Any) -> dict[str, Any]:
     """A group of settings to put others over: as given so far, or as its default has it."""
-    if isinstance(there, BaseModel):
-        return there.model_dump(exclude_unset=True)
-    return dict(there) if isinstance(there, Mapping) else {}
+    if isinstance(group, BaseModel):
+        # Only what the parent's default sets: the class's own defaults come in the validation.
+        return group.model_dump(exclude_unset=True)
+    return dict(group) if isinstance(group, Mapping) else {}
 
 
-def _told(error: ValidationError, files: Mapping[Keys, str], *, only_files: bool) -> str:
+def _problem_text(error: ValidationError, files: Mapping[Keys, str], *, only_files: bool) -> str:
+    """The error's sentence, with the file that the setting is from, or as a flag."""
     where = setting_of(error)
-    near = [file for place, file in files.items() if place == where[: len(place)] or where == place[: len(where)]]
+    # Settings of files around the setting, or in it where it is a group; the last file wins.
+    near = [file for keys, file in files.items() if keys == where[: len(keys)] or where == keys[: len(where)]]
     if near and (where or only_files):
         return f"{near[-1]}: {first_problem(error)}"
     return f"{'--' if where else ''}{first_problem(error)}; see --help"
 
 
 def _shown(config: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings: as given, else the default; null where there is none."""
-    found: dict[str, Any] = {}
+    """Collect all settings: as given, else the default; null where a setting has none."""
+    shown: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         value = given.get(name, None if field.is_required() else field.default)
         group = group_of(field.annotation)
         if group and isinstance(value, BaseModel | Mapping):
             value = _shown(group, value if isinstance(value, Mapping) else dict(value))
-        found[name] = _PLAIN.dump_python(value, mode="json")
-    return found
+        shown[name] = _PLAIN.dump_python(value, mode="json")
+    return shown

@@ -1,4 +1,4 @@
-"""Configuration: frozen pydantic models, and the line between a command and what a user can meet.
+"""Configuration: frozen pydantic models, and the border where a command's errors become one sentence for its user.
 
 A config class sits beside the code that it configures; its attribute docstrings are the command's `--help`.
 """
@@ -22,6 +22,7 @@ from curate.core.renamed import Renamed
 from curate.core.trust import take_option
 from curate.core.validation import TypeName, is_list, kinds_of
 
+# What to do, by what the system refused; where none fits, a general sentence is used.
 _ADVICE = (
     ((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again to continue"),
     ((errno.EFBIG,), "raise the limit on the size of a file (ulimit -f) and run the same command again to continue"),
@@ -32,6 +33,7 @@ _ADVICE = (
 )
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMBT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+# What tables, arrays and JSON of others can hold.
 _INTEGERS = range(-(2**63), 2**63)
 
 
@@ -66,12 +68,13 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse_tokens(value: int | str) -> int:
-    """Read a token count: `50_000_000`, `"50M"`, `"1.5B"` (K, M, B, T are powers of 1000).
+    """Read a token count: `50_000_000`, `"50M"`, `"1.5B"` (K, M, B and T are powers of 1000).
 
     Raises:
         ValueError: the text is not a positive token count.
     """
     match = _TOKENS.fullmatch(str(value).replace("_", "").strip())
+    # Cut, so that thousands of digits are too large a number and not an overflow of `float`.
     count = round(float(match["number"][:99]) * _UNITS[match["unit"].upper()]) if match else 0
     if count < 1 or count not in _INTEGERS:
         raise ValueError(f"{str(value)[:99]!r} is not a token count; write for example 500000, 50M or 1.5B")
@@ -84,14 +87,16 @@ FileName = Annotated[str, AfterValidator(lambda name: str(local_path(name))), Ty
 
 
 def as_meant(annotation: Any, given: Any) -> Any:
-    """A value for a field as its user meant it, see `Config`; what does not fit at all is left to the validation.
+    """Read a value as its user meant it, see `Config`; what does not fit is left to the validation.
 
     Raises:
-        ValueError: a path or number that cannot be meant.
+        ValueError: a truth value for a number, or a path that cannot be one.
     """
     kinds = kinds_of(annotation)
+    # `bool` is an `int` in Python, and pydantic would read `true` as 1.
     if isinstance(given, bool) and bool not in kinds and (int in kinds or float in kinds):
         raise ValueError(f"is {str(given).lower()}, expected a number")
+    # In a union the validation chooses: what is meant depends on the member.
     if len(kinds) != 1 or given is None:
         return given
     kind, inner = kinds[0], get_args(kinds[0])
@@ -101,14 +106,14 @@ def as_meant(annotation: Any, given: Any) -> Any:
         items = given if isinstance(given, list | tuple | set | frozenset) else [given]
         return [as_meant(inner[0], item) for item in items]
     if get_origin(kind) is tuple and isinstance(given, list | tuple) and len(given) == len(inner):
-        return [as_meant(each, item) for each, item in zip(inner, given, strict=True)]
+        return [as_meant(item_type, item) for item_type, item in zip(inner, given, strict=True)]
     if get_origin(kind) is dict and isinstance(given, Mapping):
         return {key: as_meant(inner[1], item) for key, item in given.items()}
     return given
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """Those in a value, but for those in groups of settings, which have been seen."""
+    """Yield the integers in a value, but for those in groups of settings, whose own validation saw them."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, list | tuple | dict):
@@ -128,12 +133,13 @@ def parse_command(config: type[ConfigT], prog: str, description: str, argv: Sequ
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command's main function and turn what a user can meet into one sentence and an exit status.
+    """Run a command's main function; each error that a user can cause becomes one sentence and an exit status.
 
     Raises:
         SystemExit: 2 for bad input (`UserError`) and for what the system refuses (`OSError`: a full disk, a folder that
             is read-only), 128 + signal for Ctrl-C, SIGTERM and SIGHUP.
     """
+    # Replaces what `guard_imports` set: from here on there is work to put in order.
     raise_on_signals()
     try:
         command()
@@ -141,7 +147,7 @@ def run_command(command: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {terminal(str(error))}\n")
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # made by a library, not by the system: a bug
             raise
         sys.stderr.write(f"error: {terminal(system_refusal(error))}\n")
         raise SystemExit(2) from None
@@ -152,7 +158,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def system_refusal(error: OSError) -> str:
-    """What the system refused, where, and what to do: one sentence."""
+    """Say in one sentence what the system refused, where, and what to do."""
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     advice = next((text for numbers, text in _ADVICE if error.errno in numbers), "make it available, or set another")
     return f"{place}{(error.strerror or str(error)).lower()}; {advice}"

@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our bug"."""
+"""The one exception for bad input; every other one is a bug."""
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
-"""Text of others in what we write: one function for each place where a character can be more than text.
+"""Escapes foreign text in our output: one function for each place where a character can be more than text.
 
-Sample text, ids, and names of domains, windows and files are data. HTML itself is escaped by jinja's autoescape, and
-JSON and YAML by their libraries; what they leave over is done here.
+Sample text, ids, and names of domains, windows and files are data. Jinja's autoescape handles HTML, and the libraries
+of JSON and YAML their formats; this module does the rest.
 """
 
 import hashlib
@@ -11,20 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (text direction), half surrogates, line and paragraph ends
-_WRITTEN = "\u00ad\u200c\u200d"  # soft hyphen and the two joiners: languages are written with them
+# Control, format (text direction), half surrogates, line and paragraph ends.
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Soft hyphen and the two joiners: languages are written with them.
+_WRITTEN = "\u00ad\u200c\u200d"
 _COMPRESSED = (".gz", ".zst")
-_NAME_BYTES = 120  # a folder's name has at most 255 bytes, and ours have more than this one name in them
+# A folder's name has at most 255 bytes, and ours have more than this one name in them.
+_NAME_BYTES = 120
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text without characters that act instead of being seen: they are shown as Python writes them.
+    """Replace invisible characters, which would act instead of being seen, by their Python escapes.
 
     Args:
-        text: any.
-        keep: characters that stay as they are.
+        text: any text.
+        keep: invisible characters that stay.
     """
-    if text.isprintable():
+    if text.isprintable():  # nearly all texts; saves the walk over characters
         return text
     return "".join(
         character.encode("unicode_escape").decode("ascii")
@@ -35,24 +38,25 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def terminal(text: str) -> str:
-    """One line for a terminal or a log: a line end in it would forge another line, a control sequence could do more."""
+    """Make one line for a terminal or a log: a line end would forge another line, a control sequence could do more."""
     return visible(text)
 
 
 def page_text(text: str) -> str:
-    """Text for an HTML page, before `&<>` and quotes are escaped; it keeps its lines."""
+    """Prepare text for an HTML page, before `&<>` and quotes are escaped; it keeps its lines."""
     return visible(text, keep="\n\t")
 
 
 def script_json(text: str) -> str:
-    """JSON for a script element of an HTML page: the same value, and nothing in it opens or closes an element."""
+    """Make JSON safe in a script element of a page: the same value, but nothing in it opens or closes an element."""
+    # Escapes of JSON itself, so that a reader gets the same value; the last two end lines in old JavaScript.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def visible_json(value: Any) -> Any:
-    """A JSON value whose texts are all visible."""
+    """Apply `visible` to all texts and keys of a JSON value."""
     if isinstance(value, Mapping):
         return {visible(str(key)): visible_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -61,22 +65,24 @@ def visible_json(value: Any) -> Any:
 
 
 def plot_label(text: str) -> str:
-    """Text for a Plotly figure, which takes every text for HTML and `%{...}` in hover texts for a place to fill in."""
+    """Escape text for a Plotly figure, which reads every text as HTML and `%{...}` in hover texts as a template."""
+    # `&` first: the entities of the others hold one.
     for character, entity in {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%{": "%&#123;"}.items():
         text = text.replace(character, entity)
     return visible(text)
 
 
 def python_string(text: str) -> str:
-    """A Python string literal in double quotes."""
+    """Write text as a Python string literal in double quotes."""
     return visible(json.dumps(text, ensure_ascii=False))
 
 
 def name_of(path: Path) -> str:
-    """A file's name without suffix, as artifacts, folders and reports call it: visible, storable, of bounded length."""
+    """Name a file for artifacts, folders and reports: its stem, visible and of at most 120 bytes."""
     plain = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
     name = visible(plain.stem)
     if len(name.encode()) <= _NAME_BYTES:
         return name
+    # 9 bytes for the hash and its dash; a character that the cut halves is dropped.
     start = name.encode()[: _NAME_BYTES - 9].decode(errors="ignore")
     return f"{start}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

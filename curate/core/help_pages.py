@@ -1,4 +1,4 @@
-"""Pages of `--help`: what people set first, one group of settings, or all.
+"""Pages of `--help`: the settings that people set first, one group of settings, or all.
 
 A setting's text is its attribute docstring, its type in plain words and its default. Nothing is imported but the
 config class.
@@ -22,10 +22,13 @@ from curate.core.trust import OPTION
 from curate.core.validation import TypeName, group_of, is_list, kinds_of
 
 ALL = "all"
-_REQUIRED = object()  # stands for a default that there is not
+# In place of a default, where a setting has none (None may be a default).
+_REQUIRED = object()
 _WIDTH = 100  # of a page where there is no terminal
-_WIDTHS = range(40, 121)  # narrower ones cannot hold two columns, wider ones are hard to read
-_COLUMN = 30  # the most that flags take before the texts beside them
+# Narrower ones cannot hold two columns, wider ones are hard to read.
+_WIDTHS = range(40, 121)
+# The most that flags take before the texts beside them.
+_COLUMN = 30
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", Any: "any value"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -57,7 +60,7 @@ class _Group(NamedTuple):
 
 
 def help_page(config: type[BaseModel], prog: str, description: str, page: str = "") -> str:
-    """One page.
+    """The text of one page of `--help`.
 
     Args:
         config: the command's settings.
@@ -69,6 +72,7 @@ def help_page(config: type[BaseModel], prog: str, description: str, page: str = 
         UserError: there is no such page.
     """
     first, *groups = _groups(config)
+    # A group's page has the groups in it too.
     pages = {
         group.name: [inner for inner in groups if f"{inner.name}.".startswith(f"{group.name}.")] for group in groups
     }
@@ -77,18 +81,18 @@ def help_page(config: type[BaseModel], prog: str, description: str, page: str = 
         return "\n\n".join(group.section() for group in pages[name]) + "\n"
     if name not in ("", ALL):
         raise UserError(f"there is no help page {shortened(repr(page))}; there are {', '.join([ALL, *pages])}")
-    parts = [_usage(config, prog), _described(description)]
+    blocks = [_usage(config, prog), _wrapped(description)]
     if first.rows:
-        parts.append(_section("Settings:", first.rows))
+        blocks.append(_section("Settings:", first.rows))
     if name == ALL:
-        parts += [group.section() for group in groups]
+        blocks += [group.section() for group in groups]
     elif groups:
         outer = [group.line() for group in groups if "." not in group.name]
-        parts.append(_section("Groups of settings:", outer, one_line=True))
-    parts.append(_section("Options:", list(_options(bool(groups)))))
+        blocks.append(_section("Groups of settings:", outer, one_line=True))
+    blocks.append(_section("Options:", list(_options(bool(groups)))))
     if groups and name != ALL:
-        parts.append(_described(f"`--help {ALL}` shows every setting, `--help {groups[0].name}` those of one group."))
-    return "\n\n".join(filter(None, parts)) + "\n"
+        blocks.append(_wrapped(f"`--help {ALL}` shows every setting, `--help {groups[0].name}` those of one group."))
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _options(has_groups: bool) -> Iterator[_Row]:
@@ -103,17 +107,18 @@ def _options(has_groups: bool) -> Iterator[_Row]:
 
 def _usage(config: type[BaseModel], prog: str) -> str:
     needed = [(name, field) for name, field in config.model_fields.items() if field.is_required()]
-    # What has to be given is spelled out where one would type it; more than that comes from a file.
+    # Up to three required settings are spelled out, as one would type them; more come from a file.
     flags = [f"--{name} {name.upper()}" for name, field in needed if not _is_group(field.annotation)]
     words = [*(flags if len(needed) <= 3 else []), "[--config FILE.yaml]", "[--SETTING VALUE ...]"]
     indent = " " * len(f"usage: {prog} ")
-    # The spaces inside a flag and its value are no places to break a line at.
+    # NUL stands for the spaces inside a flag and its value, where `wrap` must not break the line.
     lines = wrap(" ".join(word.replace(" ", "\0") for word in words), max(_width() - len(indent), 30), **_UNBROKEN)
     return f"usage: {prog} " + f"\n{indent}".join(lines).replace("\0", " ")
 
 
-def _described(description: str) -> str:
+def _wrapped(description: str) -> str:
     paragraphs = re.split(r"\n\s*\n", description.strip("\n"))
+    # A paragraph with an indented line is a table or an example: it keeps its lines.
     return "\n\n".join(
         paragraph if re.search(r"^\s", paragraph, re.MULTILINE) else "\n".join(wrap(paragraph, _width(), **_UNBROKEN))
         for paragraph in paragraphs
@@ -121,7 +126,7 @@ def _described(description: str) -> str:
 
 
 def _section(heading: str, rows: Sequence[_Row], *, one_line: bool = False) -> str:
-    """A heading and what stands under it, in two columns; a long flag has a line of its own."""
+    """Lay out a heading and its rows in two columns; a long flag gets a line of its own."""
     width = _width()
     column = min(max((len(row.head) + 4 for row in rows), default=0), _COLUMN)
     lines = wrap(heading, width, **_UNBROKEN)
@@ -139,7 +144,8 @@ def _section(heading: str, rows: Sequence[_Row], *, one_line: bool = False) -> s
 
 
 def _cut(text: str, width: int) -> str:
-    """The start of a text, and the facts at its end."""
+    """Shorten a text to one line that keeps the facts at its end."""
+    # Facts, such as "[default: 3]", begin at the first bracket (see `_row`).
     sentence, bracket, facts = text.partition(" [")
     end = f" ...{bracket}{facts}"
     return wrap(sentence, max(width - len(end), 10), **_UNBROKEN)[0] + end
@@ -153,11 +159,11 @@ def _width() -> int:
 def _groups(
     config: type[BaseModel], default: Any = None, name: str = "", flag: str = "--", text: str = "", facts: str = ""
 ) -> Iterator[_Group]:
-    """A group, then all that are in it, with the defaults that the command has.
+    """Yield a group, then all groups in it, with the defaults that the command has.
 
     Args:
         config: class of the group.
-        default: the group as it is by default, where that is not its class's own.
+        default: the group's default in its parent; None: the defaults of its class.
         name: dotted name.
         flag: what stands before the name of each setting.
         text: what the group is.
@@ -165,17 +171,18 @@ def _groups(
     """
     fields = [(key, field, _default(default, key, field)) for key, field in config.model_fields.items()]
     plain = [(key, field, usual) for key, field, usual in fields if not _is_group(field.annotation)]
-    plain.sort(key=lambda each: each[2] is not _REQUIRED)  # what has to be given comes first
+    # Required ones first, else in the class's order.
+    plain.sort(key=lambda setting: setting[2] is not _REQUIRED)
     yield _Group(name, text, facts, [_row(flag + key, field, usual) for key, field, usual in plain])
     for key, field, usual in fields:
-        alone = group_of(field.annotation)
-        inner = alone or _item_group(field.annotation)
+        single = group_of(field.annotation)
+        inner = single or _item_group(field.annotation)
         if inner:
             yield from _groups(
                 inner,
                 default=usual,
                 name=f"{name}.{key}" if name else key,
-                flag=f"{flag}{key}." if alone and flag else "",  # a setting of a list's item has no flag
+                flag=f"{flag}{key}." if single and flag else "",  # a setting of a list's item has no flag
                 text=_one_line(field.description) or _one_line((inner.__doc__ or "").partition("\n\n")[0]),
                 facts=_group_facts(field, usual),
             )
@@ -218,6 +225,7 @@ def _one_line(text: str | None) -> str:
 def _default_words(value: Any) -> str:
     if value is _REQUIRED:
         return "required"
+    # As one would write it in YAML: true, null and lists as in JSON, but text, paths and numbers without quotes.
     text = json.dumps(value, default=str, ensure_ascii=False)
     if isinstance(value, str | Path | float) and value != "":
         text = str(value)
@@ -227,30 +235,31 @@ def _default_words(value: Any) -> str:
 
 
 def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A type in plain words: "integer at least 1", "list of paths", "a, b or c"."""
+    """Describe a type in plain words: "integer at least 1", "list of paths", "a, b or c"."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return _words(inner, [*more, *metadata])
-    known = [part for each in metadata for part in (each.metadata if isinstance(each, FieldInfo) else [each])]
-    for each in known:
-        if isinstance(each, TypeName):
-            return each.words
-    kinds = list(dict.fromkeys(_alternatives(annotation)))
-    if "number" in kinds and "integer" in kinds:
-        kinds.remove("integer")
-    words = " or ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
-    return " ".join(filter(None, [words, _limits(known)]))
+    # pydantic keeps the bounds of `Field(gt=0)` inside the FieldInfo that stands in an `Annotated`.
+    notes = [note for entry in metadata for note in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    for note in notes:
+        if isinstance(note, TypeName):
+            return note.words
+    names = list(dict.fromkeys(_alternatives(annotation)))
+    if "number" in names and "integer" in names:
+        names.remove("integer")
+    words = " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return " ".join(filter(None, [words, _limits(notes)]))
 
 
 def _limits(metadata: Sequence[Any]) -> str:
-    bounds = {key: getattr(each, key) for key in _BOUNDS for each in metadata if getattr(each, key, None) is not None}
+    bounds = {key: getattr(note, key) for key in _BOUNDS for note in metadata if getattr(note, key, None) is not None}
     if bounds.keys() == {"ge", "le"}:
         return f"from {bounds['ge']} to {bounds['le']}"
     return " and ".join(f"{_BOUNDS[key]} {bound}" for key, bound in bounds.items())
 
 
 def _alternatives(annotation: Any) -> Iterator[str]:
-    """What a value may be, without null."""
+    """Yield in words what a value may be, without null."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         for member in inner:
@@ -271,8 +280,9 @@ def _alternatives(annotation: Any) -> Iterator[str]:
 
 
 def _several(start: str, item: Any) -> str:
-    """A list in words: "list of numbers above 0", "list of: a, b or c"."""
+    """Describe a list in words: "list of numbers above 0", "list of: a, b or c"."""
     words = _words(item)
+    # Only a known noun takes an s; "a, b or c" and mappings stand behind a colon.
     first, space, rest = words.partition(" ")
     is_noun = first in _NAMES.values() and not rest.startswith("or ")
     return f"{start}{first}s{space}{rest}" if is_noun else f"{start.rstrip()}: {words}"

@@ -31,13 +31,21 @@ class BusyError(UserError):
 
 @dataclass
 class _Held:
-    """A lock file that this process has open: its descriptor, how many want it, whether its folder was made for it."""
+    """A lock file that this process has open.
+
+    Attributes:
+        descriptor: of the open file.
+        count: `Lock` objects that share it.
+        made_folder: whether the folder was made for the lock.
+    """
 
     descriptor: int
     count: int
     made_folder: bool
 
 
+# By lock file. The kernel's lock belongs to the open file, so a second `os.open` in the same process would wait for
+# itself; a `Lock` on the same path shares the descriptor instead.
 _held: dict[Path, _Held] = {}
 
 
@@ -64,6 +72,7 @@ class Lock:
             _held[self._path] = _open(self._path, wait=wait)
             self.say(f"process {os.getpid()}")
         _held[self._path].count += 1
+        # Runs once: when it is called, when the Lock is collected, or at exit.
         self.release = weakref.finalize(self, _release, self._path, os.getpid())
 
     @property
@@ -92,7 +101,7 @@ def locked(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[Lo
 
 
 def sweep(folder: Path, name: str = LOCK) -> None:
-    """Remove the lock file of a process that was killed when its work was complete; one that is held stays."""
+    """Remove the lock file that a killed process left beside complete work; one that is held stays."""
     if (folder / name).exists():
         with suppress(BusyError, OSError), locked(folder, name):
             pass
@@ -101,6 +110,7 @@ def sweep(folder: Path, name: str = LOCK) -> None:
 def is_locked_here(path: Path) -> bool:
     """Whether this process holds the lock of a folder that `path` lies in."""
     parents = path.resolve().parents
+    # A copy, as another thread may release a lock meanwhile.
     return any(lock.parent in parents for lock in tuple(_held))
 
 
@@ -114,15 +124,17 @@ def _open(path: Path, *, wait: bool) -> _Held:
             continue
         try:
             _acquire(descriptor, path, wait=wait)
+            # The holder unlinks the file when it releases, so what was locked may no longer be the file at `path`.
             if _is_at(descriptor, path):
                 return _Held(descriptor, 0, made_folder)
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # that lock file was removed when its holder released it: try the new one
+        os.close(descriptor)
 
 
 def _acquire(descriptor: int, path: Path, *, wait: bool) -> None:
+    # `flock`, not `fcntl.lockf`: the latter is lost as soon as the process closes any descriptor of the file.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,6 +148,7 @@ def _acquire(descriptor: int, path: Path, *, wait: bool) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        # Better without a lock than not at all: some network file systems have none.
         _log.warning("%s cannot be locked (%s): let no second process write there", path.parent, error.strerror)
 
 
@@ -148,6 +161,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _release(path: Path, process: int) -> None:
     held = _held.get(path)
+    # In a fork the finalizers run too, but the lock is the parent's.
     if held is None or process != os.getpid():
         return
     held.count -= 1
@@ -157,14 +171,14 @@ def _release(path: Path, process: int) -> None:
     with suppress(OSError):  # before it is released: whoever waits for the removed file tries again
         path.unlink()
     if held.made_folder:
-        with suppress(OSError):
+        with suppress(OSError):  # not empty, as a rule: then it holds the artifact
             path.parent.rmdir()
     os.close(held.descriptor)
 
 
 @cache
 def _close_in_forks() -> None:
-    """Let workers that are forked not hold what their parent holds: they may outlive it."""
+    """Close the lock files in forked workers, which may outlive their parent and would go on holding its locks."""
     os.register_at_fork(after_in_child=_close_all)
 
 

@@ -11,16 +11,17 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+|(?=://)):/+(.*)", re.DOTALL)
 
 
 def local_path(value: Path | str) -> Path:
-    """A path of this machine, with `~` read as the home folder.
+    """Read a path of this machine; `~` is the home folder.
 
     Raises:
-        UserError: it is a URL, its `~name` is no user's, or no file can be called so.
+        UserError: it is a URL, its `~name` is no user, or no file can have that name.
     """
     url = _URL.match(str(value))
     if url:
         raise UserError(
             f"{url[1]}://{url[2]} is a URL; only files of this machine are read and written: mount it, or copy it"
         )
+    # Both would fail only when a file is opened, far from the setting.
     try:
         os.fsencode(value)
     except UnicodeEncodeError:

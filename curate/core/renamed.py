@@ -1,4 +1,4 @@
-"""Old names of settings: the error for one says which new name to use. Nothing is read by its old name."""
+"""Old names of settings: the error for an old name says the new one. No setting is read by its old name."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ Keys = tuple[str, ...]
 class Renamed:
     """Old names of a command's settings; its config class holds them as `RENAMED`.
 
-    An entry for a group stands for all of its settings that have no entry. What replaces a name or a value is a new
-    one, or the rest of a sentence that starts with the old one ("is gone: it changed nothing").
+    An entry for a group stands for all of its settings that have no entry. The replacement is a new name or value, or
+    the rest of a sentence that starts with the old one ("is gone: it changed nothing").
     """
 
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Renamed:
 
 
 def replacements(config: type[BaseModel], given: Iterable[tuple[Keys, Any]], *, flags: bool = False) -> list[str]:
-    """What is to be written instead of each old name and value, as parts of a sentence.
+    """Say what to write instead of each old name and value, as parts of a sentence.
 
     Args:
         config: the class that the settings are for; without `RENAMED` nothing is old.
@@ -36,29 +36,32 @@ def replacements(config: type[BaseModel], given: Iterable[tuple[Keys, Any]], *, 
     """
     table: Renamed = getattr(config, "RENAMED", Renamed())
     texts = (text for keys, value in given for text in _replacements(config, table, keys, value, flags))
+    # The settings of a group that is gone share one text.
     return list(dict.fromkeys(texts))
 
 
 def leaves(raw: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Keys and value of everything in nested mappings; an empty mapping is a value."""
+    """Yield keys and value of every leaf of nested mappings; an empty mapping is a leaf."""
     for key, value in raw.items():
-        place = (*above, str(key))
+        keys = (*above, str(key))
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, place)
+            yield from leaves(value, keys)
         else:
-            yield place, value
+            yield keys, value
 
 
 def _replacements(config: type[BaseModel], table: Renamed, keys: Keys, value: Any, flags: bool) -> Iterator[str]:
     name = ".".join(keys)
+    # A name that is used again, for something else, is old only where the value does not fit.
     renamed = None if _fits(config, keys, value) else _entry(config, table, keys)
     old, new = renamed or (name, name)
+    # A space: what stands there is a sentence, not a name (see `Renamed`).
     if old == name and " " not in new:
         values = table.values.get(name, {})
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and each in values and not _is_choice(config, keys, each):
-                yield _sentence(old, new, flags, each, values[each])
-                renamed = None
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and item in values and not _is_choice(config, keys, item):
+                yield _sentence(old, new, flags, item, values[item])
+                renamed = None  # the sentence says the new name too
     if renamed:
         yield _sentence(old, new, flags)
 
@@ -72,7 +75,8 @@ def _sentence(old: str, new: str, flags: bool, old_value: str = "", new_value: s
 
 
 def _entry(config: type[BaseModel], table: Renamed, keys: Keys) -> tuple[str, str] | None:
-    """The entry for a setting, else for the innermost group around it that there no longer is."""
+    """Old and new name: the setting's entry, else that of the innermost group around it that is gone."""
+    # From the whole name outwards, so that a setting's own entry wins over its group's.
     for length in range(len(keys), 0, -1):
         name = ".".join(keys[:length])
         if name in table.settings and (length == len(keys) or _type_at(config, keys[:length]) is None):
@@ -81,7 +85,7 @@ def _entry(config: type[BaseModel], table: Renamed, keys: Keys) -> tuple[str, st
 
 
 def _fits(config: type[BaseModel], keys: Keys, value: Any) -> bool:
-    """Whether there is such a setting; a group takes settings, not one value."""
+    """Whether such a setting exists; a group takes settings, not one value."""
     annotation = _type_at(config, keys)
     is_value = value is not None and not isinstance(value, Mapping)
     return annotation is not None and not (is_value and kinds_of(annotation) == [group_of(annotation)])
@@ -95,7 +99,7 @@ def _is_choice(config: type[BaseModel], keys: Keys, value: str) -> bool:
 
 
 def _type_at(config: type[BaseModel], keys: Keys) -> Any:
-    """Type of a setting; None: there is none. All keys of a mapping are settings."""
+    """Type of a setting; None where it does not exist. Every key of a mapping is a setting."""
     annotation: Any = config
     for key in keys:
         group = group_of(annotation)

@@ -1,10 +1,10 @@
 """Experiment tracking behind one protocol: nothing, or Weights & Biases (the only module that imports wandb).
 
-It is told numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name,
-its user, absolute paths, the command line).
+It gets numbers and names: no text of a sample unless `texts` is set, and nothing of the machine (its name, its user,
+absolute paths, the command line).
 
-A tracker never stops a job: what goes wrong inside it (no network, a full disk, a refused key) is logged as a warning
-once, and the job goes on without it. The run's files, not the tracker, are the record.
+A tracker never stops a job: its first error (no network, a full disk, a refused key) is logged as a warning, and the
+job continues without it. The run's files, not the tracker, are the record.
 """
 
 import logging
@@ -22,8 +22,8 @@ from pydantic import Field
 from curate.core.config import Config
 
 LOGGER = logging.getLogger(__name__)
-MAX_TABLE_ROWS = 10_000  # wandb.Table.MAX_ROWS: what it shows of one logged table
-
+# wandb.Table.MAX_ROWS: what it shows of one logged table.
+MAX_TABLE_ROWS = 10_000
 
 PROJECT = "curate"
 """W&B project where WANDB_PROJECT names none."""
@@ -43,13 +43,13 @@ class TrackingConfig(Config):
 
 
 class Tracker(Protocol):
-    """What a job tells the outside. No method raises."""
+    """Receives what a job reports. No method raises."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """The resolved settings of the job (JSON values); see `without_places`."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers of one training step; steps never go back. Numbers that are not finite are left out."""
+        """Log numbers of one training step; steps never decrease. It drops numbers that are not finite."""
 
     def log_table(self, name: str, table: pl.DataFrame) -> None:
         """A table, all of its rows and columns."""
@@ -95,6 +95,7 @@ class WandbTracker:
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        # Nothing is tried after the first failure: each attempt could wait for a time-out.
         self._failed = False
 
     def log_config(self, config: Mapping[str, Any]) -> None:
@@ -108,7 +109,7 @@ class WandbTracker:
             self._attempt(lambda: self._run.log(finite, step=step))
 
     def log_table(self, name: str, table: pl.DataFrame) -> None:
-        """A `wandb.Table`; one with more than `MAX_TABLE_ROWS` rows is logged as its first rows, and that is said."""
+        """A `wandb.Table`; of more than `MAX_TABLE_ROWS` rows only the first ones, with a warning."""
         if table.height > MAX_TABLE_ROWS:
             LOGGER.warning("W&B shows the first %d of %d rows of %s", MAX_TABLE_ROWS, table.height, name)
         self._attempt(lambda: self._run.log({name: _table(table.head(MAX_TABLE_ROWS))}))
@@ -126,7 +127,7 @@ class WandbTracker:
         self._attempt(self._run.finish)
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Run `action`; after its first failure nothing more is tried."""
+        """Run `action`, unless one failed before."""
         if self._failed:
             return
         try:
@@ -137,7 +138,7 @@ class WandbTracker:
 
 
 def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> Tracker:
-    """Start a tracker; where W&B cannot be reached it goes offline, where that fails too there is none.
+    """Start a tracker: W&B online, else offline where it cannot be reached, else none.
 
     Args:
         config: which tracker.
@@ -147,6 +148,7 @@ def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> T
     """
     if config.mode == "none":
         return NoTracker()
+    # `auto` without a key would ask for one on the terminal.
     modes = ("online", "offline") if config.mode == "wandb" or (config.mode == "auto" and has_key()) else ("offline",)
     for mode in modes:
         try:
@@ -157,7 +159,7 @@ def open_tracker(config: TrackingConfig, folder: Path, name: str, job: str) -> T
 
 
 def without_places(value: Any) -> Any:
-    """JSON values with absolute paths below the working folder relative to it, and of others only their last name."""
+    """Shorten absolute paths in JSON values: relative to the working folder, or only the last name outside of it."""
     if isinstance(value, Mapping):
         return {without_places(key): without_places(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -193,21 +195,21 @@ def _start(config: TrackingConfig, mode: str, folder: Path, name: str, job: str)
         disable_git=True,
         disable_code=True,
         x_disable_stats=True,
-        # else it records the machine: host, user, command line, program, places, processors
+        # Otherwise it records the machine: host, user, command line, program, paths, processors.
         x_disable_meta=True,
         x_disable_machine_info=True,
         host="",
         program="",
     )
     return wandb.init(
-        # an argument wins over the environment, so that only what the environment leaves open is given;
-        # WANDB_ENTITY and WANDB_TAGS act on their own
+        # An argument wins over the environment, so only what the environment leaves open is given; WANDB_ENTITY and
+        # WANDB_TAGS act on their own.
         project=os.environ.get("WANDB_PROJECT") or PROJECT,
         name=name,
         job_type=job,
         dir=folder,
         mode="online" if mode == "online" else "offline",
-        reinit="create_new",
+        reinit="create_new",  # a training of the same process may have a W&B run of its own
         settings=settings,
     )
 
@@ -222,6 +224,7 @@ def _table(table: pl.DataFrame) -> Any:
 def _html(page: str) -> Any:
     import wandb
 
+    # Nothing of W&B's style in our page, and text that happens to be a path is no file to read.
     return wandb.Html(page, inject=False, data_is_not_path=True)
 
 
@@ -229,5 +232,6 @@ def _artifact(name: str, kind: str, path: Path) -> Any:
     import wandb
 
     artifact = wandb.Artifact(name, type=kind)
+    # Copied at once: the file may be replaced before the upload.
     artifact.add_file(str(path), policy="mutable")
     return artifact

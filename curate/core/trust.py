@@ -1,4 +1,4 @@
-"""Whose code may run: a file that names a Python function is data until the caller trusts the function's module.
+"""Which code may run: a file that names a Python function is data until the caller trusts the function's module.
 
 A run folder, or a description, names its model as `module:function`; to build the model is to run that function with
 the arguments that stand there. So a module is imported only where it, or a package that it lies in, is trusted: by
@@ -18,7 +18,7 @@ OPTION = "--trust"
 
 
 def trust(modules: Iterable[str]) -> None:
-    """Let modules, and what lies in them where they are packages, be imported in this process and its children."""
+    """Allow the import of modules, and of a package's modules, in this process and its children."""
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*_trusted(), *modules]))
 
 
@@ -46,27 +46,29 @@ def trusted_function(source: str, setting: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{setting} {source!r} cannot be loaded ({error}); write module:function") from None
+    # A trusted module may have imported `os.system`; what counts is where the function was defined.
     _check(str(getattr(function, "__module__", None)), f"{setting} {source!r} is code of another module")
     return function
 
 
 def take_option(arguments: list[str]) -> list[str]:
-    """Trust what `--trust MODULE[,MODULE]` names; returns the other arguments of a command line."""
-    left = []
-    rest = iter(arguments)
-    for argument in rest:
+    """Trust the modules of `--trust MODULE[,MODULE]`; returns the other arguments of a command line."""
+    others = []
+    words = iter(arguments)
+    for argument in words:
         option, assigned, value = argument.partition("=")
         if option != OPTION:
-            left.append(argument)
+            others.append(argument)
             continue
-        given = value if assigned else next(rest, "")
-        if not given or given.startswith("-"):
+        modules = value if assigned else next(words, "")
+        if not modules or modules.startswith("-"):
             raise UserError(f"{OPTION} needs the name of a module")
-        trust(given.split(","))
-    return left
+        trust(modules.split(","))
+    return others
 
 
 def _trusted() -> list[str]:
+    # Read anew each time: a variable of the environment is the one state that child processes inherit.
     return [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
 
 

@@ -1,4 +1,4 @@
-"""What pydantic knows of a field, and what it says where a value does not fit."""
+"""What pydantic knows of a field's type, and its errors in one sentence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from curate.core.reading import shortened
 
 @dataclass(frozen=True)
 class TypeName:
-    """What the help calls a type that is more than its Python type: a part of `Annotated`."""
+    """Name of a type in the help, where its Python type says too little: metadata of `Annotated`."""
 
     words: str
 
 
 def kinds_of(annotation: Any) -> list[Any]:
-    """The members of a union, else the type alone; without metadata and None."""
+    """List the members of a union, else the type alone; without metadata and None."""
     if get_origin(annotation) is Annotated:
         return kinds_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -32,26 +32,27 @@ def is_list(kind: Any) -> bool:
 
 
 def group_of(annotation: Any) -> type[BaseModel] | None:
-    """The group of settings that a type stands for, if it does."""
+    """Return the class of a group of settings, if the type is one (or null)."""
     groups = (kind for kind in kinds_of(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
     return next(groups, None)
 
 
 def changed(config: BaseModel) -> dict[str, Any]:
-    """Dotted name and value of each setting that differs from its default.
+    """Collect dotted name and value of each setting that differs from its default.
 
-    Groups are walked: a setting of a group is compared with the group's default in its parent. A group that is set
-    where the default is null is compared with its own class; without a difference it is listed as a whole. Lists and
-    mappings are compared as a whole. A setting without a default is always listed.
+    A setting of a group is compared with the group's default in its parent. A group that is set where the default is
+    null is compared with its own class, and listed as a whole where nothing differs. Lists and mappings are compared as
+    a whole. A setting without a default is always listed.
     """
     return dict(_changed(config, None, ""))
 
 
 def _changed(config: BaseModel, default: BaseModel | None, above: str) -> Iterator[tuple[str, Any]]:
-    """Differences of a group from its default, or from the defaults of its class where that is None."""
+    """Yield differences of a group from its default, or from the defaults of its class where that is None."""
     for name, field in type(config).model_fields.items():
         value, usual = getattr(config, name), field.default if default is None else getattr(default, name)
         if isinstance(value, BaseModel):
+            # The group's default in its parent may differ from the defaults of its class.
             same_class = usual if type(usual) is type(value) else None
             inner = dict(_changed(value, same_class, f"{above}{name}."))
             yield from (inner or ({} if same_class else {above + name: value})).items()
@@ -60,10 +61,11 @@ def _changed(config: BaseModel, default: BaseModel | None, above: str) -> Iterat
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that a validation found wrong, as "field.inner: what"."""
+    """Say the first thing that a validation found wrong, as "field.inner: what"."""
     first = error.errors(include_url=False)[0]
     what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
     given = first["input"]
+    # Our own validators (value_error) say the value themselves.
     if isinstance(given, str | int | float) and first["type"] not in ("value_error", "extra_forbidden"):
         what = f"{what} (it is {shortened(repr(given))})"
     where, what = shortened(".".join(setting_of(error))), shortened(what.removeprefix("Value error, "), most=600)
@@ -71,10 +73,10 @@ def first_problem(error: ValidationError) -> str:
 
 
 def setting_of(error: ValidationError) -> tuple[str, ...]:
-    """The keys that lead to what `first_problem` is about; where a union is tried, only those that lead to it."""
+    """Return the keys that lead to what `first_problem` is about, without pydantic's names of a union's members."""
     keys: list[str] = []
     for key in map(str, error.errors(include_url=False)[0]["loc"]):
-        if "[" in key:
+        if "[" in key:  # pydantic names a union's member so, as in `list[float]`; no user wrote that
             break
         keys.append(key)
     return tuple(keys)

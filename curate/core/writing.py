@@ -1,4 +1,4 @@
-"""Files and folders that are on disk whole, or not at all: atomic replacement, with the disk asked to hold it."""
+"""Atomic replacement: a file or folder is on disk whole or not at all, also after a power loss."""
 
 from __future__ import annotations
 
@@ -14,51 +14,55 @@ from pathlib import Path
 from curate.core.errors import UserError
 from curate.core.lock import is_locked_here
 
+# Looked for in the messages of libraries.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden name beside `path` to write to; on success it is renamed to `path`, on error removed.
 
-    Works for files and for folders (a folder that stands at `path` is replaced). All that was written is on disk before
-    the new name is, and the name when this returns: what is written later never survives a power loss without it.
+    Works for files and for folders (a folder at `path` is replaced). The content is on disk before the new name is, and
+    the name is on disk when this returns: what is written later never survives a power loss without it.
 
     Raises:
         OSError: of what could not be written, with its path.
     """
-    part = _part_of(path)
+    temporary = _temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(part)
+    _remove(temporary)  # of a process that was killed
     try:
-        yield part
-        _flush(part)
-        if part.is_dir() and path.is_dir():
+        yield temporary
+        # The order matters: content, name, then the folder that holds the name.
+        _flush(temporary)
+        if temporary.is_dir() and path.is_dir():
+            # `rename` replaces no folder that holds something.
             shutil.rmtree(path)
-        part.replace(path)
+        temporary.replace(path)
         _flush_one(path.parent)
     except Exception as error:
-        _remove(part)
-        failure = _write_failure(error, path, part)
+        _remove(temporary)
+        failure = _write_failure(error, path, temporary)
         if failure is None:
             raise
         raise failure from error
-    except BaseException:
-        _remove(part)
+    except BaseException:  # a signal: its error is kept as it is
+        _remove(temporary)
         raise
 
 
-def _part_of(path: Path) -> Path:
-    """Where what is to stand at `path` is written: no name that a user may give, nor one of another process.
+def _temporary_name(path: Path) -> Path:
+    """Choose the temporary name for `path`: none that a user may give, nor one of another process.
 
-    Under a lock it is always the same, so that the next process that holds the lock writes over what a killed one left.
+    Under a lock it is always the same, so the next holder of the lock writes over what a killed process left.
     """
     token = "" if is_locked_here(path) else f".{os.getpid()}-{secrets.token_hex(4)}"
     return path.with_name(f".{path.name}{token}.part")
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or all that lies below a folder, is on disk."""
+    """Wait until a file, or everything below a folder, is on disk."""
+    # From below: a folder's entries last, after what they point to. Of a file `os.walk` yields nothing.
     for folder, _, files in os.walk(path, topdown=False):
         for name in files:
             _flush_one(Path(folder) / name)
@@ -78,25 +82,26 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_failure(error: Exception, path: Path, part: Path) -> OSError | None:
-    """What the system refused while `part` was written, with the path; None for other errors.
+def _write_failure(error: Exception, path: Path, temporary: Path) -> OSError | None:
+    """Return the system's error while `temporary` was written, with the path; None for other errors.
 
-    Libraries say it in their own exceptions, or without the path.
+    Libraries raise it as their own exceptions, or without the path.
     """
     if isinstance(error, UserError):
         return None
-    place = error.filename if isinstance(error, OSError) else None
-    if isinstance(place, str) and not Path(place).is_relative_to(part):
+    failed = error.filename if isinstance(error, OSError) else None
+    if isinstance(failed, str) and not Path(failed).is_relative_to(temporary):
         return None  # of something that was read
     number = (error.errno if isinstance(error, OSError) else None) or _errno_in(str(error))
     return None if number is None else OSError(number, os.strerror(number), str(path))
 
 
 def _errno_in(message: str) -> int | None:
-    """The system's error in a message of Rust ("os error 28"), of C++ ("No space left on device") or of NumPy."""
+    """Find the system's error in a message of Rust ("os error 28"), C++ ("No space left on device") or NumPy."""
     if match := re.search(r"os error (\d+)", message):
         return int(match[1])
     if re.search(r"\d+ requested and \d+ written", message):
+        # NumPy says only how many items it could write.
         return errno.ENOSPC
     return next((number for number in _FULL if os.strerror(number) in message), None)
 

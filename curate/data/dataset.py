@@ -25,17 +25,19 @@ if TYPE_CHECKING:
     from curate.data.phases import Schedule
 
 Ints = npt.NDArray[np.int64]
-_BLOCK = 1 << 18  # samples that are shuffled among each other within a stream
+# Samples that are shuffled among each other within a stream.
+_BLOCK = 1 << 18
+# Key of a loader's state: fingerprint of the schedule that it is a position in.
 _STATE = "schedule"
 
 
 def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> StreamingDataset:
-    """The training data of a stage, shuffled.
+    """Open the training data of a stage, shuffled.
 
     Args:
         data: folder of MDS folders, streams.yaml or schedule.yaml.
         batch_size: samples of a batch on each rank.
-        seed: of the order.
+        seed: seed of the order.
         options: more arguments of `StreamingDataset`.
 
     Raises:
@@ -43,6 +45,7 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
     """
     schedule = load_schedule(data)
     streams = load_streams(data)
+    # Streaming reads the indexes itself, so they are compared with their lists before.
     for stream in streams:
         checked(Path(stream["local"]) / (stream.get("split") or "") / "index.json")
 
@@ -50,9 +53,14 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
         if schedule is not None:
             return ScheduledDataset(schedule, batch_size=batch_size, seed=seed, **options)
         return CheckedDataset(
-            streams=[LocalStream(**stream) for stream in streams], batch_size=batch_size, shuffle=True,
-            shuffle_seed=seed, num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
-        )  # fmt: skip
+            streams=[LocalStream(**stream) for stream in streams],
+            batch_size=batch_size,
+            shuffle=True,
+            shuffle_seed=seed,
+            num_canonical_nodes=1,  # so the order does not depend on the number of machines
+            shuffle_block_size=_BLOCK,
+            **options,
+        )
 
     try:
         return construct(make)
@@ -64,10 +72,10 @@ def open_dataset(data: Path, *, batch_size: int, seed: int, **options: Any) -> S
 
 
 class LocalStream(Stream):  # type: ignore[misc]
-    """A `Stream` that stays inside its folder and deletes nothing that it cannot fetch again."""
+    """A `Stream` that reads nothing outside its folder and deletes nothing that it cannot fetch again."""
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
-        """Readers of its shards; called by StreamingDataset.
+        """Return the readers of its shards; called by StreamingDataset.
 
         Raises:
             UserError: the index names a file that does not lie in the folder.
@@ -85,9 +93,9 @@ class LocalStream(Stream):  # type: ignore[misc]
 
 
 class CheckedDataset(StreamingDataset):  # type: ignore[misc]
-    """A `StreamingDataset` that holds each shard against its index before its samples are used, once in a process.
+    """A `StreamingDataset` that compares each shard with its index once in a process, before its samples are used.
 
-    Streaming itself checks hashes of what it downloads only.
+    Streaming itself compares hashes only of what it downloads.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -95,13 +103,14 @@ class CheckedDataset(StreamingDataset):  # type: ignore[misc]
         self._verified: set[int] = set()
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """A sample; called by StreamingDataset.
+        """Return a sample; called by StreamingDataset.
 
         Raises:
             UserError: its shard is damaged.
         """
         shard = int(self.spanner[sample_id][0])
         if shard not in self._verified:
+            # Downloads or decompresses it, where that is needed.
             self.prepare_shard(shard)
             reader = self.shards[shard]
             verify_shard(Path(reader.dirname) / (reader.split or "") / reader.raw_data.basename, reader)
@@ -114,14 +123,14 @@ class ScheduledDataset(CheckedDataset):
 
     Everything but the order is StreamingDataset's own: download, cache, ranks, data workers, `StreamingDataLoader`,
     `state_dict` and `load_state_dict` in the middle of a phase. Steps of the training take consecutive samples of the
-    schedule at any number of ranks and workers, so that starts of phases are exact; with several ranks the last step
-    may repeat or pad a few samples. A phase goes on in a stream where the phase before stopped: no sample comes again
-    before all others of its stream came.
+    schedule at any number of ranks and workers, so phases start exactly where they should; with several ranks the last
+    step may repeat or pad a few samples. A phase continues in each stream where the phase before stopped: no sample is
+    repeated before all others of its stream were used.
 
     Args:
         schedule: the phases.
         batch_size: samples of a batch on each rank.
-        seed: of the order.
+        seed: seed of the order.
         options: more arguments of `StreamingDataset`, but for those that set the order.
 
     Raises:
@@ -129,22 +138,27 @@ class ScheduledDataset(CheckedDataset):
     """
 
     def __init__(self, schedule: Schedule, *, batch_size: int, seed: int = 0, **options: Any) -> None:
+        # Raises where the schedule does not start at 0.
         schedule.at(0)
         streams = schedule.totals()
         self._schedule, self._seed = schedule, seed
         super().__init__(
-            streams=[LocalStream(**stream) for stream in streams], batch_size=batch_size, shuffle=False,
-            num_canonical_nodes=1, shuffle_block_size=_BLOCK, **options,
-        )  # fmt: skip
+            streams=[LocalStream(**stream) for stream in streams],
+            batch_size=batch_size,
+            shuffle=False,  # `resample_streams` gives the order; streaming's own shuffle would mix the phases
+            num_canonical_nodes=1,  # one canonical node, so consecutive samples make a global batch
+            shuffle_block_size=_BLOCK,
+            **options,
+        )
         keys = [stream_key(stream) for stream in streams]
         self._counts = np.zeros((len(schedule.entries), len(keys)), np.int64)
         for row, entry in enumerate(schedule.entries):
-            for part in entry.streams:
-                self._counts[row, keys.index(stream_key(part.model_dump(exclude_unset=True)))] += part.choose
+            for stream in entry.streams:
+                self._counts[row, keys.index(stream_key(stream.model_dump(exclude_unset=True)))] += stream.choose
         self._stamp = fingerprint([self._counts.tolist(), self.samples_per_stream.tolist(), seed])
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Ints, Ints]:
-        """Sizes of the streams, and the schedule as sample ids in order; called by StreamingDataset.
+        """Return the sizes of the streams, and the schedule as sample ids in order; called by StreamingDataset.
 
         Raises:
             UserError: the schedule was served already.
@@ -154,13 +168,14 @@ class ScheduledDataset(CheckedDataset):
                 f"the schedule of {self._schedule.stop} samples was served once; it says nothing about what "
                 "comes after: train as many steps as it has samples for, and open it anew instead of iterating twice"
             )
-        passes = [
+        # Orders are drawn over the whole stage, so that a phase can continue where the one before stopped.
+        orders = [
             stream_order(self._shard_sizes(stream), total, derive_seed(self._seed, "stream", stream))
             for stream, total in enumerate(self._counts.sum(0).tolist())
         ]
-        starts = self.sample_offset_per_stream
-        order = phase_order([one + start for one, start in zip(passes, starts, strict=True)], self._counts, self._seed)
-        return self._counts.sum(0), order
+        # Ids of a dataset count through all streams.
+        ids = [order + start for order, start in zip(orders, self.sample_offset_per_stream, strict=True)]
+        return self._counts.sum(0), phase_order(ids, self._counts, self._seed)
 
     def _shard_sizes(self, stream: int) -> Ints:
         begin = self.shard_offset_per_stream[stream]
@@ -168,14 +183,14 @@ class ScheduledDataset(CheckedDataset):
         return sizes
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """The place in the schedule, with what identifies the schedule."""
+        """Return the position in the schedule, with a fingerprint of the schedule."""
         return {**super().state_dict(num_samples, from_beginning), _STATE: self._stamp}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on at a place.
+        """Continue at a position.
 
         Raises:
-            UserError: it is a place in another schedule, where going on would repeat or leave out samples.
+            UserError: it is one of another schedule, where continuing would repeat or leave out samples.
         """
         if obj.get(_STATE) != self._stamp:
             raise UserError(
@@ -186,18 +201,19 @@ class ScheduledDataset(CheckedDataset):
 
 
 def stream_order(shard_sizes: Ints, total: int, seed: int) -> Ints:
-    """Samples of one stream in the order they are used: all of them in a random order, then all again in another.
+    """Order the samples of one stream: all of them in a random order, then all again in another.
 
     Args:
         shard_sizes: int64 [shards], samples of each; the order keeps to blocks of shards.
-        total: samples that are used.
-        seed: of the order.
+        total: samples that are used, with repeats.
+        seed: seed of the order.
 
     Returns:
         int64 [total], indexes within the stream.
     """
     rounds = -(-total // int(shard_sizes.sum()))
-    orders = [get_shuffle("py1e", shard_sizes, 1, seed % (1 << 31), each, _BLOCK) for each in range(rounds)]
+    # py1e moves a sample at most a block away from its shard's place, so a trainer reads few shards at once.
+    orders = [get_shuffle("py1e", shard_sizes, 1, seed % (1 << 31), epoch, _BLOCK) for epoch in range(rounds)]
     order: Ints = np.concatenate([np.zeros(0, np.int64), *orders])[:total].astype(np.int64)
     return order
 
@@ -206,9 +222,9 @@ def phase_order(passes: Sequence[Ints], counts: Ints, seed: int) -> Ints:
     """Mix streams phase by phase, each stream in its own order.
 
     Args:
-        passes: ids of each stream in the order they are used, as many as its column of `counts` sums to.
+        passes: ids of each stream in the order of their use, as many as its column of `counts` sums to.
         counts: int64 [phases, streams], samples.
-        seed: of how streams alternate within a phase.
+        seed: seed of how streams alternate within a phase.
 
     Returns:
         int64 [counts.sum()], ids.
@@ -216,10 +232,11 @@ def phase_order(passes: Sequence[Ints], counts: Ints, seed: int) -> Ints:
     order = np.empty(int(counts.sum()), np.int64)
     used, start = np.zeros(counts.shape[1], np.int64), 0
     for phase, row in enumerate(counts):
+        # Which stream each slot of the phase belongs to: exact counts, in a random order.
         owners = generator(seed, "phase", phase).permutation(np.repeat(np.arange(len(row)), row))
-        part = order[start : start + len(owners)]
+        slots = order[start : start + len(owners)]
         for stream, count in enumerate(row.tolist()):
-            part[owners == stream] = passes[stream][used[stream] : used[stream] + count]
+            slots[owners == stream] = passes[stream][used[stream] : used[stream] + count]
         used += row
         start += len(owners)
     return order

@@ -1,4 +1,4 @@
-"""Documents: the one place that knows what a row of a JSONL, Parquet or Hugging Face dataset must hold.
+"""Documents: what a row of a JSONL, Parquet or Hugging Face dataset must hold, in one place.
 
 A row has `text` (every token is predicted), `prompt` and `completion` (only the completion is), or `tokens` with an
 optional `loss_mask`. An `id` is optional (the default is the file's name and line), other keys are ignored.
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOT = "<|endoftext|>"
-END_OF_TEXT = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer has ends its documents
+# Of GPT-2 and OLMo, Llama 3, Llama 2, and Gemma; the first that a tokenizer has ends its documents.
+END_OF_TEXT = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 
 Tokens = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -49,13 +50,14 @@ class Document:
     @cached_property
     def content_hash(self) -> int:
         """64-bit hash of everything but the id: equal content, equal hash."""
+        # As JSON, so that the borders between the fields count: ("ab", "c") is not ("a", "bc").
         content = json.dumps([self.text, self.prompt, self.tokens, self.loss_mask], separators=(",", ":"))
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the columns that may have other names than these."""
+    """Names of the columns that a user may rename."""
 
     id: str = "id"
     text: str = "text"
@@ -70,7 +72,7 @@ _SHOWN = 12  # columns named in an error
 
 
 def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: Fields | None = None) -> Document:
-    """Read one row, of whatever file format.
+    """Read one row of any file format.
 
     Args:
         row: column name -> value; a column that is None counts as absent.
@@ -83,6 +85,7 @@ def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: 
             length, or a string that is not valid Unicode.
     """
     columns = fields or Fields()
+    # Table formats fill absent columns with null, so null is absent.
     present = {key for key in columns.content() if row.get(key) is not None}
     name = _id(row, columns.id, where, default_id)
     if present == {columns.text}:
@@ -101,7 +104,8 @@ def parse_document(row: Mapping[str, Any], where: str, default_id: str, fields: 
 
 
 def _wrong_form(row: Mapping[str, Any], present: set[str], columns: Fields, *, named: bool) -> str:
-    """Why a row is no document; `named`: whether its columns can be named in the settings."""
+    """Say why a row is no document; `named`: whether settings can name its columns."""
+    # The most telling reason first: too many forms, then a null that hides one, else the columns there are.
     null = [key for key in columns.content() if key in row and row[key] is None]
     forms = [{columns.text}, {"prompt", "completion"}, {columns.tokens, "loss_mask"}]
     if sum(bool(form & present) for form in forms) > 1:
@@ -139,7 +143,7 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _unicode(value: str, key: str, where: str) -> str:
-    """JSON can spell half of a surrogate pair, which no file, table or tokenizer takes."""
+    """Return a text that can be encoded; JSON can spell half of a surrogate pair, which nothing else takes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -151,13 +155,14 @@ def _integers(row: Mapping[str, Any], key: str, where: str, types: tuple[type, .
     value = row[key]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise UserError(f"{where}: {key!r} must be a list of at least one integer")
+    # `type`, not `isinstance`: True is an int, and no token id.
     if not all(type(number) in types and 0 <= number < 1 << 31 for number in value):
         raise UserError(f"{where}: {key!r} must hold integers from 0 to {2**31 - 1} only")
     return [int(number) for number in value]
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The `tokenizer.json` that a path stands for: itself, or the one in the folder.
+    """Find the `tokenizer.json` that a path stands for: itself, or the one in the folder.
 
     Raises:
         UserError: there is none.
@@ -188,21 +193,22 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
+    # Despite its name: special tokens in a text are split as plain text.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def find_eot(tokenizer: "Tokenizer") -> int | None:
-    """Id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has, or None."""
-    found = (tokenizer.token_to_id(name) for name in END_OF_TEXT)
-    return next((int(number) for number in found if number is not None), None)
+    """Find the id of the token that ends a document: the first of `END_OF_TEXT` that the tokenizer has, or None."""
+    ids = (tokenizer.token_to_id(name) for name in END_OF_TEXT)
+    return next((int(number) for number in ids if number is not None), None)
 
 
 def eot_id(tokenizer: "Tokenizer") -> int:
-    """`find_eot` where one is needed.
+    """Return the id of the token that ends a document, see `find_eot`.
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: the tokenizer has no such token.
     """
     number = find_eot(tokenizer)
     if number is not None:
@@ -211,7 +217,7 @@ def eot_id(tokenizer: "Tokenizer") -> int:
 
 
 def encode(document: Document, tokenizer: "Tokenizer | None") -> tuple[Tokens, Mask]:
-    """Tokens of one document, without end-of-text.
+    """Encode one document, without end-of-text.
 
     Args:
         document: the document.
@@ -227,30 +233,33 @@ def encode(document: Document, tokenizer: "Tokenizer | None") -> tuple[Tokens, M
 
 
 def encode_many(documents: Sequence[Document], tokenizer: "Tokenizer | None") -> list[tuple[Tokens, Mask]]:
-    """`encode` for many documents at once: the tokenizer's own threads share the texts."""
+    """Encode many documents at once, see `encode`: the tokenizer's own threads share the texts."""
     if tokenizer is None:
         text = next((document.id for document in documents if document.text is not None), None)
         if text is not None:
             raise UserError(f"document {text!r} is text and there is no tokenizer; set tokenizer, or write tokens")
         return [_encoded(document, [], []) for document in documents]
     encoded = iter(_ids(documents, tokenizer))
-    result = []
+    pairs = []
     for document in documents:
         if document.tokens is not None:
             _check_ids(document, tokenizer)
+        # In the order of `_ids`: the prompt of a document, then its text.
         prompt = next(encoded) if document.prompt is not None else []
-        result.append(_encoded(document, prompt, next(encoded) if document.text is not None else []))
-    return result
+        pairs.append(_encoded(document, prompt, next(encoded) if document.text is not None else []))
+    return pairs
 
 
 def _ids(documents: Sequence[Document], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of every prompt and text, in order."""
-    parts = [part for document in documents for part in (document.prompt, document.text) if part is not None]
+    """Encode every prompt and text, in order."""
+    texts = [text for document in documents for text in (document.prompt, document.text) if text is not None]
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False)]
+        # Prompt and completion apart, so that no token spans their border; the fast form leaves out the offsets.
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
         if len(documents) == 1:
             raise UserError(f"document {documents[0].id!r} cannot be encoded by the tokenizer: {error}") from None
+        # The batch does not say which text failed; one by one the error names its document.
         return [ids for document in documents for ids in _ids([document], tokenizer)]
 
 

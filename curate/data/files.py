@@ -1,4 +1,4 @@
-"""Files of documents: which kinds there are, which of them a path stands for, and how each is opened."""
+"""Files of documents: their kinds, the files that a path stands for, and a reader for each kind."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Reader(Protocol):
         """Number of documents."""
 
     def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked."""
+        """Read the documents at these positions, in the given order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +44,26 @@ class DocumentFile:
 
 
 def suffix_of(path: Path) -> str:
-    """The end of a name that says which kind of document file it is, as it is written; "" for anything else."""
+    """Return the suffix that shows the kind of a document file, as it is written; "" for anything else."""
     ending = next((end for end in _JSONL + _PARQUET if path.name.lower().endswith(end)), "")
     return path.name[len(path.name) - len(ending) :]
 
 
 def find_files(path: Path) -> list[DocumentFile]:
-    """The files (or saved datasets) that a path of the configuration stands for; a folder stands for all below it.
+    """Find the files (or saved datasets) that a path of the configuration stands for; a folder: all below it.
 
     Raises:
-        UserError: it does not exist, or is or holds what cannot be read; the message names it.
+        UserError: it does not exist, cannot be read, or holds something that cannot; the message names it.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; expected {_EXPECTED}")
     if _is_document(path):
         return [DocumentFile(path=path, name=path.name)]
+    # Sorted: the order of a folder differs between file systems, and ids and samples follow it.
     files = [DocumentFile(path=item, name=str(item.relative_to(path))) for item in sorted(_walk(path))]
     if not files:
         raise UserError(f"folder {path} holds no file of documents; expected {_EXPECTED}")
+    # Refused, not skipped: a corpus that silently lacks a file is found out after the training.
     refused = [str(file.path) for file in files if not _is_document(file.path) or _is_hidden(Path(file.name))]
     if refused:
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
@@ -73,15 +75,16 @@ def find_files(path: Path) -> list[DocumentFile]:
 
 
 def passed_over(path: Path) -> bool:
-    """Whether an entry of a folder is what tools leave beside data (`.git`, `_SUCCESS`), with no document in it."""
+    """Whether an entry of a folder is what tools leave beside data (`.git`, `_SUCCESS`) and holds no document."""
     return path.name.startswith((".", "_")) and not any(map(_is_document, _walk(path)))
 
 
 def _walk(path: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """A file, or everything below a folder; a saved dataset counts as a file."""
+    """Yield a file, or everything below a folder; a saved dataset counts as a file."""
     if not path.is_dir() or is_saved_dataset(path):
         yield path
         return
+    # A link to a folder above would be walked without end; links to other folders are followed.
     if path.resolve() in above:
         raise UserError(f"{path} is a link to a folder that it lies in; remove the link")
     for item in path.iterdir():
@@ -101,15 +104,16 @@ def open_reader(file: DocumentFile, fields: Fields | None, split: str, cache: Pa
     """Open one of the files that `find_files` found.
 
     Args:
-        file: what is opened.
+        file: the file.
         fields: column names.
-        split: which split of a saved dataset is read, where it has several.
+        split: split of a saved dataset that is read, where it has several.
         cache: folder for copies of Parquet and compressed files; the caller removes it.
 
     Raises:
         UserError: the file cannot be read, or has no documents.
     """
-    name = file.name.encode(errors="backslashreplace").decode()  # bytes that are not UTF-8 are surrogates here
+    # Python reads bytes of a file's name that are not UTF-8 as surrogates, which no table takes.
+    name = file.name.encode(errors="backslashreplace").decode()
     if file.path.is_dir():
         _refuse_strays(file.path)
     if file.path.is_dir() or suffix_of(file.path).lower() in _PARQUET:
@@ -125,7 +129,7 @@ def _refuse_strays(saved: Path) -> None:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """All documents of one file, such as a target's.
+    """Read all documents of one file, such as a target's.
 
     Raises:
         UserError: the file is missing or of an unknown kind, or a line or row is not a document.
@@ -133,6 +137,7 @@ def read_documents(path: Path) -> list[Document]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected one file of documents ({_KINDS})")
     (file,) = find_files(path)
+    # The copies of compressed and Parquet files are needed until the documents are in memory.
     with tempfile.TemporaryDirectory(prefix="curate-documents-") as cache:
         reader = open_reader(file, None, "train", Path(cache))
         return reader.read(range(len(reader)))

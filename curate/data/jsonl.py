@@ -41,9 +41,11 @@ class JsonlFile:
         self.path = path
         self.fields = fields
         self.name = name or path.name
+        # Byte that each line starts at, and the end of the file.
         self._starts = array("q", [0])
         try:
             self._lines = _decompressed(path, cache) if path.suffix.lower() in _COMPRESSED else path
+            # Bytes, not text: positions in a text file are no byte offsets, and lines end at b"\n" alone.
             with self._lines.open("rb") as file:
                 for line in file:
                     self._starts.append(self._starts[-1] + len(line))
@@ -59,7 +61,7 @@ class JsonlFile:
         return len(self._starts) - 1
 
     def read(self, indices: Sequence[int]) -> list[Document]:
-        """The documents at these positions, in the order asked.
+        """Read the documents at these positions, in the given order.
 
         Raises:
             UserError: a line is not a document; the message names file and line.
@@ -79,6 +81,7 @@ class JsonlFile:
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
+        # Any line may begin with a byte order mark: files are joined with `cat`.
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
@@ -92,7 +95,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _decompressed(path: Path, cache: Path) -> Path:
-    """The file's lines in a new file in `cache`."""
+    """Write the file's lines to a new file in `cache`."""
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with (
@@ -101,13 +104,15 @@ def _decompressed(path: Path, cache: Path) -> Path:
         ):
             shutil.copyfileobj(lines, copy, 1 << 20)
     except (OSError, EOFError, zlib.error) as error:
+        # An error of the disk has a number, one of the content has none (gzip's BadGzipFile is an OSError too).
         if getattr(error, "errno", None) is not None:
-            raise  # the disk's, not the content's
+            raise
         raise UserError(f"{path} cannot be decompressed ({error}); it is cut off, damaged or of another kind") from None
     return Path(copy.name)
 
 
 def _open_zstandard(path: Path) -> Any:
+    # Python's own library reads no Zstandard before 3.14.
     import pyarrow as pa
 
     return pa.input_stream(os.fspath(path), compression="zstd")

@@ -22,7 +22,7 @@ from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.progress import progress
 from curate.core.reading import parse_json, read_text
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.memory import construct, release
 from curate.data.stored import loss_mask, token_ids
 from curate.ngrams.hashes import NgramMemory
@@ -47,7 +47,8 @@ CATALOGUE = (
     "ngrams",
 )
 
-_BYTES_PER_TOKEN = 4  # of a shard, at least; bounds the number of tokens from above
+# Of a shard, at least (int32): bounds the number of tokens from above.
+_BYTES_PER_TOKEN = 4
 
 
 class Columns(Config):
@@ -83,7 +84,8 @@ class Sample:
         return int(self.loss_mask[1:].sum())
 
     def document_tokens(self) -> list[dict[str, str | int]]:
-        """`id` and predicted `tokens` of each document in the sample: its share of the sample's value."""
+        """Return `id` and `predicted_tokens` of each document in the sample: its share of the sample's value."""
+        # From 1 at least: the first token of a sequence is never predicted.
         return [
             {"id": name, "predicted_tokens": int(self.loss_mask[max(start, 1) : stop].sum())}
             for name, start, stop in self.documents
@@ -91,10 +93,11 @@ class Sample:
 
 
 def content_id(tokens: npt.NDArray[Any], loss_mask: npt.NDArray[Any]) -> int:
-    """63-bit content hash of a sample; it survives re-sharding and needs no id column in the shards."""
+    """Hash a sample's content to 63 bits; the hash survives re-sharding and needs no id column in the shards."""
+    # In one byte order and width, whatever the shard stores.
     digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8)
     digest.update(loss_mask.astype(np.uint8).tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return int.from_bytes(digest.digest(), "little") >> 1  # fits the int64 columns of tables
 
 
 def as_sample(row: Mapping[str, Any], columns: Columns, where: str) -> Sample:
@@ -124,6 +127,7 @@ def _documents(stored: Any, length: int, where: str) -> list[tuple[str, int, int
         spans = [(str(name), int(start), int(stop)) for name, start, stop in stored]
     except (TypeError, ValueError):
         spans = None
+    # Negative or crossed borders would count tokens of other documents (Python's slices allow them).
     if spans is None or not all(0 <= start <= stop <= length for _, start, stop in spans):
         raise UserError(
             f"the documents of {where} are no list of [id, first token, token after the last] within {length} tokens; "
@@ -133,7 +137,7 @@ def _documents(stored: Any, length: int, where: str) -> list[tuple[str, int, int
 
 
 def shard_readers(folder: Path) -> list[Any]:
-    """Streaming's reader of every shard that an MDS folder's index names.
+    """Return streaming's reader of every shard that an MDS folder's index names.
 
     Raises:
         UserError: no index, not a valid one, or one that names files outside the folder.
@@ -145,11 +149,13 @@ def shard_readers(folder: Path) -> list[Any]:
     if not path.exists():
         raise UserError(f"{folder} has no index.json: it is not an MDS folder (a remote stream must be synced first)")
     index = parse_json(read_text(checked(path)), str(path))
+    # Streaming checks little of an index: what a damaged one raises depends on where it is damaged.
     try:
         if index["version"] != 2:
             raise ValueError(f"version {index['version']!r}, expected 2")
         readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
-        unknown = [kind for reader in readers for kind in reader.column_encodings if not is_mds_encoding(kind)]
+        encodings = [encoding for reader in readers for encoding in reader.column_encodings]
+        unknown = [encoding for encoding in encodings if not is_mds_encoding(encoding)]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is not a valid MDS index ({type(error).__name__}: {error}); restore it") from None
     if unknown:
@@ -166,11 +172,14 @@ def check_inside(folder: Path, readers: Iterable[Any]) -> None:
             link stands where streaming writes before it renames.
     """
     root = folder.resolve()
+    # Most shards share a folder, and `resolve` asks the file system.
     inside = cache(lambda parent: parent.resolve().is_relative_to(root))
     names = {info.basename for reader in readers for pair in reader.file_pairs for info in pair if info is not None}
     for name in sorted(names):
         path = folder / name
+        # An absolute name replaces the folder in `folder / name`, so it lies elsewhere too.
         below = ".." not in Path(name).parts and path != folder and inside(path.parent)
+        # Streaming decompresses into `<name>.tmp`, and would write through a link of that name.
         if not below or path.with_name(f"{path.name}.tmp").is_symlink():
             raise UserError(
                 f"{folder / 'index.json'} names the shard {name!r}, which does not lie in {folder}; write the stream "
@@ -193,6 +202,7 @@ class MdsStream:
     def __init__(self, folder: Path, columns: Columns | None = None) -> None:
         self.folder = folder
         self.columns = columns or Columns()
+        # Shards whose bytes were compared with the index.
         self._verified: set[int] = set()
         self._readers = shard_readers(folder)
         if not self._readers:
@@ -201,6 +211,7 @@ class MdsStream:
             self._check(reader)
 
     def _check(self, reader: Any) -> None:
+        # A column of pickles would run code when it is read.
         try:
             reader.validate(allow_unsafe_types=False)
         except ValueError as error:
@@ -209,10 +220,10 @@ class MdsStream:
             ) from None
         path = self.folder / reader.raw_data.basename
         if not path.exists():
-            zipped = reader.zip_data is not None and (self.folder / reader.zip_data.basename).exists()
+            is_compressed = reader.zip_data is not None and (self.folder / reader.zip_data.basename).exists()
             hint = (
                 "only its compressed form is there; iterate a StreamingDataset over the folder once"
-                if zipped
+                if is_compressed
                 else "restore it"
             )
             raise UserError(f"shard {path} is missing: {hint}")
@@ -233,22 +244,23 @@ class MdsStream:
 
     @cached_property
     def encodings(self) -> list[dict[str, str]]:
-        """Column name -> MDS encoding; one entry, or one for each kind of shard that a merged stream has."""
-        kinds: list[dict[str, str]] = []
+        """Column name -> MDS encoding: one mapping for each kind of shard; a merged stream may have several."""
+        distinct: list[dict[str, str]] = []
         for reader in self._readers:
-            kind = dict(zip(reader.column_names, reader.column_encodings, strict=True))
-            if kind not in kinds:
-                kinds.append(kind)
-        return kinds
+            encodings = dict(zip(reader.column_names, reader.column_encodings, strict=True))
+            if encodings not in distinct:
+                distinct.append(encodings)
+        return distinct
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of the sample at a stream-wide index, as stored.
+        """Read all columns of the sample at a stream-wide index, as stored.
 
         Raises:
             UserError: the shard's bytes cannot be decoded.
         """
         shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
         reader = self._readers[shard]
+        # Once per shard, when it is first read: opening a stream must not read all of it.
         if shard not in self._verified:
             verify_shard(self.folder / reader.raw_data.basename, reader)
             self._verified.add(shard)
@@ -262,7 +274,7 @@ class MdsStream:
         return row
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a stream-wide index.
+        """Read the sample at a stream-wide index.
 
         Raises:
             UserError: the tokens column is missing, or the shard is corrupted.
@@ -273,10 +285,11 @@ class MdsStream:
         """Read the whole stream once.
 
         Returns:
-            One row per sample: `index` (stream-wide), `shard`, `sample_id`, `length` (stored tokens), `tokens`
-            (predicted tokens), `largest` (token id), `fresh` and `ngrams` (n-grams that no earlier sample of the stream
-            has, of all; see `ngrams`).
+            One row per sample: `index` (stream-wide), `shard`, `sample_id`, `stored_tokens`, `predicted_tokens`,
+            `largest_token_id`, `novel_ngrams` (n-grams that no earlier sample of the stream has) of all `ngrams` (see
+            `ngrams.hashes`).
         """
+        # The memory is sized once, by the most tokens that the shards can hold.
         memory = NgramMemory(sum(reader.raw_data.bytes for reader in self._readers) // _BYTES_PER_TOKEN)
         shards = np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes).tolist()
         rows = []
@@ -290,9 +303,9 @@ class MdsStream:
 
 
 def verify_shard(path: Path, reader: Any) -> None:
-    """Hold a shard's bytes against what its index says of them, before any of its samples is used.
+    """Compare a shard's bytes with what its index says of them, before any of its samples is used.
 
-    A writer that was told no hashes left none; then only the size is compared.
+    A writer writes hashes only where it was asked to; without them only the size is compared.
 
     Raises:
         UserError: they differ.
@@ -327,9 +340,10 @@ def write_stream(
     """
     from streaming import MDSWriter
 
+    # The folder's own replacement makes it atomic: MDSWriter writes the index last, but into the folder itself.
     with (
-        replacing(folder) as part,
-        MDSWriter(columns=dict(columns), out=str(part), hashes=["xxh64"], size_limit=shard_bytes) as writer,
+        atomic_write(folder) as temporary,
+        MDSWriter(columns=dict(columns), out=str(temporary), hashes=["xxh64"], size_limit=shard_bytes) as writer,
     ):
         for row in rows:
             writer.write(dict(row))
@@ -343,16 +357,18 @@ def merge_indexes(folder: Path, streams: list[str]) -> None:
     shards = []
     for name in streams:
         for shard in json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["shards"]:
+            # Streaming joins folder and name without looking, so a name may have a folder in it.
             shard["raw_data"]["basename"] = os.path.join(name, shard["raw_data"]["basename"])  # noqa: PTH118
             shards.append(shard)
-    with replacing(folder / "index.json") as part:
-        part.write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
+    with atomic_write(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
 
 
 def iterate(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
+    """Yield every row of an MDS folder in stored order, read by a plain `StreamingDataset` as a trainer would."""
     from streaming import StreamingDataset
 
+    # Released at once, since a process may iterate over many folders.
     dataset = construct(lambda: StreamingDataset(local=str(folder), shuffle=False, batch_size=1))
     try:
         yield from dataset

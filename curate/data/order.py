@@ -1,6 +1,6 @@
 """The order in which StreamingDataset and its loaders hand out samples, without training.
 
-The installed streaming's own code makes each epoch's partition; what a `DataLoader` does with it is repeated here.
+The installed streaming's own code makes each epoch's partition; this module repeats what a `DataLoader` does with it.
 
 An order follows from the streams, their sizes, shuffle settings, seed, batch size, world size, workers per rank and
 epoch. It does not depend on predownload, cache limits or download settings.
@@ -29,19 +29,29 @@ if TYPE_CHECKING:
 PLACE = ("local", "split", "proportion", "repeat", "choose")
 """Arguments of a `Stream` that say where it lies and how much of it is taken; the others concern downloads."""
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError)  # what streaming raises
-_NO_PREFIX = 10**9  # of shared memory that no training has
-_ELSEWHERE = ("predownload", "cache_limit", "remote", "download_retry", "download_timeout", "validate_hash", "keep_zip")
+# Of names in shared memory; streaming counts its prefixes up from 0, so none is that large.
+_NO_PREFIX = 10**9
+# Arguments of a dataset that do not change the order; set here, or left out so that nothing is downloaded.
+_NOT_OF_THE_ORDER = (
+    "predownload",
+    "cache_limit",
+    "remote",
+    "download_retry",
+    "download_timeout",
+    "validate_hash",
+    "keep_zip",
+)
 
 
 class Resumed(Config):
-    """Where a new process took over."""
+    """Where a new process continued the training."""
 
     step: int = Field(ge=0)
     """Its first optimizer step."""
     epoch: int | None = Field(default=None, ge=0)
-    """Epoch that it was given (`StreamingDataLoader.state_dict`); none: the one that the process before it was in."""
+    """Epoch that it was given (`StreamingDataLoader.state_dict`); null: the epoch of the process before it."""
     sample_in_epoch: int | None = Field(default=None, ge=0)
-    """Samples of that epoch that it skipped, over all ranks; none: as many as were trained on."""
+    """Samples of that epoch that it skipped, over all ranks; null: as many as were trained on."""
 
 
 class LoaderConfig(Config):
@@ -65,18 +75,18 @@ class LoaderConfig(Config):
     first_epoch: int = Field(default=0, ge=0)
     """Epoch that the stage began in."""
     first_sample: int = Field(default=0, ge=0)
-    """Samples of that epoch that were consumed before the stage began, over all ranks."""
+    """Samples of that epoch that were used before the stage began, over all ranks."""
     resumed: tuple[Resumed, ...] = ()
-    """Every place where training went on in a new process; left out, training ran in one."""
+    """Every point where training continued in a new process; empty: it ran in one."""
 
 
 def streaming_version() -> str:
-    """Of the installed package."""
+    """Version of the installed mosaicml-streaming."""
     return version("mosaicml-streaming")
 
 
 class SampleOrder:
-    """Partitions of epochs.
+    """Partitions of epochs into batches of ranks.
 
     Args:
         streams: arguments of each `Stream`, in the order of the training.
@@ -92,15 +102,19 @@ class SampleOrder:
 
         from curate.data.dataset import LocalStream
 
+        # StreamingDataset reads it, and would wait for the other ranks.
         if int(os.environ.get("WORLD_SIZE", "1")) != 1:
             raise UserError("the order of all ranks is rebuilt in one process; unset WORLD_SIZE")
         if loader.world_size % loader.nodes:
             raise UserError(f"loader.world_size {loader.world_size} is not a multiple of loader.nodes {loader.nodes}")
         self._loader = loader
-        chosen = {"batch_size": loader.batch_size, **{k: v for k, v in dataset.items() if k not in _ELSEWHERE}}
+        others = {key: value for key, value in dataset.items() if key not in _NOT_OF_THE_ORDER}
+        options = {"batch_size": loader.batch_size, **others}
         try:
-            places = [LocalStream(**{key: stream[key] for key in PLACE if key in stream}) for stream in streams]
-            self._dataset = _dataset(streams=places, predownload=8 * loader.batch_size, **chosen)
+            local_streams = [LocalStream(**{key: stream[key] for key in PLACE if key in stream}) for stream in streams]
+            # Streaming warns where `predownload` is less than a batch; the value is its own default.
+            self._dataset = _dataset(streams=local_streams, predownload=8 * loader.batch_size, **options)
+            # A loader without workers reads in its own process, which streaming counts as one worker.
             world = World(loader.nodes, loader.world_size // loader.nodes, max(loader.workers, 1), 0)
             self._world = world.replicate(self._dataset.replication) if self._dataset.replication else world
             self._dataset._resume(self._world, 0)  # noqa: SLF001 (fills in the defaults that depend on the world)
@@ -109,11 +123,20 @@ class SampleOrder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the order was made with, defaults filled in."""
+        """Arguments that the order was made with, defaults filled in."""
         names = (
-            "num_canonical_nodes", "batch_size", "shuffle", "shuffle_algo", "shuffle_seed", "shuffle_block_size",
-            "sampling_method", "sampling_granularity", "partition_algo", "batching_method", "epoch_size",
-        )  # fmt: skip
+            "num_canonical_nodes",
+            "batch_size",
+            "shuffle",
+            "shuffle_algo",
+            "shuffle_seed",
+            "shuffle_block_size",
+            "sampling_method",
+            "sampling_granularity",
+            "partition_algo",
+            "batching_method",
+            "epoch_size",
+        )
         return {name: getattr(self._dataset, name) for name in names}
 
     @property
@@ -122,7 +145,7 @@ class SampleOrder:
         return int(self._world.num_ranks)
 
     def batches(self, epoch: int, sample_in_epoch: int = 0) -> list[list[Ids]]:
-        """Batches of each rank's loader in one epoch.
+        """Compute the batches of each rank's loader in one epoch.
 
         Args:
             epoch: its number.
@@ -137,12 +160,14 @@ class SampleOrder:
         from streaming.base.batching import generate_work
 
         world = self._world
+        # As a resumed dataset has it from its checkpoint; without it the rest of the epoch is dealt out otherwise.
         if sample_in_epoch:
             self._dataset.initial_physical_nodes = world.num_nodes
         try:
             work = generate_work(self._dataset.batching_method, self._dataset, world, epoch, sample_in_epoch)
         except _REFUSALS as error:
             raise _refused(error) from None
+        # Streaming's axes are (nodes, ranks of a node, workers, batches, samples).
         by_rank = work.reshape(world.num_ranks, world.workers_per_rank, -1)
         ranks = [_loader_batches(workers, self._loader) for workers in by_rank]
         if len({len(batches) for batches in ranks}) > 1:
@@ -153,7 +178,7 @@ class SampleOrder:
         return ranks
 
     def steps(self, steps: int) -> Iterator[list[list[Ids]]]:
-        """Per step, per rank, the batches of its loader.
+        """Yield per step, per rank, the batches of its loader.
 
         Args:
             steps: optimizer steps of the stage.
@@ -177,33 +202,35 @@ def _refused(error: Exception) -> UserError:
 
 
 class _Private:
-    """Stands where a dataset shares a value with other processes: here there are none."""
+    """Replaces a value that a dataset shares with other processes: here there are none."""
 
     def __init__(self, *arguments: Any) -> None:
         self.value: Any = None
         self.lock = None
 
     def get(self) -> Any:
-        """The value."""
+        """Return the value."""
         return self.value
 
     def set(self, value: Any) -> None:
-        """Another value."""
+        """Set the value."""
         self.value = value
 
 
 def _dataset(**arguments: Any) -> Any:
-    """A `StreamingDataset` that is never iterated, and so needs no shared memory.
+    """Make a `StreamingDataset` that is never iterated, and so needs no shared memory.
 
-    Each real one takes file descriptors and a place among those of trainings on the same machine.
+    A real one takes file descriptors, and a name that trainings on the same machine have to avoid.
     """
     from streaming import StreamingDataset
     from streaming.base import dataset as module
 
     private: dict[str, Any] = {
-        "get_shm_prefix": lambda *_: (_NO_PREFIX, None), "SharedBarrier": _Private, "SharedScalar": _Private,
+        "get_shm_prefix": lambda *_: (_NO_PREFIX, None),
+        "SharedBarrier": _Private,
+        "SharedScalar": _Private,
         "SharedArray": lambda size, dtype, _: np.zeros(size, dtype),
-    }  # fmt: skip
+    }
     with patch.multiple(module, **private):
         return StreamingDataset(**arguments)
 
@@ -213,35 +240,37 @@ class _Reader:
 
     def __init__(self, order: SampleOrder, loader: LoaderConfig) -> None:
         self._order, self._loader = order, loader
-        self._epoch, self._consumed = loader.first_epoch, loader.first_sample
+        self._epoch, self._used = loader.first_epoch, loader.first_sample  # samples of the epoch, over all ranks
         self.seek(None, None)
 
     def seek(self, epoch: int | None, sample_in_epoch: int | None) -> None:
-        """Go on at a place of an epoch; none: where the reader is."""
+        """Continue at a sample of an epoch; None: where the reader is."""
         self._epoch = self._epoch if epoch is None else epoch
-        self._consumed = self._consumed if sample_in_epoch is None else sample_in_epoch
-        ranks = self._order.batches(self._epoch, self._consumed)
+        self._used = self._used if sample_in_epoch is None else sample_in_epoch
+        ranks = self._order.batches(self._epoch, self._used)
         self._batches = iter(list(zip(*ranks, strict=True)))
         self._left = min(map(len, ranks))
 
     def take(self) -> list[tuple[Ids, ...]]:
-        """The batches of one step, each of them per rank."""
+        """Take the batches of one step, each of them per rank."""
         taken: list[tuple[Ids, ...]] = []
         while len(taken) < self._loader.accumulation:
             batch = next(self._batches, None)
             if batch is not None:
                 taken.append(batch)
-                self._consumed += sum(map(len, batch))
+                self._used += sum(map(len, batch))
                 continue
             if taken and self._loader.epoch_end == "step":
                 break
             if self._loader.epoch_end == "drop":
                 taken = []
+            # With "continue" a step takes its first batches from this epoch and the rest from the next.
             self._next_epoch()
         return taken
 
     def _next_epoch(self) -> None:
         self.seek(self._epoch + 1, 0)
+        # Without this an epoch of too few batches would be followed by the next one, without end.
         needed = self._loader.accumulation if self._loader.epoch_end == "drop" else 1
         if self._left < needed:
             raise UserError(
@@ -251,18 +280,22 @@ class _Reader:
 
 
 def _loader_batches(workers: Ids, loader: LoaderConfig) -> list[Ids]:
-    """What a DataLoader hands out of its workers' samples (W, N): one batch of each worker in turn, -1 left out."""
+    """Make the batches of a DataLoader from its workers' samples (W, N): one of each worker in turn.
+
+    A sample of -1 is streaming's padding and left out.
+    """
     queues = []
     for samples in workers:
         kept = samples[samples != -1]
         batches = [kept[at : at + loader.batch_size] for at in range(0, len(kept), loader.batch_size)]
         queues.append([batch for batch in batches if len(batch) == loader.batch_size or not loader.drop_last])
     longest = max(map(len, queues))
+    # A worker that has no batch left is passed over, as torch does.
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
 def stream_folder(stream: Mapping[str, Any]) -> Path:
-    """Where a stream's shards lie.
+    """Return the folder of a stream's shards.
 
     Raises:
         UserError: it has no local folder.

@@ -1,6 +1,6 @@
 """`schedule.yaml`: the streams of a stage phase by phase.
 
-    - start_sample: 0            # counted in samples, so that it holds at any batch size
+    - start_sample: 0          # counted in samples, so that it holds at any batch size
       streams:                 # arguments of one `Stream` each; `choose` samples of it in this phase
       - {local: data/web, choose: 900}
       - {local: data/code, choose: 100}
@@ -35,15 +35,15 @@ class StreamArguments(Config):
     split: str | None = None
     """Folder in it."""
     remote: str | None = None
-    """Where it is downloaded from."""
+    """URL that it is downloaded from."""
     proportion: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Share of all samples."""
     repeat: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Times that each sample is used."""
+    """How often each sample is used."""
     choose: int | None = Field(default=None, ge=0)
     """Samples of it."""
     download_retry: int | None = Field(default=None, ge=0)
-    """Downloads that are tried again."""
+    """How often a failed download is tried again."""
     download_timeout: float | None = Field(default=None, gt=0)
     """Seconds of a download."""
     validate_hash: str | None = None
@@ -53,6 +53,7 @@ class StreamArguments(Config):
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
+        # Streaming allows one of them, and says so only when the training starts.
         given = [name for name in ("proportion", "repeat", "choose") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} exclude each other; set one")
@@ -100,14 +101,14 @@ class Schedule:
 
     @property
     def stop(self) -> int:
-        """Step after the last, in samples."""
+        """First sample after the schedule."""
         return self.entries[-1].start_sample + self.entries[-1].samples
 
     def at(self, step: int) -> Entry:
-        """The entry that holds at a step, in samples.
+        """The entry that a sample of the stage falls into.
 
         Raises:
-            UserError: the step lies before the first entry or after the last.
+            UserError: it lies before the first entry or after the last.
         """
         first = self.entries[0].start_sample
         if not first <= step < self.stop:
@@ -116,27 +117,30 @@ class Schedule:
                 f"step {step} lies {where} of the schedule, which says nothing about it: a stage is served from "
                 "start_sample 0 to the schedule's end, in samples"
             )
+        # The last entry that starts at or before the sample.
         return self.entries[bisect_right([entry.start_sample for entry in self.entries], step) - 1]
 
     def totals(self) -> list[dict[str, Any]]:
-        """`Stream` arguments with the samples of all phases, ordered by folder.
+        """Sum the samples of all phases per stream, as `Stream` arguments ordered by folder.
 
         Raises:
             UserError: a stream has other arguments in another phase.
         """
-        found: dict[tuple[str, str], dict[str, Any]] = {}
+        by_stream: dict[tuple[str, str], dict[str, Any]] = {}
         for entry in self.entries:
             for stream in entry.streams:
                 arguments = stream.model_dump(exclude_unset=True)
-                known = found.setdefault(stream_key(arguments), {**arguments, "choose": 0})
-                if {**known, "choose": 0} != {**arguments, "choose": 0}:
+                total = by_stream.setdefault(stream_key(arguments), {**arguments, "choose": 0})
+                # One `Stream` serves all phases, so it can have one set of download settings only.
+                if {**total, "choose": 0} != {**arguments, "choose": 0}:
                     raise UserError(f"the schedule has {stream.local} with other arguments at {entry.start_sample}")
-                known["choose"] += stream.choose
-        return [found[key] for key in sorted(found)]
+                total["choose"] += stream.choose
+        # Sorted: the order of streams numbers the samples, and must not depend on the phases' order.
+        return [by_stream[key] for key in sorted(by_stream)]
 
 
 def stream_key(stream: dict[str, Any]) -> tuple[str, str]:
-    """What makes two streams the same: folder and split."""
+    """Identify a stream by folder and split."""
     return str(stream["local"]), str(stream.get("split") or "")
 
 
@@ -146,7 +150,7 @@ def is_schedule(value: Any) -> bool:
 
 
 def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
-    """The schedule in a YAML file.
+    """Parse the content of a schedule file.
 
     Args:
         value: the file's content.
@@ -161,6 +165,7 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
         raise UserError(f"{path} is not a schedule of streams: {first_problem(error)}") from None
     try:
         schedule = Schedule(tuple(_placed(entry, path.resolve().parent) for entry in entries))
+        # Raises where phases disagree about a stream.
         schedule.totals()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -168,7 +173,7 @@ def parse_schedule(value: Sequence[Any], path: Path) -> Schedule:
 
 
 def _placed(entry: Entry, here: Path) -> Entry:
-    """The entry with its streams' places seen from a folder."""
+    """Put the folders of an entry's streams below `here`; absolute ones stay."""
     streams = [stream.model_copy(update={"local": str(here / stream.local)}) for stream in entry.streams]
     return entry.model_copy(update={"streams": tuple(streams)})
 
@@ -181,5 +186,6 @@ def load_schedule(path: Path) -> Schedule | None:
     """
     if path.suffix not in (".yaml", ".yml"):
         return None
+    # A list of streams is YAML too: only entries with `start_sample` make it a schedule.
     value = read_yaml(checked(path))
     return parse_schedule(value, path) if is_schedule(value) else None

@@ -1,4 +1,4 @@
-"""Text that a tokenizer drops or changes: documents are encoded, and those that do not decode to themselves counted."""
+"""Text that a tokenizer drops or changes: counts the documents whose tokens do not decode to their text."""
 
 import logging
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class Spelling:
-    """Encodes documents and counts what their tokens do not spell; decoding adds a fifth to the time of encoding.
+    """Encodes documents and counts those that their tokens do not spell; decoding adds a fifth to the time.
 
     Args:
-        source: what the documents are of, for what is said.
+        source: where the documents are from, for messages.
         tokenizer: may be None for documents that hold tokens, which are not counted.
 
     Attributes:
@@ -34,7 +34,7 @@ class Spelling:
         self._first: str | None = None
 
     def encode(self, documents: Sequence[Document]) -> list[tuple[Tokens, Mask]]:
-        """`encode_many`, counted.
+        """Encode documents as `encode_many` does, and count.
 
         Raises:
             UserError: a document cannot be encoded; the message names the source and the document.
@@ -46,10 +46,11 @@ class Spelling:
         texts = [(document, *pair) for document, pair in zip(documents, encoded, strict=True) if document.text]
         if self._tokenizer is None or not texts:
             return encoded
-        parts = [tokens[part].tolist() for _, tokens, mask in texts for part in (~mask, mask)]
-        decoded = iter(self._tokenizer.decode_batch(parts, skip_special_tokens=False))
+        # The mask tells the prompt (not predicted) from the text; of plain text the prompt is empty.
+        halves = [tokens[where].tolist() for _, tokens, mask in texts for where in (~mask, mask)]
+        decoded = iter(self._tokenizer.decode_batch(halves, skip_special_tokens=False))
         for document, _, mask in texts:
-            # Both are taken from `decoded` before any is compared.
+            # A list, not a generator in `all`: both halves must be taken from `decoded`.
             spelled = [_same(next(decoded), text or "") for text in (document.prompt, document.text)]
             self.texts += 1
             self.empty += not mask.any()
@@ -59,13 +60,18 @@ class Spelling:
         return encoded
 
     def warn(self) -> None:
-        """Say what was lost of the source, where anything was."""
+        """Log how many documents the tokenizer changed, where it changed any."""
         if self.changed:
             _log.warning(
                 "%s: the tokenizer drops or changes text of %d of %d documents (the first is %r); %d have no token",
-                self.source, self.changed, self.texts, self._first, self.empty,
-            )  # fmt: skip
+                self.source,
+                self.changed,
+                self.texts,
+                self._first,
+                self.empty,
+            )
 
 
 def _same(decoded: str, text: str) -> bool:
+    # SentencePiece puts a space in front when encoding, and some decoders take it away again.
     return decoded.removeprefix(" ") == text.removeprefix(" ")

@@ -7,7 +7,7 @@ import polars as pl
 
 from curate.core.artifacts import checked
 from curate.core.errors import UserError
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.tables import Scores
 
 
@@ -18,7 +18,7 @@ def write_scores(path: Path, values: pl.DataFrame) -> None:
         UserError: a column is missing, of another type, null, or not finite (the model diverged).
     """
     checked = _validated(values, "the values")
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         checked.write_parquet(part)
 
 

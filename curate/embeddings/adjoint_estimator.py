@@ -1,10 +1,11 @@
 """`adjoint` and `anchors` as estimators: anchors, replayed states, the recursion, and progress that survives a crash.
 
-`adjoint` has the target's two halves among its anchors, so that its values are exact; `anchors` has none of the target:
-it serves any target that is seen later, as far as the anchors' gradients express it (`basis.py`).
+`adjoint` has the target's two halves among its anchors, so its values are exact. `anchors` has nothing of the target:
+it serves any later target, as far as the gradients of the anchors express it (`basis.py`).
 
-A finished window leaves an influence checkpoint: the cotangent of the state at its start. A window before it, with the
-same anchors and horizon, continues from there instead of walking back from the horizon again, to the same numbers.
+A job's `horizon` is its evaluation checkpoint: the step before which the target's loss is read, and where the walk
+backward begins. A finished window leaves an influence checkpoint: the cotangent of the state at its start. An earlier
+window with the same anchors and horizon continues from there instead of walking back again, to the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from curate.core.artifacts import MANIFEST, checked, read_json
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.progress import progress
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.anchors import AnchorSet, anchor_gradients, document_anchors, stream_anchors
 from curate.embeddings.basis import FILE as BASIS
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _INFLUENCE = "influence.safetensors"
-_METRIC_ROWS = 20_000  # rows that the metric of later targets is chosen on
+_METRIC_ROWS = 20_000  # rows that the metric is chosen on; they are sorted 8 times for each anchor
 
 
 class AdjointConfig(Config):
@@ -79,12 +80,13 @@ class AdjointConfig(Config):
     """Time between saves of the progress that an interrupted window continues from."""
 
 
-OWN_STEP_UNITS = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}
-"""What a sample's own step costs, beside the slopes that come with the curvature; measured, in passes of its batch."""
+OWN_STEP_PASSES = {"exact": 2.8, "embedding": 1.6, "linear": 0.0}
+"""Forward-backward passes of the batch that the exact leave-one-out update of one step costs; measured."""
 
 
-def curvature_units(config: AdjointConfig, anchors: int) -> float:
-    """What the Hessian products of one step cost; measured factors."""
+def curvature_passes(config: AdjointConfig, anchors: int) -> float:
+    """Forward-backward passes of the batch that the Hessian products of one step cost; measured factors."""
+    # The theory (products.py) is 2 R + 1 and R; `difference` also needs the losses at theta, a forward pass.
     per_anchor, once = {"exact": (2.0, 1.0), "difference": (1.1, 0.3)}[config.hessian]
     return per_anchor * anchors + once
 
@@ -101,7 +103,8 @@ class AdjointEstimator:
     def __init__(self, config: AdjointConfig, *, with_target: bool = True, anchors: AnchorSet | None = None) -> None:
         self.config, self.with_target, self._given = config, with_target, anchors
         self.name = "adjoint" if with_target else "anchors"
-        self._made: dict[tuple[str, str], AnchorSet] = {}
+        # `settings`, `dimension` and `passes` all ask for the anchors: do not read the documents for each.
+        self._anchor_sets: dict[tuple[str, str], AnchorSet] = {}
 
     def settings(self, job: WindowJob) -> Json:
         """The anchors, and how values are computed."""
@@ -118,9 +121,9 @@ class AdjointEstimator:
             return self._given
         target, run = job.target, job.replay.run
         key = (run.fingerprint, target.fingerprint if target and self.with_target else "")
-        if key not in self._made:
-            self._made[key] = self._make_anchors(job)
-        return self._made[key]
+        if key not in self._anchor_sets:
+            self._anchor_sets[key] = self._make_anchors(job)
+        return self._anchor_sets[key]
 
     def _make_anchors(self, job: WindowJob) -> AnchorSet:
         config, run = self.config, job.replay.run
@@ -132,6 +135,7 @@ class AdjointEstimator:
             anchors += stream_anchors(run, config.anchors_per_domain, config.samples_per_anchor)
         for path in config.anchor_files:
             anchors += document_anchors(path, run.spec, config.anchors_per_file, config.min_anchor_tokens)
+        # `choose_metric` predicts each anchor from the others: one alone cannot be held out.
         if len(anchors) < HALVES:
             raise UserError(
                 f"estimator anchors needs at least {HALVES} anchors, it has {len(anchors)}: set "
@@ -143,50 +147,55 @@ class AdjointEstimator:
         """One number per anchor."""
         return len(self.anchors(job))
 
-    def cost_units(self, job: WindowJob) -> float:
-        """Replay, products and own step of each step, and the anchors' own gradients; measured factors."""
+    def passes(self, job: WindowJob) -> float:
+        """Replay, products and exact updates of each step, and the gradients of the anchors; measured factors."""
         anchors = self.anchors(job)
+        # The first step stands for all: batch sizes rarely change within a stage. max: a step may have no sample.
         batch_size = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
+        # The cotangent walks from the horizon through every step; only steps of the window are valued.
         window_steps, walked_steps = job.stop - job.start, job.horizon - job.start
-        per_walked = self._plan(job, job.horizon).replays + curvature_units(self.config, len(anchors))
-        own_steps = window_steps * OWN_STEP_UNITS[self.config.own_step]
-        anchor_sequences = sum(len(each) for each in anchors.batches)
-        return walked_steps * per_walked + own_steps + anchor_sequences / batch_size
+        per_walked = self._plan(job, job.horizon).replays + curvature_passes(self.config, len(anchors))
+        exact_updates = window_steps * OWN_STEP_PASSES[self.config.own_step]
+        anchor_sequences = sum(len(batch) for batch in anchors.batches)
+        return walked_steps * per_walked + exact_updates + anchor_sequences / batch_size
 
     def encode(self, job: WindowJob) -> Encoded:
-        """Unit vectors where its halves are anchors; else coordinates in the anchors' basis, with the residual.
+        """Unit vectors where the target's halves are anchors; else coordinates in the anchors' basis, with residual.
 
         Raises:
             UserError: the basis is missing or damaged.
         """
         anchors, halves = self.anchors(job), job_target(job, self.name).halves
-        places = [anchors.find(half) for half in halves]
-        known = [place for place in places if place is not None]
-        if len(known) == HALVES:
-            vectors = np.eye(len(anchors), dtype=np.float32)[known]
+        positions = [anchors.find(half) for half in halves]
+        anchor_positions = [position for position in positions if position is not None]
+        if len(anchor_positions) == HALVES:
+            vectors = np.eye(len(anchors), dtype=np.float32)[anchor_positions]
+            # `anchors` states a residual for every target, also where it is 0; `adjoint` is always exact.
             return Encoded(vectors=vectors, residual=None if self.with_target else 0.0)
         job.replay.model_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, halves, job.batch_size)
-        chosen = read_json(job.folder / MANIFEST)["solver"]
-        solution = solve(load_basis(job.folder), gradients, chosen["metric"], chosen["ridge"])
+        solver = read_json(job.folder / MANIFEST)["solver"]
+        solution = solve(load_basis(job.folder), gradients, solver["metric"], solver["ridge"])
         return Encoded(vectors=solution.coordinates, residual=float(solution.residuals.max()))
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """Push the anchors' gradients back from the horizon to the window's start; see `curate.embeddings.adjoint`.
+        """Push the gradients of the anchors back from the horizon to the window's start; see `embeddings.adjoint`.
 
         Raises:
             UserError: memory or disk limits are too small, or the model cannot be differentiated twice.
         """
         replay = job.replay
         if self.config.hessian != "difference":
+            # Any state will do; the first snapshot needs no replay.
             replay.load(replay.run.snapshots[0])
             first = next(records(replay.run, job.start, job.stop))
             check_curvature(replay.task, replay.layout, replay.batches(first)[0])
         step, cotangent = self._begin(job)
         plan = self._plan(job, step)
         _log.info("%s", plan.line)
-        starts = _row_starts(job)
+        first_rows = _first_rows(job)
         saved = monotonic()
+        # Below `scratch`: state checkpoints outlive a crash too, and the same call uses them.
         states = states_backward(replay, plan, job.scratch / "states")
         for state in progress(states, total=step - job.start, what="adjoint"):
             at = state.record.step
@@ -195,11 +204,13 @@ class AdjointEstimator:
                 replay.task, replay.layout, state, replay.run.spec.clip_norm, cotangent, options
             )
             if rows is not None:
-                out[starts[at] : starts[at] + len(rows)] = rows.float().cpu().numpy()
+                out[first_rows[at] : first_rows[at] + len(rows)] = rows.float().cpu().numpy()
             if monotonic() - saved > self.config.save_seconds:
+                # Rows before the cotangent: a job that is killed between the two repeats steps, but loses no row.
                 out.flush()  # type: ignore[attr-defined]
                 save_cotangent(job.scratch / "cotangent.safetensors", at, cotangent)
                 saved = monotonic()
+        # 3: parameters, momentum and second moment. The influence checkpoint only saves time, so no room is no error.
         if 3 * cotangent.parameters.nbytes <= limits(replay, self.config.memory_bytes, self.config.disk_bytes)[1]:
             save_cotangent(job.folder / _INFLUENCE, job.start, cotangent)
         return {"anchors": self.anchors(job).names, "solver": self._choose_solver(job, out)}
@@ -209,20 +220,21 @@ class AdjointEstimator:
         return plan_states(job.replay.layout.size, job.start, stop, *allowed)
 
     def _begin(self, job: WindowJob) -> tuple[int, TrainingState]:
-        """The step whose state the cotangent belongs to, and the cotangent; leaves the basis where there is to be one.
+        """The step whose state the cotangent belongs to, and the cotangent; writes the basis where one is needed.
 
-        The anchors' gradients at the horizon are the cotangent of a walk that begins there, and the basis.
+        The gradients of the anchors at the horizon are both: the first cotangent of the walk, and the basis.
         """
-        found = self._saved(job)
-        if found is not None and (not self._has_basis or (job.folder / BASIS).exists()):
-            return found
+        saved = self._saved(job)
+        if saved is not None and (not self._has_basis or (job.folder / BASIS).exists()):
+            return saved
         replay, anchors = job.replay, self.anchors(job)
         optimizers = replay.optimizers_at(job.horizon)
         gradients = anchor_gradients(replay.task, replay.layout, anchors, job.batch_size)
         if self._has_basis:
             diagonal = optimizer_metric(replay, optimizers, job.horizon)
             save_basis(job.folder, AnchorBasis(names=anchors.names, gradients=gradients, diagonal=diagonal))
-        return found or (job.horizon, TrainingState.zeros(gradients))
+        # Moments have cotangent 0 there: the target's loss reads the parameters alone.
+        return saved or (job.horizon, TrainingState.zeros(gradients))
 
     def _saved(self, job: WindowJob) -> tuple[int, TrainingState] | None:
         """Where an interrupted call of this window, or a finished later window, left the cotangent."""
@@ -236,28 +248,31 @@ class AdjointEstimator:
 
     @property
     def _has_basis(self) -> bool:
-        """Whether targets that are seen later can be solved into the anchors, beside the target's own halves."""
+        """Whether later targets can be solved into the anchors: there are others than the target's own halves."""
         return not self.with_target or bool(self.config.anchors_per_domain or self.config.anchor_files)
 
     def _later_window(self, job: WindowJob) -> Path | None:
         """The embedding of the same anchors and horizon whose window starts soonest after this one's end.
 
-        The cotangent depends on neither window nor own step, but on all other settings.
+        The cotangent depends on neither window nor `own_step`, but on all other settings.
         """
         wanted = {"run": job.replay.run.fingerprint, "horizon": job.horizon, "estimator": self.name}
         wanted |= self.settings(job)
-        found = {}
+        folder_by_start = {}
         for path in sorted(job.folder.parent.glob(f"*/{MANIFEST}")):
+            # Embeddings of other estimators lie here too, and have no `own_step`.
             settings = {"own_step": None, **read_json(path)["settings"]}
             start = settings.pop("window")[0]
             same = settings | {"own_step": wanted["own_step"]} == wanted
+            # At job.stop or later: from inside this window the walk would skip steps that must be valued.
             if same and job.stop <= start < job.horizon and (path.parent / _INFLUENCE).exists():
-                found[start] = path.parent
-        return found[min(found)] if found else None
+                folder_by_start[start] = path.parent
+        return folder_by_start[min(folder_by_start)] if folder_by_start else None
 
     def _choose_solver(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any] | None:
         if not self._has_basis:
             return None
+        # Every n-th row: rows of all steps, because early and late steps rank differently.
         stride = -(-len(out) // _METRIC_ROWS)
         choice = choose_metric(load_basis(job.folder), np.asarray(out[::stride]))
         return {"metric": choice.metric, "ridge": choice.ridge, "held_out_spearman": choice.scores}
@@ -276,29 +291,32 @@ def optimizer_metric(replay: Replay, optimizers: Sequence[Optimizer], horizon: i
     last = next(records(replay.run, horizon - 1, horizon))
     _, moment, updates = replay.moments(optimizers)
     metric = torch.zeros_like(moment)
-    for place, settings, done in zip(replay.layout.group_slices, last.groups, updates, strict=True):
+    for columns, settings, done in zip(replay.layout.group_slices, last.groups, updates, strict=True):
         if settings.optimizer not in ("AdamW", "Adam"):
             return None
-        inverse = 1 / denominator(moment[place], max(done, 1), settings)
-        metric[place] = inverse.where(moment[place] > 0, 0)
+        # A group that never stepped has v = 0 everywhere; 1 only keeps the bias correction from dividing by 0.
+        inverse = 1 / denominator(moment[columns], max(done, 1), settings)
+        # 1 / eps would let weights that no sample ever moved outweigh all others.
+        metric[columns] = inverse.where(moment[columns] > 0, 0)
     return metric
 
 
-def _row_starts(job: WindowJob) -> dict[int, int]:
+def _first_rows(job: WindowJob) -> dict[int, int]:
     """First row of each step of the window."""
-    starts, rows_before = {}, 0
+    first_rows, rows_before = {}, 0
     for record in records(job.replay.run, job.start, job.stop):
-        starts[record.step] = rows_before
+        first_rows[record.step] = rows_before
         rows_before += record.size
-    return starts
+    return first_rows
 
 
 def save_cotangent(path: Path, step: int, cotangent: TrainingState) -> None:
     """Write the cotangent of the state before `step`, atomically."""
     from safetensors.torch import save_file
 
-    with replacing(path) as part:
-        save_file({key: value.contiguous() for key, value in vars(cotangent).items()}, str(part), {"step": str(step)})
+    tensors = {key: value.contiguous() for key, value in vars(cotangent).items()}  # safetensors takes no views
+    with atomic_write(path) as partial:
+        save_file(tensors, str(partial), {"step": str(step)})
 
 
 def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
@@ -312,6 +330,7 @@ def load_cotangent(path: Path, device: Any) -> tuple[int, TrainingState] | None:
     if not path.exists():
         return None
     try:
+        # `checked`: a damaged cotangent would give wrong values without any error.
         with safe_open(str(checked(path)), framework="pt", device=str(device)) as file:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             return int(file.metadata()["step"]), TrainingState(**tensors)

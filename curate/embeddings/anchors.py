@@ -1,9 +1,9 @@
-"""Anchors: small document sets whose gradients at the horizon `adjoint` pushes back through training.
+"""Anchors: small document sets whose gradients at the evaluation checkpoint `adjoint` pushes back through training.
 
-`E[z]` holds the exact value of z for each anchor, so a target that is an anchor, or a mean of anchors, is valued
-exactly, and any other as far as its gradient is a combination of theirs (`curate.embeddings.basis`). Anchors are made
-of documents of a file (the target's own parts), of samples of the run's streams that it did not train on (one domain
-each), and of all domains together.
+`E[z]` holds the exact value of z for each anchor. So a target that is an anchor, or a mean of anchors, is valued
+exactly, and any other target as far as its gradient is a combination of theirs (`curate.embeddings.basis`). An anchor
+is made of documents of a file (the target's own parts), of samples of one domain that the run did not train on, or of
+such samples of all domains together.
 
 R anchors, P parameters.
 """
@@ -69,9 +69,10 @@ class AnchorSet:
         return AnchorSet(names=self.names + other.names, batches=self.batches + other.batches)
 
     def find(self, batch: Batch) -> int | None:
-        """Place of the anchor with exactly this loss, or None."""
-        wanted = _digest(batch)
-        return next((place for place, known in enumerate(self.batches) if _digest(known) == wanted), None)
+        """Position of the anchor with exactly this loss, or None."""
+        # By content, not by name: a target file under another name is still the same anchor.
+        digest = _digest(batch)
+        return next((position for position, anchor in enumerate(self.batches) if _digest(anchor) == digest), None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,6 +81,7 @@ class AnchorSet:
 
 
 def _digest(batch: Batch) -> str:
+    # The shape too: the same bytes as 2 x 8 and 4 x 4 are different sequences.
     digest = hashlib.blake2b(repr(tuple(batch.tokens.shape)).encode(), digest_size=8)
     for tensor in (batch.tokens, batch.loss_mask, batch.weights):
         digest.update(tensor.cpu().numpy().tobytes())
@@ -103,8 +105,8 @@ def document_anchors(path: Path, spec: RunSpec, parts: int, min_tokens: int = 10
     """
     assert parts > 0
     documents = read_pieces(path, spec)
-    dealt = shuffled_parts(documents, parts)
-    smallest = min(predicted_tokens(part) for part in dealt)
+    document_sets = shuffled_parts(documents, parts)
+    smallest = min(predicted_tokens(document_set) for document_set in document_sets)
     if smallest < max(min_tokens, 1):
         fitting = _fitting_parts(documents, parts, min_tokens)
         raise UserError(
@@ -112,13 +114,13 @@ def document_anchors(path: Path, spec: RunSpec, parts: int, min_tokens: int = 10
             f"{parts} anchors would have {smallest}, at least {min_tokens} are needed for a gradient that is more than "
             f"noise; {f'{fitting} anchors fit' if fitting else 'not even one fits'}, or add documents"
         )
-    return AnchorSet(
-        names=[f"{name_of(path)}_{number}" for number in range(parts)], batches=[weighted(part) for part in dealt]
-    )
+    names = [f"{name_of(path)}_{number}" for number in range(parts)]
+    return AnchorSet(names=names, batches=[weighted(document_set) for document_set in document_sets])
 
 
 def _fitting_parts(documents: Sequence[Pieces], parts: int, min_tokens: int) -> int:
     """The largest number of parts below `parts` that all have enough tokens; 0 if there is none."""
+    # Downward one by one, not by bisection: each number deals the documents anew, so fitting is not monotonic.
     limit = min(parts - 1, len(documents))
     fits = (
         number
@@ -132,8 +134,8 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     """Anchors of samples that the run could have trained on but did not.
 
     Every sample counts the same, whatever its length, as a document of its own; no sample is in two anchors. Exact
-    copies of trained samples count as trained. What a domain lacks is taken from samples that were trained on, in its
-    last anchors, with a warning: the value of such a sample for its own anchor includes memorisation.
+    copies of trained samples count as trained. Where a domain has too few unseen samples, its last anchors use samples
+    that were trained on, with a warning: the value of such a sample for its own anchor includes memorisation.
 
     Args:
         run: the run.
@@ -150,7 +152,8 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     assert per_domain >= 0
     assert samples_per_anchor > 0
     reader = SampleReader(run.source)
-    domains = sorted(run.streams)
+    domains = sorted(run.streams)  # by name: the order of streams in a config must not change the anchors
+    # Rounded up, so that every domain counts the same in the general anchor.
     shared = -(-samples_per_anchor // len(domains)) if general else 0
     names, groups, mixed = [], [], []
     for domain in domains:
@@ -162,39 +165,56 @@ def stream_anchors(run: Run, per_domain: int, samples_per_anchor: int, *, genera
     if general:
         names.append(GENERAL)
         groups.append(mixed)
+    # Each sample as a document of its own: `weighted` takes means of documents.
     batches = [weighted([[sample] for sample in reader.samples(group)]) for group in groups]
     return AnchorSet(names=names, batches=batches)
 
 
-def draw_samples(run: Run, domain: str, own: int, shared: int, purpose: str = "anchors") -> list[int]:
-    """Ids of `own + shared` samples of a domain in random order, those that the run did not train on first.
+def draw_samples(run: Run, domain: str, domain_samples: int, shared: int, purpose: str = "anchors") -> list[int]:
+    """Ids of samples of a domain in random order, those that the run did not train on first.
 
-    The order depends on the contents of the samples, not on their places in shards.
+    The order depends on the contents of the samples, not on their positions in shards.
+
+    Args:
+        run: the run.
+        domain: the domain.
+        domain_samples: how many its own anchors need.
+        shared: how many the general anchor needs of it.
+        purpose: of the random generator; another one draws other samples.
+
+    Raises:
+        UserError: the domain has too few samples with predicted tokens.
     """
     trained = run.steps.select(sample_id="sample_ids").explode("sample_id").unique()
     of_domain = run.unique_samples.filter(domain=domain)
+    # A sample without a predicted token has no loss, and so no gradient.
     usable = of_domain.filter(pl.col("predicted_tokens") > 0).select("sample_id")
-    pools = [usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi")]
-    fresh, used = (
-        generator(0, purpose, domain, pool).permutation(frame["sample_id"].to_numpy()).tolist()
-        for pool, frame in zip(("fresh", "trained"), pools, strict=True)
+    # Sorted by content id before the shuffle: the same samples in other shards are drawn alike.
+    unseen, seen = (usable.join(trained, on="sample_id", how=how).sort("sample_id") for how in ("anti", "semi"))
+    # A generator for each: how many were trained on must not change which unseen ones are drawn.
+    unseen_ids, seen_ids = (
+        generator(0, purpose, domain, stream).permutation(frame["sample_id"].to_numpy()).tolist()
+        for stream, frame in (("fresh", unseen), ("trained", seen))
     )
-    wanted = own + shared
-    if wanted > len(fresh) + len(used):
+    wanted, available = domain_samples + shared, len(unseen_ids) + len(seen_ids)
+    if wanted > available:
         raise UserError(
-            f"the anchors need {wanted} samples of domain {domain} ({own} for its own, {shared} for the general one), "
-            f"it has {len(fresh) + len(used)} with predicted tokens; ask for fewer or smaller anchors"
+            f"the anchors need {wanted} samples of domain {domain} ({domain_samples} for its own, {shared} for the "
+            f"general one), it has {available} with predicted tokens; ask for fewer or smaller anchors"
         )
-    if wanted > len(fresh):
+    if wanted > len(unseen_ids):
         _log.warning(
             "%d of the %d samples in the anchors of domain %s were trained on: only %d were not; the values of those "
             "samples for these anchors include memorisation",
-            wanted - len(fresh), wanted, domain, len(fresh),
-        )  # fmt: skip
-    drawn: list[int] = (fresh + used)[:wanted]
+            wanted - len(unseen_ids),
+            wanted,
+            domain,
+            len(unseen_ids),
+        )
+    drawn: list[int] = (unseen_ids + seen_ids)[:wanted]
     return drawn
 
 
 def anchor_gradients(task: Task, layout: FlatLayout, anchors: AnchorSet, batch_size: int) -> Tensor:
-    """Gradients of the anchors' losses at the task's parameters, (R, P); see `target.loss_gradients`."""
+    """Gradients of the anchors' losses at the task's parameters, (R, P); see `training.target.loss_gradients`."""
     return loss_gradients(task, layout, anchors.batches, batch_size)

@@ -1,11 +1,12 @@
-"""The cheap values that `adjoint` is held against: dot products of per-sample gradients with a target's gradient.
+"""The cheap values that `adjoint` is compared with: dot products of per-sample gradients with a target's gradient.
 
-    grad-dot    <g_z, g_q>                                 both at the horizon
-    less        cos(u_z, g_q), u_z Adam's update for z     both at the horizon [LESS, arXiv 2402.04333, section 3]
-    shapley     lr_k clip_k c_z <g_z(theta_k), g_q(theta_k)>   at the sample's own step [In-Run Data Shapley, arXiv
-                2406.11011, section 4.1, first order; for Adam too the plain dot product]
+    grad-dot    <g_z, g_q>                                 both at the evaluation checkpoint (`horizon`)
+    less        cos(u_z, g_q), u_z Adam's update for z     both there [LESS, arXiv 2402.04333, section 3]
+    shapley     lr_k clip_k c_z <g_z(theta_k), g_q(theta_k)>   at the step that used the sample [In-Run Data Shapley,
+                arXiv 2406.11011, section 4.1, first order; for Adam too the plain dot product]
 
-All gradients whole, none projected. What comes after a step (curvature, momentum, weight decay) is in none of them.
+All gradients are whole, none is projected. None of the values sees what comes after a step (curvature, momentum,
+weight decay).
 
 N samples of the window, B of a step, b of a part of it, R losses, P parameters.
 """
@@ -44,14 +45,14 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 BaselineName = Literal["grad-dot", "less", "shapley"]
-_UNIT_STEPS = 3  # steps that are replayed to hold the run against its records and to measure the unit of cost
+_CHECKED_STEPS = 3  # steps replayed to compare the run with its records, and to time one forward-backward pass
 
 
 class BaselineConfig(Config):
     """Settings of `grad-dot`, `less` and `shapley`."""
 
     target_every: int = Field(default=1, ge=1)
-    """shapley: take the target's gradient anew at every n-th step of the window; between, the last one serves."""
+    """shapley: take the target's gradient at every n-th step of the window; the steps between use the last one."""
 
 
 def grad_dot(replay: Replay, targets: Tensor, window: tuple[int, int]) -> Floats:
@@ -87,17 +88,19 @@ def less(replay: Replay, targets: Tensor, window: tuple[int, int], optimizers: S
             "choose another method, grad-dot for example"
         )
     first, second, updates = replay.moments(optimizers)
+    # Parameters 0: what an update leaves there is then minus the direction itself, without the weights' rounding.
     moments = TrainingState(parameters=first.new_zeros(first.shape), momentum=first, second_moment=second)
 
     def direction(gradients: Tensor, record: StepRecord) -> Tensor:
+        # updated: a skipped step's samples have a direction too; the checkpoint's optimizer would take it.
         settings = [replace(group, lr=1.0, weight_decay=0.0, updated=True) for group in record.groups]
-        found = gradients.new_empty(gradients.shape)
+        directions = gradients.new_empty(gradients.shape)
         groups = replay.layout.groups(settings)
         for rule, group, done in update_pieces(groups, updates, len(gradients), gradients.device):
-            part = moments.part(group.place)
-            found[:, group.place] = -rule.update(part, gradients[:, group.place], done, group).parameters
-        unit: Tensor = found / found.norm(dim=1, keepdim=True)
-        return unit
+            state = moments.part(group.place)
+            directions[:, group.place] = -rule.update(state, gradients[:, group.place], done, group).parameters
+        normalised: Tensor = directions / directions.norm(dim=1, keepdim=True)
+        return normalised
 
     return _at_checkpoint(replay, targets, window, direction)
 
@@ -117,8 +120,8 @@ def _at_checkpoint(
         for batch in replay.batches(record):
             for _, gradients in sample_gradients(replay.task, replay.layout, batch, theta, replay.layout.names):
                 rows.append(direction(gradients, record) @ targets.T)
-    found: Floats = torch.cat(rows).double().cpu().numpy()
-    return found
+    values: Floats = torch.cat(rows).double().cpu().numpy()
+    return values
 
 
 def along_trajectory(
@@ -136,23 +139,29 @@ def along_trajectory(
     import torch
 
     layout, task = replay.layout, replay.task
-    rows, targets = [], torch.empty(0)
+    rows, targets = [], torch.empty(0)  # the first step sets the targets: (step - start) % every is 0
     for replayed in progress(replay.steps(*window), total=window[1] - window[0], what="trajectory"):
         record = replayed.record
         if (record.step - window[0]) % every == 0:
             targets = loss_gradients(task, layout, losses, batch_size)
+        # A skipped step helped nobody, and its gradients may not be finite.
         if not record.updated:
             rows.append(targets.new_zeros(record.size, len(targets)))
             continue
-        lr = torch.cat([targets.new_full((g.place.stop - g.place.start,), g.settings.lr * g.settings.updated)
-                        for g in layout.groups(record.groups)])  # fmt: skip
+        # (P,): lr differs between parameter groups, so it goes inside the inner product; 0 where a group was skipped.
+        group_lrs = [
+            targets.new_full((group.place.stop - group.place.start,), group.settings.lr * group.settings.updated)
+            for group in layout.groups(record.groups)
+        ]
+        scaled_targets = torch.cat(group_lrs) * targets
+        # A copy: the replay updates the parameters in place when the next step is asked for.
         theta = layout.flatten(named_parameters(replay.model)).detach().clone()
         for batch in replayed.batches:
-            for part, gradients in sample_gradients(task, layout, batch, theta, layout.names):
-                weights = record.clipped * part.weights.to(gradients.dtype)
-                rows.append(weights[:, None] * (gradients @ (lr * targets).T))
-    found: Floats = torch.cat(rows).double().cpu().numpy()
-    return found
+            for samples, gradients in sample_gradients(task, layout, batch, theta, layout.names):
+                weights = record.clipped * samples.weights.to(gradients.dtype)
+                rows.append(weights[:, None] * (gradients @ scaled_targets.T))
+    values: Floats = torch.cat(rows).double().cpu().numpy()
+    return values
 
 
 class BaselineEstimator:
@@ -175,14 +184,14 @@ class BaselineEstimator:
         """One number per half."""
         return HALVES
 
-    def cost_units(self, job: WindowJob) -> float:
-        """Per-sample gradients of the window (measured: about 2 for each step), replay, the target's own gradients."""
+    def passes(self, job: WindowJob) -> float:
+        """Per-sample gradients of the window (measured: about 2 for each step), replay, gradients of the target."""
         window = job.stop - job.start
-        batch = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
-        target = sum(len(half) for half in job_target(job, self.name).halves) / batch
-        replayed = window if self.name == "shapley" else _UNIT_STEPS
-        times = -(-window // self.config.target_every) if self.name == "shapley" else 1
-        return 2.0 * window + replayed + times * target
+        batch_size = max(next(records(job.replay.run, job.start, job.stop)).size, 1)
+        target = sum(len(half) for half in job_target(job, self.name).halves) / batch_size
+        replayed = window if self.name == "shapley" else _CHECKED_STEPS
+        target_gradients = -(-window // self.config.target_every) if self.name == "shapley" else 1
+        return 2.0 * window + replayed + target_gradients * target
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
         """Values for the halves of the target; see the module.
@@ -194,14 +203,17 @@ class BaselineEstimator:
         if self.name == "shapley":
             out[:] = along_trajectory(job.replay, target.halves, window, job.batch_size, self.config.target_every)
             return {}
-        for _ in job.replay.steps(job.start, min(job.start + _UNIT_STEPS, job.stop)):
+        # These values need no replay of the window: a few steps still show that this is the run that was recorded.
+        for _ in job.replay.steps(job.start, min(job.start + _CHECKED_STEPS, job.stop)):
             pass
         optimizers = job.replay.optimizers_at(job.horizon)
         gradients = loss_gradients(job.replay.task, job.replay.layout, target.halves, job.batch_size)
         if self.name == "grad-dot":
             out[:] = grad_dot(job.replay, gradients, window)
         else:
-            out[:] = less(job.replay, gradients / _whole(gradients, target).norm(), window, optimizers)
+            # The norm of the whole target for both halves: their weighted sum is then the cosine with the target.
+            norm = _target_gradient(gradients, target).norm()
+            out[:] = less(job.replay, gradients / norm, window, optimizers)
         return {}
 
     def encode(self, job: WindowJob) -> Encoded:
@@ -209,7 +221,7 @@ class BaselineEstimator:
         return Encoded(vectors=np.eye(HALVES, dtype=np.float32))
 
 
-def _whole(halves: Tensor, target: Target) -> Tensor:
+def _target_gradient(halves: Tensor, target: Target) -> Tensor:
     """The target's gradient (P,) from those of its halves (2, P)."""
     import torch
 

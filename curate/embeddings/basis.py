@@ -1,18 +1,17 @@
-"""The anchors' gradients at the horizon, kept to express targets that are seen later.
+"""The gradients of the anchors at the evaluation checkpoint, kept to express later targets.
 
-A the gradients (R, P) of R anchors, g that of a target, W a metric: I, or D = 1 / (sqrt(v_hat) + eps) of the optimizer
-at the horizon. A target's coordinates
+A are the gradients (R, P) of R anchors, g is that of a target, W is a metric: I, or D = 1 / (sqrt(v_hat) + eps) of the
+optimizer at the evaluation checkpoint. A target's coordinates
 
     t = argmin |W^(1/2) (A^T t - g)|^2 + ridge sum_i G_ii t_i^2,        G = A W A^T
 
 solve `(G + ridge diag(G)) t = A W g`, and `<E[z], t>` values z for the target. The penalty is the ridge of anchors
-scaled to unit norm (their mean squared norm is then 1): a short document set has a longer, noisier gradient, and
-must not be the cheaper one to use for it. So predicted values do not change when an anchor is rescaled (A_i and
-E_i), nor when the metric or the loss is.
+scaled to unit norm: a short document set has a longer, noisier gradient, and its length must not make it cheaper to
+use. So predicted values do not change when an anchor (A_i and E_i), the metric or the loss is rescaled.
 
 The relative residual `|W^(1/2) (A^T t - g)| / |W^(1/2) g|` is the share of the target that the anchors cannot
 express: 0 where values are exact, 1 where they say nothing. Gradients are stored as bfloat16, which rounds each number
-by at most 2^-8: so much is the residual of a target that is itself an anchor, with a small ridge.
+by at most 2^-8: that is the residual of a target that is itself an anchor, with a small ridge.
 
 Gram matrices are accumulated in float64 over chunks of P: (R + Q) x chunk numbers in memory for Q targets.
 """
@@ -29,7 +28,7 @@ import numpy as np
 
 from curate.core.artifacts import checked
 from curate.core.errors import UserError
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 
 Metric = Literal["euclidean", "optimizer"]
 FILE = "anchors.safetensors"
-CHUNK = 1 << 18
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
+CHUNK = 1 << 18  # parameters at a time: 2 MiB of float64 for each anchor and target
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)  # of equal scores the first is taken: the strongest ridge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class AnchorBasis:
     Attributes:
         names: of the anchors.
         gradients: (R, P), nats per token and unit of the parameter.
-        diagonal: (P,) D >= 0, or None where the optimizer has none (SGD). It should be 0, not 1 / eps, where `v_hat`
+        diagonal: (P,) D >= 0, or None where the optimizer has none (SGD). It must be 0, not 1 / eps, where `v_hat`
             is 0: no sample ever moved that parameter, so no value depends on it.
     """
 
@@ -60,7 +59,7 @@ class AnchorBasis:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Metrics that it can be solved in."""
+        """Metrics that targets can be solved in."""
         return ("euclidean",) if self.diagonal is None else ("euclidean", "optimizer")
 
 
@@ -84,7 +83,7 @@ class MetricChoice:
     Attributes:
         metric: the better one.
         ridge: its best ridge.
-        scores: metric -> mean rank correlation of held-out anchors at its own best ridge.
+        scores: metric -> mean rank correlation of left-out anchors at the metric's best ridge.
     """
 
     metric: Metric
@@ -100,9 +99,10 @@ def save_basis(folder: Path, basis: AnchorBasis) -> None:
     tensors = {"gradients": basis.gradients}
     if basis.diagonal is not None:
         tensors["diagonal"] = basis.diagonal
+    # Half the disk of float32; the rounding is far below the residual of any target that is no anchor itself.
     stored = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in tensors.items()}
-    with replacing(folder / FILE) as part:
-        save_file(stored, str(part), {"names": json.dumps(basis.names)})
+    with atomic_write(folder / FILE) as partial:
+        save_file(stored, str(partial), {"names": json.dumps(basis.names)})
 
 
 def load_basis(folder: Path) -> AnchorBasis:
@@ -130,7 +130,7 @@ def solve(basis: AnchorBasis, gradients: Tensor, metric: Metric, ridge: float, c
 
     Args:
         basis: R anchors.
-        gradients: (Q, P), of the targets' losses at the same horizon, on the device to compute on.
+        gradients: (Q, P), of the targets' losses at the same checkpoint, on the device to compute on.
         metric: of the least squares problem.
         ridge: relative to the squared norm of each anchor; 0 gives the shortest solution.
         chunk: parameters at a time.
@@ -142,6 +142,7 @@ def solve(basis: AnchorBasis, gradients: Tensor, metric: Metric, ridge: float, c
     products = _products(basis, gradients, metric, chunk)
     gram, cross, squares = products[:r, :r], products[:r, r:], products[r:, r:].diagonal()
     t = _minimise(gram, cross, ridge)
+    # |A^T t - g|^2 from inner products alone: no second pass over P. Cancellation can make it slightly negative.
     missed = squares - 2 * (t * cross).sum(0) + (t * (gram @ t)).sum(0)
     ratio = np.divide(missed.clip(min=0), squares, out=np.zeros_like(squares), where=squares > 0)
     return Solution(coordinates=t.T.astype(np.float32), residuals=np.sqrt(ratio))
@@ -152,9 +153,9 @@ def choose_metric(
 ) -> MetricChoice:
     """Choose metric and ridge by how well each anchor's values are predicted from the other anchors.
 
-    Each anchor is solved from the others, and the values that its coordinates predict are compared with its own
-    column of the embeddings by Spearman's rank correlation; the score is the mean over anchors. Of equal scores the
-    first counts: the Euclidean metric, the ridge that stands first.
+    Each anchor is solved from the others. Spearman's rank correlation compares the values that its coordinates predict
+    with its column of the embeddings; the score is the mean over anchors. Of equal scores the first is taken: the
+    Euclidean metric, the ridge that stands first.
 
     Args:
         basis: R >= 2 anchors.
@@ -173,17 +174,18 @@ def choose_metric(
         raise UserError(f"{basis.names[0]} is the only anchor: none is left to predict it from; use at least 2")
     solved: dict[tuple[Metric, float], npt.NDArray[np.float32]] = {}
     for metric in basis.metrics:
+        # One Gram matrix per metric serves every ridge and every anchor left out; no target, so [:0].
         gram = _products(basis, basis.gradients[:0], metric, chunk)
-        solved |= {(metric, ridge): _solve_held_out(gram, ridge).astype(np.float32) for ridge in ridges}
+        solved |= {(metric, ridge): _solve_from_others(gram, ridge).astype(np.float32) for ridge in ridges}
     scores = dict.fromkeys(solved, 0.0)
     for anchor in range(r):
         truth = rankdata(embeddings[:, anchor])
         for key, coordinates in solved.items():
             scores[key] += _correlation(truth, rankdata(embeddings @ coordinates[anchor])) / r
-    best = {metric: max(ridges, key=lambda ridge: scores[metric, ridge]) for metric in basis.metrics}
-    found = {metric: scores[metric, ridge] for metric, ridge in best.items()}
-    metric = max(basis.metrics, key=lambda name: found[name])
-    return MetricChoice(metric=metric, ridge=best[metric], scores=found)
+    best_ridge = {metric: max(ridges, key=lambda ridge: scores[metric, ridge]) for metric in basis.metrics}
+    best_score = {metric: scores[metric, ridge] for metric, ridge in best_ridge.items()}
+    metric = max(basis.metrics, key=lambda name: best_score[name])
+    return MetricChoice(metric=metric, ridge=best_ridge[metric], scores=best_score)
 
 
 def _products(basis: AnchorBasis, gradients: Tensor, metric: Metric, chunk: int) -> Floats:
@@ -195,21 +197,24 @@ def _products(basis: AnchorBasis, gradients: Tensor, metric: Metric, chunk: int)
     weights = basis.diagonal if metric == "optimizer" else None
     rows, columns = len(basis.names) + len(gradients), basis.gradients.shape[1]
     assert gradients.shape[1] == columns
+    # float64: the Gram matrix of similar anchors is nearly singular, and P float32 products would drown its rank.
     products = torch.zeros(rows, rows, dtype=torch.float64, device=gradients.device)
     for start in range(0, columns, chunk):
-        place = slice(start, start + chunk)
-        parts = [part[:, place].detach().to(products) for part in (basis.gradients, gradients)]
-        stacked = torch.cat(parts)
+        part = slice(start, start + chunk)
+        stacked = torch.cat([matrix[:, part].detach().to(products) for matrix in (basis.gradients, gradients)])
         if weights is not None:
-            stacked *= weights[place].to(products).sqrt()
+            stacked *= weights[part].to(products).sqrt()
         products.addmm_(stacked, stacked.T)
+    # A row with a number that is not finite has a squared norm that is not: the diagonal names it.
     broken = (~products.diagonal().isfinite()).nonzero().flatten().tolist()
     if broken:
         first = broken[0]
         name = f"anchor {basis.names[first]}" if first < len(basis.names) else f"target {first - len(basis.names)}"
-        raise UserError(f"the gradient of {name} at the horizon is not finite: training had diverged there")
-    found: Floats = products.cpu().numpy()
-    return found
+        raise UserError(
+            f"the gradient of {name} is not finite at the evaluation checkpoint: training had diverged there"
+        )
+    result: Floats = products.cpu().numpy()
+    return result
 
 
 def _minimise(gram: Floats, cross: Floats, ridge: float) -> Floats:
@@ -217,11 +222,12 @@ def _minimise(gram: Floats, cross: Floats, ridge: float) -> Floats:
     norms = np.sqrt(gram.diagonal())
     norms = np.where(norms > 0, norms, 1.0)
     scaled = gram / np.outer(norms, norms) + ridge * np.eye(len(gram))
+    # lstsq, not solve: with ridge 0 and equal or empty anchors the system is singular, and the shortest t is wanted.
     t: Floats = np.linalg.lstsq(scaled, cross / norms[:, None])[0] / norms[:, None]
     return t
 
 
-def _solve_held_out(gram: Floats, ridge: float) -> Floats:
+def _solve_from_others(gram: Floats, ridge: float) -> Floats:
     """Row i: coordinates of anchor i in terms of the others, 0 at i; (R, R)."""
     r = len(gram)
     coordinates = np.zeros((r, r))

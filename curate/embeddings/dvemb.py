@@ -47,9 +47,10 @@ def recursion_block(gradients: Tensor, scales: Tensor, steps: Tensor, operator: 
     """
     import torch
 
+    # Strictly: samples of one step do not act on each other. Latest first makes the system lower triangular.
     later = steps[None, :] > steps[:, None]  # (n, n): z' strictly later than z
     kernel = (gradients @ gradients.T).where(later, 0)
-    system = kernel * scales[:, None]  # unit lower triangular once the identity is added
+    system = kernel * scales[:, None]  # `unitriangular` below adds the identity
     right = scales[:, None] * (gradients - gradients @ operator.T)
     embeddings = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     return embeddings, torch.addmm(operator, embeddings.T, gradients)
@@ -78,7 +79,7 @@ def recursion(
         device: where to compute.
 
     Returns:
-        The operator before the range, of each block, in memory of the CPU.
+        The operator before the range, of each block, in CPU memory.
     """
 
     def solve(stored: Sequence[Tensor], rows: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,14 +117,17 @@ def walk_back(
     """
     import torch
 
-    operators = [torch.zeros(part.stop - part.start, part.stop - part.start, device=device) for part in blocks]
+    sizes = [columns.stop - columns.start for columns in blocks]
+    operators = [torch.zeros(size, size, device=device) for size in sizes]
     for rows in step_blocks(steps, rows_per_block):
+        # A reversed slice to row 0 must end at None: -1 would mean the last row.
         latest_first = slice(rows.stop - 1, rows.start - 1 if rows.start else None, -1)
-        read = [on_device(array[latest_first], device) for array in stored]
-        embeddings = torch.empty_like(read[0])
+        block = [on_device(array[latest_first], device) for array in stored]
+        embeddings = torch.empty_like(block[0])
         for index, columns in enumerate(blocks):
-            parts = [array[:, columns].contiguous() for array in read]
-            embeddings[:, columns], operators[index] = solve(parts, latest_first, index, operators[index])
+            layer = [array[:, columns].contiguous() for array in block]
+            embeddings[:, columns], operators[index] = solve(layer, latest_first, index, operators[index])
+        # Steps between window and evaluation checkpoint move the operators, but their rows are not kept.
         kept = slice(rows.start, min(rows.stop, len(out)))
         if kept.start < kept.stop:
             out[kept] = embeddings.flip(0)[: kept.stop - kept.start].cpu().numpy()
@@ -146,11 +150,12 @@ def chain(segments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     import torch
 
     embeddings, later = segments[-1]
-    found = [embeddings]
+    latest_first = [embeddings]
     for embeddings, operator in reversed(segments[:-1]):
-        found.append(carried(embeddings, later))
+        # Before `later` takes in the segment: its embeddings hold the operators of its own steps already.
+        latest_first.append(carried(embeddings, later))
         later = joined(operator, later)
-    return torch.cat(found[::-1]), later
+    return torch.cat(latest_first[::-1]), later
 
 
 def carried(embeddings: Tensor, later: Tensor) -> Tensor:
@@ -176,16 +181,17 @@ def carry(
         device: where to compute.
     """
     for columns, operator in zip(blocks, later, strict=True):
-        moved = operator.to(device)
+        operator_there = operator.to(device)
         for start in range(0, len(out), rows_per_block):
             rows = slice(start, start + rows_per_block)
-            out[rows, columns] = carried(on_device(out[rows, columns], device), moved).cpu().numpy()
+            out[rows, columns] = carried(on_device(out[rows, columns], device), operator_there).cpu().numpy()
 
 
 def on_device(array: npt.NDArray[Any], device: str) -> Tensor:
     """A copy of (a view of) an array that lies on disk or in memory."""
     import torch
 
+    # copy: torch has no negative strides, and warns about memory that is mapped read-only.
     return torch.from_numpy(array.copy()).to(device)
 
 
@@ -193,10 +199,11 @@ def step_blocks(steps: npt.NDArray[np.int64], rows_per_block: int) -> Iterator[s
     """Row ranges of whole steps, last first, of at most `rows_per_block` rows where a step is not larger."""
     import numpy as np
 
-    starts = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1)).tolist()
+    starts = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1)).tolist()  # first row of each step
     stop = len(steps)
     while stop:
         fitting = [start for start in starts if stop - start <= rows_per_block and start < stop]
+        # A step that is larger than a block is solved whole: all its samples meet the same operator.
         start = fitting[0] if fitting else max(start for start in starts if start < stop)
         yield slice(start, stop)
         stop = start

@@ -7,7 +7,7 @@ empirical Fisher as H_k, walking back from the last step with an operator M that
     e_z = lr_k c_z (I - M) D_k g_z                    for all z in B_k, all with the same M
     M  <- (1 - lr_k wd_k) M + lr_k wd_k I + sum_{z in B_k} e_z g_z^T
 
-With clipping `clip_k lr_k` stands for the lr of e_z, but not for that of the decay. M is not symmetric: it needs both
+With clipping, `clip_k lr_k` replaces the lr of e_z, but not the lr of the decay. M is not symmetric: it needs both
 `g_z` (rows of G) and `u_z = D_k g_z` (rows of U), projected.
 
 Many steps at once: I - M shrinks by `1 - lr wd` per step, so with `a_k` the product of `1 - lr_j wd_j` over the later
@@ -61,19 +61,21 @@ def recursion_block(
     """
     import torch
 
+    # Logarithms: a and f are products over many steps, and only their ratios are needed. lr wd is near 1e-5: log1p.
     shrinkage = torch.log1p(-decays)
-    opens_step = steps.diff(prepend=steps[:1] + 1) != 0
-    through = shrinkage.where(opens_step, 0).cumsum(0)  # log f
-    after = through - shrinkage  # log a
+    first_of_step = steps.diff(prepend=steps[:1] + 1) != 0  # a step shrinks once, not once per sample
+    log_f = shrinkage.where(first_of_step, 0).cumsum(0)
+    log_a = log_f - shrinkage
     later = steps[None, :] > steps[:, None]  # (n, n): z' strictly later than z
-    between = (after[:, None] - through[None, :]).where(later, 0).exp()
-    kernel = (preconditioned @ gradients.T * between).where(later, 0)
-    system = kernel * scales[:, None]  # unit lower triangular once the identity is added
-    right = (scales * after.exp())[:, None] * (preconditioned - preconditioned @ operator.T)
+    # `where` before exp: for rows that are not later the ratio grows with the block instead of shrinking.
+    ratio = (log_a[:, None] - log_f[None, :]).where(later, 0).exp()
+    kernel = (preconditioned @ gradients.T * ratio).where(later, 0)
+    system = kernel * scales[:, None]  # `unitriangular` below adds the identity
+    right = (scales * log_a.exp())[:, None] * (preconditioned - preconditioned @ operator.T)
     embeddings = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    carried = embeddings * (through[-1] - through).exp()[:, None]
-    before = torch.addmm(operator * through[-1].exp(), carried.T, gradients)
-    before.diagonal().sub_(torch.expm1(through[-1]))
+    shrunk = embeddings * (log_f[-1] - log_f).exp()[:, None]
+    before = torch.addmm(operator * log_f[-1].exp(), shrunk.T, gradients)
+    before.diagonal().sub_(torch.expm1(log_f[-1]))  # + (1 - F) I; float32 1 - exp(-1e-5) keeps 2 digits
     return embeddings, before
 
 
@@ -103,7 +105,7 @@ def recursion(
         device: where to compute.
 
     Returns:
-        The operator before the range, of each block, in memory of the CPU.
+        The operator before the range, of each block, in CPU memory.
     """
 
     def solve(stored: Sequence[Tensor], rows: slice, index: int, operator: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,15 +151,18 @@ def separable_inverse(second_moment: Tensor, updates: int, settings: GroupSettin
     """
     import torch
 
+    # float32 at least: v is the square of a gradient, and half precision would flush it to 0.
     moment = second_moment.to(torch.promote_types(second_moment.dtype, torch.float32))
     root, corrected, eps = moment.sqrt(), 1 - settings.beta2**updates, settings.eps
 
     def means(matrix: Tensor, its_root: Tensor) -> Tensor:
         """Mean of w over the second dimension."""
+        # Products with ones instead of `mean`: no (O, I) temporary for w, which is made for every layer and step.
         count = matrix.shape[1]
         ones = matrix.new_ones(count)
         return torch.addmv(matrix @ ones, its_root, ones, alpha=2 * eps * corrected**0.5) / (corrected * count) + eps**2
 
     rows, columns = means(moment, root), means(moment.T, root.T)
-    middle = rows.mean().sqrt()  # shared between the sides, which keeps both in range
+    # mean(w), divided out of both sides alike: all of it on one side could leave the range of float32.
+    middle = rows.mean().sqrt()
     return (rows / middle).rsqrt(), (columns / middle).rsqrt()

@@ -1,11 +1,11 @@
 """`dvemb-adam` as an estimator: gradients and preconditioned gradients captured by replay, then `dvemb_adam.py`.
 
-`D_k` is the one after update k, so it is known when the whole step's backward pass is done: the sides of each layer are
-kept until then and projected a second time, one pass in all. It is factored (`separable_inverse`), because only a scale
-of rows and columns goes into the two sides.
+`D_k` is the one after update k, so it is known only when the backward pass of the whole step is done. The sides of each
+layer are kept until then and projected a second time; it stays one backward pass. D is factored (`separable_inverse`),
+because only a scale of rows and one of columns can go into the two sides.
 
-With `shortcut` D is that of the horizon for the whole window. In coordinates scaled by `D^{-1/2}` the recursion then
-has `D^{1/2} g` on both sides, and in the target: one array, nothing kept.
+With `shortcut` the D of the evaluation checkpoint serves the whole window. In coordinates scaled by `D^{-1/2}` the
+recursion then has `D^{1/2} g` on both sides, and in the target: one array, and no sides to keep.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ class DvembAdamEstimator(DvembEstimator):
         return super().settings(job)
 
     def _capture(self, job: WindowJob, *, frozen: bool = False) -> GradientCapture:
+        # keep: the sides wait for D_k. A target (frozen) has no update, so it needs no D but the shortcut's.
         capture = self._plain_capture(job, keep=not (self.config.shortcut or frozen), frozen=frozen)
         if self.config.shortcut:
             last = next(records(job.replay.run, job.horizon - 1, job.horizon))
             optimizers = job.replay.optimizers_at(job.horizon)
             scales = preconditioners(job, capture, last, optimizers, updated=True)
+            # Roots: half of D goes into the rows, half into the target.
             capture.scale({layer: (outputs.sqrt(), inputs.sqrt()) for layer, (outputs, inputs) in scales.items()})
         return capture
 
@@ -75,6 +77,7 @@ class DvembAdamEstimator(DvembEstimator):
         return capture.take if self.config.shortcut else capture.take_factors
 
     def _in_run(self, job: WindowJob, capture: GradientCapture) -> CapturedRows | None:
+        # While it trains, a run cannot know the D of its horizon.
         return None if self.config.shortcut else super()._in_run(job, capture)
 
     def _stored(self) -> tuple[str, ...]:
@@ -86,8 +89,8 @@ class DvembAdamEstimator(DvembEstimator):
         if self.config.shortcut:
             return super()._rows(job, capture, replayed)
         scales = preconditioners(job, capture, replayed.record, replayed.optimizers, updated=False)
-        both = [capture.scaled_rows(captured, scales) for captured in replayed.captured]
-        return [torch.cat(rows) for rows in zip(*both, strict=True)]
+        per_batch = [capture.scaled_rows(captured, scales) for captured in replayed.captured]
+        return [torch.cat(rows) for rows in zip(*per_batch, strict=True)]
 
     def _recursion(
         self,
@@ -97,10 +100,11 @@ class DvembAdamEstimator(DvembEstimator):
         out: npt.NDArray[np.float32],
         **options: Any,
     ) -> list[Tensor]:
+        # Weight decay is decoupled: it acts with the lr alone, not with the clip factor.
         per_step = [[group.lr * group.weight_decay * group.updated for group in groups] for groups in settings]
         return recursion(
             stored["gradients"],
-            stored[self._stored()[-1]],
+            stored[self._stored()[-1]],  # with the shortcut the same array again
             row_scales(step_records, settings),
             np.repeat(per_step, [record.size for record in step_records], axis=0),
             row_steps(step_records),
@@ -121,6 +125,7 @@ def check_adam(job: WindowJob) -> None:
             f"dvemb-adam follows AdamW, run {job.replay.run.folder} was trained with {', '.join(spec.optimizers)}; "
             "use --estimator dvemb"
         )
+    # A weight decay does not change its kind during a run: the first step stands for all.
     first = next(records(job.replay.run, job.start, job.horizon))
     if any(group.optimizer == "Adam" and group.weight_decay for group in first.groups):
         raise UserError("dvemb-adam follows decoupled weight decay; this run's Adam adds it to the gradient")
@@ -138,12 +143,12 @@ def preconditioners(
         optimizers: in their state after the update, or before it with `ghat_k` in `.grad`.
         updated: which of the two.
     """
-    found, kept = {}, optimizer_state(optimizers)
+    scales, buffers = {}, optimizer_state(optimizers)
     for layer, settings in layer_settings(job, capture, record).items():
         weight = capture.weight(layer)
         clipped = None if updated or weight.grad is None else weight.grad * record.clipped
-        found[layer] = layer_scale(capture, layer, kept.get(weight, {}), settings, clipped)
-    return found
+        scales[layer] = layer_scale(capture, layer, buffers.get(weight, {}), settings, clipped)
+    return scales
 
 
 def layer_scale(
@@ -167,6 +172,7 @@ def layer_scale(
     moment, updates = state.get("exp_avg_sq"), int(state.get("step", 0))
     if moment is None:
         moment = torch.zeros_like(capture.weight(layer))
+    # The update that the optimizer is about to take, without taking it: the caller's step must stay undone.
     if clipped is not None:
         moment, updates = torch.lerp(clipped.square(), moment, settings.beta2), updates + 1
     return separable_inverse(capture.oriented(layer, moment), max(updates, 1), settings)

@@ -1,12 +1,13 @@
 """`dvemb` as an estimator: gradients captured to disk, then the recursion of `dvemb.py` from disk.
 
-Steps that the run captured itself (`run_capture.py`) are read, all others replayed.
+Steps that the run captured itself (`run_capture.py`) are read; all others are replayed. A job's `horizon` is its
+evaluation checkpoint, where the recursion begins.
 
 An estimator with another recursion over captured gradients replaces `_capture`, `_taker`, `_in_run`, `_stored`, `_rows`
 and `_recursion`.
 
-With `segment_steps` the recursion goes segment by segment, last first. The operators of all finished segments together
-lie in the scratch folder: they carry the segment before them (`dvemb.py`), where an interrupted recursion continues.
+With `segment_steps` the recursion goes segment by segment, last first. The joined operator of all finished segments
+lies in the scratch folder. It carries the segment before them (`dvemb.py`): an interrupted recursion continues there.
 """
 
 from __future__ import annotations
@@ -75,14 +76,15 @@ class DvembEstimator:
         self.config = config
 
     def settings(self, job: WindowJob) -> Json:
-        """Projection and operator; segments where there are some, which round differently."""
+        """Projection and operator; also segments where there are some, because they round differently."""
+        # rows_per_block only says how much is solved at once; exclude_none: no segments is no setting.
         return self.config.model_dump(mode="json", exclude={"rows_per_block"}, exclude_none=True)
 
     def dimension(self, job: WindowJob) -> int:
         """Sum over layers of k_o k_i."""
         return self._plain_capture(job).size
 
-    def cost_units(self, job: WindowJob) -> float:
+    def passes(self, job: WindowJob) -> float:
         """A replay of the steps that the run did not capture itself; the recursion is small beside it."""
         in_run = self._in_run(job, self._plain_capture(job))
         return float(job.horizon - job.start - (in_run.count(job.start, job.horizon) if in_run else 0))
@@ -120,9 +122,11 @@ class DvembEstimator:
         with capture:
             for half, batch in enumerate(target.halves):
                 for part in batch.split(job.batch_size):
-                    moved = part.to(job.replay.device)
-                    (job.replay.task.sample_losses(moved) * moved.weights).sum().backward()
-                    vectors[half] += torch.einsum("bd,b->d", capture.take(moved.weights), moved.weights).cpu().numpy()
+                    pieces = part.to(job.replay.device)
+                    (job.replay.task.sample_losses(pieces) * pieces.weights).sum().backward()
+                    # `take` divides the weights out of each row; the target's gradient is the weighted sum.
+                    rows = capture.take(pieces.weights)
+                    vectors[half] += torch.einsum("bd,b->d", rows, pieces.weights).cpu().numpy()
         return Encoded(vectors=vectors)
 
     def _plain_capture(self, job: WindowJob, *, keep: bool = False, frozen: bool = False) -> GradientCapture:
@@ -170,49 +174,54 @@ class DvembEstimator:
         out: npt.NDArray[np.float32],
         **options: Any,
     ) -> None:
-        """`_recursion` of each segment, last first, carried to the horizon by the operator of those after it."""
+        """`_recursion` of each segment, last first, carried to the horizon by the operator of the later ones."""
         path, device = job.scratch / "segments.npz", options["device"]
         length = self.config.segment_steps or len(step_records)
         stop, later = _load_progress(path, options["blocks"]) if path.exists() else (len(step_records), [])
         first_rows = np.cumsum([0, *(record.size for record in step_records)])
         while stop:
-            part = slice((stop - 1) // length * length, stop)
-            rows = slice(first_rows[part.start], first_rows[part.stop])
-            own = {name: array[rows] for name, array in stored.items()}
-            operators = self._recursion(own, step_records[part], settings[part], out[rows], **options)
+            # Borders are multiples of the length from the start: an interrupted job meets the same segments again.
+            segment = slice((stop - 1) // length * length, stop)
+            rows = slice(first_rows[segment.start], first_rows[segment.stop])
+            gradients = {name: array[rows] for name, array in stored.items()}
+            operators = self._recursion(gradients, step_records[segment], settings[segment], out[rows], **options)
             if later:
                 carry(out[rows], later, **options)
                 pairs = zip(operators, later, strict=True)
-                operators = [joined(one.to(device), other.to(device)).cpu() for one, other in pairs]
-            stop, later = part.start, operators
+                operators = [joined(before.to(device), after.to(device)).cpu() for before, after in pairs]
+            stop, later = segment.start, operators
             if stop:
+                # Rows before the progress: it may only say that a segment is done when its rows are on disk.
                 out.flush()  # type: ignore[attr-defined]
                 _save_progress(path, stop, later)
 
     def _captured(self, job: WindowJob, capture: GradientCapture, rows: int) -> dict[str, npt.NDArray[np.float32]]:
         """The stored arrays (N, D) of all steps from the window's start to the horizon, on disk.
 
-        An interrupted capture continues at the last snapshot that it passed.
+        An interrupted capture continues at the last snapshot that it passed: from elsewhere a replay would first have
+        to repeat the steps since the snapshot.
         """
         marker = job.scratch / "captured.json"
         first, row = job.start, 0
         if marker.exists():
             done = read_hashed(marker)
             first, row = int(done["step"]), int(done["row"])
-        places = {name: job.scratch / f"{name}.npy" for name in self._stored()}
+        paths = {name: job.scratch / f"{name}.npy" for name in self._stored()}
         arrays: dict[str, np.memmap[Any, Any]] = {
             name: np.lib.format.open_memmap(path, "r+") if row else create_memmap(path, (rows, capture.size))
-            for name, path in places.items()
+            for name, path in paths.items()
         }
+        # A recursion was interrupted: capture is complete.
         if first == job.horizon:
             return dict(arrays)
         with capture:
             steps = self._step_rows(job, capture, first)
-            for step, found in progress(steps, total=job.horizon - first, what="capture"):
-                for array, captured in zip(arrays.values(), found, strict=True):
+            for step, step_rows in progress(steps, total=job.horizon - first, what="capture"):
+                for array, captured in zip(arrays.values(), step_rows, strict=True):
                     array[row : row + len(captured)] = captured
-                row += len(found[0])
+                row += len(step_rows[0])
                 if (step + 1) in {*job.replay.run.snapshots, job.horizon}:
+                    # The marker last: what it counts must be on disk.
                     for array in arrays.values():
                         array.flush()
                     write_hashed(marker, {"step": step + 1, "row": row})
@@ -223,30 +232,33 @@ class DvembEstimator:
     ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]]]]:
         """Each step from `first` to the horizon with its stored arrays: read where the run has them, else replayed.
 
-        They are 0 of a step whose update was skipped: it moved nothing, and its gradients may not be finite.
+        The arrays of a step whose update was skipped are 0: it moved nothing, and its gradients may not be finite.
         """
         in_run, step = self._in_run(job, capture), first
-        skipped = {one.step: one.size for one in records(job.replay.run, first, job.horizon) if not one.updated}
+        skipped = {
+            record.step: record.size for record in records(job.replay.run, first, job.horizon) if not record.updated
+        }
 
-        def nothing(step: int) -> list[npt.NDArray[np.float32]]:
+        def zeros(step: int) -> list[npt.NDArray[np.float32]]:
             return [np.zeros((skipped[step], capture.size), np.float32) for _ in self._stored()]
 
         while step < job.horizon:
-            found = nothing(step) if step in skipped else in_run and in_run.read(step)
-            if found:
-                yield step, found
+            arrays = zeros(step) if step in skipped else in_run and in_run.read(step)
+            if arrays:
+                yield step, arrays
                 step += 1
                 continue
+            # One replay up to the next captured step: each new start would repeat the steps since a snapshot.
             later = range(step + 1, job.horizon) if in_run else ()
-            stop = next((one for one in later if in_run and in_run.has(one)), job.horizon)
+            stop = next((other for other in later if in_run and in_run.has(other)), job.horizon)
             for replayed in job.replay.steps(step, stop, self._taker(capture)):
                 at = replayed.record.step
                 rows = [] if at in skipped else self._rows(job, capture, replayed)
-                yield at, [one.cpu().numpy() for one in rows] or nothing(at)
+                yield at, [array.cpu().numpy() for array in rows] or zeros(at)
             step = stop
 
     def _in_run(self, job: WindowJob, capture: GradientCapture) -> CapturedRows | None:
-        """What the run captured itself in the coordinates of these settings; None where that can be of no use."""
+        """What the run captured itself in the coordinates of these settings; None where no capture could serve."""
         return CapturedRows(job.replay.run, capture.identity, self._stored())
 
     def _block_settings(self, job: WindowJob, capture: GradientCapture, record: StepRecord) -> list[GroupSettings]:
@@ -258,6 +270,7 @@ class DvembEstimator:
         settings = list(layer_settings(job, capture, record).values())
         if self.config.operator == "block":
             return settings
+        # One operator for all layers has one lr: with several, a row would need a scale for each of its columns.
         if len({tuple(getattr(group, key) for key in self.shared_settings) for group in settings}) > 1:
             raise UserError(
                 f"{self.name.replace('-', '_')}.operator full needs one {' and '.join(self.shared_settings)} for all "
@@ -267,7 +280,7 @@ class DvembEstimator:
 
 
 def _save_progress(path: Path, stop: int, operators: Sequence[Tensor]) -> None:
-    """Keep the steps that are left, counted from the window's start, and the operators after them."""
+    """Keep how many steps are left, counted from the window's start, and the operators after them."""
     flat = np.concatenate([operator.numpy().ravel() for operator in operators])
     write_arrays(path, {"stop": np.int64(stop), "operators": flat})
 
@@ -284,6 +297,7 @@ def _load_progress(path: Path, blocks: Sequence[slice]) -> tuple[int, list[Tenso
 
 def layer_settings(job: WindowJob, capture: GradientCapture, record: StepRecord) -> dict[str, GroupSettings]:
     """Settings of the parameter group of each captured layer at one step."""
+    # By the weight: a bias may be in another group, but it is not captured.
     group_of = {name: index for index, group in enumerate(job.replay.run.spec.groups) for name in group}
     return {layer: record.groups[group_of[f"{layer}.weight"]] for layer in capture.layers}
 
@@ -297,12 +311,13 @@ def row_scales(
     step_records: Sequence[StepRecord], settings: Sequence[Sequence[GroupSettings]]
 ) -> npt.NDArray[np.float64]:
     """(N, blocks) `clip_k lr_k c_z`; 0 where no update was taken."""
-    weights = [np.concatenate([np.asarray(part) for _, part in record.micro_batches]) for record in step_records]
+    weights = [np.concatenate([np.asarray(c) for _, c in record.micro_batches]) for record in step_records]
     return np.concatenate(
         [
-            np.outer(own * record.clipped, [group.lr * group.updated for group in groups])
+            # `clipped` is asked only of an updated step: a skipped one may have no gradient norm, which is an error.
+            np.outer(step_weights * record.clipped, [group.lr * group.updated for group in groups])
             if record.updated
-            else np.zeros((len(own), len(groups)))
-            for own, record, groups in zip(weights, step_records, settings, strict=True)
+            else np.zeros((len(step_weights), len(groups)))
+            for step_weights, record, groups in zip(weights, step_records, settings, strict=True)
         ]
     )

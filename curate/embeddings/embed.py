@@ -1,4 +1,7 @@
-"""Value embeddings of a run's windows, and their index: made where they are missing, announced with their cost."""
+"""Value embeddings of a run's windows, and their index: missing ones are computed, after a line that says the cost.
+
+The cost is counted in passes: forward-backward passes of a training batch.
+"""
 
 from __future__ import annotations
 
@@ -73,10 +76,10 @@ class EmbedConfig(Config):
     tokenizer: Path | None = None
     """`tokenizers` JSON file that made the run's tokens, where the run was recorded without one."""
     horizon: Literal["window_end", "stage_end"] | int = "window_end"
-    """State that the target's loss is read at: the end of each window or of the stage, or the state before a step
-    from there (a number), for values with respect to any checkpoint in between."""
+    """Evaluation checkpoint: the state that the target's loss is read at. The end of each window or of the stage, or
+    the state before a step between the two (a number)."""
     estimator: EstimatorName = "adjoint"
-    """adjoint: exact values for one target. anchors: exact values for other document sets; later targets are solved
+    """adjoint: exact values for the targets. anchors: exact values for other document sets; later targets are solved
     into them. dvemb: the published, cheaper, target-free embedding. dvemb-adam: the same for AdamW without momentum.
     grad-dot, less, shapley: baselines, see `curate.embeddings.baselines`."""
     target: Path | None = None
@@ -111,12 +114,12 @@ class EmbedConfig(Config):
 
 
 def embed(config: EmbedConfig, run: Run, targets: Targets | None = None) -> dict[str, list[Embedding]]:
-    """Embed and index every window of the config; complete ones are reused, missing ones are announced with their cost.
+    """Embed and index every window of the config; complete ones are reused, the cost of missing ones is logged first.
 
     Args:
         config: what to embed.
         run: the recorded run.
-        targets: already read; None: those that the config names.
+        targets: the loaded targets; None: load those that the config names.
 
     Returns:
         Window name -> its embedding, opened once for each target in their order, or without one.
@@ -128,28 +131,35 @@ def embed(config: EmbedConfig, run: Run, targets: Targets | None = None) -> dict
     from curate.training.windows import run_windows
 
     if config.windows == "auto":
-        for part in run_windows(run).values():
-            _log.info("%s", part.line)
+        for window_found in run_windows(run).values():
+            _log.info("%s", window_found.line)
     targets = read_targets(config, run) if targets is None else targets
     estimator, jobs = _plan(config, run, targets)
     horizon: Horizon = config.horizon
     for window, job in jobs.items():
         if not _is_complete(config, window, job, estimator):
-            units = estimator.cost_units(job)
+            # An estimator counts from the window's start; a replay begins at a snapshot, which may lie before it.
             lead = job.start - run.snapshot_before(job.start)
+            passes = estimator.passes(job) + lead
             _log.info(
                 "%s: the %s window (steps %d to %d, target read at %d) will cost about %.0f forward+backward passes, "
                 "%.0f %% of the stage's %d%s",
-                estimator.name, window, job.start, job.stop, job.horizon, units + lead,
-                100 * (units + lead) / run.spec.steps, run.spec.steps,
+                estimator.name,
+                window,
+                job.start,
+                job.stop,
+                job.horizon,
+                passes,
+                100 * passes / run.spec.steps,
+                run.spec.steps,
                 f" ({lead} of them to replay from the snapshot before it)" if lead else "",
-            )  # fmt: skip
+            )
     embeddings: dict[str, list[Embedding]] = {}
     for window, job in jobs.items():
         first = embed_window(job, window, horizon, estimator)
         _index(first, config.index)
         _say_residual(config, window, job, first.residual)
-        # values of the other targets are there too: opening encodes their vectors at most
+        # The first job valued every target; opening the folder for another one encodes its vectors at most.
         others = [embed_window(replace(job, target=other), window, horizon, estimator) for other in targets.every[1:]]
         embeddings[window] = [first, *others]
     return embeddings
@@ -162,9 +172,9 @@ def is_embedded(config: EmbedConfig, run: Run, targets: Targets) -> bool:
 
 
 def embedding_passes(config: EmbedConfig, run: Run, targets: Targets) -> dict[str, float]:
-    """Forward+backward passes that embedding each window of a run costs, done or not."""
+    """Window -> forward-backward passes that embedding it costs, whether it is embedded already or not."""
     estimator, jobs = _plan(config, run, targets)
-    return {window: estimator.cost_units(job) for window, job in jobs.items()}
+    return {window: estimator.passes(job) for window, job in jobs.items()}
 
 
 def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, dict[str, WindowJob]]:
@@ -174,10 +184,11 @@ def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, d
     from curate.training.target import check_vocabulary
     from curate.training.windows import run_windows
 
+    # One replay for all windows: they share the model, and its time of a pass is measured over all of them.
     replay = Replay(run, config.device, config.tolerance)
-    for each in targets.every:
-        check_vocabulary(each, replay.task)
-    found = {} if config.windows == "declared" else run_windows(run)
+    for target in targets.every:
+        check_vocabulary(target, replay.task)
+    found_windows = {} if config.windows == "declared" else run_windows(run)
     jobs = {
         window: plan_job(
             replay,
@@ -186,11 +197,12 @@ def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, d
             targets.main if targets.named else None,
             batch_size=config.target_batch_size,
             window_steps=config.window_steps,
-            borders=(found[window].start, found[window].stop) if found else None,
+            borders=(found_windows[window].start, found_windows[window].stop) if found_windows else None,
         )
         for window in config.window_names
     }
     estimator = make_estimator(config.estimator, config.adjoint, config.dvemb, config.dvemb_adam, config.baseline)
+    # Other estimators need nothing: a target-free embedding serves any target.
     if targets.every[1:] and config.estimator == "adjoint":
         estimator = _with_anchors(config, next(iter(jobs.values())), targets.every[1:])
     return estimator, jobs
@@ -201,6 +213,7 @@ def _with_anchors(config: EmbedConfig, job: WindowJob, others: list[Target]) -> 
     from curate.embeddings.adjoint_estimator import AdjointEstimator
     from curate.embeddings.anchors import AnchorSet
 
+    # The main target's halves stay first, as without other targets; a retention target is one of the others.
     halves = AnchorSet(
         names=[f"{other.name} half {half}" for other in others for half in "ab"],
         batches=[half for other in others for half in other.halves],
@@ -215,20 +228,24 @@ def _is_complete(config: EmbedConfig, window: str, job: WindowJob, estimator: Es
 
 
 def _say_residual(config: EmbedConfig, window: str, job: WindowJob, residual: float | None) -> None:
-    """Say how far values can be trusted for a target that was solved into anchors, and what exact ones would cost."""
+    """Log how far to trust the values of a target that was solved into anchors, and what exact values would cost."""
     if residual is None:
         return
     _log.info("%s window: the anchors leave %.0f %% of the target's gradient unexplained", window, 100 * residual)
     if residual <= WEAK_RESIDUAL:
         return
+    # The target's two halves alone: the anchors are done already.
     alone = config.adjoint.model_copy(update={"anchors_per_domain": 0, "anchor_files": ()})
-    units = make_estimator("adjoint", alone, config.dvemb, config.dvemb_adam).cost_units(job)
+    passes = make_estimator("adjoint", alone, config.dvemb, config.dvemb_adam).passes(job)
     _log.warning(
         "values of the %s window are approximate for this target (relative residual %.2f, exact at 0): add it as an "
         "anchor (--estimator adjoint), which would cost about %.0f forward+backward passes (%.0f %% of the stage), or "
         "more anchors that resemble it (adjoint.anchor_files)",
-        window, residual, units, 100 * units / job.replay.run.spec.steps,
-    )  # fmt: skip
+        window,
+        residual,
+        passes,
+        100 * passes / job.replay.run.spec.steps,
+    )
 
 
 def _index(embedding: Embedding, config: IndexConfig) -> None:
@@ -237,15 +254,17 @@ def _index(embedding: Embedding, config: IndexConfig) -> None:
 
     from curate.index.build import build
 
+    # The targets' own vectors as queries: recall is measured on what will be asked.
     queries = np.zeros((0, embedding.vectors.shape[1]), np.float32) if embedding.targets is None else embedding.targets
     parents = {"embeddings": read_json(embedding.folder / MANIFEST)["fingerprint"]}
     folder = index_folder(embedding, config)
+    # A complete index needs no lock: `build` only opens it, also where the folder cannot be written.
     with nullcontext() if (folder / MANIFEST).exists() else locked(embedding.folder, wait=True):
         build(embedding.vectors, folder, config, queries=queries, seed=0, parents=parents)
 
 
 def index_folder(embedding: Embedding, config: IndexConfig) -> Path:
-    """Where the index of an embedding lies; other settings, another folder."""
+    """Folder of an embedding's index; other settings have another folder."""
     return embedding.folder / f"index-{fingerprint(config.model_dump())[:8]}"
 
 

@@ -1,8 +1,8 @@
 """The protocol between estimators and everything that uses their embeddings.
 
 An estimator turns the steps of a window into rows `E[z]` (N, D) and a target into vectors t (D,) such that
-`value(z; target) ~ <E[z], t>` with the sign of `curate.core.artifacts.SIGN`. Nothing else crosses this border, so every
-estimator can be indexed, rolled up and searched in the same way.
+`value(z; target) ~ <E[z], t>` with the sign of `curate.core.artifacts.SIGN`. Nothing else crosses this border, so the
+embeddings of every estimator are indexed, rolled up and searched in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from curate.training.target import Target
 
 
-HALVES = 2
+HALVES = 2  # of a target: two independent values of each sample, from which their reliability follows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class WindowJob:
         replay: repeats the run's steps.
         start: first step of the window.
         stop: step after its last.
-        horizon: step whose state the target's loss is read at: `stop`, or the stage's end.
+        horizon: the evaluation checkpoint: the target's loss is read at the state before this step. `stop`, the end of
+            the stage, or a step between.
         batch_size: samples per pass where the estimator chooses (targets).
         target: the target to serve, or None where the estimator needs none.
         folder: where the embeddings lie, set by `embed_window`; an estimator may keep files of its own there.
@@ -75,13 +76,13 @@ class Estimator(Protocol):
         """Name on the command line and in artifacts."""
 
     def settings(self, job: WindowJob) -> Json:
-        """What the embeddings depend on beside run, window and horizon."""
+        """What the embeddings depend on beside run, window and evaluation checkpoint."""
 
     def dimension(self, job: WindowJob) -> int:
         """D."""
 
-    def cost_units(self, job: WindowJob) -> float:
-        """Expected cost of `embed` in forward+backward passes of a training batch, stated before a run."""
+    def passes(self, job: WindowJob) -> float:
+        """Expected cost of `embed` in forward-backward passes of a training batch, stated before the work."""
 
     def embed(self, job: WindowJob, out: npt.NDArray[np.float32]) -> dict[str, Any]:
         """Fill `out` (N, D), rows in the order of `window_rows`; returns facts for the manifest."""

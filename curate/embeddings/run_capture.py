@@ -2,12 +2,12 @@
 
     recorder.attach(RunCapture(recorder, CaptureConfig()))
 
-The hooks (`curate.gradients.capture`) are installed for the declared windows only and read what the training's own
+The hooks (`curate.gradients.capture`) are installed for the declared windows only. They read what the training's own
 backward pass computes; no number of the training changes. A step costs B T (I k_i + O k_o + k_i k_o) multiplications
 per captured layer, twice that with AdamW's coordinates, beside the 3 B T I O of its forward and backward pass.
 
-Whatever goes wrong after training has begun ends the capture, not the training; the steps that are missing are
-replayed later. The rows of a window's first step are held against the gradient that they must add up to.
+A failure after training has begun ends the capture, not the training; missing steps are replayed later. The rows of a
+window's first step are compared with the gradient that they must add up to.
 """
 
 from __future__ import annotations
@@ -83,24 +83,31 @@ class RunCapture:
         self._averaging = _averaging_ranks(model)
         self._recorder = recorder
         self._writer = RowWriter(
-            capture_folder(recorder.folder, self._capture.identity), self._capture.identity, rank=recorder.rank,
-            first_step=recorder.first_step, queue_steps=config.queue_steps, patience_seconds=config.patience_seconds,
-        )  # fmt: skip
+            capture_folder(recorder.folder, self._capture.identity),
+            self._capture.identity,
+            rank=recorder.rank,
+            first_step=recorder.first_step,
+            queue_steps=config.queue_steps,
+            patience_seconds=config.patience_seconds,
+        )
         self._step = -1
-        self._inside = self._opens = False
+        self._inside = self._opens = False  # whether hooks are installed; whether this is the window's first step
         self._total: Tensor | None = None
-        self._parts: list[tuple[list[int], Tensor, Tensor | CapturedFactors]] = []
+        # Of each micro-batch: sample ids, weights, rows or (AdamW) the factors that rows are made of.
+        self._micro_batches: list[tuple[list[int], Tensor, Tensor | CapturedFactors]] = []
 
     def begin_step(self, step: int) -> None:
         """Install the hooks where a window begins, remove them where it has ended."""
-        self._step, self._parts = step, []
+        self._step, self._micro_batches = step, []
         wanted = self._writer.failure is None and any(
             start <= step < stop for start, stop in self._recorder.windows.values()
         )
         self._opens = wanted and not self._inside
+        # By hand: the context is entered in one call of the training loop and left in another.
         if self._opens:
             self._capture.__enter__()
             self._total = None
+            # The gradient is whole, averaged and clipped only when the optimizer is about to read it.
             self._before_update = self._recorder.optimizers[0].register_step_pre_hook(self._sum)
         elif self._inside and not wanted:
             self._capture.__exit__(None, None, None)
@@ -109,7 +116,7 @@ class RunCapture:
     def micro_batch(
         self, sample_ids: Iterable[int], weights: Tensor | Sequence[float], backward_scale: Tensor | float | None
     ) -> None:
-        """Take the rows of a micro-batch whose backward pass has just been; see `TrajectoryRecorder.micro_batch`."""
+        """Take the rows of a micro-batch right after its backward pass; see `TrajectoryRecorder.micro_batch`."""
         self._guarded(lambda: self._take(list(sample_ids), weights, backward_scale))
 
     def end_step(self, grad_norm: Tensor | float | None) -> None:
@@ -137,7 +144,8 @@ class RunCapture:
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
-        self._parts = []
+        # The hooks stay until the next `begin_step`: this may be called from one of them, inside the backward pass.
+        self._micro_batches = []
         self._writer.stop(f"step {self._step}: {type(error).__name__}: {error}")
 
     def _take(
@@ -146,18 +154,20 @@ class RunCapture:
         import torch
 
         device = self._capture.weight(self._capture.layers[0]).device
-        own = torch.as_tensor(weights, dtype=torch.float32, device=device).detach()
+        c = torch.as_tensor(weights, dtype=torch.float32, device=device).detach()
+        # DistributedDataParallel takes the mean over ranks: a rank's own loss is that many times its sum of c_z l_z.
         scale = float(self._averaging) if backward_scale is None else backward_scale
-        taken: Tensor | CapturedFactors = (
-            self._capture.take_factors(own * scale) if self._adam else self._capture.take(own * scale)
+        rows: Tensor | CapturedFactors = (
+            self._capture.take_factors(c * scale) if self._adam else self._capture.take(c * scale)
         )
-        self._parts.append((sample_ids, own, taken))
+        self._micro_batches.append((sample_ids, c, rows))
 
     def _sum(self, optimizer: Optimizer, *_: Any) -> None:
-        """The gradient that an optimizer is about to read, of which every sample's row must be a part."""
-        self._before_update.remove()
+        """Keep the gradient that an optimizer is about to read; the rows of the step must add up to it."""
+        self._before_update.remove()  # once per window: it projects the whole gradient
         try:
-            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes a GradScaler's scale itself
+            # A fused optimizer undoes a GradScaler's scale itself, later: here it is still in the gradient.
+            scale = getattr(optimizer, "grad_scale", None)
             self._total = self._capture.sum_rows() / (1.0 if scale is None else scale)
         except Exception as error:  # noqa: BLE001 - `_stop` says it; the training goes on
             self._stop(error)
@@ -165,29 +175,33 @@ class RunCapture:
     def _put(self, grad_norm: Tensor | float | None) -> None:
         import torch
 
-        if not self._parts:
+        if not self._micro_batches:
             raise UserError("no micro-batch was recorded in this step; call recorder.micro_batch after each backward()")
         arrays: dict[str, Any] = {
-            "sample_ids": np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in self._parts]),
-            "weights": torch.cat([weights for _, weights, _ in self._parts]),
+            "sample_ids": np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in self._micro_batches]),
+            "weights": torch.cat([weights for _, weights, _ in self._micro_batches]),
         }
-        taken: list[Any] = [part for _, _, part in self._parts]
+        taken: list[Any] = [rows for _, _, rows in self._micro_batches]
         if self._adam:
+            # Only now: D_k is the one after the update, and the optimizer has just stepped.
             scales = {layer: self._scale(layer) for layer in self._capture.layers}
-            both = [self._capture.scaled_rows(factors, scales) for factors in taken]
-            arrays["gradients"], arrays["preconditioned"] = (torch.cat(rows) for rows in zip(*both, strict=True))
+            per_batch = [self._capture.scaled_rows(factors, scales) for factors in taken]
+            arrays["gradients"], arrays["preconditioned"] = (torch.cat(rows) for rows in zip(*per_batch, strict=True))
         else:
             arrays["gradients"] = torch.cat(taken)
         if self._opens and self._total is not None:
+            # The optimizer read the clipped gradient; the rows add up to the one before clipping.
             factor = clip_factor(None if grad_norm is None else float(grad_norm), self._recorder.clip_norm)
             if factor is not None:  # else what was clipped away is not known
                 arrays["gradient"] = self._total / factor
+                # With more ranks only all rows together add up: `CapturedRows.read` checks them then.
                 if self._recorder.world == 1:
                     _check_sum(arrays)
-        self._parts = []
+        self._micro_batches = []
         self._writer.put(self._step, arrays)
 
     def _scale(self, layer: str) -> tuple[Tensor, Tensor]:
+        # Here, not at the top: a training that captures for `dvemb` need not import the estimators.
         from curate.embeddings.dvemb_adam_estimator import layer_scale
 
         weight = self._capture.weight(layer)
@@ -197,7 +211,7 @@ class RunCapture:
 
 
 def _check_sum(arrays: dict[str, Any]) -> None:
-    """Hold the rows of a step against its gradient.
+    """Compare the rows of a step with its gradient.
 
     Raises:
         UserError: they do not add up to it.
@@ -227,6 +241,7 @@ def _refuse_compiled(model: nn.Module) -> None:
     """
     from torch._dynamo import OptimizedModule
 
+    # `torch.compile(model)` wraps it; `model.compile()` leaves only this attribute.
     for name, module in model.named_modules():
         if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
             raise UserError(
@@ -244,9 +259,10 @@ def _check_adam(capture: GradientCapture, group_of: dict[int, tuple[Optimizer, d
     """
     for layer in capture.layers:
         optimizer, group = group_of.get(id(capture.weight(layer)), (None, {}))
-        kind = type(optimizer).__name__
-        if kind not in ("AdamW", "Adam") or (kind == "Adam" and group["weight_decay"]):
+        optimizer_name = type(optimizer).__name__
+        # Adam adds its weight decay to the gradient; the recursion has it decoupled.
+        if optimizer_name not in ("AdamW", "Adam") or (optimizer_name == "Adam" and group["weight_decay"]):
             raise UserError(
                 f"capture.estimator dvemb-adam follows AdamW, {layer} is trained with "
-                f"{kind if optimizer else 'no optimizer'}; use dvemb, or exclude the layer"
+                f"{optimizer_name if optimizer else 'no optimizer'}; use dvemb, or exclude the layer"
             )

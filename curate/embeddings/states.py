@@ -1,9 +1,9 @@
 """The states of a range of steps, last first, within a memory limit: replay with checkpoints on disk.
 
-A pass backward needs the states in the reverse of the order that replay makes them in. Where they all fit they are
-kept. Where not, one replay leaves a checkpoint (3 P numbers) before each segment of as many steps as fit, and each
-segment is replayed once more from there: two replays altogether, `steps / segment` checkpoints. A segment of
-sqrt(steps) balances memory against disk; a longer one needs less disk [Griewank 1992].
+A walk backward needs the states in the reverse of the order in which a replay makes them. Where all states fit, they
+are kept. Otherwise one replay leaves a checkpoint (3 P numbers) before each segment of as many steps as fit, and each
+segment is replayed once more from there: two replays in all, `steps / segment` checkpoints. A segment of sqrt(steps)
+balances memory against disk; a longer one needs less disk [Griewank 1992].
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from curate.training.snapshots import save_state
 if TYPE_CHECKING:
     from curate.training.replay import Replay, State
 
+# Numbers per parameter. A state: parameters, momentum, second moment, gradient; a checkpoint has no gradient.
 _STATE_NUMBERS, _CHECKPOINT_NUMBERS = 4, 3
 
 
@@ -61,6 +62,7 @@ class StatePlan:
 
 def limits(replay: Replay, memory_bytes: int | None, disk_bytes: int | None) -> tuple[int, int]:
     """Bytes of memory and disk that may be used: as set, or half of the free memory and all of the free disk."""
+    # Half: cotangents and the activations of a second derivative need the rest.
     memory = free_memory(replay.device) // 2 if memory_bytes is None else memory_bytes
     return memory, free_disk(replay.run.folder) if disk_bytes is None else disk_bytes
 
@@ -78,7 +80,9 @@ def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_
     Raises:
         UserError: not even one state fits into memory, or the checkpoints do not fit onto disk; says what would.
     """
+    # 4 bytes: states are kept in float32, whatever the training computes in.
     state, checkpoint = 4 * _STATE_NUMBERS * parameters, 4 * _CHECKPOINT_NUMBERS * parameters
+    # As long as memory allows: fewer checkpoints, and any length costs two replays.
     length = min(memory_bytes // state, stop - start)
     if length < 1 and stop > start:
         raise UserError(
@@ -86,8 +90,9 @@ def plan_states(parameters: int, start: int, stop: int, memory_bytes: int, disk_
             "least, better to that of many steps (by default it is half of what is free)"
         )
     starts = list(range(start, stop, max(length, 1)))
-    needed = max(len(starts) - 1, 0) * checkpoint
+    needed = max(len(starts) - 1, 0) * checkpoint  # the first segment starts from a snapshot of the run
     if needed > disk_bytes:
+        # So many bytes of memory make segments long enough for the checkpoints that the disk holds; rounded up.
         fitting = -(-(stop - start) // (disk_bytes // checkpoint + 1)) * state
         raise UserError(
             f"{stop - start} steps in segments of {length} need {len(starts) - 1} checkpoints of {checkpoint:,} bytes, "
@@ -110,6 +115,7 @@ def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[
     for first, stop in reversed(list(pairwise(borders))):
         path = _checkpoint(scratch, first)
         states = list(replay.states(first, stop, path if path.exists() else None))
+        # pop, not reversed: a state that has been used is freed while the caller works on the next.
         while states:
             yield states.pop()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -118,11 +124,13 @@ def states_backward(replay: Replay, plan: StatePlan, scratch: Path) -> Iterator[
 def _write_checkpoints(replay: Replay, plan: StatePlan, scratch: Path) -> None:
     """Replay once up to the last segment, leaving a checkpoint at the start of each but the first."""
     wanted = {_checkpoint(scratch, step): step for step in plan.starts[1:]}
+    # Checkpoints of another plan (other free memory at the first attempt) would only fill the disk.
     for path in set(scratch.glob("*")) - set(wanted):
         path.unlink()
     missing = [step for path, step in wanted.items() if not path.exists()]
     if not missing:
         return
+    # An interrupted call wrote the earlier ones: continue from the last checkpoint before the first missing one.
     first = max(step for step in plan.starts if step < missing[0])
     begin = _checkpoint(scratch, first)
     steps = replay.steps(first, missing[-1] + 1, checkpoint=begin if begin.exists() else None)

@@ -1,7 +1,9 @@
 """Embeddings on disk: `embeddings.npy` (memory-mapped), `rows.parquet`, `target-<fingerprint>.npz`, a manifest.
 
-A folder is named after its settings, so other settings never overwrite it; progress of an interrupted job lies in
-`scratch/` inside and the same call continues it.
+A folder is named after its settings, so other settings never overwrite it. The progress of an interrupted job lies in
+`scratch/` inside; the same call continues it.
+
+`horizon` is the evaluation checkpoint: the state that the target's loss is read at.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import create_memmap, read_array, read_arrays, read_table, write_arrays
-from curate.core.artifacts import fingerprint, list_files, listed, making, read_hashed, seal, write_hashed
+from curate.core.artifacts import finalize, fingerprint, list_files, listed, making, read_hashed, write_hashed
 from curate.core.errors import UserError
 from curate.core.lock import locked
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.embeddings.estimator import Encoded, WindowJob
 from curate.tables import WindowRows
 from curate.training.replay import records
@@ -42,13 +44,13 @@ class Embedding:
     """A window's embeddings.
 
     Attributes:
-        folder: where they lie.
+        folder: of the embeddings.
         vectors: (N, D) float32, memory-mapped.
         rows: N rows, see `curate.training.samples.window_rows`.
         targets: (2, D), the vector t of each half of the target, or None without a target.
         residual: see `Encoded`.
-        seconds: time it took to make.
-        cost_units: the same in forward+backward passes of a training batch, measured in that job; 0 where it replayed
+        seconds: time that it took to compute.
+        passes: the same in forward-backward passes of a training batch, measured in that job; 0 where it replayed
             nothing.
     """
 
@@ -58,11 +60,12 @@ class Embedding:
     targets: npt.NDArray[np.float32] | None
     residual: float | None
     seconds: float
-    cost_units: float
+    passes: float
 
     def values(self, target: Target) -> npt.NDArray[np.float64]:
         """(N,) values of the rows for the target that the embedding was opened with, nats per token of it."""
         assert self.targets is not None
+        # The halves by their numbers of documents: the target's loss is a mean over all of its documents.
         values: npt.NDArray[np.float64] = self.vectors @ self.targets.T @ np.asarray(target.half_weights)
         return values
 
@@ -85,6 +88,7 @@ def plan_job(
     start, stop = borders or replay.run.window(window)
     start = start if window_steps is None else max(start, stop - window_steps)
     steps = replay.run.spec.steps
+    # str: a horizon may be a number, which is no key, and then stands for itself.
     end = {"window_end": stop, "stage_end": steps}.get(str(horizon), horizon)
     assert isinstance(end, int)
     if not stop <= end <= steps:
@@ -101,7 +105,7 @@ def horizon_name(horizon: Horizon) -> str:
 
 
 def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator) -> tuple[Path, Json]:
-    """Where the embeddings of a job belong, and the settings that they depend on."""
+    """Folder of a job's embeddings, and the settings that they depend on."""
     settings = {
         "run": job.replay.run.fingerprint,
         "window": [job.start, job.stop],
@@ -109,12 +113,13 @@ def embedding_folder(job: WindowJob, window: str, horizon: Horizon, estimator: E
         "estimator": estimator.name,
         **estimator.settings(job),
     }
+    # A part of the fingerprint: a folder name that a person can read and type; the manifest has the settings in full.
     name = f"{window}-{horizon_name(horizon)}-{estimator.name}-{fingerprint(settings)[:8]}"
     return job.replay.run.folder / "embeddings" / name, settings
 
 
 def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator) -> Embedding:
-    """Make a window's embeddings, continue an interrupted job, or open them where they are complete.
+    """Compute a window's embeddings, continue an interrupted job, or open complete ones.
 
     Raises:
         UserError: what the estimator or the replay refuses.
@@ -124,6 +129,7 @@ def embed_window(job: WindowJob, window: str, horizon: Horizon, estimator: Estim
     with making(folder, settings) as missing:
         if missing:
             _make(job, window, horizon, estimator, settings)
+    # Here and not in `_make`: a job that was killed after its manifest was written leaves it to the next call.
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     return _open(folder, job, estimator)
 
@@ -132,21 +138,24 @@ def _make(job: WindowJob, window: str, horizon: Horizon, estimator: Estimator, s
     folder = job.folder
     job.scratch.mkdir(parents=True, exist_ok=True)
     begin = perf_counter()
+    # Rows first: they need no replay, and a run whose data moved fails here, before the long work.
     rows = window_rows(job.replay.run, window, job.start, job.stop, horizon_name(horizon))
-    with replacing(folder / "rows.parquet") as part:
-        rows.write_parquet(part)
+    with atomic_write(folder / "rows.parquet") as partial:
+        rows.write_parquet(partial)
     vectors = _open_output(folder / "embeddings.npy", (len(rows), estimator.dimension(job)))
     try:
         facts = estimator.embed(job, vectors)
         vectors[_skipped_rows(job, rows)] = 0
     finally:
+        # An interrupted attempt cost its time too: what is stated afterwards is the sum of all attempts.
         add_time(folder, perf_counter() - begin, job.replay.pass_seconds)
+    # The manifest last: it says that everything else is there.
     vectors.flush()
-    seal(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
+    finalize(folder, "embeddings", settings, rows=len(rows), dimension=vectors.shape[1], **facts)
 
 
 def _skipped_rows(job: WindowJob, rows: pl.DataFrame) -> npt.NDArray[np.bool_]:
-    """(N,) rows of steps whose update was skipped: whatever their gradients say, they moved nothing."""
+    """(N,) whether a row is of a step whose update was skipped: whatever its gradient says, it moved nothing."""
     skipped = [record.step for record in records(job.replay.run, job.start, job.stop) if not record.updated]
     return rows["step"].is_in(skipped).to_numpy()
 
@@ -161,16 +170,17 @@ def _open(folder: Path, job: WindowJob, estimator: Estimator) -> Embedding:
         targets=None if encoded is None else encoded.vectors,
         residual=None if encoded is None else encoded.residual,
         seconds=timings["seconds"],
-        cost_units=timings["cost_units"],
+        passes=timings["cost_units"],
     )
 
 
 def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
-    """The target's vectors, made once."""
+    """The target's vectors, computed once for each target."""
+    # A file that the manifest does not list was left by a killed process and may be of another state: make it again.
     if not path.exists() or path.name not in listed(path.parent):
         with locked(path.parent, wait=True):
             encoded = estimator.encode(job)
-            residual = np.nan if encoded.residual is None else encoded.residual
+            residual = np.nan if encoded.residual is None else encoded.residual  # npz holds no None
             write_arrays(path, {"vectors": encoded.vectors, "residual": np.float64(residual)})
             list_files(path.parent, [path])
     stored = read_arrays(path)
@@ -181,14 +191,14 @@ def _encode(path: Path, job: WindowJob, estimator: Estimator) -> Encoded:
 def _open_output(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     """An existing output of an interrupted job is kept: the estimator continues in it."""
     if path.exists():
-        found: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "r+")
-        if found.shape == shape:
-            return found
+        output: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "r+")
+        if output.shape == shape:
+            return output
     return create_memmap(path, shape)
 
 
 def read_timings(folder: Path) -> dict[str, Any]:
-    """What `add_time` wrote: `seconds`, `cost_units`, `unit_seconds` (null where nothing was replayed).
+    """What `add_time` wrote: `seconds`, `cost_units` (forward-backward passes), `unit_seconds` (of one; may be null).
 
     Raises:
         UserError: the file is missing or damaged.
@@ -196,10 +206,17 @@ def read_timings(folder: Path) -> dict[str, Any]:
     return read_hashed(folder / "timings.json")
 
 
-def add_time(folder: Path, seconds: float, unit_seconds: float | None) -> None:
-    """Add the time of one attempt; an attempt without a replay is counted in the unit that an earlier one measured."""
+def add_time(folder: Path, seconds: float, pass_seconds: float | None) -> None:
+    """Add the time of one attempt.
+
+    Args:
+        folder: of the artifact.
+        seconds: time of the attempt.
+        pass_seconds: time of one forward-backward pass in it; None: nothing was replayed, an earlier attempt's counts.
+    """
     path = folder / "timings.json"
     before: dict[str, Any] = read_timings(folder) if path.exists() else {"seconds": 0.0, "unit_seconds": None}
-    unit = unit_seconds or before["unit_seconds"]
+    pass_seconds = pass_seconds or before["unit_seconds"]
     total = before["seconds"] + seconds
-    write_hashed(path, {"seconds": total, "cost_units": total / unit if unit else 0.0, "unit_seconds": unit})
+    passes = total / pass_seconds if pass_seconds else 0.0
+    write_hashed(path, {"seconds": total, "cost_units": passes, "unit_seconds": pass_seconds})

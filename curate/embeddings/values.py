@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.training.target import Target
 
-_CHUNK = 1 << 16  # rows multiplied at once
+_CHUNK = 1 << 16  # rows multiplied at once: vectors are memory-mapped, and their float64 copy must stay small
 
 
 def value_frame(
@@ -38,9 +38,10 @@ def value_frame(
         target: its name.
 
     Returns:
-        `rows` with `target`, `value`, `value_a` and `value_b`, in nats per token of the target; positive = the sample
-        helped.
+        `rows` with `target`, `value_total_nats`, `value_half_a_nats` and `value_half_b_nats`: nats per token of the
+        target; positive = the sample helped.
     """
+    # float64: a value is a sum of D products of both signs, and may be far smaller than they are.
     products = np.empty((len(rows), len(halves)))
     for start in range(0, len(rows), _CHUNK):
         products[start : start + _CHUNK] = vectors[start : start + _CHUNK].astype(np.float64) @ halves.T
@@ -57,7 +58,7 @@ def embedded_values(embedding: Embedding, target: Target) -> dy.DataFrame[Measur
     """The values frame of a window.
 
     Args:
-        embedding: that holds the target's vectors.
+        embedding: the window's, opened for the target.
         target: the target.
     """
     assert embedding.targets is not None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from curate.core.artifacts import MANIFEST, fingerprint, making, read_json, seal, start, write_hashed
+from curate.core.artifacts import MANIFEST, begin, finalize, fingerprint, making, read_json, write_hashed
 from curate.core.errors import UserError
 from curate.evaluation.branch_record import FILE, BranchTest, strength_factor, verdict_of
 from curate.evaluation.branches import BranchTestConfig
@@ -99,9 +99,9 @@ def branch_test(config: BranchTestCommand) -> Path:
     out = config.out or run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}"
     with making(out, settings) as missing:
         if missing:
-            start(out, settings)
+            begin(out, settings)
             _make(config, run, target, tested, prior, out)
-            seal(out, "branch test", settings)
+            finalize(out, "branch test", settings)
         else:
             _log.info("this branch test is complete already")
     return out / FILE

@@ -11,7 +11,7 @@ import polars as pl
 
 from curate.core.arrays import read_table
 from curate.core.progress import progress
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 
 if TYPE_CHECKING:
     from curate.evaluation.draw import Removal
@@ -82,5 +82,5 @@ def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
 
 
 def _save(path: Path, table: pl.DataFrame) -> None:
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         table.write_parquet(part)

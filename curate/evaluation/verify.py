@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from curate.core.artifacts import SIGN, fingerprint, making, seal, start, write_json
+from curate.core.artifacts import SIGN, begin, finalize, fingerprint, making, write_json
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.lock import locked
@@ -91,7 +91,7 @@ def verify(config: VerifyConfig, run: Run) -> Path:
     out = config.out or run.folder / "verify" / fingerprint(settings)[:8]
     with making(out, settings) as missing:
         if missing:
-            start(out, settings)
+            begin(out, settings)
             _make(config, replay, targets, out, settings)
         else:
             _log.info("this verification is complete already")
@@ -129,7 +129,7 @@ def _make(config: VerifyConfig, replay: Replay, targets: list[Target], out: Path
     }  # fmt: skip
     write_json(out / "verify.json", {"sign": SIGN, **result})
     verify_page(out / "verify.html", result)
-    seal(out, "verification", settings)
+    finalize(out, "verification", settings)
 
 
 def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int:
@@ -244,6 +244,6 @@ def _estimate(
         values[target.name] = keyed(embedding.rows["step"].to_list(), embedding.values(target))
     return Estimates(
         estimator=config.estimator, window=window, horizon=end, values=values,
-        cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
+        cost_units_per_step=embedding.passes / (stop - first) / len(targets),
         bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
     )  # fmt: skip

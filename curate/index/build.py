@@ -2,8 +2,8 @@
 
 Up to 200,000 rows the search is exact. Above, rows are rounded to two bytes per number inside the lists of a k-means
 (`IVF<lists>,SQbf16`); the number of lists visited per query is doubled until the recall measured against exact search
-reaches its target. Time: k-means on a sample, then one pass over the memory map; memory: the index (N (D + 8) bytes
-compressed) and one chunk of rows, never a copy of the embeddings.
+reaches its target. Time: k-means on a sample, then one pass over the memory map. Memory: the index (N (2 D + 8) bytes
+where it is compressed) and one chunk of rows, never a copy of the embeddings.
 
 Shape legend: N rows, D embedding dim, Q queries.
 """
@@ -21,18 +21,19 @@ from curate.core import artifacts
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.index.exact import Floats, Rows, chunks, exact_search, recall
 from curate.index.library import load_faiss, on_cpu, on_gpu
 
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "index.faiss"
-EXACT_UP_TO = 200_000
+EXACT_UP_TO = 200_000  # rows
 RECALL_AT = 100
 # Queries beside the targets: where recall varies by .1 from row to row, the mean over so many is known to .006.
 _RECALL_ROWS = 256
-_TRAINING_ROWS_PER_LIST = 64  # faiss asks for 39 at least and uses 256 at most
+# FAISS asks for 39 at least and uses 256 at most.
+_TRAINING_ROWS_PER_LIST = 64
 _TRAINING_ROWS = 65_536  # of an index without lists
 
 
@@ -51,13 +52,15 @@ class _Truth:
 
     queries: Floats
     rows: Rows
+    # How many of the queries are real targets.
     targets: int
 
     def recall_of(self, index: Any) -> float:
-        """The lower one of the recall of the targets and that of the sampled rows."""
+        """Measure the lower one of the targets' recall and the sampled rows' recall."""
         found = index.search(self.queries, self.rows.shape[1])[1]
-        groups = [part for part in (slice(self.targets), slice(self.targets, None)) if len(found[part])]
-        return min(recall(found[part], self.rows[part]) for part in groups)
+        # Apart: the few targets are what is searched for, and would vanish among 256 sampled rows.
+        groups = [group for group in (slice(self.targets), slice(self.targets, None)) if len(found[group])]
+        return min(recall(found[group], self.rows[group]) for group in groups)
 
 
 def build(
@@ -77,13 +80,14 @@ def build(
         config: factory and recall target.
         queries: float32 [Q, D], real target vectors (Q may be 0); recall is measured with them and with sampled rows,
             and the lower one counts.
-        seed: of the training sample and of the sampled queries.
+        seed: seed of the training sample and of the sampled queries.
         parents: fingerprints of the artifacts the embeddings and the queries came from.
 
     Raises:
         UserError: FAISS is missing or doubled, the factory string is unknown, there are no rows, a number is not
             finite, or `folder` holds an index made with other settings.
     """
+    # The embeddings themselves are known by the fingerprints of `parents`.
     settings = {**config.model_dump(), "rows": embeddings.shape, "seed": seed, "parents": dict(parents or {})}
     if artifacts.is_complete(folder, settings):
         return
@@ -93,16 +97,17 @@ def build(
     index = _filled(faiss, factory, embeddings, seed)
     truth = _truth(embeddings, queries, seed)
     measured = _tune(faiss, index, truth, config.recall_target)
+    # A warning, not an error: the manifest has the recall, and a search that misses some rows is still of use.
     if measured < config.recall_target:
         log.warning(
             "%s finds %.3f of the exact top %d, wanted %.3f", factory, measured, RECALL_AT, config.recall_target
         )
     lists = _lists(faiss, on_cpu(faiss, index))
-    with replacing(folder) as part:
-        part.mkdir()
-        faiss.write_index(on_cpu(faiss, index), str(part / INDEX_FILE))
-        artifacts.seal(
-            part,
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        faiss.write_index(on_cpu(faiss, index), str(temporary / INDEX_FILE))
+        artifacts.finalize(
+            temporary,
             "index",
             settings,
             factory=factory,
@@ -110,17 +115,17 @@ def build(
             recall_queries=len(truth.queries),
             lists=lists.nlist if lists else 0,
             lists_visited=lists.nprobe if lists else 0,
-            bytes=(part / INDEX_FILE).stat().st_size,
+            bytes=(temporary / INDEX_FILE).stat().st_size,
         )
 
 
 def auto_factory(rows: int) -> str:
-    """The factory string that "auto" stands for: exact for few rows, compressed for many."""
+    """Choose the factory string for "auto": exact for few rows, compressed for many."""
     return "Flat" if rows <= EXACT_UP_TO else compressed_factory(rows)
 
 
 def compressed_factory(rows: int) -> str:
-    """About sqrt(N) lists, a power of two, of rows in bfloat16."""
+    """Choose about sqrt(N) lists, a power of two, of rows in bfloat16."""
     return f"IVF{2 ** round(np.log2(rows) / 2)},SQbf16"
 
 
@@ -129,6 +134,7 @@ def _check(embeddings: Floats, queries: Floats) -> None:
         raise UserError("there are no embeddings to index; embed a window with at least one sample")
     if queries.ndim != 2 or queries.shape[1] != embeddings.shape[1]:
         raise ValueError(f"queries have shape {queries.shape}, embeddings {embeddings.shape}")
+    # FAISS adds such rows and returns them as results; its k-means refuses them, but names no row.
     for start, chunk in chunks(embeddings):
         finite = np.isfinite(chunk).all(axis=1)
         if not finite.all():
@@ -138,7 +144,7 @@ def _check(embeddings: Floats, queries: Floats) -> None:
 
 
 def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
-    """An index with every row added in order, chunk by chunk."""
+    """Make an index and add every row in order, chunk by chunk."""
     try:
         index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -150,6 +156,7 @@ def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
         # For inner products FAISS gives its lists centres of norm 1: distance to one means nothing, least of all
         # where rows have norm 1e-7, so rows themselves are encoded.
         lists.by_residual = False
+    # To the GPU before training, as k-means is most of the time.
     index = on_gpu(faiss, index)
     if not index.is_trained:
         index.train(_training_rows(faiss, index, embeddings, seed))
@@ -159,21 +166,22 @@ def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
 
 
 def _training_rows(faiss: Any, index: Any, embeddings: Floats, seed: int) -> Floats:
-    """A sample of rows, in their order."""
+    """Sample rows, in their order: float32 [at most N, D]."""
     lists = _lists(faiss, on_cpu(faiss, index))
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * lists.nlist if lists else 0)
     rows = np.arange(len(embeddings))
     if len(rows) > wanted:
+        # Sorted, so that the memory map is read from front to back.
         rows = np.sort(generator(seed, "index-training").choice(rows, wanted, replace=False))
     return np.ascontiguousarray(embeddings[rows], dtype=np.float32)
 
 
 def _truth(embeddings: Floats, queries: Floats, seed: int) -> _Truth:
-    """The queries and sampled rows, with their exact results."""
+    """Search exactly for the queries and for sampled rows."""
     count = min(_RECALL_ROWS, len(embeddings))
     sampled = np.sort(generator(seed, "index-recall").choice(len(embeddings), count, replace=False))
-    asked = np.ascontiguousarray(np.vstack([queries, embeddings[sampled]]), dtype=np.float32)
-    return _Truth(queries=asked, rows=exact_search(embeddings, asked, RECALL_AT)[1], targets=len(queries))
+    stacked = np.ascontiguousarray(np.vstack([queries, embeddings[sampled]]), dtype=np.float32)
+    return _Truth(queries=stacked, rows=exact_search(embeddings, stacked, RECALL_AT)[1], targets=len(queries))
 
 
 def _tune(faiss: Any, index: Any, truth: _Truth, target: float) -> float:
@@ -187,5 +195,6 @@ def _tune(faiss: Any, index: Any, truth: _Truth, target: float) -> float:
 
 
 def _lists(faiss: Any, index: Any) -> Any:
-    """The inverted lists of an index (with `nlist` and `nprobe`), or None where it has none."""
+    """Find the inverted lists of an index (with `nlist` and `nprobe`); None where it has none."""
+    # IVF indexes have `nprobe` themselves, on the GPU too; others may wrap one ("PCA64,IVF1024,Flat").
     return index if hasattr(index, "nprobe") else faiss.try_extract_index_ivf(index)

@@ -1,4 +1,4 @@
-"""The one import of FAISS, whose absence or doubling is the user's to mend, and its way onto a GPU."""
+"""The one import of FAISS, with errors for a missing or doubled installation, and its transfer to and from a GPU."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, distribution
@@ -8,6 +8,7 @@ from curate.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Packages that install the module `faiss`.
 _OWNERS = ("faiss-cpu", "faiss-gpu")
 
 
@@ -15,8 +16,9 @@ def load_faiss() -> Any:
     """Import FAISS.
 
     Raises:
-        UserError: it is not installed, or two packages that own the module are.
+        UserError: it is not installed, or two packages that install the module are.
     """
+    # The later one overwrites files of the other: a mix of both may import and crash.
     installed = [name for name in _OWNERS if _is_installed(name)]
     if len(installed) > 1:
         raise UserError(
@@ -31,7 +33,8 @@ def load_faiss() -> Any:
 
 
 def on_gpu(faiss: Any, index: Any) -> Any:
-    """The index on the first GPU; the index itself where there is none or this kind of index cannot go there."""
+    """Move an index to the first GPU; return it as it is where no GPU exists or FAISS cannot move its kind."""
+    # faiss-cpu has no GPU classes at all.
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         return index
     try:
@@ -44,8 +47,8 @@ def on_gpu(faiss: Any, index: Any) -> Any:
 
 
 def on_cpu(faiss: Any, index: Any) -> Any:
-    """The index in main memory, where it can be written to disk."""
-    return faiss.index_gpu_to_cpu(index) if hasattr(index, "getDevice") else index
+    """Move an index to main memory, from where it can be written to disk."""
+    return faiss.index_gpu_to_cpu(index) if hasattr(index, "getDevice") else index  # GPU indexes alone have it
 
 
 def _is_installed(package: str) -> bool:

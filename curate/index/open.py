@@ -32,7 +32,7 @@ class Index:
         return int(self._faiss_index.ntotal)
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        """The rows with the largest inner products, best first. For the smallest products search for `-queries`.
+        """Find the rows with the largest inner products, best first. For the smallest products search for `-queries`.
 
         Args:
             queries: float32 [Q, D].
@@ -48,20 +48,22 @@ class Index:
         if queries.ndim != 2 or queries.shape[1] != self._faiss_index.d or k < 1:
             raise ValueError(f"queries {queries.shape}, k {k}: need [Q, {self._faiss_index.d}] and k >= 1")
         products, rows = self._faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(self)))
+        # FAISS fills up with the least float32; -inf cannot be taken for a product.
         return np.where(rows < 0, np.float32(-np.inf), products), rows
 
 
 def extremes(folder: Path, query: Floats, k: int) -> dict[str, list[int]]:
-    """The rows with the largest ("most") and the smallest ("least") inner products with a query (D,), farthest first.
+    """Find the rows of largest ("most") and smallest ("least") inner product with a query (D,), farthest first.
 
     Raises:
         UserError: see `open_index`.
     """
-    index, found = open_index(folder), {}
-    for kind, sign in (("most", 1), ("least", -1)):
+    index, rows_by_end = open_index(folder), {}
+    for end, sign in (("most", 1), ("least", -1)):
         _, rows = index.search((sign * query)[None].astype(np.float32), k)
-        found[kind] = rows[0][rows[0] >= 0].tolist()
-    return found
+        # -1 fills up where too few rows were found.
+        rows_by_end[end] = rows[0][rows[0] >= 0].tolist()
+    return rows_by_end
 
 
 def open_index(folder: Path) -> Index:

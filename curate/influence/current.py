@@ -28,9 +28,9 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import read_arrays, read_table, write_arrays
-from curate.core.artifacts import fingerprint, making, seal
+from curate.core.artifacts import finalize, fingerprint, making
 from curate.core.progress import progress
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
 from curate.influence.draw import draw_measured, measured_frame, values_frame
@@ -162,7 +162,7 @@ def value_next_step(
             _say_cost(run, targets, len(drawn))
             with timed(folder, replay) as scratch:
                 _measure_part(run, source, replay, drawn, targets, options, scratch, folder)
-            seal(folder, "next step", settings, targets=[target.name for target in targets])
+            finalize(folder, "next step", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     frame = _part_frame(run, source, folder, drawn, targets, name)
     return NextStep(name=name, folder=folder, values=frame, fingerprint=identity, **timings_of(folder))
@@ -199,7 +199,7 @@ def _measure_part(
     write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
-    with replacing(folder / "values.parquet") as part:
+    with atomic_write(folder / "values.parquet") as part:
         pl.concat(_of_target(drawn, place, own) for place, own in enumerate(of_samples.T)).write_parquet(part)
 
 
@@ -251,9 +251,9 @@ def measure_samples(
                     replay, parameters, shares[None] @ directions, rest, "samples",
                     read=partial(read_together, run, source), scratch=scratch,
                 ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
-                with replacing(folder / "values.parquet") as part:
+                with atomic_write(folder / "values.parquet") as part:
                     rest.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0])).write_parquet(part)
-            seal(folder, "measured samples", settings, targets=[target.name for target in targets])
+            finalize(folder, "measured samples", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     stored = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     stored = stored.select(*samples.columns, value_total=pl.col("value_per_token") * pl.col("predicted_tokens"))

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curate.core.errors import UserError
-from curate.embeddings.own_step import before_step
+from curate.embeddings.leave_one_out import before_step
 from curate.embeddings.products import STEP
 from curate.optimizers.state import Group, TrainingState
 from curate.optimizers.step import update_vjp

@@ -12,7 +12,7 @@ from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.reading import dump_yaml, read_yaml
 from curate.core.validation import first_problem
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.mixture.constraints import Supply
 from curate.mixture.weights import divergence, effective_number
 
@@ -195,7 +195,7 @@ def _fields(mixture: Mixture) -> dict[str, Any]:
 
 def write_mixture(path: Path, mixture: Mixture) -> None:
     """Write `mixture.yaml` atomically."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(dump_yaml(mixture.model_dump(mode="json")), encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from curate.core.errors import UserError
 from curate.core.escape import python_string
 from curate.core.reading import dump_yaml
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.mds import COLUMNS, MdsStream, as_sample, merge_indexes, write_stream
 from curate.mixture.record import Phase
 from curate.output.layout import DROPPED, SCHEDULE
@@ -36,7 +36,7 @@ def write_weights(path: Path, streams: Mapping[str, Path], samples: Mapping[str,
     entries = [
         {"local": str(streams[name].resolve()), "choose": samples[name]} for name in sorted(samples) if samples[name]
     ]
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(dump_yaml(entries), encoding="utf-8")
 
 
@@ -55,7 +55,7 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
         }
         for phase in phases
     ]
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(
             "# start_sample counts samples from the start of the stage; served by curate.data.dataset.open_dataset\n"
             + dump_yaml(entries),
@@ -86,7 +86,7 @@ def write_samples(
     """
     domains = plan.uses["domain"].unique().sort().to_list()
     total = int(plan.uses["uses"].sum())
-    with replacing(folder) as part, tqdm(total=total, desc="writing", unit="sample", disable=None) as progress:
+    with atomic_write(folder) as part, tqdm(total=total, desc="writing", unit="sample", disable=None) as progress:
         for domain in domains:
             stream, order = streams[domain], _order(plan.uses.filter(domain=domain), seed, domain)
             write_stream(part / domain, columns_of(stream), _rows(stream, order, progress), shard_bytes)

@@ -1,8 +1,8 @@
 """Does a described run replay to what was logged? Steps after each checkpoint are repeated and compared.
 
-The first step after a checkpoint needs the right samples, model, loss and precision; the ones after it also the right
+The first step after a checkpoint needs the right samples, model, loss and precision; later steps also need the right
 optimizer, lr and clipping. A comparison counts only where the samples of another step would have given another loss:
-at an untrained model every batch has about the same one.
+an untrained model has about the same loss on every batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from curate.training.replay import Replay
     from curate.training.task import Batch
 
-_CLEARER = 10  # another step's samples must be so many times further off
+# Another step's samples must be so many times further from the log: kernels and hardware differ by far less, and a
+# wrong batch of a trained model by far more.
+_CLEARER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class Compared:
         replayed: now.
         agrees: whether they differ by at most the tolerance.
         tells: whether the samples of another step, at the same weights, would have been noticed.
-        rounding: how far the log's digits leave the logged number open.
-        coarsest: how far they leave any number of its column open, as a share of it.
+        rounding: how far the digits of the log leave the logged number open.
+        coarsest: how far they leave any number of its column open, as a share of that number.
     """
 
     checkpoint: int
@@ -55,6 +57,7 @@ class Compared:
     @property
     def rounded(self) -> bool:
         """Whether the replayed number, rounded as the log is, would be the logged one."""
+        # 1.01: a number on the border of two roundings may lie beyond half a unit by its own float error.
         return abs(self.replayed - self.logged) <= 1.01 * self.rounding
 
     @property
@@ -77,26 +80,34 @@ def compare(replay: Replay, checkpoint: int, state: Path, steps: int) -> list[Co
     """
     optimizers = replay.restore(checkpoint, state)
     digits = {"loss": Digits.of(replay.run.steps["loss"]), "gradient norm": Digits.of(replay.run.steps["grad_norm"])}
-    found = []
+    comparisons = []
     for record in records(replay.run, checkpoint, checkpoint + steps):
         batches = replay.batches(record)
-        other = next(records(replay.run, *_other(record.step, replay.run.spec.steps)), None)
+        # The control: what the log would have held, had the order of samples been off by one step.
+        other = next(records(replay.run, *_neighbour(record.step, replay.run.spec.steps)), None)
         control = math.nan if other is None else batch_loss(replay, replay.batches(other))
         loss, _ = replay.backward(batches, optimizers)
         numbers = (("loss", loss, record.loss), ("gradient norm", replay.gradient_norm(), record.grad_norm))
         for what, replayed, logged in numbers:
             if logged is not None:
-                agrees = math.isclose(replayed, logged, rel_tol=replay.tolerance)
+                # By the loss for the norm too: a control's norm would cost a backward pass.
                 tells = record.loss is not None and telling(control, loss, record.loss)
-                found.append(
+                comparisons.append(
                     Compared(
-                        checkpoint=checkpoint, step=record.step, what=what, logged=logged, replayed=replayed,
-                        agrees=agrees, tells=tells, rounding=digits[what].rounding(logged),
+                        checkpoint=checkpoint,
+                        step=record.step,
+                        what=what,
+                        logged=logged,
+                        replayed=replayed,
+                        agrees=math.isclose(replayed, logged, rel_tol=replay.tolerance),
+                        tells=tells,
+                        rounding=digits[what].rounding(logged),
                         coarsest=digits[what].coarsest,
                     )
-                )  # fmt: skip
+                )
+        # After the comparison: the norm above is of the gradient before clipping, which `update` scales in place.
         replay.update(record, optimizers)
-    return found
+    return comparisons
 
 
 @dataclass(frozen=True)
@@ -116,28 +127,32 @@ class Digits:
     @classmethod
     def of(cls, column: pl.Series) -> Digits:
         """The digits of a column; null where nothing was logged."""
-        known = [value for value in column.drop_nulls().unique() if math.isfinite(value) and value]
-        if not known:
+        logged = [value for value in column.drop_nulls().unique() if math.isfinite(value) and value]
+        if not logged:
             return cls()
-        written = [Decimal(repr(value)).normalize().as_tuple() for value in known]
+        # repr is the shortest text that gives the float back: the digits that the log had, without trailing zeros.
+        written = [Decimal(repr(value)).normalize().as_tuple() for value in logged]
+        # The most of the whole column: 2.5 in a log of "%.4f" was 2.5000, and one number alone does not show it.
         digits = cls(
             decimals=max(-int(number.exponent) for number in written),
             significant=max(len(number.digits) for number in written),
         )
-        return replace(digits, coarsest=max(digits.rounding(value) / abs(value) for value in known))
+        return replace(digits, coarsest=max(digits.rounding(value) / abs(value) for value in logged))
 
     def rounding(self, value: float) -> float:
         """Half a unit of the last digit that a logged number has."""
         leading = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
+        # A log has fixed decimals (%.4f) or fixed significant digits (%.4g); the coarser one holds for this number.
         return 0.5 * max(10.0**-self.decimals, 10.0 ** (leading + 1 - self.significant))
 
 
 def telling(control: float, loss: float, logged: float) -> bool:
     """Whether a wrong batch's loss is clearly further from the logged one than the right batch's is."""
+    # The floor: where loss and log agree to the bit, ten times their difference is 0, and any control would be clear.
     return abs(control - logged) > max(_CLEARER * abs(loss - logged), 1e-5 * abs(logged))
 
 
-def _other(step: int, steps: int) -> tuple[int, int]:
+def _neighbour(step: int, steps: int) -> tuple[int, int]:
     """A neighbour of a step, as a range."""
     return (step + 1, step + 2) if step + 1 < steps else (step - 1, step)
 
@@ -150,40 +165,41 @@ def batch_loss(replay: Replay, batches: Sequence[Batch]) -> float:
         return sum(float((replay.task.sample_losses(batch) * batch.weights).sum()) for batch in batches)
 
 
-def judge(found: Sequence[Compared], tolerance: float, diagnose: Callable[[], Sequence[str]]) -> None:
+def judge(comparisons: Sequence[Compared], tolerance: float, diagnose: Callable[[], Sequence[str]]) -> None:
     """Refuse a description that does not give the logged numbers.
 
     Args:
-        found: all comparisons.
+        comparisons: all of them.
         tolerance: of the description.
         diagnose: looks for single settings that would give them; called where samples are in doubt.
 
     Raises:
-        UserError: nothing could be compared, nothing compared tells anything, or numbers differ.
+        UserError: nothing could be compared, no comparison tells anything, or numbers differ.
     """
-    if not found:
+    if not comparisons:
         raise UserError(
             "no step after a checkpoint has a logged loss: nothing can be checked; give a log with the losses of the "
             "steps that follow the checkpoints, or raise check_steps"
         )
-    firsts = [one for one in found if one.step == one.checkpoint]
-    wrong = [one for one in found if not one.agrees]
-    early = [one for one in wrong if one.step == one.checkpoint]
-    if wrong and all(one.rounded for one in wrong):
-        raise UserError(_too_coarse(found, wrong, tolerance))
-    if early:
+    firsts = [comparison for comparison in comparisons if comparison.step == comparison.checkpoint]
+    wrong = [comparison for comparison in comparisons if not comparison.agrees]
+    wrong_firsts = [comparison for comparison in wrong if comparison.step == comparison.checkpoint]
+    # Rounding first: it explains every difference, and the advice below would send a user after no mistake.
+    if wrong and all(comparison.rounded for comparison in wrong):
+        raise UserError(_too_coarse(comparisons, wrong, tolerance))
+    if wrong_firsts:
         raise UserError(
-            f"{len(early)} of {len(firsts)} numbers differ at the first step after a checkpoint ({early[0].line}): "
-            f"these are other samples, another loss or another model. {_causes(diagnose())}"
+            f"{len(wrong_firsts)} of {len(firsts)} numbers differ at the first step after a checkpoint "
+            f"({wrong_firsts[0].line}): these are other samples, another loss or another model. {_causes(diagnose())}"
         )
     if wrong:
         raise UserError(
-            f"the first step after each checkpoint agrees, but {len(wrong)} of {len(found)} numbers differ later "
+            f"the first step after each checkpoint agrees, but {len(wrong)} of {len(comparisons)} numbers differ later "
             f"({wrong[0].line}): samples and model are right, updates are not. Likely causes: lr (another schedule, "
             "rounded in the log, or log.first_step off by one), clip_norm, optimizer arguments or weight decay groups, "
             "loss scaling"
         )
-    if not any(one.tells for one in found):
+    if not any(comparison.tells for comparison in comparisons):
         raise UserError(
             "all compared numbers agree, but other samples would have given the same: this says nothing about the "
             "order; add a checkpoint of a later step, or log losses with more digits"
@@ -193,31 +209,34 @@ def judge(found: Sequence[Compared], tolerance: float, diagnose: Callable[[], Se
 _LOOSEST = 0.01  # a larger tolerance would let other mistakes pass
 
 
-def _too_coarse(found: Sequence[Compared], wrong: Sequence[Compared], tolerance: float) -> str:
-    """That the log was rounded too much, and with what settings it can be checked nevertheless."""
-    kinds = {one.what for one in wrong}
-    said = (
-        f"{len(wrong)} of {len(found)} numbers differ from the log by its rounding only ({wrong[0].line}): it leaves "
-        f"the {' and '.join(sorted(kinds))} open by up to {max(one.coarsest for one in wrong):.1g} of its size, and "
-        f"tolerance is {tolerance:g}. Give a log with {math.ceil(-math.log10(2 * tolerance)) + 1} significant digits"
+def _too_coarse(comparisons: Sequence[Compared], wrong: Sequence[Compared], tolerance: float) -> str:
+    """The message that the log was rounded too much, with the settings that would still allow a check."""
+    quantities = {comparison.what for comparison in wrong}
+    coarsest = max(comparison.coarsest for comparison in wrong)
+    message = (
+        f"{len(wrong)} of {len(comparisons)} numbers differ from the log by its rounding only ({wrong[0].line}): it "
+        f"leaves the {' and '.join(sorted(quantities))} open by up to {coarsest:.1g} of its size, and tolerance is "
+        f"{tolerance:g}. Give a log with {math.ceil(-math.log10(2 * tolerance)) + 1} significant digits"
     )
-    enough = _up(max(one.coarsest for one in found))
-    if not any(one.tells for one in found):
-        return f"{said}: in this one other samples have the same numbers"
-    if kinds == {"gradient norm"}:
-        return f'{said}, or set log.grad_norm to "", which leaves the norms out'
-    if enough <= _LOOSEST:
-        return f"{said}, or set tolerance to {enough:g} here and in curate.select (--tolerance {enough:g})"
-    return said
+    # Of all, not of the wrong ones: the tolerance that is proposed must hold for every logged number.
+    sufficient = _round_up(max(comparison.coarsest for comparison in comparisons))
+    if not any(comparison.tells for comparison in comparisons):
+        return f"{message}: in this one other samples have the same numbers"
+    if quantities == {"gradient norm"}:
+        return f'{message}, or set log.grad_norm to "", which leaves the norms out'
+    if sufficient <= _LOOSEST:
+        return f"{message}, or set tolerance to {sufficient:g} here and in curate.select (--tolerance {sufficient:g})"
+    return message
 
 
-def _up(value: float) -> float:
+def _round_up(value: float) -> float:
     """The next number with one significant digit, above it by a tenth at least."""
     unit = 10.0 ** math.floor(math.log10(1.1 * value)) if value else 1.0
     return math.ceil(1.1 * value / unit) * unit
 
 
 def _causes(hints: Sequence[str]) -> str:
+    # Settings that were tried and fit, or else all that could be wrong, the likely ones first.
     if hints:
         return f"They would agree with {', or with '.join(hints)}: correct the description"
     return (

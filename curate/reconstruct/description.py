@@ -1,4 +1,4 @@
-"""What a user says about a finished run that had no recorder: everything that its numbers followed from."""
+"""What a user says about a finished run that had no recorder: everything that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class OptimizerConfig(Config):
     name: str = "AdamW"
     """Class in torch.optim."""
     arguments: dict[str, Any] = {}
-    """What it was made with, but for lr, e.g. {betas: [0.9, 0.95], weight_decay: 0.1}."""
+    """Its arguments, except lr, e.g. {betas: [0.9, 0.95], weight_decay: 0.1}."""
     groups: tuple[GroupConfig, ...] = Field(default=(GroupConfig(),), min_length=1)
     """Its parameter groups, in order."""
 
 
 class LossConfig(Config):
-    """How the loss of a step is made of its samples' losses."""
+    """How the loss of a step follows from the losses of its samples."""
 
     mean: Literal["token", "sample"] = "token"
     """Mean over predicted tokens, or over samples of each sample's token mean."""
@@ -114,7 +114,7 @@ class ReconstructConfig(Config):
     checkpoint_keys: CheckpointKeys = CheckpointKeys()
     """Where a checkpoint holds what."""
     estimate_moments: int | None = Field(default=None, ge=1)
-    """Where checkpoints have no optimizer state: make it from the gradients of as many steps before each, at the
+    """Where checkpoints have no optimizer state: estimate it from the gradients of as many steps before each, at the
     checkpoint's own weights. None: such checkpoints serve one step each, unless the optimizer keeps nothing."""
     windows: dict[str, tuple[Border, Border]] | None = None
     """Windows to value, as the recorder's; none: the recorder's, the early one from the first checkpoint on."""
@@ -134,6 +134,7 @@ class ReconstructConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for domain, stream in self.streams.items():
+            # `local` may be missing here (a remote stream); what is checked are the names of the arguments.
             stream_arguments({"local": "", **stream}, f"streams.{domain}")
         outside = [step for step in self.checkpoints if not 0 <= step <= self.steps]
         if outside:
@@ -142,7 +143,7 @@ class ReconstructConfig(Config):
 
 
 def build_optimizers(model: nn.Module, config: ReconstructConfig) -> list[Optimizer]:
-    """The optimizers of a description, in their first state; lr is set by each step.
+    """The optimizers of a description, in their initial state; each step sets the lr.
 
     Raises:
         UserError: unknown ones or arguments, a parameter without a group, or a group or a pattern of `frozen` without
@@ -150,6 +151,7 @@ def build_optimizers(model: nn.Module, config: ReconstructConfig) -> list[Optimi
     """
     import torch
 
+    # First: `named_parameters` has trained parameters only, and each of those must be in a group.
     _freeze(model, config.frozen)
     left = named_parameters(model)
     optimizers: list[Optimizer] = []
@@ -159,6 +161,7 @@ def build_optimizers(model: nn.Module, config: ReconstructConfig) -> list[Optimi
             raise UserError(f"{where}.name is {chosen.name}; known are {', '.join(BUFFERS)} of torch.optim")
         groups = []
         for index, group in enumerate(chosen.groups):
+            # Of what is left: the first matching group takes a parameter, and pop below removes it for the others.
             taken = [n for n, p in left.items() if p.dim() >= group.min_dim and re.fullmatch(group.names, n)]
             if not taken:
                 raise UserError(

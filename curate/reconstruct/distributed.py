@@ -1,8 +1,8 @@
 """Folders of `torch.distributed.checkpoint`, read in one process without running what a file says.
 
-Their index `.metadata` is a pickle, and a pickle may call anything that it can name. So it can name only the records of
-an index (`_RECORDS`), torch's dtypes and three helpers, and what it gets for a record is an empty class of this module:
-no code of torch or of the file runs. The index is then made anew from the fields, each held against its type.
+Their index `.metadata` is a pickle, and a pickle may call anything that it can name. Here it can name only the records
+of an index (`_RECORDS`), torch's dtypes and a few helpers. For a record it gets an empty class of this module, so no
+code of torch or of the file runs. The index is then built again from the fields, and each field's type is checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RECORDS = {
 
 
 class _Record:
-    """One object of the index: what was pickled of it, and no behaviour."""
+    """One object of the index: its pickled state, and no behaviour."""
 
     state: Any = None
 
@@ -50,22 +50,25 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
-        self._kinds: dict[str, type[_Record]] = {}
+        self._classes: dict[str, type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name of the index stands for.
+        """The class or value that a name of the index stands for.
 
         Raises:
             UnpicklingError: it is no name of an index.
         """
         import torch
 
+        # A class of our own with the same name, one for each: `_fields` tells records apart by it.
         if (module, name) in _RECORDS:
-            return self._kinds.setdefault(name, type(name, (_Record,), {}))
+            return self._classes.setdefault(name, type(name, (_Record,), {}))
         if (module, name) == ("torch", "Size"):
             return tuple
+        # Called with the layout's name ("torch.strided"), which is not needed.
         if (module, name) == ("torch.serialization", "_get_layout"):
             return str
+        # Checked by type, not by name: torch has many callables, and none of them is a dtype.
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
@@ -84,6 +87,7 @@ def read_distributed(path: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     class Reader(FileSystemReader):
+        # torch's own reader would unpickle the index with everything that it names.
         def read_metadata(self, *arguments: Any, **settings: Any) -> Metadata:
             return metadata
 
@@ -97,8 +101,20 @@ def read_distributed(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # says that it loads in a single process, as we mean it to
             load(dict(tensors), storage_reader=Reader(path), no_dist=True)
-    except (CheckpointException, pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError,
-            MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:  # fmt: skip
+    # Whatever a damaged file can raise on its way through pickle and torch; not Exception, which hides our mistakes.
+    except (
+        CheckpointException,
+        pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(
             f"distributed checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]}); write it again, or "
             "correct `checkpoints`"
@@ -107,7 +123,7 @@ def read_distributed(path: Path) -> dict[str, Tensor]:
 
 
 def _read_index(path: Path) -> Metadata:
-    """The index, made of nothing but names, numbers, dtypes and paths below the folder."""
+    """The index, built of nothing but names, numbers, dtypes and paths below the folder."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
     with (path / ".metadata").open("rb") as file:
@@ -116,13 +132,14 @@ def _read_index(path: Path) -> Metadata:
         key: BytesStorageMetadata() if type(entry).__name__ == "BytesStorageMetadata" else _tensor_entry(entry)
         for key, entry in fields["state_dict_metadata"].items()
     }
-    places = dict(_place(path, *item) for item in fields["storage_data"].items())
-    return Metadata(state_dict_metadata=entries, storage_data=places)
+    storage = dict(_storage_entry(path, *item) for item in fields["storage_data"].items())
+    # planner_data and storage_meta are left out: loading whole tensors needs neither.
+    return Metadata(state_dict_metadata=entries, storage_data=storage)
 
 
-def _fields(record: Any, kind: str) -> Mapping[str, Any]:
-    if not isinstance(record, _Record) or type(record).__name__ != kind or not isinstance(record.state, Mapping):
-        raise ValueError(f"its index has no {kind} where there must be one")
+def _fields(record: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(record, _Record) or type(record).__name__ != name or not isinstance(record.state, Mapping):
+        raise ValueError(f"its index has no {name} where there must be one")
     return record.state
 
 
@@ -131,27 +148,29 @@ def _tensor_entry(record: Any) -> Any:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
     fields = _fields(record, "TensorStorageMetadata")
-    dtype = fields["properties"].state[0]
+    dtype = fields["properties"].state[0]  # TensorProperties pickles itself as a tuple, dtype first
     if not isinstance(dtype, torch.dtype):
         raise TypeError("its index has a tensor without a dtype")
     size = torch.Size(fields["size"])
-    pieces = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-    chunks = [ChunkStorageMetadata(torch.Size(each["offsets"]), torch.Size(each["sizes"])) for each in pieces]
+    chunk_fields = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    chunks = [ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])) for chunk in chunk_fields]
+    # A part that no chunk covers would stay uninitialised memory: numbers that look like weights.
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
-        raise ValueError("its index lacks a part of a tensor")  # which would stay uninitialised memory
+        raise ValueError("its index lacks a part of a tensor")
     return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=chunks)
 
 
-def _place(path: Path, index: Any, info: Any) -> tuple[Any, Any]:
-    """Where the bytes of an entry lie."""
+def _storage_entry(path: Path, index: Any, info: Any) -> tuple[Any, Any]:
+    """Where the bytes of an entry lie: its index, and the file, offset and length."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     key, where = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
     file = str(where["relative_path"])
+    # `../` or an absolute path would read any file of the machine into a tensor.
     if not (path / file).resolve().is_relative_to(path.resolve()):
         raise ValueError(f"its index names the file {file}, which is not in it")
     if where.get("transform_descriptors"):
         raise ValueError("its files are compressed by an extension of torch; write it without one")
-    place = _StorageInfo(relative_path=file, offset=int(where["offset"]), length=int(where["length"]))
-    return MetadataIndex(str(key["fqn"]), key.get("offset"), key.get("index")), place
+    storage = _StorageInfo(relative_path=file, offset=int(where["offset"]), length=int(where["length"]))
+    return MetadataIndex(str(key["fqn"]), key.get("offset"), key.get("index")), storage

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from curate.core.escape import plot_label
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.report.figures import categories, finished, line, name_cell
 from curate.report.page import fill
 from curate.report.style import HELPED, QUIET
@@ -61,7 +61,7 @@ def write_sections(path: Path, title: str, sentences: Sequence[str], sections: S
         sentences: the finding first, then what else must be known before reading on.
         sections: figures and tables.
     """
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(fill("charts.html", title=title, sentences=sentences, sections=sections), encoding="utf-8")
 
 

@@ -10,11 +10,11 @@ import polars as pl
 from curate.core.arrays import read_table
 from curate.core.artifacts import read_json
 from curate.core.errors import UserError
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.output.layout import SelectionFolder
 
-# Other names and other versions of curate: `load_data` refuses their files by these.
-# Columns that each frame must have; more are allowed and shown nowhere.
+# Columns that each frame must have; more are allowed and shown nowhere. Files of another version of curate are refused
+# by them.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "reliability": ("source", "ranking", "samples", "spearman", "reliability", "reliability_low", "reliability_high"),
     "curve": ("source", "step", "domain", "value", "value_per_lr"),
@@ -103,9 +103,7 @@ class ReportData:
     length_bias: Mapping[str, float] = field(default_factory=dict)
     """Source -> rank correlation of value and length inside domains (`curate.domains.reliability.length_bias`)."""
     predicted: Sequence[Mapping[str, Any]] = ()
-    """How well the values of samples that were not measured are predicted, by domain (`influence.extrapolate`), with
-    the `source` whose values they are of, and of how many samples it was measured beside the part of every domain
-    (`also_measured`); empty where data is not chosen by predictions."""
+    """Rows of `tables.Predicted`; empty where data is not chosen by predictions."""
     contamination: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,
     `of_sample` (largest share of a sample's n-grams), `removed`."""
@@ -124,7 +122,7 @@ def save_data(selection: SelectionFolder, data: ReportData) -> None:
     # what is no frame goes into one JSON file
     facts = {field_.name: getattr(data, field_.name) for field_ in fields(data) if field_.name not in COLUMNS}
     # the whole folder appears at once: a cut leaves no mixture of old and new frames
-    with replacing(selection.report_data) as part:
+    with atomic_write(selection.report_data) as part:
         part.mkdir()
         for name in COLUMNS:
             getattr(data, name).write_parquet(part / f"{name}.parquet")

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from curate.core.escape import page_text
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.report import figures, tables
 from curate.report.data import ReportData
 from curate.report.sentences import checkpoint_name, facts, has_ngrams, headline, is_next_step, resampled, warnings
@@ -30,7 +30,7 @@ def write_report(path: Path, data: ReportData) -> None:
         path: the HTML file.
         data: what it shows.
     """
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(render(data), encoding="utf-8")
 
 
@@ -93,8 +93,8 @@ def _content(data: ReportData) -> dict[str, Any]:
         "has_ngrams": has_ngrams(data),
         "resampled": resampled(sources),
         "mixture_figure": figures.mixture_figure(data.mixture, order=order, colours=colour, before=before),
-        "also_measured": sum(row.get("also_measured", 0) for row in data.predicted),
-        "chosen_by_next_step": any("also_measured" in row for row in data.predicted),
+        "also_measured": sum(row["also_measured"] or 0 for row in data.predicted),
+        "chosen_by_next_step": any(row["also_measured"] is not None for row in data.predicted),
         "shown_examples": _SHOWN_EXAMPLES,
         "settings": json.dumps(dict(data.settings), indent=2),
         **_over_training(data, windows, order, colour),

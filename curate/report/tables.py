@@ -136,7 +136,7 @@ def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
         "too few": "too few to tell",
     }
     # only a choice by next-step influence measures promising samples on top
-    also = ["promising, measured"] if "also_measured" in quality[0] else []
+    also = ["promising, measured"] if quality[0]["also_measured"] is not None else []
     return Table(
         headers=["domain", "samples", "measured", "rank correlation", "low", "high", *also, "the others"],
         numeric=[False, *[True] * (5 + len(also)), False],

@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from curate.core.artifacts import check_contents, check_startable, fingerprint, is_complete, making, seal, start
-from curate.core.writing import replacing
+from curate.core.artifacts import begin, check_can_begin, check_contents, finalize, fingerprint, is_complete, making
+from curate.core.writing import atomic_write
 from curate.domains.scores_file import write_scores
 from curate.mixture.decide import NOTHING_RETAINED
 from curate.mixture.record import write_mixture
@@ -117,7 +117,7 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
     name = f"{targets.main.name}-{fingerprint({**identity, 'data': samples})[:8]}"
     out = plan.config.out or plan.run.folder / SELECTIONS / name
     if not is_complete(out, identity):
-        check_startable(out, identity)
+        check_can_begin(out, identity)
     with making(out, identity) as missing:
         if not missing:
             check_contents(out)
@@ -131,10 +131,10 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
 
 
 def _finish(job: _Job, result: _Result) -> None:
-    """Write the tables, the data, the mixture and the report, and seal the folder."""
+    """Write the tables, the data, the mixture and the report, and finalize the folder."""
     plan, folder = job.plan, job.folder
     tables = _tables(plan, result)
-    start(folder.root, job.identity)
+    begin(folder.root, job.identity)
     write_scores(folder.scores, result.values.frame)
     for name, table in tables.items():
         _write_table(folder.table(name), table)
@@ -150,7 +150,7 @@ def _finish(job: _Job, result: _Result) -> None:
         "residuals": result.values.residuals,
         "mixture_fingerprint": fingerprint(result.mixture.model_dump(mode="json")),
     }
-    seal(folder.root, "selection", job.identity, data=job.samples, **facts)
+    finalize(folder.root, "selection", job.identity, data=job.samples, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - job.begin)
 
 
@@ -185,5 +185,5 @@ def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data
 
 
 def _write_table(path: Path, table: pl.DataFrame) -> None:
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         table.write_parquet(part)

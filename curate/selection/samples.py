@@ -21,7 +21,7 @@ from curate.influence.predict_window import predict_rest
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
-from curate.tables import DomainScores, DrawKeys, NgramRatios, Samples, SampleValues
+from curate.tables import DomainScores, DrawKeys, NgramRatios, Predicted, Samples, SampleValues
 
 if TYPE_CHECKING:
     from curate.influence.current import MeasuredSamples
@@ -54,7 +54,7 @@ class SampleScores:
     values: dy.DataFrame[SampleValues]
     texts: Texts
     ngram_ratios: dy.DataFrame[NgramRatios] | None = None
-    quality: pl.DataFrame | None = None
+    quality: dy.DataFrame[Predicted] | None = None
     measured: MeasuredSamples | None = None
     keys: dy.DataFrame[DrawKeys] | None = None
     measuring_seconds: float = 0.0
@@ -78,7 +78,8 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
     if plan.predicts_samples:
         aimed = [target for target in targets.every if target.name in weights]
         predicted, quality = predict_rest(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
-        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=_told(quality, plan.source))
+        told = _told(quality.with_columns(also_measured=pl.lit(None, pl.Int64)), plan.source)
+        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=told)
     return SampleScores(values=own, texts=texts, ngram_ratios=ratios, keys=domains.keys)
 
 
@@ -187,7 +188,7 @@ def most_promising(
     return Samples.validate(told.filter(place <= pl.col("most").fill_null(0)))
 
 
-def _told(quality: pl.DataFrame, source: str) -> pl.DataFrame:
+def _told(quality: pl.DataFrame, source: str) -> dy.DataFrame[Predicted]:
     """Say how good predictions are, and what they are of."""
     for row in quality.iter_rows(named=True):
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
@@ -195,4 +196,4 @@ def _told(quality: pl.DataFrame, source: str) -> pl.DataFrame:
             "%s: %s of %s samples measured, rank correlation %s held out; the rest: %s",
             row["domain"], f"{row['measured']:,}", f"{row['samples']:,}", told, row["used"],
         )  # fmt: skip
-    return quality.with_columns(source=pl.lit(source))
+    return Predicted.validate(quality.with_columns(source=pl.lit(source)))

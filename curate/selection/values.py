@@ -91,7 +91,7 @@ class WindowValues:
     def costs(self) -> Sequence[Cost]:
         """Of the embedding."""
         first = self.embeddings[0]
-        return [Cost(phase=f"embed {self.window}", folder=first.folder, seconds=first.seconds, passes=first.cost_units)]
+        return [Cost(phase=f"embed {self.window}", folder=first.folder, seconds=first.seconds, passes=first.passes)]
 
     def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
         """By the FAISS index."""

@@ -32,7 +32,7 @@ from curate.core.config import Config, TokenCount
 from curate.core.errors import UserError
 from curate.core.lock import LOCK, Lock, sweep
 from curate.core.paths import local_path
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import tokenizer_file
 from curate.data.mds import Columns
 from curate.data.streams import check_domain
@@ -312,7 +312,7 @@ class TrajectoryRecorder:
         if self.rank == 0:
             paths = sorted((self.folder / "steps.parts").glob("*/*.parquet"))
             merged = pl.concat([part_rows(path) for path in paths]).sort("step", "rank", "micro_batch")
-            with replacing(self.folder / "steps.parquet") as part:
+            with atomic_write(self.folder / "steps.parquet") as part:
                 merged.write_parquet(part)
                 # listed before it is renamed: steps.parquet says that a run is finished, and must never be without sum
                 list_files(self.folder, [], sums={"steps.parquet": sum_of(part)})
@@ -330,7 +330,7 @@ class TrajectoryRecorder:
         Parts come every few steps, and a list of sums beside them could not be replaced in one step with a part.
         """
         frame.write_parquet(content := io.BytesIO())
-        with replacing(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
+        with atomic_write(self._parts / f"{frame['step'][0]:08d}-{hash_of(content.getvalue())}.parquet") as part:
             part.write_bytes(content.getvalue())
 
 

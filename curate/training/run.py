@@ -20,7 +20,7 @@ from curate.core.artifacts import checked, file_fingerprint, fingerprint, hash_o
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.validation import first_problem
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import tokenizer_file
 from curate.data.mds import Columns, MdsStream
 from curate.data.streams import NAME, DomainName, check_same_tokenizer
@@ -324,7 +324,7 @@ def keep_model_config(folder: Path, task: TaskSpec, *, write: bool = True) -> Ta
         return task
     copy = folder / "model" / "config.json"
     if write:
-        with replacing(copy) as part:
+        with atomic_write(copy) as part:
             part.write_bytes((source / "config.json" if source.is_dir() else source).read_bytes())
         list_files(folder, [copy])
     model = task.model.model_copy(update={"hf_config": copy.relative_to(folder)})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from curate.core.artifacts import checked, list_files
 from curate.core.errors import UserError
 from curate.core.machine import free_disk
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.optimizers.settings import BUFFERS
 from curate.training.model import all_parameters, named_parameters, unwrapped_name
 
@@ -135,7 +135,7 @@ def save_state(
     from safetensors.torch import save_file
 
     tensors = {key: value.contiguous() for key, value in state_tensors(model, optimizers).items()}
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, str(part), _ESTIMATED if estimated else None)
 
 

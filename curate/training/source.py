@@ -15,7 +15,7 @@ from curate.core.arrays import read_table
 from curate.core.artifacts import checked, file_fingerprint, fingerprint, folder_bytes, list_files, listed
 from curate.core.errors import UserError
 from curate.core.lock import locked
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.mds import CATALOGUE, Columns, MdsStream
 from curate.tables import Catalogue
 
@@ -117,5 +117,5 @@ def read_catalogue(folder: Path, streams: Mapping[str, MdsStream]) -> dy.DataFra
 
 def _write_catalogue(path: Path, streams: Mapping[str, MdsStream]) -> None:
     frames = [stream.catalogue().with_columns(domain=pl.lit(domain)) for domain, stream in streams.items()]
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         pl.concat(frames).write_parquet(part)

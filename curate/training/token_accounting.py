@@ -1,4 +1,4 @@
-"""How often each sample was trained on, over all stages: `python -m curate.training.token_accounting --run RUN`.
+"""How often each sample was trained on, over all stages.
 
 The counts come from the recorded steps and go by content id. So they survive re-sharding and renaming, and a resumed
 stage counts once. A run names the run that it continued from (`RunSpec.previous`), which gives the chain of stages.
@@ -6,7 +6,6 @@ stage counts once. A run names the run that it continued from (`RunSpec.previous
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,23 +14,10 @@ import polars as pl
 
 from curate.core.arrays import read_table
 from curate.core.artifacts import file_fingerprint, read_json
-from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
-from curate.core.progress import start_logging
 from curate.tables import DomainsSeen, SampleUses, StageUses
-from curate.training.run import Run, open_run, sample_uses
+from curate.training.run import Run, sample_uses
 from curate.training.source import SampleSource
-
-_log = logging.getLogger(__name__)
-
-
-class TokenAccountingConfig(Config):
-    """The stages to count."""
-
-    run: Path = Path("runs")
-    """Recorded run of the last stage, or a folder of runs: the newest finished one is taken."""
-    earlier_runs: tuple[Path, ...] | None = None
-    """Runs of the stages before it; none: the chain that the runs name themselves."""
 
 
 def stages(run: Run, earlier: Sequence[Path] | None = None) -> list[Path]:
@@ -137,39 +123,3 @@ def _tokens_by_stage(samples: pl.DataFrame, stage_uses: dy.DataFrame[StageUses])
     tokens = trained.agg(tokens=(pl.col("stored_tokens") * pl.col("uses")).sum())
     pairs = stages_and_domains.join(tokens, on=["stage", "domain"], how="left").sort("domain", "stage")
     return pairs.group_by("domain").agg(seen_tokens_by_stage=pl.col("tokens").fill_null(0))
-
-
-def main() -> None:
-    """Entry point."""
-    config = parse_command(
-        TokenAccountingConfig,
-        "python -m curate.training.token_accounting",
-        "What all stages up to a run trained on of each domain.",
-    )
-    start_logging()
-    run = open_run(config.run)
-    folders = stages(run, config.earlier_runs)
-    for stage, folder in enumerate(folders):
-        _log.info("stage %d: %s", stage, folder)
-    header = ("domain", "samples", "seen", "tokens", "seen tokens", "epochs", "most")
-    _log.info("%-20s %10s %10s %14s %14s %7s %5s", *header)
-    for row in domains_seen(run.source, uses(folders)).iter_rows(named=True):
-        _log.info(
-            "%-20s %10s %10s %14s %14s %7.2f %5d",
-            row["domain"],
-            f"{row['samples']:,}",
-            f"{row['seen']:,}",
-            f"{row['stored_tokens']:,}",
-            f"{row['seen_tokens']:,}",
-            row["epochs"],
-            row["most_uses"],
-        )
-    unknown = run.unknown
-    if len(unknown):
-        # their lengths are in the streams only
-        cells = ("(in no stream)", "?", f"{len(unknown):,}", "?", "?", "?", str(unknown["uses"].max()))
-        _log.info("%-20s %10s %10s %14s %14s %7s %5s", *cells)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.core.artifacts import file_fingerprint, is_complete, seal
+from curate.core.artifacts import file_fingerprint, finalize, is_complete
 from curate.core.errors import UserError
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.documents import Document
 from curate.data.files import read_documents
 from pipelines.prepare import PrepareConfig, prepare
@@ -46,9 +46,9 @@ def make_pools(config: BranchesConfig) -> Path:
         **config.model_dump(mode="json", include=names),
     }
     if not is_complete(folder / "split", settings):
-        with replacing(folder / "split") as part:
+        with atomic_write(folder / "split") as part:
             _split(config, files, part)
-            seal(part, "branches split", settings)
+            finalize(part, "branches split", settings)
     for pool in sorted({config.case(name).pool for name in config.cases}):
         _pack(config, folder, pool, None)
         if pool == "noisy":

@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from curate.core.artifacts import is_complete, seal
+from curate.core.artifacts import finalize, is_complete
 from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.lock import locked
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from pipelines.corpus.recipe import GENERAL, JUNK, RECIPE, RETAIN, Source
 from pipelines.corpus.sources import Text, package_version
 
@@ -88,9 +88,9 @@ def build(config: CorpusConfig, recipe: Sequence[Source] = RECIPE) -> dict[str, 
     with locked(config.out.parent, f".{config.out.name}.lock", wait=True):
         if not is_complete(config.out, settings):
             chosen, dropped = choose(_read_sources(recipe), config)
-            with replacing(config.out) as part:
+            with atomic_write(config.out) as part:
                 facts = {file: _write(part / file, rows, dropped[file]) for file, rows in chosen.items()}
-                seal(part, "corpus", settings, files=facts)
+                finalize(part, "corpus", settings, files=facts)
     return _facts(config.out)
 
 

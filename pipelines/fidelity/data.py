@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.core.artifacts import file_fingerprint, is_complete, seal
+from curate.core.artifacts import file_fingerprint, finalize, is_complete
 from curate.core.errors import UserError
 from curate.core.rng import generator
-from curate.core.writing import replacing
+from curate.core.writing import atomic_write
 from curate.data.files import read_documents
 from curate.embeddings.anchors import GENERAL
 from curate.training.recorder import RecorderConfig
@@ -41,9 +41,9 @@ def make_data(config: BenchConfig) -> Path:
         ),
     }
     if not is_complete(folder / "split", settings):
-        with replacing(folder / "split") as part:
+        with atomic_write(folder / "split") as part:
             _split(config, files, part)
-            seal(part, "fidelity split", settings)
+            finalize(part, "fidelity split", settings)
     prepare(
         PrepareConfig(
             out=folder / "mds",

@@ -154,7 +154,7 @@ def _published(bench: Bench) -> Iterator[Estimates]:
             for target in loaded:
                 embedding = embed_window(replace(job, target=target), window, horizon_name, estimator)
                 columns.append(embedding.values(target))
-            units = embedding.cost_units / (stop - first) / len(loaded)
+            units = embedding.passes / (stop - first) / len(loaded)
             size = float(embedding.vectors[:1].nbytes)
             yield _estimates(bench, name, window, horizon, np.stack(columns, 1), units, size)
 

@@ -16,7 +16,7 @@ from curate.core.progress import progress
 from curate.embeddings.adjoint import StepOptions, adjoint_step, embedding_names
 from curate.embeddings.adjoint_estimator import load_cotangent, save_cotangent
 from curate.embeddings.anchors import anchor_gradients
-from curate.embeddings.own_step import embedding_corrections, exact_values
+from curate.embeddings.leave_one_out import embedding_corrections, exact_values
 from curate.embeddings.states import plan_states, states_backward
 from curate.optimizers.state import TrainingState
 

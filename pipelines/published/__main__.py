@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from curate.core.artifacts import SIGN, read_json, start, write_json
+from curate.core.artifacts import SIGN, begin, read_json, write_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.lock import locked
@@ -78,7 +78,7 @@ def published(config: PublishedConfig) -> dict[str, Any]:
     if config.removed > config.train:
         raise UserError(f"removed {config.removed} is more than the {config.train} training images")
     # what tells parts apart (seed, lr, activation) is in their names: more of them may be added to the folder
-    start(config.out, config.model_dump(mode="json", exclude={"out", "seeds", "lrs", "activations", "resamples"}))
+    begin(config.out, config.model_dump(mode="json", exclude={"out", "seeds", "lrs", "activations", "resamples"}))
     settings = list(itertools.product(config.activations, config.lrs, range(config.seeds)))
     parts = []
     for activation, lr, seed in progress(settings, total=len(settings), what="published", unit="run"):

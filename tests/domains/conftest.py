@@ -24,8 +24,8 @@ def make_values(
                         "step": np.repeat(np.arange(steps), batch),
                         "sample_id": index + 1000,
                         "weight": np.full(n, 1 / batch, np.float32),
-                        "tokens": tokens,
-                        "length": np.full(n, 9),
+                        "predicted_tokens": tokens,
+                        "stored_tokens": np.full(n, 9),
                         "source": [source] * n,
                         "horizon": ["window_end"] * n,
                         "domain": [domains[d] for d in domain],
@@ -33,9 +33,9 @@ def make_values(
                         "shard": index // 24,
                         "documents": [_documents(int(i), int(t)) for i, t in zip(index, tokens, strict=True)],
                         "target": [target] * n,
-                        "value": value,
-                        "value_a": value + noise[1],
-                        "value_b": value + noise[2],
+                        "value_total_nats": value,
+                        "value_half_a_nats": value + noise[1],
+                        "value_half_b_nats": value + noise[2],
                     }
                 )
             )
@@ -43,8 +43,8 @@ def make_values(
 
 
 def _documents(index, tokens):
-    first = {"id": f"d{index // 3}", "tokens": tokens // 2}
-    return [first, {"id": f"e{index}", "tokens": tokens - tokens // 2}]
+    first = {"id": f"d{index // 3}", "predicted_tokens": tokens // 2}
+    return [first, {"id": f"e{index}", "predicted_tokens": tokens - tokens // 2}]
 
 
 @pytest.fixture

@@ -17,11 +17,14 @@ def test_against_a_plain_loop(values):
     mean, squares = {}, 0.0
     for domain in PRIOR:
         own = [row for row in rows if row["domain"] == domain]
-        mean[domain] = sum(row["value"] for row in own) / sum(row["tokens"] for row in own)
-        squares += sum(row["tokens"] * (row["value"] / row["tokens"] - mean[domain]) ** 2 for row in own)
+        mean[domain] = sum(row["value_total_nats"] for row in own) / sum(row["predicted_tokens"] for row in own)
+        squares += sum(
+            row["predicted_tokens"] * (row["value_total_nats"] / row["predicted_tokens"] - mean[domain]) ** 2
+            for row in own
+        )
         assert got[domain]["samples"] == len(own)
-        assert got[domain]["tokens"] == sum(row["tokens"] for row in own)
-    deviation = (squares / sum(row["tokens"] for row in rows)) ** 0.5
+        assert got[domain]["predicted_tokens"] == sum(row["predicted_tokens"] for row in own)
+    deviation = (squares / sum(row["predicted_tokens"] for row in rows)) ** 0.5
     centre = sum(PRIOR[domain] * mean[domain] for domain in PRIOR)
     for domain in PRIOR:
         assert got[domain]["value_per_token"] == pytest.approx(mean[domain], rel=1e-12)
@@ -32,22 +35,28 @@ def test_against_a_plain_loop(values):
 def test_bootstrap_by_step_sums_equals_resampling_rows(values):
     domains = sorted(PRIOR)
     weights = step_weights(12, 5, np.random.default_rng(3))
-    fast = (weights @ step_sums(values, domains, "value")) / (weights @ step_sums(values, domains, "tokens"))
+    fast = (weights @ step_sums(values, domains, "value_total_nats")) / (
+        weights @ step_sums(values, domains, "predicted_tokens")
+    )
     for drawn, estimate in zip(weights, fast, strict=True):
         rows = pl.concat([values.filter(pl.col("step") == step) for step in range(12) for _ in range(int(drawn[step]))])
         for position, domain in enumerate(domains):
             own = rows.filter(pl.col("domain") == domain)
-            assert estimate[position] == pytest.approx(own["value"].sum() / own["tokens"].sum(), rel=1e-12)
+            assert estimate[position] == pytest.approx(
+                own["value_total_nats"].sum() / own["predicted_tokens"].sum(), rel=1e-12
+            )
 
 
 def test_standard_error_is_that_of_a_ratio_over_steps(make):
     values = make(steps=200, domains=("a", "b"), effect=(0.5, -0.5))
     row = domain_scores(values, {"a": 1, "b": 1}, seed=0, resamples=4000).row(0, named=True)
     per_step = (
-        values.filter(pl.col("domain") == "a").group_by("step").agg(pl.col("value").sum(), pl.col("tokens").sum())
+        values.filter(pl.col("domain") == "a")
+        .group_by("step")
+        .agg(pl.col("value_total_nats").sum(), pl.col("predicted_tokens").sum())
     )
-    residual = per_step["value"] - row["value_per_token"] * per_step["tokens"]
-    expected = float((residual**2).sum()) ** 0.5 / per_step["tokens"].sum()  # the delta method for a ratio
+    residual = per_step["value_total_nats"] - row["value_per_token"] * per_step["predicted_tokens"]
+    expected = float((residual**2).sum()) ** 0.5 / per_step["predicted_tokens"].sum()  # the delta method for a ratio
     assert row["se"] == pytest.approx(expected, rel=0.1)
     assert row["low"] < row["value_per_token"] < row["high"]
     assert row["score_low"] < row["score"] < row["score_high"]
@@ -63,7 +72,7 @@ def test_row_order_and_other_domains_names_do_not_matter(values):
 
 def test_scale_and_constant_shift_of_values_do_not_change_scores(values):
     expected = domain_scores(values, PRIOR, seed=1, resamples=100)
-    moved = values.with_columns(value=7 * (pl.col("value") + 3 * pl.col("tokens")))
+    moved = values.with_columns(value_total_nats=7 * (pl.col("value_total_nats") + 3 * pl.col("predicted_tokens")))
     got = domain_scores(moved, PRIOR, seed=1, resamples=100)
     columns = ["score", "score_se", "score_low", "score_high", "shrunk"]
     assert_frame_equal(expected.select(columns), got.select(columns), rel_tol=1e-8)
@@ -72,7 +81,7 @@ def test_scale_and_constant_shift_of_values_do_not_change_scores(values):
 def test_a_domain_without_samples_is_reported_and_neutral(values):
     frame = domain_scores(values, {**PRIOR, "unseen": 0.5}, seed=0, resamples=50)
     row = frame.filter(pl.col("domain") == "unseen").row(0, named=True)
-    assert (row["samples"], row["tokens"], row["score"], row["shrunk"]) == (0, 0, 0.0, 0.0)
+    assert (row["samples"], row["predicted_tokens"], row["score"], row["shrunk"]) == (0, 0, 0.0, 0.0)
     assert row["value_per_token"] is None
     assert row["se"] is None
     without = domain_scores(values, PRIOR, seed=0, resamples=50)
@@ -87,15 +96,21 @@ def test_one_step_gives_no_confidence(values):
 
 
 def test_equal_values_score_zero_without_nan(values):
-    frame = domain_scores(values.with_columns(value=pl.col("tokens") * 0.1), PRIOR, seed=0, resamples=50)
+    frame = domain_scores(
+        values.with_columns(value_total_nats=pl.col("predicted_tokens") * 0.1), PRIOR, seed=0, resamples=50
+    )
     assert frame["score"].to_list() == [0.0, 0.0, 0.0]
     assert frame["shrunk"].to_list() == [0.0, 0.0, 0.0]
     assert not any(frame[name].is_nan().any() for name in frame.columns if frame[name].dtype.is_float())
 
 
 def test_samples_without_predicted_tokens_are_harmless(values):
-    empty = values.with_columns(tokens=pl.when(pl.col("index") % 7 == 0).then(0).otherwise("tokens"))
-    empty = empty.with_columns(value=pl.when(pl.col("tokens") == 0).then(0.0).otherwise("value"))
+    empty = values.with_columns(
+        predicted_tokens=pl.when(pl.col("index") % 7 == 0).then(0).otherwise("predicted_tokens")
+    )
+    empty = empty.with_columns(
+        value_total_nats=pl.when(pl.col("predicted_tokens") == 0).then(0.0).otherwise("value_total_nats")
+    )
     frame = domain_scores(empty, PRIOR, seed=0, resamples=50)
     assert frame["score"].is_finite().all()
 
@@ -123,7 +138,9 @@ def test_shrink_formula():
 
 
 def test_pooled_deviation_ignores_the_distance_between_domains(values):
-    apart = values.with_columns(value=pl.col("value") + pl.col("tokens") * 100 * (pl.col("domain") == "a"))
+    apart = values.with_columns(
+        value_total_nats=pl.col("value_total_nats") + pl.col("predicted_tokens") * 100 * (pl.col("domain") == "a")
+    )
     assert pooled_deviation(apart) == pytest.approx(pooled_deviation(values))
 
 

@@ -34,7 +34,7 @@ def stream(folder, rows):
 def pool_of(lengths, domains):
     n = len(lengths)
     return pl.DataFrame(
-        {"domain": domains, "index": np.arange(n), "sample_id": np.arange(n) * 7 + 1, "length": lengths}
+        {"domain": domains, "index": np.arange(n), "sample_id": np.arange(n) * 7 + 1, "stored_tokens": lengths}
     )
 
 

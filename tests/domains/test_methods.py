@@ -36,11 +36,13 @@ def test_shuffling_keeps_values_per_token_and_moves_them_between_domains(make):
     assert again.columns == values.columns
     for source in ("early", "late"):
         before, after = (frame.filter(source=source) for frame in (values, again))
-        for name in ("value", "value_a", "value_b"):
-            per_token = [np.sort((frame[name] / frame["tokens"]).to_numpy()) for frame in (before, after)]
+        for name in ("value_total_nats", "value_half_a_nats", "value_half_b_nats"):
+            per_token = [np.sort((frame[name] / frame["predicted_tokens"]).to_numpy()) for frame in (before, after)]
             np.testing.assert_allclose(*per_token, rtol=1e-12)
-        assert before.drop("value", "value_a", "value_b").equals(after.drop("value", "value_a", "value_b"))
-        assert (before["value"] != after["value"]).mean() > 0.9
+        assert before.drop("value_total_nats", "value_half_a_nats", "value_half_b_nats").equals(
+            after.drop("value_total_nats", "value_half_a_nats", "value_half_b_nats")
+        )
+        assert (before["value_total_nats"] != after["value_total_nats"]).mean() > 0.9
     assert shuffled(values, 0).equals(again)
     assert not shuffled(values, 1).equals(again)
 
@@ -62,7 +64,9 @@ def test_lengths_do_not_make_a_null_favour_a_domain(make):
     """Domains whose samples are of different length and worth the same per token stay equal."""
     values = make(steps=30, effect=(1.0, 1.0, 1.0))
     longer = pl.when(pl.col("domain") == "a").then(4).otherwise(1)
-    values = values.with_columns(tokens=pl.col("tokens") * longer, value=pl.col("value") * longer)
+    values = values.with_columns(
+        predicted_tokens=pl.col("predicted_tokens") * longer, value_total_nats=pl.col("value_total_nats") * longer
+    )
     found = [
         domain_scores(shuffled(values, seed), dict.fromkeys("abc", 1.0), seed=0)["score"].to_numpy()
         for seed in range(30)

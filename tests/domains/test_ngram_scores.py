@@ -12,9 +12,12 @@ from polars.testing import assert_frame_equal
 
 from curate.data.mds import COLUMNS, Columns, content_id, write_stream
 from curate.domains import ngram_scores as module
-from curate.domains.ngram_scores import ngram_ratios, sample_ratios, with_ratios
+from curate.domains.ngram_scores import combined_ratios, ngram_ratios, with_ratios
+from curate.ngrams.ratios import mean_log_ratios
+from curate.tables import ValueScores
 from curate.training.samples import usable_samples
 from curate.training.source import SampleSource
+from tests.frames import fill
 
 PRIOR = {"a": 3.0, "b": 1.0}
 MU = 2000
@@ -143,7 +146,9 @@ def test_texts_that_are_all_alike_have_no_scores(tmp_path):
 
 
 def of_all(source, found, weights):
-    return sample_ratios(source, usable_samples(source.unique_samples), found, weights)
+    samples = usable_samples(source.unique_samples)
+    means = [mean_log_ratios(batch, found.ratios) for batch in source.read_batches(samples, 9)]
+    return combined_ratios(samples, np.concatenate(means), found, weights)
 
 
 def test_n_grams_have_their_share_of_scores():
@@ -151,8 +156,9 @@ def test_n_grams_have_their_share_of_scores():
         {"target": ["t", "t"], "domain": ["a", "b"], "score": [1.0, -1.0], "score_low": [0.5, None],
          "score_high": [1.5, None], "shrunk": [0.8, 0.0], "prior": [0.75, 0.25]}
     )  # fmt: skip
+    domains = fill(ValueScores, domains)
     table = pl.DataFrame({"target": ["t", "t"], "domain": ["b", "a"], "ngram_ratio": [2.0, -1.0]})
-    found = module.NgramRatios(targets=["t"], ratios=np.zeros((1, 1)), deviations=np.ones(1), domains=table)
+    found = module.TargetRatios(targets=["t"], ratios=np.zeros((1, 1)), deviations=np.ones(1), domains=table)
     mixed = with_ratios(domains, found, 0.25)
     assert mixed["domain"].to_list() == ["a", "b"]
     assert mixed["shrunk"].to_list() == pytest.approx([0.75 * 0.8 - 0.25, 0.5])

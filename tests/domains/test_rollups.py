@@ -15,8 +15,8 @@ from curate.stats.sums import row_mean, row_sum
 
 def test_document_values_add_up(values):
     frame = document_values(values)
-    assert frame["value"].sum() == pytest.approx(values["value"].sum())
-    assert frame["tokens"].sum() == values["tokens"].sum()
+    assert frame["value_total_nats"].sum() == pytest.approx(values["value_total_nats"].sum())
+    assert frame["predicted_tokens"].sum() == values["predicted_tokens"].sum()
 
 
 def test_a_document_in_two_samples_gets_both_shares():
@@ -25,22 +25,30 @@ def test_a_document_in_two_samples_gets_both_shares():
             "source": ["late"] * 3,
             "target": ["t"] * 3,
             "domain": ["a"] * 3,
-            "value": [8.0, 3.0, 5.0],
-            "tokens": [8, 3, 0],
-            "documents": [[{"id": "x", "tokens": 2}, {"id": "y", "tokens": 6}], [{"id": "x", "tokens": 3}], []],
+            "value_total_nats": [8.0, 3.0, 5.0],
+            "predicted_tokens": [8, 3, 0],
+            "documents": [
+                [{"id": "x", "predicted_tokens": 2}, {"id": "y", "predicted_tokens": 6}],
+                [{"id": "x", "predicted_tokens": 3}],
+                [],
+            ],
         }
     )
-    rows = document_values(values).select("document", "samples", "tokens", "value", "value_per_token").rows()
+    rows = (
+        document_values(values)
+        .select("document", "samples", "predicted_tokens", "value_total_nats", "value_per_token")
+        .rows()
+    )
     assert rows == [("x", 2, 5, 5.0, 1.0), ("y", 1, 6, 6.0, 1.0)]
 
 
 def test_shard_scores_add_up(values):
     frame = shard_scores(values)
-    assert frame["value"].sum() == pytest.approx(values["value"].sum())
+    assert frame["value_total_nats"].sum() == pytest.approx(values["value_total_nats"].sum())
     assert frame["samples"].sum() == values["sample_id"].n_unique()
     first = frame.row(0, named=True)
     own = values.filter(domain=first["domain"], shard=first["shard"])
-    assert first["value_per_token"] == pytest.approx(own["value"].sum() / own["tokens"].sum())
+    assert first["value_per_token"] == pytest.approx(own["value_total_nats"].sum() / own["predicted_tokens"].sum())
 
 
 def test_shuffled_shards_do_not_differ(values):
@@ -50,7 +58,11 @@ def test_shuffled_shards_do_not_differ(values):
 
 
 def test_shards_that_differ_are_seen(values):
-    frame = between_shards(values.with_columns(value=pl.col("value") + 20 * pl.col("tokens") * (pl.col("shard") % 2)))
+    frame = between_shards(
+        values.with_columns(
+            value_total_nats=pl.col("value_total_nats") + 20 * pl.col("predicted_tokens") * (pl.col("shard") % 2)
+        )
+    )
     assert (frame["p_value"] < 0.01).all()
     assert (frame["share_between"] > 0.3).all()
     assert frame["verdict"].str.starts_with("shards differ").all()
@@ -58,13 +70,15 @@ def test_shards_that_differ_are_seen(values):
 
 def test_a_step_effect_is_not_a_shard_effect(values):
     """Shards are read one after another, so what differs between steps must not look like a difference of shards."""
-    ordered = values.with_columns(shard=pl.col("step") // 3, value=pl.col("value") * 10 ** pl.col("step"))
+    ordered = values.with_columns(
+        shard=pl.col("step") // 3, value_total_nats=pl.col("value_total_nats") * 10 ** pl.col("step")
+    )
     assert (between_shards(ordered)["p_value"] > 0.001).all()
 
 
 def test_kruskal_against_scipy(values):
     one_step = values.with_columns(step=0, domain=pl.lit("a"))
-    per_token = one_step["value"] / one_step["tokens"]
+    per_token = one_step["value_total_nats"] / one_step["predicted_tokens"]
     groups = [per_token.filter(one_step["shard"] == shard).to_numpy() for shard in one_step["shard"].unique().sort()]
     assert between_shards(one_step)["p_value"].item() == pytest.approx(stats.kruskal(*groups).pvalue, rel=1e-6)
 
@@ -79,7 +93,7 @@ def test_nothing_to_test(values, shard):
 def test_spearman_against_scipy_and_correction(values):
     frame = halves_reliability(values, seed=0, resamples=200)
     pooled = frame.filter(ranking="pooled").row(0, named=True)
-    expected = stats.spearmanr(values["value_a"], values["value_b"]).statistic
+    expected = stats.spearmanr(values["value_half_a_nats"], values["value_half_b_nats"]).statistic
     assert pooled["spearman"] == pytest.approx(expected, rel=1e-9)
     assert pooled["reliability"] == pytest.approx(2 * expected / (1 + expected), rel=1e-9)
     assert pooled["low"] < pooled["spearman"] < pooled["high"]
@@ -91,8 +105,8 @@ def test_within_steps_takes_out_the_scale_of_a_step(make):
     values = make(steps=30)
     level = pl.col("step") * 100.0
     noise = values.with_columns(
-        value_a=level + pl.Series(random.standard_normal(values.height)),
-        value_b=level + pl.Series(random.standard_normal(values.height)),
+        value_half_a_nats=level + pl.Series(random.standard_normal(values.height)),
+        value_half_b_nats=level + pl.Series(random.standard_normal(values.height)),
     )
     frame = {row["ranking"]: row for row in halves_reliability(noise, seed=0, resamples=100).iter_rows(named=True)}
     assert frame["pooled"]["spearman"] > 0.9
@@ -100,7 +114,7 @@ def test_within_steps_takes_out_the_scale_of_a_step(make):
 
 
 def test_equal_halves_are_unknown_not_nan(values):
-    frame = halves_reliability(values.with_columns(value_a=0.0), seed=0, resamples=20)
+    frame = halves_reliability(values.with_columns(value_half_a_nats=0.0), seed=0, resamples=20)
     assert frame["reliability"].null_count() == 2
 
 
@@ -117,14 +131,21 @@ def test_length_bias_is_the_rank_correlation_inside_domains():
         value = random.normal(size=40) + 0.05 * tokens - level
         oracle.append(stats.spearmanr(value, tokens).statistic)
         rows += [
-            {"source": "late", "target": "t", "domain": domain, "step": i % 8, "tokens": int(n), "value": float(v)}
+            {
+                "source": "late",
+                "target": "t",
+                "domain": domain,
+                "step": i % 8,
+                "predicted_tokens": int(n),
+                "value_total_nats": float(v),
+            }
             for i, (n, v) in enumerate(zip(tokens, value, strict=True))
         ]
     (row,) = length_bias(pl.DataFrame(rows), seed=0, resamples=200).to_dicts()
     assert row["spearman"] == pytest.approx(np.mean(oracle), rel=1e-9)
     assert row["low"] < row["spearman"] < row["high"]
     assert row["samples"] == 80
-    equal = pl.DataFrame(rows).with_columns(tokens=pl.lit(32))
+    equal = pl.DataFrame(rows).with_columns(predicted_tokens=pl.lit(32))
     assert length_bias(equal, seed=0, resamples=20)["spearman"].to_list() == [None]
 
 

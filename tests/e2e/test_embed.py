@@ -56,9 +56,9 @@ def test_a_large_residual_is_warned_of_with_the_way_out(folder, run, caplog):
     assert embedding.residual > 0.5
     assert f"leave {100 * embedding.residual:.0f} % of the target's gradient unexplained" in caplog.text
     job = plan_job(Replay(run), "early", "window_end", targets.main, batch_size=16)
-    units = AdjointEstimator(AdjointConfig()).cost_units(job)
+    passes = AdjointEstimator(AdjointConfig()).passes(job)
     (warning,) = [text for text in said if "approximate" in text]
-    assert f"--estimator adjoint), which would cost about {units:.0f} forward+backward passes" in warning
+    assert f"--estimator adjoint), which would cost about {passes:.0f} forward+backward passes" in warning
 
 
 def test_exact_values_are_not_doubted(folder, run, caplog):

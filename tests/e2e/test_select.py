@@ -297,9 +297,9 @@ def test_how_well_anchors_express_the_target_is_in_the_manifest_and_the_report(f
     residual = json.loads((out / "manifest.json").read_text())["residuals"]["late"]
     assert 0 < residual <= 1
     assert f"late window: the anchors leave {100 * residual:.0f} % of the target's gradient unexplained" in caplog.text
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "unexplained by the anchors" in page
-    assert "late at step 12" in page
+    shown = json.loads((out / "report_data" / "report.json").read_text(encoding="utf-8"))
+    assert shown["residuals"] == {"late": pytest.approx(residual)}
+    assert shown["horizons"] == {"late": "step_12"}
 
 
 @pytest.mark.slow

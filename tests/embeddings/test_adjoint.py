@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from curate.core.errors import UserError
 from curate.embeddings.adjoint import StepOptions, adjoint_step
-from curate.embeddings.own_step import embedding_corrections, exact_values
+from curate.embeddings.leave_one_out import embedding_corrections, exact_values
 from curate.embeddings.products import check_curvature, difference_products, exact_products
 from curate.optimizers.settings import GroupSettings
 from curate.optimizers.state import TrainingState

@@ -330,7 +330,7 @@ def test_the_stated_cost_grows_with_what_is_asked_for(folder):
 
     def cost(horizon="stage_end", **settings):
         job = plan_job(Replay(run), "early", horizon, target, batch_size=4)
-        return AdjointEstimator(AdjointConfig(**settings)).cost_units(job)
+        return AdjointEstimator(AdjointConfig(**settings)).passes(job)
 
     assert cost() > cost(hessian="difference") > cost("window_end")
     assert cost(memory_bytes=STATE) == pytest.approx(cost() + 12)  # every step is replayed twice

@@ -129,12 +129,12 @@ def test_embeddings_are_those_of_replay_and_only_what_is_missing_is_replayed(str
     run = Run(tmp_path / "run")
     other = without_captures(run, tmp_path / "other")
     estimator = estimator_of(name)
-    assert estimator.cost_units(job_of(run)) == 0
-    assert estimator.cost_units(job_of(other)) == 4
-    assert estimator.cost_units(job_of(run, "early", "stage_end")) == 4  # steps 4 to 8, between the windows
-    assert estimator_of(name, width=3).cost_units(job_of(run)) == 4  # other coordinates
-    assert estimator_of(name, seed=1).cost_units(job_of(run)) == 4
-    assert estimator_of("dvemb-adam", shortcut=True).cost_units(job_of(run)) == 4
+    assert estimator.passes(job_of(run)) == 0
+    assert estimator.passes(job_of(other)) == 4
+    assert estimator.passes(job_of(run, "early", "stage_end")) == 4  # steps 4 to 8, between the windows
+    assert estimator_of(name, width=3).passes(job_of(run)) == 4  # other coordinates
+    assert estimator_of(name, seed=1).passes(job_of(run)) == 4
+    assert estimator_of("dvemb-adam", shortcut=True).passes(job_of(run)) == 4
     for window, horizon in (("late", "window_end"), ("early", "stage_end")):
         embeddings = [embed_window(job_of(one, window, horizon), window, horizon, estimator) for one in (run, other)]
         found, wanted = (np.array(one.vectors) for one in embeddings)
@@ -145,8 +145,8 @@ def test_embeddings_are_those_of_replay_and_only_what_is_missing_is_replayed(str
 
 def test_gradients_alone_do_not_serve_adam(streams, tmp_path):
     Training(streams, capture=CaptureConfig(width=WIDTH)).run(tmp_path / "run", WINDOWS)
-    assert estimator_of("dvemb").cost_units(job_of(Run(tmp_path / "run"))) == 0
-    assert estimator_of("dvemb-adam").cost_units(job_of(Run(tmp_path / "run"))) == 4
+    assert estimator_of("dvemb").passes(job_of(Run(tmp_path / "run"))) == 0
+    assert estimator_of("dvemb-adam").passes(job_of(Run(tmp_path / "run"))) == 4
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_ends_the_capture_not_the_training(strea
     assert Training(streams, capture=CaptureConfig(width=WIDTH)).run(tmp_path / "run", WINDOWS) == losses
     assert "nor can the reason be written there" in caplog.text
     monkeypatch.undo()
-    assert estimator_of("dvemb").cost_units(job_of(Run(tmp_path / "run"), "early")) == 4
+    assert estimator_of("dvemb").passes(job_of(Run(tmp_path / "run"), "early")) == 4
 
 
 FULL_DISK = """
@@ -245,7 +245,7 @@ def test_a_full_disk_ends_the_capture_not_the_training(streams, tmp_path, caplog
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout) == Training(streams, batch_size=60).run(None)
-    assert estimator_of("dvemb", width=16).cost_units(job_of(Run(tmp_path / "run"))) == 4
+    assert estimator_of("dvemb", width=16).passes(job_of(Run(tmp_path / "run"))) == 4
     assert "incomplete, rank-00000 stopped: step 0 was not written: OSError: " in caplog.text
 
 

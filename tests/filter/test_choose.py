@@ -14,10 +14,12 @@ from curate.filter.overlap import contamination, held_out, near_duplicates, scan
 from curate.filter.pipeline import filter_pool
 from curate.ngrams.hashes import N, ngram_hashes
 from curate.output.plan import make_pool
+from curate.tables import VALUES_TOTAL, Catalogue, DrawKeys, RankedPool, SampleUses, SampleValues
+from tests.frames import fill
 
 LENGTH = 64
 SAMPLES = 60
-NONE = pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64})
+NONE = SampleUses.create_empty()
 
 
 def planted():
@@ -46,24 +48,23 @@ def data(tmp_path_factory):
         ]
         write_stream(base / name, COLUMNS, rows, shard_bytes=4000)
     streams = {name: MdsStream(base / name) for name in tokens}
-    catalogues = {name: stream.catalogue() for name, stream in streams.items()}
-    return streams, catalogues, held
+    tables = [stream.catalogue().with_columns(domain=pl.lit(name)) for name, stream in streams.items()]
+    return streams, Catalogue.validate(pl.concat(tables)), held
 
 
-def values_of(catalogues, value):
+def values_of(catalogue, value):
     """One row for each of the first 40 samples of a domain; `value(index)` per token."""
-    tables = [
-        table.filter(pl.col("index") < 40).with_columns(domain=pl.lit(name)) for name, table in catalogues.items()
-    ]
-    table = pl.concat(tables).unique(["domain", "sample_id"], keep="first", maintain_order=True)
-    per_token = pl.Series([float(value(index)) for index in table["index"]])
-    numbers = {name: pl.col("tokens") * per_token for name in ("value", "value_a", "value_b")}
-    return table.with_columns(step=0, source=pl.lit("late"), target=pl.lit("t"), **numbers)
+    first = catalogue.filter(pl.col("index") < 40)
+    table = first.unique(["domain", "sample_id"], keep="first", maintain_order=True)
+    per_token = pl.Series([float(value(index)) for index in table["index"]], dtype=pl.Float64)
+    return fill(
+        SampleValues, table.with_columns((pl.col("predicted_tokens") * per_token).alias(n) for n in VALUES_TOTAL)
+    )
 
 
 def outcome(data, value=lambda index: index, seed=0, noise=NOISE, **settings):
-    streams, catalogues, held = data
-    pool = make_pool(catalogues, values_of(catalogues, value), NONE)
+    streams, catalogue, held = data
+    pool = make_pool(catalogue, values_of(catalogue, value), NONE)
     config = FilterConfig(**{"drop_fraction": 0.0, **settings})
     documents = held_out([("test.jsonl", "question 7", held)])
     found = scan(pool, streams, documents)
@@ -87,8 +88,8 @@ def test_of_near_duplicates_the_best_stays(data):
 
 def test_near_duplicates_against_all_pairs(data):
     """A slow oracle over sets of n-grams."""
-    streams, catalogues, _ = data
-    pool = make_pool(catalogues, values_of(catalogues, lambda index: index), NONE)
+    streams, catalogue, _ = data
+    pool = make_pool(catalogue, values_of(catalogue, lambda index: index), NONE)
     found = scan(pool, streams, held_out([]))
     order = pool.with_row_index("row").select(pl.col("row").cast(pl.Int64), "domain", rank=pl.col("row").cast(pl.Int64))
     sets = [
@@ -120,17 +121,15 @@ def test_leaks_are_named_and_left_out(data):
     assert reasons(pool, "contamination") == [20, 21]
 
 
-def test_where_nothing_is_compared_no_sample_is_read(data):
-    """Weighted streams without held-out text: no stream is opened, and the report is empty with its columns."""
-    _, catalogues, _ = data
-    pool = make_pool(catalogues, values_of(catalogues, lambda index: index), NONE)
-    how = {"ngram_share": 0.5, "seed": 0}
-    kept, report = filter_pool(pool, {}, held_out([]), FilterConfig(), leave_out=False, **how)
+def test_where_nothing_is_compared_no_text_is_needed(data):
+    """Weighted streams without held-out text: the report is empty with its columns."""
+    _, catalogue, _ = data
+    pool = make_pool(catalogue, values_of(catalogue, lambda index: index), NONE)
+    unread = scan(pool.clear(), {}, held_out([]))
+    kept, report = filter_pool(pool, unread, held_out([]), FilterConfig(), leave_out=False, ngram_share=0.5, seed=0)
     assert kept.equals(pool)
     assert report.is_empty()
     assert report.columns[:3] == ["domain", "index", "sample_id"]
-    with pytest.raises(KeyError):
-        filter_pool(pool, {}, held_out([]), FilterConfig(), leave_out=True, **how)
 
 
 def test_lowest_values_go_exactly_without_noise_and_mostly_with_it(data):
@@ -170,8 +169,8 @@ def test_samples_without_a_value_stay(data):
 @given(st.integers(0, 2**32 - 1))
 def test_the_order_of_the_shards_does_not_matter(data, seed):
     """The same samples in another order, as another writer would have put them."""
-    streams, catalogues, held = data
-    pool = make_pool(catalogues, values_of(catalogues, lambda index: index % 7), NONE)
+    streams, catalogue, held = data
+    pool = make_pool(catalogue, values_of(catalogue, lambda index: index % 7), NONE)
     order = np.random.default_rng(seed).permutation(len(pool))
     config, documents = FilterConfig(drop_fraction=0.3), held_out([("t", "q", held)])
     chosen = []
@@ -185,22 +184,21 @@ def test_the_order_of_the_shards_does_not_matter(data, seed):
 
 
 def test_each_domain_keeps_its_largest_keys_and_nothing_that_was_left_out_before():
-    pool = pl.DataFrame(
+    table = pl.DataFrame(
         {
             "domain": ["a"] * 4 + ["b"] * 2,
             "index": range(6),
-            "value": [0.0] * 6,
             "reason": [None, "seen", None, None, None, None],
             "kept": [True, False, True, True, True, True],
-            "key": [0.0] * 6,
         }
     )
-    keys = pool.select("domain", "index", key=pl.Series([1.0, 9.0, 3.0, 2.0, 1.0, 2.0]))
+    pool = fill(RankedPool, table)
+    keys = fill(DrawKeys, table.select("domain", "index", key=pl.Series([1.0, 9.0, 3.0, 2.0, 1.0, 2.0])))
     found = top_k(with_keys(pool, keys), {"a": 2, "b": 5})
     assert set(found.columns) == set(pool.columns)
     assert found["kept"].to_list() == [False, False, True, True, True, True]
     assert found["reason"].to_list() == ["not_sampled", "seen", None, None, None, None]
-    assert found["value"].to_list() == keys["key"].to_list()
+    assert found["value_per_token"].to_list() == keys["key"].to_list()
 
 
 def test_what_a_stage_takes_of_a_domain_are_its_best(data):
@@ -211,22 +209,26 @@ def test_what_a_stage_takes_of_a_domain_are_its_best(data):
 
 def test_a_choice_that_goes_with_length_is_told():
     pool = pl.DataFrame(
-        {"domain": ["a"] * 4 + ["b"] * 4, "key": [1.0, 2, 3, 4, 9, 8, 7, 6], "length": [1, 2, 3, 4, 40, 30, 20, 10]}
+        {
+            "domain": ["a"] * 4 + ["b"] * 4,
+            "key": [1.0, 2, 3, 4, 9, 8, 7, 6],
+            "stored_tokens": [1, 2, 3, 4, 40, 30, 20, 10],
+        }
     ).with_columns(kept=True)
     assert length_correlation(pool) == pytest.approx(1)
     assert length_correlation(pool.with_columns(key=-pl.col("key"))) == pytest.approx(-1)
-    one = pool.with_columns(kept=pl.col("domain") == "a", length=pl.Series([2, 1, 4, 3] * 2))
+    one = pool.with_columns(kept=pl.col("domain") == "a", stored_tokens=pl.Series([2, 1, 4, 3] * 2))
     assert length_correlation(one) == pytest.approx(0.6)
-    assert length_correlation(pool.with_columns(length=7)) is None
+    assert length_correlation(pool.with_columns(stored_tokens=7)) is None
 
 
 @pytest.mark.parametrize("drop", [0.3, None])
 def test_values_that_differ_by_rounding_are_equal(data, drop):
-    streams, catalogues, _ = data
-    values = values_of(catalogues, lambda index: 0.1).with_columns(tokens=pl.col("index") % 7 + 3)
-    values = values.with_columns((pl.col("tokens") * 0.1).alias(name) for name in ("value", "value_a", "value_b"))
-    pool = make_pool(catalogues, values, NONE)
-    assert pool["value"].n_unique() > 2  # rounding, and what has no value
+    streams, catalogue, _ = data
+    values = values_of(catalogue, lambda index: 0.1).with_columns(predicted_tokens=pl.col("index") % 7 + 3)
+    values = values.with_columns((pl.col("predicted_tokens") * 0.1).alias(name) for name in VALUES_TOTAL)
+    pool = make_pool(catalogue, values, NONE)
+    assert pool["value_per_token"].n_unique() > 2  # rounding, and what has no value
     found = scan(pool, streams, held_out([]))
     config, none = FilterConfig(drop_fraction=drop), contamination(found, held_out([]), 0.2)
     left = choose(pool, found, none, config, 0, ngram_share=0.0, noise=0.0)
@@ -236,11 +238,10 @@ def test_values_that_differ_by_rounding_are_equal(data, drop):
 
 def with_ratios(data, ratio, value=lambda index: index, ngram_share=0.5, **settings):
     """The pool after the choice, `ratio` an expression of each sample's index; without randomness."""
-    streams, catalogues, _ = data
-    tables = [table.with_columns(domain=pl.lit(name)) for name, table in catalogues.items()]
-    first = pl.concat(tables).unique(["domain", "sample_id"], keep="first", maintain_order=True)
+    streams, catalogue, _ = data
+    first = catalogue.unique(["domain", "sample_id"], keep="first", maintain_order=True)
     ratios = first.select("domain", "sample_id", ngram_ratio=ratio.cast(pl.Float64))
-    pool = make_pool(catalogues, values_of(catalogues, value), NONE, ngram_ratios=ratios)
+    pool = make_pool(catalogue, values_of(catalogue, value), NONE, ngram_ratios=ratios)
     config = FilterConfig(**{"drop_fraction": 0.0, **settings})
     found = scan(pool, streams, held_out([]))
     none = contamination(found, held_out([]), 0.2)
@@ -255,13 +256,13 @@ def test_values_and_n_gram_ratios_are_weighted_by_their_shares(data, share):
         known = np.array([np.nan if each is None else each for each in pool[name]], float)
         return np.nan_to_num((known - np.nanmean(known)) / np.nanstd(known, ddof=1))
 
-    mixed = (1 - share) * deviations("value") + share * deviations("ngram_ratio")
+    mixed = (1 - share) * deviations("value_per_token") + share * deviations("ngram_ratio")
     np.testing.assert_allclose(pool["key"] * 1e-9, mixed / np.hypot(1 - share, share), atol=1e-7)  # and a lot for ties
 
 
 def test_without_n_gram_ratios_their_share_says_nothing(data):
-    streams, catalogues, _ = data
-    pool = make_pool(catalogues, values_of(catalogues, lambda index: index), NONE)
+    streams, catalogue, _ = data
+    pool = make_pool(catalogue, values_of(catalogue, lambda index: index), NONE)
     found = scan(pool, streams, held_out([]))
     none = contamination(found, held_out([]), 0.2)
     some, values = (choose(pool, found, none, FilterConfig(), 0, ngram_share=share) for share in (0.7, 0.0))
@@ -271,7 +272,7 @@ def test_without_n_gram_ratios_their_share_says_nothing(data):
 def test_samples_without_a_value_are_left_out_by_their_n_gram_ratio(data):
     pool = with_ratios(data, pl.col("index"), value=lambda index: 0, drop_fraction=0.5).filter(domain="b")
     assert reasons(pool, "low_value", "b") == list(range(SAMPLES // 2))
-    assert pool["value"].null_count() == SAMPLES - 40
+    assert pool["value_per_token"].null_count() == SAMPLES - 40
 
 
 def test_a_sample_that_predicts_no_token_is_the_last_to_be_taken(data):
@@ -284,14 +285,12 @@ def test_a_sample_that_predicts_no_token_is_the_last_to_be_taken(data):
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_without_any_value_what_a_domain_gives_is_drawn_by_content(data, noise):
-    streams, catalogues, _ = data
-    moved = {
-        name: table.with_columns(index=pl.lit(SAMPLES - 1) - pl.col("index")) for name, table in catalogues.items()
-    }
-    none, config = values_of(catalogues, lambda index: index).clear(), FilterConfig(duplicate_overlap=1)
+    streams, catalogue, _ = data
+    moved = catalogue.with_columns(index=pl.lit(SAMPLES - 1) - pl.col("index"))
+    none, config = values_of(catalogue, lambda index: index).clear(), FilterConfig(duplicate_overlap=1)
     taken = []
-    for tables in (catalogues, moved):
-        pool = make_pool(tables, none, NONE)
+    for table in (catalogue, moved):
+        pool = make_pool(table, none, NONE)
         found = scan(pool.clear(), streams, held_out([]))
         hits = contamination(found, held_out([]), 0.2)
         kept = top_k(choose(pool, found, hits, config, 0, ngram_share=0.5, noise=noise), {"a": 0, "b": 10})

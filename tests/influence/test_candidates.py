@@ -9,16 +9,27 @@ from polars.testing import assert_frame_equal
 
 from curate.core.errors import UserError
 from curate.data.mds import COLUMNS, MdsStream, write_stream
-from curate.influence.current import NextStepOptions, measure_samples, predict_samples, value_next_step
+from curate.influence.current import NextStepOptions, measure_samples, value_next_step
 from curate.training.run import Run
 from curate.training.samples import usable_samples
 from curate.training.source import SampleSource
 from curate.training.target import load_target
+from tests.influence.predictions import predict_samples
 from tests.tiny import SEQ_LEN, TinyLM
 
 OPTIONS = NextStepOptions(per_domain=20)
 WEIGHTS = {"target": 1.0}
-BY_CONTENT = ["target", "domain", "sample_id", "step", "tokens", "length", "weight", "documents", "value"]
+BY_CONTENT = [
+    "target",
+    "domain",
+    "sample_id",
+    "step",
+    "predicted_tokens",
+    "stored_tokens",
+    "weight",
+    "documents",
+    "value_total_nats",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +76,11 @@ def test_candidates_are_measured_and_predicted_as_the_runs_own_samples_are(run, 
     inside = usable_samples(run.unique_samples).join(candidates.unique_samples, on="sample_id", how="semi")
     own = value_next_step(run, run.source, inside, [target], OPTIONS)
     assert set(part.values["source"]) == {"candidates"}
-    np.testing.assert_allclose(part.values["value"], own.values["value"], rtol=1e-6)
+    np.testing.assert_allclose(part.values["value_total_nats"], own.values["value_total_nats"], rtol=1e-6)
     samples = usable_samples(candidates.unique_samples)
     assert measured.values["sample_id"].to_list() == every["sample_id"].to_list() == samples["sample_id"].to_list()
     assert quality["measured"].to_list() == [20, 20]
-    assert np.isfinite(every["value"].to_numpy()).all()
+    assert np.isfinite(every["value_per_token"].to_numpy()).all()
 
 
 def test_candidates_of_few_samples_are_measured_whole(run, candidates, target):
@@ -77,7 +88,9 @@ def test_candidates_of_few_samples_are_measured_whole(run, candidates, target):
     part = value_next_step(run, candidates, samples, [target], NextStepOptions(per_domain=1000), "candidates")
     every, quality = predict_samples(candidates, samples, part, WEIGHTS, 0)
     assert set(quality["used"]) == {"measured"}
-    np.testing.assert_allclose(every["value"], part.values["value"] / part.values["tokens"], rtol=1e-12)
+    np.testing.assert_allclose(
+        every["value_per_token"], part.values["value_total_nats"] / part.values["predicted_tokens"], rtol=1e-12
+    )
 
 
 def test_resharding_changes_no_byte(run, candidates, target, tmp_path):

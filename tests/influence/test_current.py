@@ -10,21 +10,21 @@ import torch
 from polars.testing import assert_frame_equal, assert_series_equal
 
 from curate.core.errors import UserError
-from curate.domains.scores_file import Scores
 from curate.influence.current import (
     NextStepOptions,
     measure_samples,
-    predict_samples,
     read_together,
     value_next_step,
 )
 from curate.influence.direction import moved, moves_along, sample_derivatives, token_derivatives
 from curate.ngrams.regression import fit, means, ngrams_of
 from curate.stats.deviation import combined_values, pooled_deviation
+from curate.tables import Scores
 from curate.training.replay import Replay
 from curate.training.run import ContinuedRun, Run
 from curate.training.samples import usable_samples
 from curate.training.target import load_target
+from tests.influence.predictions import predict_samples
 from tests.tiny import write_tiny_target
 
 WEIGHTS = {"target": 1.0, "general": 1.0}
@@ -59,7 +59,9 @@ def measured(run, targets, weights=WEIGHTS, per_domain=6, samples=None, **settin
 
 
 def per_sample(values):
-    return values.select("domain", "sample_id", "value").sort("domain", "sample_id")["value"]
+    """Of one target, or for all together."""
+    column = "value_total" if "value_total" in values.columns else "value_total_nats"
+    return values.sort("domain", "sample_id")[column].alias("value")
 
 
 def assert_close(found, wanted):
@@ -86,8 +88,8 @@ def test_one_direction_gives_what_the_targets_do_together(run, targets, weights)
     for target in targets:
         scale = pooled_deviation(part.values.filter(target=target.name))
         values = every.values.filter(target=target.name)
-        total += weights[target.name] / sum(weights.values()) * values["value"].to_numpy() / scale
-    wanted = per_sample(every.values.filter(target=targets[0].name).with_columns(value=pl.Series(total)))
+        total += weights[target.name] / sum(weights.values()) * values["value_total_nats"].to_numpy() / scale
+    wanted = per_sample(every.values.filter(target=targets[0].name).with_columns(value_total_nats=pl.Series(total)))
     assert_close(per_sample(measured(run, targets, weights).values), wanted)
 
 
@@ -118,7 +120,7 @@ def test_values_are_continued_and_kept(run, targets, monkeypatch):
     monkeypatch.setattr("curate.influence.extrapolate._BLOCK", 50)
     for name, make in (("tokens", lambda: next_step(run, targets, 6)), ("samples", lambda: measured(run, targets))):
         with monkeypatch.context() as patch:
-            patch.setattr("curate.influence.current.replacing", None)  # the blocks are there, the table is not
+            patch.setattr("curate.influence.current.atomic_write", None)  # the blocks are there, the table is not
             with pytest.raises(TypeError):
                 make()
         assert list(run.folder.glob(f"influence/*/scratch/{name}-*.npz"))
@@ -152,7 +154,7 @@ def test_the_value_of_a_sample_is_the_mean_of_its_tokens(run):
 
 @pytest.mark.parametrize("least", [-1.0, 1.0])
 def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, monkeypatch, least):
-    monkeypatch.setattr("curate.influence.current.MIN_RANK_CORRELATION", least)
+    monkeypatch.setattr("curate.influence.predict_next_step.MIN_RANK_CORRELATION", least)
     part, samples = next_step(run, targets, 20, seed=3), usable(run)
     found, judged = predict_samples(run.source, samples, part, WEIGHTS, 5)
     known = combined_values(part.values, WEIGHTS)
@@ -160,8 +162,10 @@ def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, monke
     shares = [weight / 2 / pooled_deviation(part.values.filter(target=target)) for target, weight in WEIGHTS.items()]
     with np.load(part.folder / "tokens.npz") as stored:
         values = stored["values"].astype(float) @ np.array(shares)
-    counts = known["tokens"].to_numpy()
-    np.testing.assert_allclose(means(values, counts), known["value"] / known["tokens"], rtol=1e-4, atol=1e-7)
+    counts = known["predicted_tokens"].to_numpy()
+    np.testing.assert_allclose(
+        means(values, counts), known["value_total"] / known["predicted_tokens"], rtol=1e-4, atol=1e-7
+    )
     made, _ = fit(np.concatenate([ngrams_of(sample) for sample in shown]), values[:, None], counts, 5)
     assert found["sample_id"].to_list() == samples["sample_id"].to_list()
     rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
@@ -170,14 +174,16 @@ def test_all_samples_are_predicted_from_the_tokens_of_a_part(run, targets, monke
         wanted = np.concatenate([made.samples(batch)[:, 0] for batch in read_together(run, run.source, rest)])
         sure = (judged["low"] > 0).to_list()
         here = told["domain"].is_in(judged.filter(sure)["domain"].implode()).to_numpy()
-        np.testing.assert_allclose(told["value"].to_numpy()[here], wanted[here], rtol=1e-9)
+        np.testing.assert_allclose(told["value_per_token"].to_numpy()[here], wanted[here], rtol=1e-9)
         assert here.any()
         assert set(judged["used"]) <= {"predictor", "domain mean"}
     else:
         assert set(judged["used"]) == {"domain mean"}
-        assert told.group_by("domain").agg(pl.col("value").n_unique())["value"].to_list() == [1] * len(judged)
-    own = found.join(known, on="sample_id", suffix="_known")
-    assert (own["value"] - own["value_known"] / own["tokens"]).abs().max() < 1e-12
+        assert told.group_by("domain").agg(pl.col("value_per_token").n_unique())["value_per_token"].to_list() == [
+            1
+        ] * len(judged)
+    own = found.join(known, on="sample_id")
+    assert (own["value_per_token"] - own["value_total"] / own["predicted_tokens"]).abs().max() < 1e-12
 
 
 def test_a_loss_that_is_not_finite_is_an_error(run):

@@ -93,7 +93,7 @@ def test_values_are_those_of_a_step_with_the_sample(problem):
     slopes = np.array([(less - more) / (2 * h * LR_SHARE) for less, more, _ in ends])
     whole = np.array([(before - after) / LR_SHARE for *_, after in ends])
     for place, frame in enumerate(found):
-        values = frame["value"].to_numpy()
+        values = frame["value_total_nats"].to_numpy()
         assert np.abs(values - slopes[:, place]).max() < 0.08 * slopes[:, place].std()
         assert spearmanr(values, slopes[:, place]).statistic > 0.99
         assert spearmanr(values, whole[:, place]).statistic > 0.9

@@ -5,12 +5,15 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from curate.influence.draw import draw_measured
+from curate.tables import Samples
+from tests.frames import fill
 
 
 def table(sizes, seed=0):
     random = np.random.default_rng(seed)
     rows = [(name, int(random.integers(1 << 60)), int(random.integers(1, 500))) for name, n in sizes for _ in range(n)]
-    return pl.DataFrame(rows, schema=["domain", "sample_id", "tokens"], orient="row").sort("domain", "sample_id")
+    table = pl.DataFrame(rows, schema=["domain", "sample_id", "predicted_tokens"], orient="row")
+    return fill(Samples, table.sort("domain", "sample_id"))
 
 
 @given(st.integers(1, 400), st.integers(1, 50), st.integers(1, 60), st.integers(0, 5))
@@ -28,7 +31,9 @@ def test_every_domain_gives_as_many_as_it_should_or_all(a, b, wanted, seed):
 def test_the_measured_are_spread_over_lengths():
     samples = table([("a", 1000)])
     drawn = draw_measured(samples, 100, 16, 0)
-    ranks = samples["tokens"].rank("ordinal").to_numpy()[samples["sample_id"].is_in(drawn["sample_id"].implode())]
+    ranks = (
+        samples["predicted_tokens"].rank("ordinal").to_numpy()[samples["sample_id"].is_in(drawn["sample_id"].implode())]
+    )
     counts = np.histogram(ranks, bins=10, range=(0.5, 1000.5))[0]
     assert counts.max() - counts.min() <= 2
     other = draw_measured(samples, 100, 16, 1)

@@ -58,7 +58,7 @@ def dry_run(work: Path) -> Outcome:
 
 
 def ledger(work: Path) -> Outcome:
-    from curate.training.token_accounting import main
+    from curate.seen import main
 
     return call(main, "--run", work / TWO)
 

@@ -10,10 +10,10 @@ from curate.core.artifacts import (
     check_contents,
     check_sizes,
     checked,
+    finalize,
     is_complete,
     list_files,
     read_hashed,
-    seal,
     write_hashed,
     write_json,
 )
@@ -27,7 +27,7 @@ def folder(tmp_path):
     (place / "inner").mkdir(parents=True)
     (place / "table").write_bytes(b"0123456789")
     (place / "inner" / "array").write_bytes(b"abc")
-    seal(place, "test", {"a": 1})
+    finalize(place, "test", {"a": 1})
     return place
 
 
@@ -94,11 +94,11 @@ def test_only_what_belongs_to_an_artifact_is_listed(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "progress").write_bytes(b"x")
-    seal(tmp_path, "test", {}, parts=["own"])
+    finalize(tmp_path, "test", {}, parts=["own"])
     (tmp_path / "mine").write_bytes(b"changed")
     assert is_complete(tmp_path, {})
     (tmp_path / "manifest.json").unlink()
-    seal(tmp_path, "test", {})
+    finalize(tmp_path, "test", {})
     for name in ("b.part", ".lock", "c.lock", "scratch/progress"):
         (tmp_path / name).unlink()
     assert is_complete(tmp_path, {})
@@ -109,7 +109,7 @@ def test_a_log_of_a_tracker_may_grow_afterwards(tmp_path):
     log.parent.mkdir(parents=True)
     log.write_bytes(b"a line\n")
     (tmp_path / "table").write_bytes(b"0123456789")
-    seal(tmp_path, "test", {})
+    finalize(tmp_path, "test", {})
     log.write_bytes(b"a line\nanother\n")
     assert is_complete(tmp_path, {})
     check_contents(tmp_path)

@@ -3,6 +3,8 @@ import polars as pl
 import pytest
 
 from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
+from curate.tables import VALUES_TOTAL, Catalogue, SampleValues
+from tests.frames import fill
 
 SIZES = {"a": 40, "b": 25, "c": 10}
 LENGTH = 8
@@ -30,17 +32,15 @@ def streams(folders):
 
 
 @pytest.fixture(scope="session")
-def catalogues(streams):
-    return {domain: stream.catalogue() for domain, stream in streams.items()}
+def catalogue(streams):
+    tables = [stream.catalogue().with_columns(domain=pl.lit(name)) for name, stream in streams.items()]
+    return Catalogue.validate(pl.concat(tables))
 
 
 @pytest.fixture(scope="session")
-def values(catalogues):
+def values(catalogue):
     """Samples 0 to 19 of each domain were in the window, some twice; the value per token is the index / 100."""
-    tables = [
-        table.filter(pl.col("index") < 20).with_columns(domain=pl.lit(name)) for name, table in catalogues.items()
-    ]
-    once = pl.concat(tables).with_columns(step=0)
-    twice = pl.concat([once, once.filter(pl.col("index") % 3 == 0).with_columns(step=1)])
-    value = pl.col("tokens") * pl.col("index") / 100
-    return twice.with_columns(source=pl.lit("late"), target=pl.lit("t"), value=value, value_a=value, value_b=value)
+    once = catalogue.filter(pl.col("index") < 20)
+    twice = pl.concat([once, once.filter(pl.col("index") % 3 == 0)])
+    value = pl.col("predicted_tokens") * pl.col("index") / 100
+    return fill(SampleValues, twice.with_columns(value.alias(name) for name in VALUES_TOTAL))

@@ -26,13 +26,15 @@ from curate.output.write import columns_of, write_samples, write_weights
 from curate.selection.config import SelectConfig
 from curate.selection.resolve import resolve
 from curate.selection.source import open_source
+from curate.tables import DomainScores, SampleUses
 from curate.training.run import Run
+from tests.frames import fill
 from tests.tiny import record_tiny_run, write_tiny_target
 
 
 @pytest.fixture(scope="module")
-def pool(streams, catalogues, values):
-    made = make_pool(catalogues, values, pl.DataFrame(schema={"sample_id": pl.Int64, "uses": pl.Int64}))
+def pool(streams, catalogue, values):
+    made = make_pool(catalogue, values, SampleUses.create_empty())
     found = scan(made, streams, held_out([]))
     hits = contamination(found, held_out([]), 0.2)
     return choose(made, found, hits, FilterConfig(), 0, ngram_share=0.0, noise=0.0)
@@ -47,7 +49,9 @@ def mixture(pool):
     config = MixtureConfig(prior_strength=0.25, ceilings={"a": 0.9, "c": 0.0})
     prior = dict.fromkeys(names, 1 / 3)
     objectives = Objectives(targets={"t": 1.0})
-    return decide(pl.DataFrame({**row, **scores}), prior, supply_of(pool), 8 * 101, config, objectives, "late")
+    return decide(
+        fill(DomainScores, pl.DataFrame({**row, **scores})), prior, supply_of(pool), 8 * 101, config, objectives, "late"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,7 @@ class Killed(MdsStream):
             os.kill(os.getpid(), 9)
         return super().row(index)
 
-uses = pl.DataFrame({"domain": ["a"] * 40, "index": range(40), "length": [8] * 40, "uses": [50] * 40})
+uses = pl.DataFrame({"domain": ["a"] * 40, "index": range(40), "stored_tokens": [8] * 40, "uses": [50] * 40})
 plan = SamplePlan(uses=uses, dropped=pl.DataFrame())
 with locked(Path(sys.argv[2]).parent):
     write_samples(Path(sys.argv[2]), {"a": Killed(Path(sys.argv[1]))}, plan, seed=0, shard_bytes=2000)
@@ -210,7 +214,7 @@ def test_check_finds_a_truncated_shard(tmp_path, streams, plan, mixture):
 def plan_of(stream):
     """Every sample once."""
     count = len(stream)
-    uses = {"domain": ["m"] * count, "index": range(count), "length": [8] * count, "uses": [1] * count}
+    uses = {"domain": ["m"] * count, "index": range(count), "stored_tokens": [8] * count, "uses": [1] * count}
     return SamplePlan(uses=pl.DataFrame(uses), dropped=pl.DataFrame())
 
 

@@ -9,15 +9,18 @@ import pytest
 from curate.data.mds import COLUMNS, content_id, write_stream
 from curate.domains.domain import domain_scores
 from curate.filter.choose import choose
+from curate.filter.overlap import scan
 from curate.influence.current import NextStepOptions, forward_passes, measure_samples, value_next_step
 from curate.mixture.record import read_mixture
 from curate.selection import samples as module
 from curate.selection.config import SelectConfig
 from curate.selection.pipeline import select
 from curate.selection.samples import MEASURED_PER_SAMPLE, most_promising
+from curate.tables import NgramRatios, Samples, SampleValues
 from curate.training.run import Run
 from curate.training.samples import trained_tokens, usable_samples
 from curate.training.target import load_target
+from tests.frames import fill
 from tests.tiny import SEQ_LEN, Training, write_tiny_streams, write_tiny_target
 
 OPTIONS = NextStepOptions(per_domain=6)
@@ -68,7 +71,7 @@ def test_a_stage_takes_the_samples_of_the_largest_values(folder, run, general, t
     part = value_next_step(run, run.source, samples, targets, OPTIONS)
     weights = {"target": 1.0, "general": 1.0}
     values = measure_samples(run, run.source, samples, part, targets, weights, OPTIONS).values
-    per_token = values.with_columns(x=pl.col("value") / pl.col("tokens"))
+    per_token = values.with_columns(x=pl.col("value_total") / pl.col("predicted_tokens"))
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
     mixture = read_mixture(out / "mixture.yaml")
     assert mixture.source == sources[0]
@@ -79,7 +82,7 @@ def test_a_stage_takes_the_samples_of_the_largest_values(folder, run, general, t
     judged = pl.read_parquet(out / "predicted.parquet")
     assert set(judged["source"]) == {"current"}
     assert judged["measured"].to_list() == [6] * len(mixture.domains)
-    assert judged["also_measured"].to_list() == judged["samples"].to_list()
+    assert judged["also_measured"].to_list() == (judged["samples"] - judged["measured"]).to_list()
     assert set(pl.read_parquet(out / "scores.parquet")["source"]) == {"current", *sources}
     phases = set(pl.read_parquet(out / "costs.parquet")["phase"])
     assert phases == {"training", "current state", "measure samples", "select"} | (
@@ -128,10 +131,24 @@ def test_n_grams_alone_predict_no_values(folder, tmp_path, asked):
     assert not asked
 
 
+def test_texts_are_read_once_or_where_nothing_is_compared_not_at_all(folder, run, tmp_path, monkeypatch):
+    read = []
+
+    def spy(samples, *args):
+        read.append(len(samples))
+        return scan(samples, *args)
+
+    monkeypatch.setattr("curate.selection.texts.scan", spy)
+    selected(folder, tmp_path / "samples", {"measured_per_domain": 6})
+    selected(folder, tmp_path / "weights", {"measured_per_domain": 6}, mode="weights")
+    selected(folder, tmp_path / "held out", {"measured_per_domain": 6}, {"contamination_overlap": 0.5}, mode="weights")
+    assert read == [len(run.catalogue), 0, len(run.catalogue)]
+
+
 def test_only_the_most_promising_samples_are_measured():
-    samples = pl.DataFrame({"domain": ["a"] * 5 + ["b", "c"], "sample_id": range(7)})
-    ratios = samples.with_columns(ngram_ratio=pl.Series([0.0, 1.0, 0.0, -2.0, 1.0, 0.0, 0.0]))
-    values = samples.with_columns(tokens=2, value=pl.Series([1.0, 0.0, 3.0, 0.5, 1.0, 0.0, 0.0]))
+    samples = fill(Samples, pl.DataFrame({"domain": ["a"] * 5 + ["b", "c"], "sample_id": range(7)}))
+    ratios = fill(NgramRatios, samples.with_columns(ngram_ratio=pl.Series([0.0, 1.0, 0.0, -2.0, 1.0, 0.0, 0.0])))
+    values = fill(SampleValues, samples.with_columns(value_total=pl.Series([1.0, 0.0, 3.0, 0.5, 1.0, 0.0, 0.0])))
     wanted = {"a": 1, "b": 1}
 
     def chosen(ratios, per_sample, share=0.5):
@@ -159,7 +176,7 @@ def test_some_are_measured_for_each_sample_that_the_stage_takes(folder, run, tmp
         assert counts[domain] == pytest.approx(MEASURED_PER_SAMPLE * own.samples, abs=2)
     dropped = pl.read_parquet(out / "data" / "mds" / "dropped.parquet")
     assert dropped.filter(reason="seen").height == len(seen)
-    assert dropped.filter(pl.col("reason") != "seen")["value"].null_count() == 0
+    assert dropped.filter(pl.col("reason") != "seen")["value_per_token"].null_count() == 0
 
 
 def test_measuring_costs_no_more_passes_than_it_may(folder, run, tmp_path, asked):
@@ -174,7 +191,7 @@ def test_a_selection_that_measures_no_sample_alone_passes_over_nothing_more(fold
     out = selected(folder, tmp_path / "out", {"measured_per_domain": 6, "measured_passes": 0})
     assert not asked
     assert set(pl.read_parquet(out / "costs.parquet")["phase"]) == {"training", "current state", "select"}
-    assert pl.read_parquet(out / "data" / "mds" / "dropped.parquet")["value"].null_count() == 0
+    assert pl.read_parquet(out / "data" / "mds" / "dropped.parquet")["value_per_token"].null_count() == 0
     assert pl.read_parquet(out / "predicted.parquet")["also_measured"].to_list() == [0] * len(run.streams)
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from curate.core.errors import UserError
 from curate.data.mds import COLUMNS, MdsStream, write_stream
+from curate.seen import main
 from curate.training.recorder import RecorderConfig
 from curate.training.run import Run
-from curate.training.token_accounting import domains_seen, main, seen_uses, stages, uses
+from curate.training.token_accounting import domains_seen, seen_uses, stages, uses
 from tests.tiny import Training, write_tiny_streams
 
 CONFIG = RecorderConfig(windows={"early": (0, 4), "late": (4, 8)}, flush_steps=2)

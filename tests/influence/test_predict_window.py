@@ -5,11 +5,13 @@ import polars as pl
 import pytest
 
 from curate.data.mds import COLUMNS, Columns, content_id, write_stream
-from curate.influence import predict
+from curate.influence import predict_window as module
 from curate.influence.predict_window import predict_rest
+from curate.tables import VALUES_TOTAL, SampleValues
 from curate.training.run import Run
 from curate.training.source import SampleSource
 from curate.training.target import load_target
+from tests.frames import fill
 from tests.tiny import SEQ_LEN
 
 KINDS = (range(3, 23), range(40, 60))  # tokens of samples that help, and of samples that hurt
@@ -35,16 +37,11 @@ def values_of(source, counts, noise=0.3, seed=0):
     random = np.random.default_rng(seed)
     frames = []
     for domain, count in counts.items():
-        own = source.catalogue.filter(domain=domain).sample(count, seed=seed).with_row_index("step")
+        own = source.catalogue.filter(domain=domain).sample(count, seed=seed)
         kind = 1 - 2.0 * (own["index"].to_numpy() % 2)
-        value = (kind + noise * random.standard_normal(count)) * own["tokens"].to_numpy()
-        frames.append(
-            own.select("step", "domain", "index", "sample_id", "tokens", "length").with_columns(
-                pl.Series("value", value), pl.Series("value_a", value), pl.Series("value_b", value),
-                source=pl.lit("late"), target=pl.lit("t"),
-            )
-        )  # fmt: skip
-    return pl.concat(frames)
+        value = (kind + noise * random.standard_normal(count)) * own["predicted_tokens"].to_numpy()
+        frames.append(own.with_columns(pl.Series(name, value) for name in VALUES_TOTAL))
+    return fill(SampleValues, pl.concat(frames))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +58,16 @@ def test_what_the_text_says_is_predicted_and_what_was_valued_is_kept(source, tar
     assert row["spearman"] > 0.6
     assert every.group_by("domain").len().sort("domain").rows() == [("few", 3), ("two", 200)]
     rest = every.join(values, on="sample_id", how="anti")
-    right = (rest["value"].to_numpy() > 0) == (rest["index"].to_numpy() % 2 == 0)
+    right = (rest["value_total"].to_numpy() > 0) == (rest["index"].to_numpy() % 2 == 0)
     assert right.mean() > 0.9
     both = every.join(values, on=["domain", "sample_id"], suffix="_known")
     assert len(both) == 63
-    np.testing.assert_allclose(both["value"], both["value_known"], rtol=1e-12)
+    np.testing.assert_allclose(both["value_total"], both["value_total_known"], rtol=1e-12)
 
 
 def test_values_that_no_text_explains_are_not_predicted(source, target):
     values = values_of(source, {"two": 60})
-    dealt = values.with_columns(pl.col("value", "value_a", "value_b").shuffle(seed=1))
+    dealt = values.with_columns(pl.col(VALUES_TOTAL).shuffle(seed=1))
     every, judged = predict_rest(source, dealt, [target], 0.2, seed=0)
     assert judged["used"].to_list() == ["too few", "domain mean"]
     assert sorted(every["sample_id"]) == sorted(values["sample_id"])
@@ -84,7 +81,7 @@ def test_too_few_values_are_left_as_they_are(source, target):
 
 
 def test_more_values_than_the_fit_takes_are_all_kept(source, target, monkeypatch):
-    monkeypatch.setattr(predict, "_MOST", 40)
+    monkeypatch.setattr(module, "_MOST", 40)
     values = values_of(source, {"two": 60})
     every, judged = predict_rest(source, values, [target], 0.2, seed=0)
     assert judged["measured"].to_list() == [0, 40]
@@ -93,7 +90,7 @@ def test_more_values_than_the_fit_takes_are_all_kept(source, target, monkeypatch
 
 
 def test_every_domain_keeps_enough_for_the_fit(source, target, monkeypatch):
-    monkeypatch.setattr(predict, "_MOST", 8)
+    monkeypatch.setattr(module, "_MOST", 8)
     values = values_of(source, {"two": 150, "few": 25})
     _, judged = predict_rest(source, values, [target], 0.2, seed=0)
     assert judged["measured"].to_list() == [20, 20]

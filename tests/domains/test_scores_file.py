@@ -3,7 +3,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from curate.core.errors import UserError
-from curate.domains.scores_file import Scores, read_scores, write_scores
+from curate.domains.scores_file import read_scores, write_scores
+from curate.tables import Scores
 
 
 def test_round_trip_without_documents(tmp_path, values):
@@ -20,8 +21,8 @@ def test_same_bytes_twice(tmp_path, values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda frame: frame.drop("value"), "value"),
-        (lambda frame: frame.with_columns(value=pl.lit(float("nan"))), "'value'.*nan"),
+        (lambda frame: frame.drop("value_total_nats"), "value_total_nats"),
+        (lambda frame: frame.with_columns(value_total_nats=pl.lit(float("nan"))), "'value_total_nats'.*nan"),
         (lambda frame: frame.with_columns(step=pl.lit(-1, pl.Int64)), "'step'.*min"),
         (lambda frame: frame.with_columns(domain=pl.lit(3)), "domain"),
     ],
