@@ -15,7 +15,7 @@ import polars as pl
 
 from curate.core.arrays import read_table
 from curate.core.artifacts import fingerprint, read_json, write_json
-from curate.domains.methods import PREDICTING, Method
+from curate.domains.methods import PREDICTING, VALUED, Method
 from curate.embeddings.adjoint_estimator import AdjointConfig
 from curate.evaluation.branches import agreement, realised_changes
 from curate.filter.choose import CHOICE, FilterConfig
@@ -184,13 +184,15 @@ def _selection(
         values["sources"] = (config.window,)
     if method in RETAINING:
         mixture["max_regression"] = config.max_regression
+    # a method that values no samples knows no worst ones
+    worst = {"drop_fraction": config.drop_fraction} if method in OURS or method in VALUED else {}
     return SelectConfig(
         target=target_file(arena.data, arena.case.target, "select"), out=out,
         retain=general_file(arena.data, "select") if method in RETAINING else None,
         method=cast("Method", "curate" if method in OURS else method),
         budget_tokens=arena.budget_tokens, seed=seed, device=config.device,
         values=ValuesConfig(**values), mixture=MixtureConfig(**mixture),
-        filter=FilterConfig(contamination_overlap=None, drop_fraction=config.drop_fraction),
+        filter=FilterConfig(contamination_overlap=None, **worst),
         output=OutputConfig(wandb="none"),
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def test_the_catalogue_that_is_read_before_training_is_the_runs(config):
     train(config)
     kept = list(config.out.glob("catalogue-*"))
     assert len(kept) == 1
-    assert Run(config.out).catalogue["largest"].max() < 128
+    assert Run(config.out).catalogue["largest_token_id"].max() < 128
     assert list(config.out.glob("catalogue-*")) == kept
 
 
