@@ -185,7 +185,7 @@ def _selection(
     if method in RETAINING:
         mixture["max_regression"] = config.max_regression
     # a method that values no samples knows no worst ones
-    worst = {"drop_fraction": config.drop_fraction} if method in OURS or method in VALUED else {}
+    worst: dict[str, Any] = {"drop_fraction": config.drop_fraction} if method in OURS or method in VALUED else {}
     return SelectConfig(
         target=target_file(arena.data, arena.case.target, "select"), out=out,
         retain=general_file(arena.data, "select") if method in RETAINING else None,
