@@ -198,8 +198,8 @@ def _selection(
     if method in RETAINING:
         mixture["max_regression"] = config.max_regression
     product_method = cast("Method", "curate" if method in OURS else method)
-    # without values no sample is the worst of its domain: the product refuses the setting
-    dropped: dict[str, Any] = {"drop_fraction": config.drop_fraction} if product_method in VALUED else {}
+    # a method that values no samples knows no worst ones: the product refuses the setting
+    worst: dict[str, Any] = {"drop_fraction": config.drop_fraction} if product_method in VALUED else {}
     # contamination off: held-out documents share no document with training, and a scan costs the same for every method
     return SelectConfig(
         target=target_file(arena.data, arena.case.target, "select"),
@@ -211,7 +211,7 @@ def _selection(
         device=config.device,
         values=ValuesConfig(**values),
         mixture=MixtureConfig(**mixture),
-        filter=FilterConfig(contamination_overlap=None, **dropped),
+        filter=FilterConfig(contamination_overlap=None, **worst),
         output=OutputConfig(wandb="none"),
     )
 
