@@ -21,7 +21,7 @@ import polars as pl
 
 from curate.core.progress import progress
 from curate.core.rng import generator
-from curate.ngrams.counts import Floats, Sequence, bag, buckets_of
+from curate.ngrams.counts import Floats, Sequence, buckets_of, ngram_counts
 from curate.tables import DrawKeys
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def log_importance(streams: Mapping[str, MdsStream], target: Iterable[Sequence])
         streams: the pool.
         target: sequences of the target.
     """
-    pool = bag(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
-    ratio = log_ratio(bag(target), pool)
+    pool = ngram_counts(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
+    ratio = log_ratio(ngram_counts(target), pool)
     return {
         domain: np.array([ratio[buckets_of(*sequence)].sum() for sequence in _sequences(stream, "importance")])
         for domain, stream in streams.items()

@@ -93,9 +93,13 @@ def weight_scores(
     unknown = ("value_per_token", "se", "low", "high", "score_se", "score_low", "score_high")
     nothing = pl.lit(0, pl.Int64)
     table = pl.DataFrame(rows).with_columns(
-        *(pl.lit(None, pl.Float64).alias(name) for name in unknown), source=pl.lit(source), target=pl.lit(target),
-        novel_share=pl.lit(1.0), samples=nothing, predicted_tokens=nothing,
-    )  # fmt: skip
+        *(pl.lit(None, pl.Float64).alias(name) for name in unknown),
+        source=pl.lit(source),
+        target=pl.lit(target),
+        novel_share=pl.lit(1.0),
+        samples=nothing,
+        predicted_tokens=nothing,
+    )
     return ValueScores.validate(table)
 
 

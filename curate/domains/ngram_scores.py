@@ -24,7 +24,7 @@ import polars as pl
 
 from curate.core.progress import progress
 from curate.core.rng import generator
-from curate.ngrams.counts import BUCKETS, Floats, bag
+from curate.ngrams.counts import BUCKETS, Floats, ngram_counts
 from curate.ngrams.ratios import log_ratios, mean_log_ratios
 from curate.tables import Catalogue, DomainScores, NgramRatios, Samples, ValueScores
 from curate.training.samples import usable_samples
@@ -75,11 +75,11 @@ def ngram_ratios(
     pool = np.zeros(BUCKETS)
     shown = progress(drawn.values(), total=len(drawn), what="n-grams", unit="domain")
     for share, samples in zip(shares, shown, strict=True):
-        own = bag(
+        own = ngram_counts(
             (sample.tokens, sample.loss_mask) for batch in source.read_batches(samples, _BATCH) for sample in batch
         )
         pool += share * own / max(own.sum(), 1.0)
-    ratios = log_ratios([bag(target.sequences()) for target in targets], pool * _COUNTED)
+    ratios = log_ratios([ngram_counts(target.sequences()) for target in targets], pool * _COUNTED)
     found = [_sample_ratios(source, samples, ratios) for samples in drawn.values()]
     means = np.stack([own.mean(axis=0) if len(own) else np.full(len(targets), np.nan) for own in found])
     seen = np.isfinite(means[:, 0])

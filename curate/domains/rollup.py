@@ -68,7 +68,7 @@ def roll_ups(
     own = MeasuredValues.validate(values.filter(target=target))
     prior = {domain: float(tokens) for domain, tokens in prior_tokens.items()}
     return RollUps(
-        domains=domain_scores(values, prior, seed=seed, fresh=novel_shares),
+        domains=domain_scores(values, prior, seed=seed, novel_shares=novel_shares),
         shards=shard_scores(own),
         documents=document_values(own),
         between_shards=between_shards(own),

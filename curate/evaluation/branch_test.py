@@ -93,9 +93,12 @@ def branch_test(config: BranchTestCommand) -> Path:
             "differ in a run's domains, so test a selection of whole domains (and set --streams as it did)"
         )
     settings = {
-        "run": run.fingerprint, "target": target.fingerprint, **asdict(tested), "seed": config.seed,
+        "run": run.fingerprint,
+        "target": target.fingerprint,
+        **asdict(tested),
+        "seed": config.seed,
         **lengths_of(config),
-    }  # fmt: skip
+    }
     out = config.out or run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}"
     with making(out, settings) as missing:
         if missing:
@@ -157,21 +160,26 @@ def _make(
     config: BranchTestCommand, run: Run, target: Target, tested: _Scores, prior: Mapping[str, float], out: Path
 ) -> None:
     """Train what is missing of the branches and write what they say."""
-    from curate.evaluation.branches import agreement, cost_units, lengths_of, realised_changes
+    from curate.evaluation.branches import agreement, branch_passes, lengths_of, realised_changes
     from curate.training.replay import Replay
 
     if len(tested.scores) < 3:
         _log.warning("%d domains have a score: there will be no correlation, which takes three", len(tested.scores))
     replay = Replay(run, config.device, config.tolerance)
-    changes = realised_changes(
-        replay, target, prior, config, seed=config.seed, batch_size=config.target_batch_size
-    )  # fmt: skip
+    changes = realised_changes(replay, target, prior, config, seed=config.seed, batch_size=config.target_batch_size)
     found = agreement(tested.scores, changes, config.seed)
     branches = config.repeats * (len(prior) + 1)
     test = BranchTest(
-        run=run.fingerprint, target=target.fingerprint, target_name=target.name, **asdict(tested), changes=changes,
-        **asdict(found), verdict=verdict_of(found.spearman, found.ceiling),
-        strength_factor=strength_factor(found.spearman), seed=config.seed, **lengths_of(config),
-        forward_backward_passes=cost_units(run, target, config, branches),
-    )  # fmt: skip
+        run=run.fingerprint,
+        target=target.fingerprint,
+        target_name=target.name,
+        **asdict(tested),
+        changes=changes,
+        **asdict(found),
+        verdict=verdict_of(found.spearman, found.ceiling),
+        strength_factor=strength_factor(found.spearman),
+        seed=config.seed,
+        **lengths_of(config),
+        forward_backward_passes=branch_passes(run, target, config, branches),
+    )
     write_hashed(out / FILE, test.model_dump(mode="json"))

@@ -80,7 +80,7 @@ def lengths_of(config: BranchTestConfig) -> dict[str, Any]:
     return config.model_dump(include=set(BranchTestConfig.model_fields))
 
 
-def cost_units(run: Run, target: Target, config: BranchTestConfig, branches: int) -> float:
+def branch_passes(run: Run, target: Target, config: BranchTestConfig, branches: int) -> float:
     """Forward+backward passes of a training batch: the branches, and a third of a pass to read each one's target."""
     batch = max(_record(run).size, 1)
     reads = sum(len(half) for half in target.halves) / batch / 3
@@ -121,7 +121,7 @@ def realised_changes(
         losses: dict[str, float] = read_hashed(path) if path.exists() else {}
         missing = [(repeat, name) for repeat, name in branches if _key(repeat, name) not in losses]
         if missing:
-            _say_cost(run, cost_units(run, target, config, len(missing)), len(missing), len(branches))
+            _say_cost(run, branch_passes(run, target, config, len(missing)), len(missing), len(branches))
             for key, loss in _train(replay, target, prior, config, missing, seed=seed, batch_size=batch_size):
                 losses[key] = loss
                 write_hashed(path, losses)
@@ -138,8 +138,12 @@ def _key(repeat: int, name: str) -> str:
 def _say_cost(run: Run, units: float, missing: int, branches: int) -> None:
     _log.info(
         "%d of %d branches are to be trained, at about %.0f forward+backward passes, %.0f %% of the stage's %d",
-        missing, branches, units, 100 * units / run.spec.steps, run.spec.steps,
-    )  # fmt: skip
+        missing,
+        branches,
+        units,
+        100 * units / run.spec.steps,
+        run.spec.steps,
+    )
 
 
 def _train(

@@ -88,13 +88,20 @@ def compare(
             step, position = row["samples"][0]
             pairs.append(
                 {
-                    "window": one.window, "horizon": names[one.window, one.horizon], "target": row["target"],
-                    "step": step, "value": row["value"], "estimate": one.values[row["target"]][step, position],
+                    "window": one.window,
+                    "horizon": names[one.window, one.horizon],
+                    "target": row["target"],
+                    "step": step,
+                    "value": row["value"],
+                    "estimate": one.values[row["target"]][step, position],
                 }
-            )  # fmt: skip
+            )
     return {
-        "rows": rows, "pairs": pairs, "smoothness": smoothness_rows(truth, names), "noise": noise_rows(truth, names),
-    }  # fmt: skip
+        "rows": rows,
+        "pairs": pairs,
+        "smoothness": smoothness_rows(truth, names),
+        "noise": noise_rows(truth, names),
+    }
 
 
 def fidelity_rows(
@@ -124,15 +131,23 @@ def fidelity_rows(
             difference = spearman(found - other, pairs["value"] - _table(window, "pair", general)["value"])
         rows.append(
             {
-                "estimator": estimates.estimator, "window": estimates.window, "horizon": horizon, "target": target,
-                "seed": seed, "n": len(found), "spearman": spearman(found, pairs["value"]), "low": low, "high": high,
+                "estimator": estimates.estimator,
+                "window": estimates.window,
+                "horizon": horizon,
+                "target": target,
+                "seed": seed,
+                "n": len(found),
+                "spearman": spearman(found, pairs["value"]),
+                "low": low,
+                "high": high,
                 "spearman_within_step": within_step(found, pairs["value"], steps),
                 "spearman_of_difference": difference,
                 "group_lds": spearman(sums, groups["value"]) if len(sums) > 2 else None,
                 "noise_cap": noise_cap(pairs["value"], rerun_noise(window, target), seed),
-                "cost_units_per_step": estimates.cost_units_per_step, "bytes_per_sample": estimates.bytes_per_sample,
+                "cost_units_per_step": estimates.cost_units_per_step,
+                "bytes_per_sample": estimates.bytes_per_sample,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -189,11 +204,15 @@ def smoothness_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -
         scale = float(np.sqrt((whole**2).mean()))
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target, "part": part,
+                "window": window,
+                "horizon": names[str(window), int(horizon)],
+                "target": target,
+                "part": part,
                 "relative_deviation": float(np.sqrt(((slopes - whole) ** 2).mean())) / scale if scale else None,
-                "spearman": spearman(slopes, whole), "n": len(table),
+                "spearman": spearman(slopes, whole),
+                "n": len(table),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -205,10 +224,13 @@ def noise_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -> lis
         values = table.filter(kind="pair")["value"].to_numpy()
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target,
-                "noise": rerun_noise(table, str(target)), "signal": float(values.std()),
+                "window": window,
+                "horizon": names[str(window), int(horizon)],
+                "target": target,
+                "noise": rerun_noise(table, str(target)),
+                "signal": float(values.std()),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

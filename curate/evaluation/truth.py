@@ -70,9 +70,12 @@ def collect(
 def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
     removal = truth.removal
     same = {
-        "removal": removal.name, "kind": removal.kind, "window": removal.window,
-        "samples": [list(sample) for sample in removal.samples], "part": removal.part,
-    }  # fmt: skip
+        "removal": removal.name,
+        "kind": removal.kind,
+        "window": removal.window,
+        "samples": [list(sample) for sample in removal.samples],
+        "part": removal.part,
+    }
     rows = [
         {**same, "horizon": horizon, "target": target, "value": float(value)}
         for horizon, values in truth.values.items()

@@ -110,12 +110,15 @@ def _make(config: VerifyConfig, replay: Replay, targets: list[Target], out: Path
     windows = named_windows(run, config.windows)
     horizons = horizon_steps(run, windows, config.horizons)
     removals = draw(run, windows, config.draw, config.seed)
-    units = rerun_units(removals, horizons)
+    units = rerun_passes(removals, horizons)
     _log.info(
         "%d reruns will cost about %.0f forward+backward passes, %.1f times the stage's %d (fewer with draw.pairs, "
         "draw.groups, or --horizons '[window_end]')",
-        len(removals), units, units / run.spec.steps, run.spec.steps,
-    )  # fmt: skip
+        len(removals),
+        units,
+        units / run.spec.steps,
+        run.spec.steps,
+    )
     reruns = Reruns(replay, targets, config.target_batch_size)
     steps = {window: sorted(set(found.values())) for window, found in horizons.items()}
     kept = run.folder / "verify" / f"truth-{fingerprint([settings['targets'], steps])[:8]}.parquet"
@@ -124,9 +127,10 @@ def _make(config: VerifyConfig, replay: Replay, targets: list[Target], out: Path
     estimates = estimate(config, replay, targets, windows, horizons)
     result: dict[str, Any] = {**compare(truth, estimates, horizons, config.seed)}
     result["cost"] = {
-        "reruns": len(removals), "rerun_units": units,
+        "reruns": len(removals),
+        "rerun_units": units,
         "estimate_units": sum(one.cost_units_per_step * len(one.values) * _length(windows, one) for one in estimates),
-    }  # fmt: skip
+    }
     write_json(out / "verify.json", {"sign": SIGN, **result})
     verify_page(out / "verify.html", result)
     seal(out, "verification", settings)
@@ -189,7 +193,7 @@ def horizon_steps(
     return {window: {name: found[name] for name in names} for window, found in ends.items()}
 
 
-def rerun_units(removals: list[Removal], horizons: Mapping[str, Mapping[HorizonName, int]]) -> float:
+def rerun_passes(removals: list[Removal], horizons: Mapping[str, Mapping[HorizonName, int]]) -> float:
     """Steps that all reruns take."""
     return float(sum(max(horizons[removal.window].values()) - removal.step for removal in removals))
 
@@ -243,7 +247,10 @@ def _estimate(
         embedding = embed_window(replace(job, target=target), window, horizon, estimator)
         values[target.name] = keyed(embedding.rows["step"].to_list(), embedding.values(target))
     return Estimates(
-        estimator=config.estimator, window=window, horizon=end, values=values,
+        estimator=config.estimator,
+        window=window,
+        horizon=end,
+        values=values,
         cost_units_per_step=embedding.cost_units / (stop - first) / len(targets),
         bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
-    )  # fmt: skip
+    )

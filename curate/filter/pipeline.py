@@ -82,8 +82,12 @@ def _say_sight(seen: Sight | None) -> None:
         _log.warning(
             "near-duplicates are looked for by %.2g %% of the n-grams, %.1f of %d in a median sample: of copies with "
             "%.0f %% of their n-grams in common %.0f %% are found",
-            100 * seen.share, seen.held, seen.ngrams, 100 * seen.alike, 100 * seen.recall,
-        )  # fmt: skip
+            100 * seen.share,
+            seen.held,
+            seen.ngrams,
+            100 * seen.alike,
+            100 * seen.recall,
+        )
 
 
 def _say(report: pl.DataFrame, held: HeldOut, *, removing: bool) -> None:

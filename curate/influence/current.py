@@ -33,7 +33,7 @@ from curate.core.progress import progress
 from curate.core.writing import replacing
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
-from curate.influence.draw import draw_measured, measured_frame, values_frame
+from curate.influence.draw import as_measured_values, as_sample_values, draw_measured
 from curate.influence.extrapolate import blocks_of
 from curate.ngrams.regression import means
 from curate.stats.deviation import combined_values, target_shares
@@ -176,8 +176,11 @@ def _say_cost(run: Run, targets: Sequence[Target], samples: int) -> None:
     _log.info(
         "the next step will cost about %.0f forward+backward passes: %.0f for what the targets ask of it, %.0f to "
         "measure %s samples for each",
-        direction + measuring, direction, measuring, f"{samples:,}",
-    )  # fmt: skip
+        direction + measuring,
+        direction,
+        measuring,
+        f"{samples:,}",
+    )
 
 
 def _measure_part(
@@ -193,9 +196,15 @@ def _measure_part(
     losses = [half for target in targets for half in target.halves]
     state, directions = target_directions(replay, losses, _half_weights(targets), options.batch_size)
     tokens = linear_values(
-        replay, state.parameters, directions, drawn, "tokens", read=partial(read_together, run, source),
-        scratch=scratch, by_token=True,
-    ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
+        replay,
+        state.parameters,
+        directions,
+        drawn,
+        "tokens",
+        read=partial(read_together, run, source),
+        scratch=scratch,
+        by_token=True,
+    ) / (step_tokens(run) * _LR_SHARE)
     write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
@@ -240,17 +249,23 @@ def measure_samples(
             replay = _continued_replay(run, targets, options)
             _log.info(
                 "measuring %s samples for the next step will cost about %.0f forward+backward passes",
-                f"{len(rest):,}", forward_passes(run, 1, len(rest)),
-            )  # fmt: skip
+                f"{len(rest):,}",
+                forward_passes(run, 1, len(rest)),
+            )
             with timed(folder, replay) as scratch:
                 parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-                own = [target_places(next_step)[name] for name in aimed]  # a retention target may have no say here
+                own = [target_positions(next_step)[name] for name in aimed]  # a retention target may have no say here
                 directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][own])
                 shares = parameters.new_tensor(list(target_shares(next_step.values, aimed).values()))
                 value = linear_values(
-                    replay, parameters, shares[None] @ directions, rest, "samples",
-                    read=partial(read_together, run, source), scratch=scratch,
-                ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
+                    replay,
+                    parameters,
+                    shares[None] @ directions,
+                    rest,
+                    "samples",
+                    read=partial(read_together, run, source),
+                    scratch=scratch,
+                ) / (step_tokens(run) * _LR_SHARE)
                 with replacing(folder / "values.parquet") as part:
                     rest.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0])).write_parquet(part)
             seal(folder, "measured samples", settings, targets=[target.name for target in targets])
@@ -258,11 +273,11 @@ def measure_samples(
     stored = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     stored = stored.select(*samples.columns, value_total=pl.col("value_per_token") * pl.col("predicted_tokens"))
     again = samples.join(known.select("sample_id", "value_total"), on="sample_id", maintain_order="left")
-    values = values_frame(pl.concat([stored, again]), next_step.name, targets[0].name)
+    values = as_sample_values(pl.concat([stored, again]), next_step.name, targets[0].name)
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
 
 
-def target_places(next_step: NextStep) -> dict[str, int]:
+def target_positions(next_step: NextStep) -> dict[str, int]:
     """Target -> its place among those that the next step is valued for."""
     return {name: place for place, name in enumerate(next_step.values["target"].unique(maintain_order=True))}
 
@@ -280,7 +295,7 @@ def _part_frame(
     measured = stored.join(drawn, on=["domain", "sample_id"], maintain_order="left").with_columns(
         value_total_nats=pl.col("value_per_token") * pl.col("predicted_tokens")
     )
-    return measured_frame(measured, name, step_tokens(run), partial(read_together, run, source))
+    return as_measured_values(measured, name, step_tokens(run), partial(read_together, run, source))
 
 
 @contextmanager

@@ -103,9 +103,12 @@ def token_derivatives(
 ) -> Floats:
     """The same of their n predicted tokens, one sample after the other: float64 (n, V); their mean is the sample's."""
     return _derivatives(
-        replay, parameters, moves, samples,
+        replay,
+        parameters,
+        moves,
+        samples,
         lambda task, logits, batch: task.token_losses_of(logits, batch)[batch.loss_mask[:, 1:]],
-    )  # fmt: skip
+    )
 
 
 def _derivatives(

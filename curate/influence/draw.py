@@ -51,7 +51,7 @@ def draw_measured(samples: dy.DataFrame[Samples], per_domain: int, batch: int, s
     return DrawnSamples.validate(drawn.with_columns(step=pl.Series(dealt, dtype=pl.Int64)))
 
 
-def measured_frame(
+def as_measured_values(
     measured: pl.DataFrame,
     source: str,
     step_tokens: float,
@@ -69,19 +69,22 @@ def measured_frame(
     first = measured.filter(target=measured["target"][0])
     documents = [sample.document_tokens() for samples in read(first) for sample in samples]
     rows = first.select(
-        "domain", "sample_id", row=pl.int_range(pl.len()).cast(pl.Int64),
+        "domain",
+        "sample_id",
+        row=pl.int_range(pl.len()).cast(pl.Int64),
         documents=pl.Series(documents, dtype=DOCUMENTS),
-    )  # fmt: skip
+    )
     joined = measured.join(rows, on=["domain", "sample_id"], maintain_order="left")
     frame = joined.with_columns(
         (pl.col("predicted_tokens") / step_tokens).cast(pl.Float32).alias("weight"),
         *(pl.col("value_total_nats").alias(name) for name in VALUES_NATS),
-        source=pl.lit(source), horizon=pl.lit(HORIZON),
-    )  # fmt: skip
+        source=pl.lit(source),
+        horizon=pl.lit(HORIZON),
+    )
     return MeasuredValues.validate(frame)
 
 
-def values_frame(samples: pl.DataFrame, source: str, target: str) -> dy.DataFrame[SampleValues]:
+def as_sample_values(samples: pl.DataFrame, source: str, target: str) -> dy.DataFrame[SampleValues]:
     """What samples are chosen by, as a values frame; halves of a target are not told apart.
 
     Args:

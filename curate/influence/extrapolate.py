@@ -11,7 +11,7 @@ import polars as pl
 from curate.core.progress import progress
 from curate.ngrams.ratios import mean_log_ratios, ngram_features
 from curate.stats.rank_correlation import spearman, spearman_interval
-from curate.stats.rank_ridge import fit, held_out_scores
+from curate.stats.rank_ridge import cross_validated_scores, fit
 from curate.tables import VALUES_PER_TOKEN
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def extrapolate(
         measured ones (`mean_value_per_token` and so on), of every target and domain.
     """
     features, domains = reader.of_measured(measured), measured["domain"].to_numpy().astype(str)
-    judged = _judge(samples, measured, values, held_out_scores(features, values, domains, seed), seed)
+    judged = _judge(samples, measured, values, cross_validated_scores(features, values, domains, seed), seed)
     predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES_PER_TOKEN))
     wanted = judged if least is None else judged.filter(_good(least))
     parts = [_rows(place, measured.clear(), values[:0]) for place in targets]

@@ -10,7 +10,7 @@ import dataframely as dy
 import numpy as np
 
 from curate.core.arrays import read_arrays
-from curate.influence.current import TOKEN_VALUES, target_places
+from curate.influence.current import TOKEN_VALUES, target_positions
 from curate.influence.extrapolate import from_fit, with_fallback
 from curate.ngrams.regression import NgramRegression, fit, ngrams_of
 from curate.stats.deviation import combined_values, target_shares
@@ -89,7 +89,7 @@ def fit_predictor(
     measured = combined_values(next_step.values, weights)
     shares = np.array(list(target_shares(next_step.values, weights).values()))
     stored = read_arrays(next_step.folder / TOKEN_VALUES)["values"][
-        :, [target_places(next_step)[name] for name in weights]
+        :, [target_positions(next_step)[name] for name in weights]
     ]
     keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
     tokens = stored.astype(np.float64) @ shares

@@ -15,7 +15,7 @@ import polars as pl
 
 from curate.core.rng import generator
 from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
-from curate.ngrams.counts import bag
+from curate.ngrams.counts import ngram_counts
 from curate.ngrams.ratios import log_ratios
 from curate.stats.sums import row_sum
 from curate.tables import VALUES_PER_TOKEN, VALUES_TOTAL, PredictionQuality, SampleValues
@@ -35,7 +35,7 @@ _BATCH = 64  # samples read at a time
 _JUDGED = ("domain", "samples", "measured", "spearman", "low", "high", "used")
 
 
-def predict_rest(
+def predict_unmeasured(
     source: SampleSource, values: dy.DataFrame[SampleValues], targets: Sequence[Target], least: float, seed: int
 ) -> tuple[dy.DataFrame[SampleValues], dy.DataFrame[PredictionQuality]]:
     """Predict the values of the samples of a source that have none.
@@ -95,9 +95,10 @@ def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The samples that the fit is made from: of each domain its share of the most that there may be, not too few."""
     share = min(1.0, _MOST / len(valued))
     order = valued.with_columns(
-        draw=pl.Series(generator(seed, "fitted").random(len(valued))), row=pl.int_range(pl.len()),
+        draw=pl.Series(generator(seed, "fitted").random(len(valued))),
+        row=pl.int_range(pl.len()),
         wanted=pl.max_horizontal((pl.len().over("domain") * share).ceil(), pl.lit(_LEAST)),
-    )  # fmt: skip
+    )
     chosen = order.filter(pl.col("draw").rank("ordinal").over("domain") <= pl.col("wanted"))
     return chosen.sort("row").drop("draw", "row", "wanted")
 
@@ -113,5 +114,5 @@ def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) ->
 
 def _ratios_of(targets: Sequence[Target], batches: Iterable[list[Sample]]) -> npt.NDArray[np.float64]:
     """N-gram log-likelihood ratios (T, V) of some targets; the samples of `batches` stand for the pool."""
-    pool = bag((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
-    return log_ratios([bag(target.sequences()) for target in targets], pool)
+    pool = ngram_counts((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
+    return log_ratios([ngram_counts(target.sequences()) for target in targets], pool)

@@ -86,12 +86,12 @@ class Supply:
     Args:
         samples: distinct samples that may be used.
         tokens: their stored tokens.
-        consumed_tokens: how many tokens of them earlier stages used, repeats counted.
+        seen_tokens: how many tokens of them earlier stages used, repeats counted.
     """
 
     samples: int
     tokens: int
-    consumed_tokens: int = 0
+    seen_tokens: int = 0
 
     @property
     def mean_length(self) -> float:
@@ -100,7 +100,7 @@ class Supply:
 
     def available_tokens(self, max_epochs: float) -> float:
         """Tokens that may still be used, repeats counted."""
-        return max(0.0, max_epochs * self.tokens - self.consumed_tokens)
+        return max(0.0, max_epochs * self.tokens - self.seen_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +206,10 @@ def problem_of(config: MixtureConfig, inputs: Inputs, scores: Mapping[str, float
     return Problem(
         prior=inputs.array(inputs.prior),
         scores=inputs.array(scores),
-        temperature=config.prior_strength,
+        prior_strength=config.prior_strength,
         lo=inputs.array({domain: bound.lo for domain, bound in bounds.items()}),
         hi=inputs.array({domain: bound.hi for domain, bound in bounds.items()}),
-        used=inputs.array({domain: part.consumed_tokens / part.tokens for domain, part in supply.items()}),
+        used=inputs.array({domain: part.seen_tokens / part.tokens for domain, part in supply.items()}),
         epochs=inputs.array({domain: inputs.budget_tokens / part.tokens for domain, part in supply.items()}),
         decay_epochs=inputs.decay_epochs,
         rows=np.array([one.row for one in shared]) if shared else None,

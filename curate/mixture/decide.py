@@ -95,9 +95,12 @@ def decide(
     if source not in sources:
         raise UserError(f"there are no scores of {source} (there are of {', '.join(sources)}); set values.sources")
     base = Inputs(
-        prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens,
+        prior=chosen_prior(config, previous),
+        previous=previous,
+        supply=supply,
+        budget_tokens=budget_tokens,
         decay_epochs=decay_epochs,
-    )  # fmt: skip
+    )
     parts = {name: _part(scores.filter(source=name), base, objectives) for name in sources}
     check(config, parts[source].inputs, restrict)
     parts = {name: replace(part, inputs=_restricted(restrict(config, part.inputs))) for name, part in parts.items()}
@@ -225,13 +228,20 @@ def _record(
     return with_totals(
         domains,
         {
-            "target": "+".join(objectives.targets), "targets": dict(objectives.targets), "retain": objectives.retain,
-            "source": source, "prior_strength": config.prior_strength, "budget_tokens": int(inputs.budget_tokens),
+            "target": "+".join(objectives.targets),
+            "targets": dict(objectives.targets),
+            "retain": objectives.retain,
+            "source": source,
+            "prior_strength": config.prior_strength,
+            "budget_tokens": int(inputs.budget_tokens),
             "unconstrained_effective_domains": effective_number(free.weights),
-            "expected_score": expected_gain(problem, solution.weights), "gap": solution.gap,
-            "group_limits": limits, "sweep": _sweep(part, config), "by_source": by_source,
+            "expected_score": expected_gain(problem, solution.weights),
+            "gap": solution.gap,
+            "group_limits": limits,
+            "sweep": _sweep(part, config),
+            "by_source": by_source,
         },
-    )  # fmt: skip
+    )
 
 
 def _known(number: float) -> float | None:
@@ -245,7 +255,7 @@ def _sweep(part: _Part, config: MixtureConfig) -> list[SweepPoint]:
     points = []
     for factor in SWEEP:
         strength = config.prior_strength * factor
-        problem = replace(problem_of(config, part.inputs, part.shrunk), temperature=strength)
+        problem = replace(problem_of(config, part.inputs, part.shrunk), prior_strength=strength)
         weights = optimum(problem).weights
         points.append(
             SweepPoint(

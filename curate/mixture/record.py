@@ -185,7 +185,7 @@ def counts_of(samples: int, supply: Supply) -> dict[str, Any]:
         "samples": samples,
         "stored_tokens": round(samples * supply.mean_length),
         "epochs": epochs,
-        "epochs_in_all": epochs + supply.consumed_tokens / supply.tokens,
+        "epochs_in_all": epochs + supply.seen_tokens / supply.tokens,
     }
 
 

@@ -78,9 +78,7 @@ def decide_stage(
     """
     phases = parts(config)
     inputs = _inputs(prior, supply, budget_tokens, config, decay_epochs)
-    solve = partial(
-        decide, scores, prior, supply, budget_tokens, config, objectives, source, decay_epochs=decay_epochs
-    )  # fmt: skip
+    solve = partial(decide, scores, prior, supply, budget_tokens, config, objectives, source, decay_epochs=decay_epochs)
     limits = sample_limits(supply, budget_tokens, {name: one.hi for name, one in bounds_of(config, inputs).items()})
     if config.schedule == "constant":
         mixture = solve()
@@ -108,9 +106,7 @@ def _curated(share: float, config: MixtureConfig, inputs: Inputs) -> Inputs | No
         return None
     base = base_weights(config, whole)
     left = {
-        domain: replace(
-            one, consumed_tokens=one.consumed_tokens + int((1 - share) * inputs.budget_tokens * base[domain])
-        )
+        domain: replace(one, seen_tokens=one.seen_tokens + int((1 - share) * inputs.budget_tokens * base[domain]))
         for domain, one in inputs.supply.items()
     }
     return replace(inputs, supply=left, budget_tokens=max(int(share * inputs.budget_tokens), 1))

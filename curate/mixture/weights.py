@@ -24,7 +24,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _UNDERFLOW = 800.0  # exp(-800) is 0 in float64
-_MOST = 1e12  # price of a shared constraint that no temperature needs
+_MOST = 1e12  # price of a shared constraint that no prior_strength needs
 _TOLERANCE = 1e-9  # of a shared constraint, in its own unit
 
 
@@ -35,7 +35,7 @@ class Problem:
     Args:
         prior: float64 [D], positive; only its proportions count.
         scores: float64 [D], finite; without rows only their differences count, but for the discount of repetition.
-        temperature: T > 0, in the unit of the scores; infinity gives the prior as far as the constraints allow.
+        prior_strength: T > 0, in the unit of the scores; infinity gives the prior as far as the constraints allow.
         lo: float64 [D], `0 <= lo <= hi`, sum at most 1.
         hi: float64 [D], at most 1, sum at least 1.
         used: float64 [D], epochs of each domain that earlier stages consumed; None: none.
@@ -47,7 +47,7 @@ class Problem:
 
     prior: Floats
     scores: Floats
-    temperature: float
+    prior_strength: float
     lo: Floats
     hi: Floats
     used: Floats | None = None
@@ -86,8 +86,8 @@ class Solution:
 
 def optimum(problem: Problem) -> Solution:
     """Solve the problem (see the module)."""
-    if math.isinf(problem.temperature):  # only the divergence counts, whatever the scores
-        problem = replace(problem, scores=np.zeros_like(problem.scores), temperature=1.0)
+    if math.isinf(problem.prior_strength):  # only the divergence counts, whatever the scores
+        problem = replace(problem, scores=np.zeros_like(problem.scores), prior_strength=1.0)
     rows, least = _shared(problem)
     prices = np.zeros(len(rows))
     weights = _priced(problem, prices)
@@ -101,9 +101,9 @@ def optimum(problem: Problem) -> Solution:
 
 
 def objective(problem: Problem, weights: Floats) -> float:
-    """The gain less temperature times divergence."""
+    """The gain less prior_strength times divergence."""
     prior = problem.prior / problem.prior.sum()
-    return expected_gain(problem, weights) - problem.temperature * divergence(weights, prior)
+    return expected_gain(problem, weights) - problem.prior_strength * divergence(weights, prior)
 
 
 def expected_gain(problem: Problem, weights: Floats) -> float:
@@ -120,7 +120,7 @@ def expected_gain(problem: Problem, weights: Floats) -> float:
     return float(problem.scores @ effective)
 
 
-def solve(prior: Floats, scores: Floats, temperature: float, lo: Floats, hi: Floats) -> Floats:
+def solve(prior: Floats, scores: Floats, prior_strength: float, lo: Floats, hi: Floats) -> Floats:
     """Solve `max_w <w, s> - T KL(w || prior)` subject to `sum w = 1`, `lo <= w <= hi`.
 
         w_d = clip(prior_d exp(s_d / T - mu), lo_d, hi_d)
@@ -130,17 +130,17 @@ def solve(prior: Floats, scores: Floats, temperature: float, lo: Floats, hi: Flo
     Args:
         prior: float64 [D], positive; only its proportions count.
         scores: float64 [D], finite; only their differences count.
-        temperature: T > 0, in the unit of the scores; infinity gives the clipped prior.
+        prior_strength: T > 0, in the unit of the scores; infinity gives the clipped prior.
         lo: float64 [D], `0 <= lo <= hi`, sum at most 1.
         hi: float64 [D], at most 1, sum at least 1.
 
     Returns:
         float64 [D] within the bounds exactly, summing to 1 up to rounding.
     """
-    assert temperature > 0
+    assert prior_strength > 0
     assert (prior > 0).all()
     assert (lo <= hi).all()
-    tilt = np.log(prior) + (scores - scores.max()) / temperature
+    tilt = np.log(prior) + (scores - scores.max()) / prior_strength
 
     def weights(mu: float) -> Floats:
         clipped: Floats = np.clip(np.exp(np.minimum(tilt - mu, 0.0)), lo, hi)
@@ -161,7 +161,7 @@ def _priced(problem: Problem, prices: Floats) -> Floats:
     """The best weights where a shared constraint is not a constraint but has a price."""
     linear = prices @ _shared(problem)[0]
     if not problem.repeats:
-        return solve(problem.prior, problem.scores + linear, problem.temperature, problem.lo, problem.hi)
+        return solve(problem.prior, problem.scores + linear, problem.prior_strength, problem.lo, problem.hi)
     return _discounted(problem, linear)
 
 
@@ -172,7 +172,7 @@ def _discounted(problem: Problem, linear: Floats) -> Floats:
     """
     gain = np.maximum(problem.scores, 0.0)
     linear = linear + np.minimum(problem.scores, 0.0)
-    lo, hi, heat = problem.lo, problem.hi, problem.temperature
+    lo, hi, heat = problem.lo, problem.hi, problem.prior_strength
     prior = problem.prior / problem.prior.sum()
     most, few = np.maximum(hi, 1e-300), np.maximum(lo, prior * math.exp(-700))
     value, _ = _marginal(problem, np.log(most / prior), gain)
@@ -191,11 +191,11 @@ def _balanced(problem: Problem, gain: Floats, linear: Floats) -> Floats:
     """The weight of each domain where its marginal gain is 0, clipped to the bounds; Newton's method, kept in brackets.
 
     Args:
-        problem: prior, bounds, temperature and repetition.
+        problem: prior, bounds, prior_strength and repetition.
         gain: float64 [D], what new data is worth, not negative.
         linear: float64 [D], the rest of the marginal gain, mu included.
     """
-    heat, prior = problem.temperature, problem.prior / problem.prior.sum()
+    heat, prior = problem.prior_strength, problem.prior / problem.prior.sum()
     least, most = (np.log(np.maximum(bound, 1e-300) / prior) for bound in (problem.lo, problem.hi))
     # of log(w / prior): the discount is between 0 and 1, and beyond its bounds a weight is clipped
     below, above = (np.clip(at / heat, least, most) for at in (linear, gain + linear))
@@ -265,7 +265,7 @@ def _prices(problem: Problem) -> Floats:
     from scipy.optimize import minimize
 
     rows, _ = _shared(problem)
-    scale = problem.temperature
+    scale = problem.prior_strength
     found = minimize(
         lambda prices: tuple(part / scale for part in _dual(problem, prices * scale)),
         np.zeros(len(rows)),

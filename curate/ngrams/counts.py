@@ -40,7 +40,7 @@ def buckets_of(tokens: npt.NDArray[np.integer[Any]], loss_mask: npt.NDArray[np.b
     return buckets
 
 
-def bag(sequences: Iterable[Sequence]) -> Floats:
+def ngram_counts(sequences: Iterable[Sequence]) -> Floats:
     """How often each bucket occurs in some sequences, float64 (V,)."""
     counts = np.zeros(BUCKETS)
     for tokens, loss_mask in sequences:

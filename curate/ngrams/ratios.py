@@ -40,7 +40,7 @@ def log_ratios(targets: Sequence[Floats64], pool: Floats64) -> Floats64:
     pool, or a little less.
 
     Args:
-        targets: (V,) counts of each target, see `ngrams.counts.bag`.
+        targets: (V,) counts of each target, see `ngrams.counts.ngram_counts`.
         pool: (V,) counts of the pool.
     """
     q = (pool + 1) / (pool + 1).sum()

@@ -109,11 +109,11 @@ def supply_of(pool: dy.DataFrame[SamplePool]) -> dict[str, Supply]:
     sums = pool.group_by("domain").agg(
         samples=kept.sum(),
         tokens=pl.col("stored_tokens").filter(kept).sum(),
-        consumed_tokens=(pl.col("stored_tokens") * pl.col("uses_so_far")).filter(kept).sum(),
+        seen_tokens=(pl.col("stored_tokens") * pl.col("uses_so_far")).filter(kept).sum(),
     )
     return {
-        domain: Supply(samples=samples, tokens=tokens, consumed_tokens=consumed_tokens)
-        for domain, samples, tokens, consumed_tokens in sums.sort("domain").iter_rows()
+        domain: Supply(samples=samples, tokens=tokens, seen_tokens=seen_tokens)
+        for domain, samples, tokens, seen_tokens in sums.sort("domain").iter_rows()
     }
 
 

@@ -50,10 +50,16 @@ def score_domains(plan: Resolved, source: Source, targets: Targets, values: Valu
         ratios = ngram_ratios(source.samples, targets.every, source.prior_tokens, config.seed)
     if not config.is_valued:
         table, keys = scores_without_values(
-            config.method, source.samples, targets.main, name=plan.source, trained=source.prior_tokens,
-            budget=plan.budget_tokens, prior_strength=plan.mixture.prior_strength,
-            dsir_temperature=config.values.dsir_temperature, seed=config.seed,
-        )  # fmt: skip
+            config.method,
+            source.samples,
+            targets.main,
+            name=plan.mixture_source,
+            trained=source.prior_tokens,
+            budget=plan.budget_tokens,
+            prior_strength=plan.mixture.prior_strength,
+            dsir_temperature=config.values.dsir_temperature,
+            seed=config.seed,
+        )
         return Domains(table=with_ratios(table, None, 0.0), ratios=None, keys=keys)
     rolled = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
     table = with_ratios(rolled.domains, ratios, plan.ngram_share)
@@ -72,5 +78,5 @@ def _check_branch_test(plan: Resolved, targets: Targets, table: dy.DataFrame[Dom
     path = plan.config.mixture.branch_test
     if path is not None:
         test = read_branch_test(path, plan.run.fingerprint, targets.main.fingerprint)
-        rows = DomainScores.validate(table.filter(source=plan.source, target=targets.main.name))
-        check_tested(path, test, plan.source, tested_scores(rows))
+        rows = DomainScores.validate(table.filter(source=plan.mixture_source, target=targets.main.name))
+        check_tested(path, test, plan.mixture_source, tested_scores(rows))

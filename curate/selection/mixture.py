@@ -81,7 +81,7 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
         plan.budget_tokens,
         constraints,
         plan.objectives,
-        plan.source,
+        plan.mixture_source,
         decay_epochs=plan.decay_epochs,
     )
     counts = dict.fromkeys(source.prior_tokens, 0)
@@ -107,8 +107,10 @@ def _warn_of_budget(delivered: int, budget_tokens: int) -> None:
     if abs(delivered / budget_tokens - 1) > _UNEVEN:
         _log.warning(
             "samples differ in length, and those chosen have %s tokens, not %s: pack samples to one length, or change "
-            "budget_tokens by as much", f"{delivered:,}", f"{budget_tokens:,}",
-        )  # fmt: skip
+            "budget_tokens by as much",
+            f"{delivered:,}",
+            f"{budget_tokens:,}",
+        )
 
 
 def _left(

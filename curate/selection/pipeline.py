@@ -139,10 +139,16 @@ def _finish(job: _Job, result: _Result) -> None:
     for name, table in tables.items():
         _write_table(folder.table(name), table)
     data = export(
-        folder, result.source.samples, plan.run.spec, result.mixture, result.chosen, mode=plan.config.mode,
-        scheduled=plan.mixture.schedule != "constant", seed=plan.config.seed,
+        folder,
+        result.source.samples,
+        plan.run.spec,
+        result.mixture,
+        result.chosen,
+        mode=plan.config.mode,
+        scheduled=plan.mixture.schedule != "constant",
+        seed=plan.config.seed,
         shard_bytes=plan.config.output.shard_bytes,
-    )  # fmt: skip
+    )
     write_mixture(folder.mixture, result.mixture)
     if plan.config.is_valued:
         _report(job, result, tables, data)

@@ -64,26 +64,35 @@ def selection_report(
     }
     predicted = tables.get("predicted")
     return ReportData(
-        run=visible(plan.run.folder.name), target=target.name,
-        target_documents=target.documents, target_tokens=target.tokens,
-        retain=mixture.retain, estimator=_estimator(plan),
+        run=visible(plan.run.folder.name),
+        target=target.name,
+        target_documents=target.documents,
+        target_tokens=target.tokens,
+        retain=mixture.retain,
+        estimator=_estimator(plan),
         horizons={name: own.horizon for name, own in values.by_source.items()},
-        mixture_source=mixture.source, sign=SIGN,
+        mixture_source=mixture.source,
+        sign=SIGN,
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
-        settings=visible_json(plan.config.model_dump(mode="json")), reliability=tables["reliability"],
-        curve=value_curve(measured.filter(pl.col("source").is_in(plan.windows)), training), training=training,
+        settings=visible_json(plan.config.model_dump(mode="json")),
+        reliability=tables["reliability"],
+        curve=value_curve(measured.filter(pl.col("source").is_in(plan.windows)), training),
+        training=training,
         domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["seen"]),
         examples=example_table(source.samples, plan.run.spec.tokenizer, measured, examples),
-        shards=tables["between_shards"], costs=tables["costs"], residuals=values.residuals,
+        shards=tables["between_shards"],
+        costs=tables["costs"],
+        residuals=values.residuals,
         length_bias=dict(tables["length_bias"].drop_nulls().select("source", "spearman").iter_rows()),
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
-        sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
+        sweep=sweep_table(mixture),
+        targets=target_table(tables["domains"], mixture),
         group_limits={name: one.model_dump() for name, one in mixture.group_limits.items()},
         predicted=() if predicted is None else predicted.to_dicts(),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
-    )  # fmt: skip
+    )
 
 
 def _estimator(plan: Resolved) -> str:

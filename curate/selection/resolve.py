@@ -130,9 +130,12 @@ class Resolved:
     def next_step(self) -> NextStepOptions:
         """How values of the next step are measured."""
         return NextStepOptions(
-            per_domain=self.config.values.measured_per_domain, seed=self.config.seed, device=self.config.device,
-            batch_size=self.embedding.target_batch_size, tolerance=self.embedding.tolerance,
-        )  # fmt: skip
+            per_domain=self.config.values.measured_per_domain,
+            seed=self.config.seed,
+            device=self.config.device,
+            batch_size=self.embedding.target_batch_size,
+            tolerance=self.embedding.tolerance,
+        )
 
     @cached_property
     def stages(self) -> list[Path]:
@@ -170,11 +173,14 @@ def resolve(config: SelectConfig, run: Run) -> Resolved:
     budget, tested = config.budget_tokens, config.mixture.branch_test
     unseen_only = config.filter.unseen_only
     return Resolved(
-        config=config, run=run, sources=sources, embedding=_embedding(config, run, sources),
+        config=config,
+        run=run,
+        sources=sources,
+        embedding=_embedding(config, run, sources),
         budget_tokens=sum(trained_tokens(run).values()) if budget is None else int(budget),
         unseen_only=config.candidates is not None if unseen_only is None else unseen_only,
         branch_test=None if tested is None else read_branch_test(tested, run.fingerprint),
-    )  # fmt: skip
+    )
 
 
 def _sources(config: SelectConfig) -> tuple[str, ...]:
@@ -199,10 +205,14 @@ def _embedding(config: SelectConfig, run: Run, sources: tuple[str, ...]) -> Embe
     elif given.get("estimator") in ESTIMATORS:
         raise UserError(f"{path}: estimator {given['estimator']} is a method of its own: set --method instead")
     own: dict[str, Any] = {
-        "run": run.folder, "target": config.target, "more_targets": config.more_targets, "retain": config.retain,
-        "device": config.device, "min_target_tokens": config.values.min_target_tokens,
+        "run": run.folder,
+        "target": config.target,
+        "more_targets": config.more_targets,
+        "retain": config.retain,
+        "device": config.device,
+        "min_target_tokens": config.values.min_target_tokens,
         "window": "both" if len(windows) == 2 else windows[0] if windows else "late",
-    }  # fmt: skip
+    }
     try:
         return EmbedConfig(**given, **own)
     except ValidationError as error:

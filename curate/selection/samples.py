@@ -15,9 +15,9 @@ import polars as pl
 from curate.domains.ngram_scores import combined_ratios
 from curate.filter.choose import combined_z
 from curate.influence.current import forward_passes, measure_samples
-from curate.influence.draw import values_frame
+from curate.influence.draw import as_sample_values
 from curate.influence.predict_next_step import MIN_RANK_CORRELATION, fit_predictor
-from curate.influence.predict_window import predict_rest
+from curate.influence.predict_window import predict_unmeasured
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
@@ -63,7 +63,7 @@ class SampleScores:
 def score_samples(plan: Resolved, source: Source, targets: Targets, values: Values, domains: Domains) -> SampleScores:
     """Score samples by what the next step asks for, by a window's values, or by n-grams alone."""
     weights = plan.sample_weights
-    own = combined_values(values.of(plan.source), weights)
+    own = combined_values(values.of(plan.mixture_source), weights)
     if not plan.config.takes_samples:
         return SampleScores(values=own, texts=read_texts(plan, source, None, None))
     predictor = None
@@ -77,8 +77,10 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
         return _by_next_step(plan, source, targets, values, domains, texts, ratios, predictor)
     if plan.predicts_samples:
         aimed = [target for target in targets.every if target.name in weights]
-        predicted, quality = predict_rest(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
-        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=_told(quality, plan.source))
+        predicted, quality = predict_unmeasured(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
+        return SampleScores(
+            values=predicted, texts=texts, ngram_ratios=ratios, quality=_told(quality, plan.mixture_source)
+        )
     return SampleScores(values=own, texts=texts, ngram_ratios=ratios, keys=domains.keys)
 
 
@@ -100,7 +102,7 @@ def _by_next_step(
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     told = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
-    every = values_frame(told, next_step.name, targets.main.name)
+    every = as_sample_values(told, next_step.name, targets.main.name)
     promising = _promising(plan, source, every, domains, ratios)
     measured, begin = None, perf_counter()
     if len(promising):
@@ -137,7 +139,7 @@ def _promising(
         return Samples.create_empty()
     lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
     mean_length = dict(lengths.iter_rows())
-    scores = DomainScores.validate(domains.table.filter(source=plan.source))
+    scores = DomainScores.validate(domains.table.filter(source=plan.mixture_source))
     shares = tilted_prior(scores, source.prior_tokens, plan.mixture, plan.objectives)
     wanted = {
         domain: share * plan.budget_tokens / mean_length[domain]
@@ -193,6 +195,10 @@ def _told(quality: pl.DataFrame, source: str) -> pl.DataFrame:
         told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
         _log.info(
             "%s: %s of %s samples measured, rank correlation %s held out; the rest: %s",
-            row["domain"], f"{row['measured']:,}", f"{row['samples']:,}", told, row["used"],
-        )  # fmt: skip
+            row["domain"],
+            f"{row['measured']:,}",
+            f"{row['samples']:,}",
+            told,
+            row["used"],
+        )
     return quality.with_columns(source=pl.lit(source))

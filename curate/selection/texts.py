@@ -73,9 +73,11 @@ def read_texts(
     overlaps = scan(catalogue if wanted else catalogue.clear(), source.streams, held, also)
     rows = _rows_of(source.usable, catalogue)
     return Texts(
-        held=held, overlaps=overlaps, ratios=np.concatenate(means).astype(np.float64)[rows] if means else None,
+        held=held,
+        overlaps=overlaps,
+        ratios=np.concatenate(means).astype(np.float64)[rows] if means else None,
         predicted=np.concatenate(predicted)[rows] if predicted else None,
-    )  # fmt: skip
+    )
 
 
 def _rows_of(samples: dy.DataFrame[Samples], catalogue: pl.DataFrame) -> npt.NDArray[np.int64]:

@@ -190,7 +190,10 @@ def _windows(plan: Resolved, targets: Targets) -> dict[str, SourceValues]:
         if plan.config.method == "shuffled":  # a null control: each target's values dealt anew
             frames = [shuffled(frame, plan.config.seed) for frame in frames]
         found[window] = WindowValues(
-            window=window, embeddings=parts, targets=targets.every, index=index_folder(parts[0], plan.embedding.index),
+            window=window,
+            embeddings=parts,
+            targets=targets.every,
+            index=index_folder(parts[0], plan.embedding.index),
             frame=MeasuredValues.validate(pl.concat(frames)),
-        )  # fmt: skip
+        )
     return found

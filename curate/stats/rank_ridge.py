@@ -86,7 +86,7 @@ def fit(blocks: Sequence[Floats], values: Floats, domains: Names) -> Predictor:
     return Predictor(weights=_ridge(centred, wanted, fitted) * scale[:, None], centres=centres, values=known)
 
 
-def held_out_scores(blocks: Sequence[Floats], values: Floats, domains: Names, seed: int) -> Floats:
+def cross_validated_scores(blocks: Sequence[Floats], values: Floats, domains: Names, seed: int) -> Floats:
     """(n, M) normal scores that are predicted of each sample by a fit without its fold; arguments as of `fit`.
 
     Folds are drawn within domains; a domain of fewer samples than folds has predictions only where another fold has
