@@ -1,4 +1,4 @@
-"""Values of samples outside of the valued window, predicted from those inside.
+"""Values of samples outside of a measured window, predicted from those inside.
 
 A window holds a small part of what the next stage chooses among. What is not measured is predicted from its text, and
 only in domains where held-out samples are ranked well enough. The baselines that value a window choose by this.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LEAST = 20  # valued samples of a domain from which a rank correlation says something
 _MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
 _BATCH = 64  # samples read at a time
-_JUDGED = ("domain", "samples", "measured", "spearman", "low", "high", "used")
+_QUALITY = ("domain", "samples", "measured", "spearman", "low", "high", "used")
 
 
 def predict_unmeasured(
@@ -53,9 +53,9 @@ def predict_unmeasured(
         The values, and below them those that were predicted.
         How good predictions are in each domain; `used`: "predictor" or "domain mean", or "too few" to say anything.
     """
-    seen = _per_token(values)
+    measured_values = _per_token(values)
     samples = usable_samples(source.unique_samples)
-    valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
+    valued = samples.join(measured_values, on=["domain", "sample_id"], maintain_order="left")
     enough = valued.filter(pl.len().over("domain") >= _LEAST)
     sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
     few = _too_few(sizes, valued, enough)
@@ -65,10 +65,12 @@ def predict_unmeasured(
 
     read = partial(source.read_batches, size=_BATCH)
     reader = FeatureReader(samples, read, _ratios_of(targets, read(measured)))
-    every, judged = with_fallback(
+    every, quality = with_fallback(
         *extrapolate(samples, measured, measured.select(VALUES_PER_TOKEN).to_numpy(), reader, seed, least), least
     )
-    rest = every.filter(origin="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")
+    rest = every.filter(origin="predicted").join(
+        measured_values, on=["domain", "sample_id"], how="anti", maintain_order="left"
+    )
     located = rest.join(samples, on=["domain", "sample_id"], maintain_order="left")
     predicted = located.with_columns(
         *(
@@ -77,7 +79,7 @@ def predict_unmeasured(
         ),
         *(pl.lit(values[name][0]).alias(name) for name in ("source", "target")),
     )
-    table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
+    table = pl.concat([quality.select(_QUALITY), few]).sort("domain")
     both = pl.concat([values, SampleValues.validate(predicted)])
     return SampleValues.validate(both), PredictionQuality.validate(table)
 
@@ -108,8 +110,8 @@ def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) ->
     counts = valued.group_by("domain").agg(measured=pl.len().cast(pl.Int64))
     table = sizes.join(enough, on="domain", how="anti").join(counts, on="domain", how="left")
     unknown = (pl.lit(None, pl.Float64).alias(name) for name in ("spearman", "low", "high"))
-    told = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
-    return told.select(_JUDGED).sort("domain")
+    rows = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
+    return rows.select(_QUALITY).sort("domain")
 
 
 def _ratios_of(targets: Sequence[Target], batches: Iterable[list[Sample]]) -> npt.NDArray[np.float64]:

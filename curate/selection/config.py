@@ -123,7 +123,7 @@ class SelectConfig(Config):
 
     @model_validator(mode="after")
     def _every_setting_acts(self) -> Self:
-        given = changed(self)
+        given = changed(self)  # a default that does nothing is no mistake of the user
         for setting, reason in _without_effect(self):
             if setting in given:
                 raise ValueError(f"{setting} {_shown(given[setting])} has no effect here: {reason}; leave it out")
@@ -140,6 +140,7 @@ class SelectConfig(Config):
         return self.mode != "weights"
 
 
+# The rules below mirror what the code reads: who adds a setting that another one can silence adds a rule here.
 def _without_effect(config: SelectConfig) -> Iterator[tuple[str, str]]:
     """Settings that the others leave nothing to decide, and why."""
     yield from _by_method(config)
@@ -203,4 +204,5 @@ def _by_mixture(config: SelectConfig) -> Iterator[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
+    """A value as a message has it; a mapping (of files, say) would be longer than the sentence."""
     return "" if isinstance(value, dict) else str(value)
