@@ -1,7 +1,7 @@
-"""Hold a selection's domain scores against short trainings (the field: a microanneal).
+"""Do a selection's domain scores predict the next stage? Tested by short trainings (called microanneals elsewhere).
 
-Do the scores predict the next stage? From the run's last state short branches are trained, each with a little more of
-one domain; what they do to the target's loss is held against the scores. `curate.select` can be given the result.
+From the run's last state short branches are trained, each with a little more of one domain; what they do to the
+target's loss is compared with the scores. `curate.select` can be given the result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Scores:
     Attributes:
         selection: its fingerprint.
         source: where they come from.
-        scores: of the domains with valued samples.
+        scores: of the domains with measured samples.
     """
 
     selection: str
@@ -99,6 +99,7 @@ def branch_test(config: BranchTestCommand) -> Path:
         "seed": config.seed,
         **lengths_of(config),
     }
+    # by what was tested, not by where it lies: a selection that is made again has its test already
     out = config.out or run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}"
     with making(out, settings) as missing:
         if missing:
@@ -136,7 +137,7 @@ def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores
         )
     mixture = read_mixture(folder / "mixture.yaml")
     domains = read_table(folder / "domains.parquet")
-    # The selection's own target comes first; its file may have been renamed since.
+    # the selection's main target comes first; its file may have been renamed since, so that its name is not asked
     rows = DomainScores.validate(domains.filter(source=mixture.source, target=next(iter(mixture.targets))))
     return _Scores(selection=manifest["fingerprint"], source=mixture.source, scores=tested_scores(rows))
 
@@ -148,10 +149,10 @@ def _check_parents(config: BranchTestCommand, settings: Json, run: Run, target: 
         "run": (run.folder, run.fingerprint, settings.get("run")),
         "target": (config.target, target.fingerprint, main),
     }
-    for name, (path, found, wanted) in parents.items():
-        if wanted != found:
+    for name, (path, here, wanted) in parents.items():
+        if wanted != here:
             raise UserError(
-                f"{config.selection} was not made from the {name} {path} (fingerprint {wanted} there, {found} here): "
+                f"{config.selection} was not made from the {name} {path} (fingerprint {wanted} there, {here} here): "
                 f"set --{name} to what it was selected with"
             )
 
@@ -167,7 +168,7 @@ def _make(
         _log.warning("%d domains have a score: there will be no correlation, which takes three", len(tested.scores))
     replay = Replay(run, config.device, config.tolerance)
     changes = realised_changes(replay, target, prior, config, seed=config.seed, batch_size=config.target_batch_size)
-    found = agreement(tested.scores, changes, config.seed)
+    agreed = agreement(tested.scores, changes, config.seed)
     branches = config.repeats * (len(prior) + 1)
     test = BranchTest(
         run=run.fingerprint,
@@ -175,9 +176,9 @@ def _make(
         target_name=target.name,
         **asdict(tested),
         changes=changes,
-        **asdict(found),
-        verdict=verdict_of(found.spearman, found.ceiling),
-        strength_factor=strength_factor(found.spearman),
+        **asdict(agreed),
+        verdict=verdict_of(agreed.spearman, agreed.ceiling),
+        strength_factor=strength_factor(agreed.spearman),
         seed=config.seed,
         **lengths_of(config),
         forward_backward_passes=branch_passes(run, target, config, branches),

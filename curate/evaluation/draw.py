@@ -65,6 +65,7 @@ class Removal:
     @property
     def name(self) -> str:
         """Identity of the rerun in files."""
+        # one sample by itself, readable; a group's list would be longer than a name may be
         which = fingerprint(self.samples) if len(self.samples) > 1 else str(self.samples[0])
         return f"{self.kind} {self.window} {which} part {self.part} order {self.order}"
 
@@ -89,17 +90,20 @@ def draw(run: Run, windows: dict[str, tuple[int, int]], config: DrawConfig, seed
 def _window(run: Run, name: str, start: int, stop: int, config: DrawConfig, seed: int) -> list[Removal]:
     sizes = {record.step: record.size for record in records(run, start, stop)}
     pairs = _pairs(sizes, name, config, seed)
-    found = [Removal(kind="pair", window=name, samples=(pair,)) for pair in pairs]
-    found += [Removal(kind="group", window=name, samples=group) for group in _groups(sizes, name, config, seed)]
+    removals = [Removal(kind="pair", window=name, samples=(pair,)) for pair in pairs]
+    removals += [Removal(kind="group", window=name, samples=group) for group in _groups(sizes, name, config, seed)]
+    # repeats and parts are of pairs that are run whole too: each is compared with its pair
     order = generator(seed, "fidelity repeats", name).permutation(len(pairs))
     chosen = [pairs[i] for i in order.tolist()]
-    found += [Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]]
-    found += [
+    removals += [
+        Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]
+    ]
+    removals += [
         Removal(kind="part", window=name, samples=(pair,), part=part)
         for pair in chosen[: config.part_pairs]
         for part in config.parts
     ]
-    return found
+    return removals
 
 
 def _pairs(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from curate.evaluation.draw import Removal
     from curate.evaluation.reruns import Reruns, Truth
 
-_SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 30.0  # what an interruption may lose of reruns
 TRUTH = pl.Schema(
     [
         ("removal", pl.String()),  # identity of the rerun
@@ -52,7 +52,7 @@ def collect(
         One row per (removal, horizon, target), see `TRUTH`.
     """
     table = read_table(path) if path.exists() else pl.DataFrame(schema=TRUTH)
-    done = set(table["removal"])
+    done = set(table["removal"])  # by name, which says all of a removal: other draws add to the same table
     missing = [removal for removal in removals if removal.name not in done]
     saved = monotonic()
     outcomes = progress(
@@ -69,7 +69,7 @@ def collect(
 
 def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
     removal = truth.removal
-    same = {
+    of_removal = {
         "removal": removal.name,
         "kind": removal.kind,
         "window": removal.window,
@@ -77,7 +77,7 @@ def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
         "part": removal.part,
     }
     rows = [
-        {**same, "horizon": horizon, "target": target, "value": float(value)}
+        {**of_removal, "horizon": horizon, "target": target, "value": float(value)}
         for horizon, values in truth.values.items()
         for target, value in zip(targets, values, strict=True)
     ]
@@ -85,5 +85,5 @@ def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
 
 
 def _save(path: Path, table: pl.DataFrame) -> None:
-    with replacing(path) as part:
-        table.write_parquet(part)
+    with replacing(path) as temporary:
+        table.write_parquet(temporary)

@@ -35,10 +35,12 @@ def run_trainer(arguments: Sequence[str], stage: str, lock: Lock) -> int:
         KeyboardInterrupt: the runner was told to end, and has ended the command.
     """
     try:
+        # the lock's descriptor is inherited: the lock is free when both have closed it
         process = subprocess.Popen(arguments, pass_fds=(lock.descriptor,))  # noqa: S603
     except OSError as error:
         raise TrainerError(f"{arguments[0]} cannot be started ({error.strerror})") from None
     runner = f"process {os.getpid()}"
+    # what a second runner tells its user: whom it waits for, or whom to end
     lock.say(f"process {process.pid} (the trainer of stage {stage}, started by {runner})")
     try:
         return process.wait()
