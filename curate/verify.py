@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _summarise(out: Path) -> None:
-    """Print the agreement per window and horizon, and name the files."""
+    """Log the agreement per window and horizon, and name the files."""
     rows = read_json(out / "verify.json")["rows"]
     _log.info("%-8s %-11s %-20s %5s  %s", "window", "horizon", "target", "pairs", "Spearman with reruns [95 %], cap")
     for row in rows:
