@@ -82,6 +82,7 @@ def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float
     bad = {domain: share for domain, share in prior.items() if not 0 < share < np.inf}
     if bad:
         raise UserError(f"a prior must be a positive number, got {bad}; leave out domains that were not trained on")
+    # in the order of names: sums of floats in another order differ in the last digit
     total = sum(prior[domain] for domain in sorted(prior))
     return {domain: prior[domain] / total for domain in sorted(prior)}
 
@@ -125,6 +126,7 @@ def _score(
             "shrunk": shrunk,
         }
     )
+    # distinct ones: a window may train on a sample several times
     samples = group.group_by("domain").agg(pl.col("sample_id").n_unique().cast(pl.Int64).alias("samples"))
     return (
         scored.with_columns(pl.selectors.float().fill_nan(None))

@@ -47,6 +47,7 @@ def log_importance(streams: Mapping[str, MdsStream], target: Iterable[Sequence])
         streams: the pool.
         target: sequences of the target.
     """
+    # the pool is all of what is drawn from, as published: domains count by their size on disk
     pool = ngram_counts(sequence for stream in streams.values() for sequence in _sequences(stream, "n-grams"))
     ratio = log_ratio(ngram_counts(target), pool)
     return {
@@ -97,6 +98,7 @@ def drawn_shares(keys: dy.DataFrame[DrawKeys], budget_tokens: int) -> dict[str, 
         keys: see `gumbel_keys`.
         budget_tokens: of the next stage; one larger than the pool draws all of it.
     """
+    # largest key first: a sample is drawn where the ones before it leave some of the budget
     taken = keys.with_columns(before=pl.col("stored_tokens").cum_sum() - pl.col("stored_tokens"))
     sums = taken.group_by("domain").agg(
         drawn=pl.col("stored_tokens").filter(pl.col("before") < budget_tokens).sum(),

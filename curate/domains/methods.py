@@ -88,6 +88,7 @@ def weight_scores(
     rows = []
     for domain in sorted(prior):
         share = prior[domain] / whole
+        # the inverse of the tilted prior w = prior exp(score / T)
         score = prior_strength * math.log(weights[domain] / all_weights / share)
         rows.append({"domain": domain, "prior": share, "score": score, "shrunk": score})
     unknown = ("value_per_token", "se", "low", "high", "score_se", "score_low", "score_high")

@@ -82,6 +82,7 @@ def ngram_ratios(
     ratios = log_ratios([ngram_counts(target.sequences()) for target in targets], pool * _COUNTED)
     by_domain = [_sample_ratios(source, samples, ratios) for samples in drawn.values()]
     means = np.stack([rows.mean(axis=0) if len(rows) else np.full(len(targets), np.nan) for rows in by_domain])
+    # a domain without usable samples has no mean, and no part in the average
     seen = np.isfinite(means[:, 0])
     weights = shares * seen / (shares * seen).sum()
     centre = weights @ np.nan_to_num(means)
@@ -134,6 +135,7 @@ def combined_ratios(
         weights: target -> weight.
     """
     shares = np.array([weights.get(name, 0.0) for name in ratios.targets]) / sum(weights.values())
+    # a target whose ratio does not vary says nothing of samples
     factors = np.divide(shares, ratios.deviations, out=np.zeros_like(shares), where=ratios.deviations > 0)
     return NgramRatios.validate(samples.with_columns(ngram_ratio=pl.Series(means @ factors, dtype=pl.Float64)))
 

@@ -46,6 +46,7 @@ def halves_reliability(
     rows = []
     for (source, target), group in ranked.group_by(_SOURCE):
         for ranking in ("pooled", "within_step"):
+            # a correlation is a function of six sums per step: a resample adds up those of the steps drawn
             moments = _moments(group, f"{ranking}_a", f"{ranking}_b")
             weights = step_weights(len(moments), resamples, generator(seed, "halves", str(source)))
             r = correlation(moments.sum(axis=0)[None])
@@ -81,6 +82,7 @@ def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: i
         One row per (source, target): `samples`, `spearman`, `low`, `high`; null where the samples of each domain are
         of one length.
     """
+    # ranks within domains: that one domain has longer and better samples is no bias of the choice inside of domains
     ranked = values.select(
         *_STEP,
         value_rank=_rank("value_total_nats", [*_SOURCE, "domain"]),

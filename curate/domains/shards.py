@@ -66,6 +66,7 @@ def between_shards(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardTe
         .with_columns(rank=per_token.rank().over(step) / (pl.len().over(step) + 1))
         .group_by(*_KEYS, "shard", "index", maintain_order=True)
         .agg(row_mean(pl.col("rank")))
+        # around the domain's mean, so that sums of squares are small numbers and keep their digits
         .with_columns(pl.col("rank") - pl.col("rank").mean().over(_KEYS))
     )
     by_shard = ranks.group_by(*_KEYS, "shard", maintain_order=True).agg(

@@ -16,7 +16,14 @@ from pydantic import Field
 from curate.core.artifacts import MANIFEST, fingerprint, making, read_json, seal, start, write_hashed
 from curate.core.errors import UserError
 from curate.evaluation.branch_record import FILE, BranchTest, strength_factor, verdict_of
-from curate.evaluation.branches import BranchTestConfig
+from curate.evaluation.branches import (
+    BranchTestConfig,
+    agreement,
+    branch_passes,
+    lengths_of,
+    realised_changes,
+    tested_scores,
+)
 from curate.tables import DomainScores
 from curate.training.run import Run
 
@@ -79,7 +86,6 @@ def branch_test(config: BranchTestCommand) -> Path:
     Raises:
         UserError: bad selection, run or target, or scores that cannot be tested.
     """
-    from curate.evaluation.branches import lengths_of
     from curate.training.samples import trained_tokens
     from curate.training.target import load_target
 
@@ -122,7 +128,6 @@ def _run_around(selection: Path) -> Path:
 def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores:
     """The scores for the target in the mixture's source; refuses a selection that they cannot be tested of."""
     from curate.core.arrays import read_table
-    from curate.evaluation.branches import tested_scores
     from curate.mixture.record import read_mixture
 
     folder = config.selection
@@ -161,7 +166,6 @@ def _make(
     config: BranchTestCommand, run: Run, target: Target, tested: _Scores, prior: Mapping[str, float], out: Path
 ) -> None:
     """Train what is missing of the branches and write what they say."""
-    from curate.evaluation.branches import agreement, branch_passes, lengths_of, realised_changes
     from curate.training.replay import Replay
 
     if len(tested.scores) < 3:

@@ -119,6 +119,7 @@ def realised_changes(
     path = run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}.json"
     branches = [(repeat, name) for repeat in range(config.repeats) for name in (BASE, *sorted(prior))]
     # branches do not depend on scores: tests of several selections share what is kept
+    # two tests that run at once: the second waits and uses what the first one trained
     with locked(path.parent, f".{path.name}.lock", wait=True):
         losses: dict[str, float] = read_hashed(path) if path.exists() else {}
         missing = [(repeat, name) for repeat, name in branches if _key(repeat, name) not in losses]
@@ -165,6 +166,7 @@ def _train(
     # every branch of a repeat from one draw: they differ in the replaced positions only
     drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat, _ in branches}
     for repeat, name in progress(branches, total=len(branches), what="branches", unit="branch"):
+        # in memory, parameters and optimizer states alike: no file is read between branches
         replay.rewind(state, optimizers)
         for ids in drawn[repeat][name].reshape(config.steps, record.size).tolist():
             samples = replay.reader.samples(ids)
@@ -251,7 +253,7 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     known = [pair for pair in pairs if pair is not None]
     if not known or len(known) < len(pairs):
         return None
-    r = max(0.0, float(np.mean(known)))
+    r = max(0.0, float(np.mean(known)))  # below 0 by noise only: repeats share their true effects
     return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 

@@ -116,6 +116,7 @@ def _pairs(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) ->
             f"window {window} has {len(sizes)} steps of {smallest} samples; {config.pairs} pairs at "
             f"{per_step} per step need {wanted} steps: lower draw.pairs or raise draw.pairs_per_step"
         )
+    # whole steps first: pairs of one step can be ranked without what differs between steps
     steps = sorted(random.choice(list(sizes), wanted, replace=False).tolist())
     drawn = [
         (step, position) for step in steps for position in sorted(random.permutation(sizes[step])[:per_step].tolist())
@@ -128,6 +129,7 @@ def _groups(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) -
     count = max(1, round(config.group_share * len(every)))
     groups = []
     for index in range(config.groups):
+        # a generator for each group: more groups leave the first ones as they are, and their reruns count
         chosen = generator(seed, "fidelity groups", window, index).permutation(len(every))[:count]
         groups.append(tuple(every[i] for i in sorted(chosen.tolist())))
     return groups

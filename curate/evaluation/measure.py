@@ -180,6 +180,7 @@ def noise_cap(values: Floats, noise: float | None, seed: int) -> float | None:
     if noise is None:
         return None
     random = generator(seed, "fidelity noise cap")
+    # truth plus one more rerun's noise: even exact values would agree with a rerun no better than that
     noisy = values + noise * random.standard_normal((_DRAWS, len(values)))
     draws = spearman_rows(np.broadcast_to(values, noisy.shape), noisy)
     return None if len(values) <= 2 or np.isnan(draws).all() else float(np.nanmean(draws))

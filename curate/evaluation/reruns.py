@@ -83,6 +83,7 @@ class Reruns:
             same_snapshot = list(group)
             optimizers = self._replay.restore(at)
             wanted = {step for removal in same_snapshot for step in horizons[removal.window]}
+            # the unchanged run, trained here too: what hardware or kernels shift, they shift on both sides
             base = self._continue(at, None, wanted, optimizers)
             for removal in same_snapshot:
                 # the cursor moves on, unchanged, to the first step that differs; steps before it are trained once

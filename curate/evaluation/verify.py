@@ -218,6 +218,7 @@ def estimate(
         for name, step in sorted(by_name.items(), reverse=True)
     }
     estimates = []
+    # by the first step of the window, last one first
     for (step, window), name in sorted(jobs.items(), key=lambda job: -windows[job[0][1]][0]):
         estimates.append(_estimate(config, replay, targets, window, (*windows[window], step), name))
     return estimates

@@ -194,6 +194,7 @@ def _without_reason(ranked: pl.DataFrame) -> pl.DataFrame:
 
 def _comparable(ranked: pl.DataFrame, scan: OverlapScan) -> pl.DataFrame:
     """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
+    # a share of three n-grams is chance
     enough = scan.grams.group_by("row").len().filter(pl.col("len") >= _FEW)
     candidates = _without_reason(ranked).join(enough, on="row", how="semi")
     ordered = candidates.sort(
@@ -215,6 +216,7 @@ def _low(ranked: pl.DataFrame, drop_fraction: float | None) -> pl.DataFrame:
         pl.col("value_per_token").is_not_null() | pl.col("ngram_ratio").is_not_null()
     )
     if drop_fraction is None:
+        # both halves: what one calls bad is noise in about every sixth sample
         far = [_deviations(half) < -_FAR for half in VALUES_PER_TOKEN[1:]]
         count = pl.all_horizontal(far).fill_null(value=False).sum().over("domain")
     else:

@@ -50,6 +50,7 @@ class OverlapScan:
 
 def held_out(documents: Sequence[tuple[str, str, npt.NDArray[np.int32]]]) -> HeldOut:
     """The n-grams of documents, each given as its file, its id and its token ids."""
+    # distinct ones: a document that repeats itself shares no more for that
     hashes = [np.unique(ngram_hashes(tokens)) for _, _, tokens in documents]
     table = pl.DataFrame(
         {
@@ -78,6 +79,7 @@ def scan(
         held: what must not be trained on.
         also: are given the samples too, some at a time, in the order of the table: text is read once for all.
     """
+    # sorted once: a binary search for each sample, and no set of Python objects
     reference = np.unique(held.grams["hash"].to_numpy())
     total = int(pool["stored_tokens"].sum())
     remembered: list[Hashes] = []

@@ -77,6 +77,7 @@ def filter_pool(
     hits = contamination(overlaps, held, config.contamination_overlap or 1.0).filter("hit")
     if leave_out:
         pool = choose(pool, overlaps, hits, config, seed, ngram_share=ngram_share)
+    # `choose` keeps the order of the pool, so that a row is the same sample before and after it
     rows = pool.with_row_index("row").select(pl.col("row").cast(pl.Int64), "domain", "index", "sample_id")
     report = hits.join(rows, on="row", maintain_order="left")
     _log_contamination(report, held, removing=leave_out)

@@ -1,9 +1,9 @@
 """Values of samples for the next step, by forward passes alone: some of every domain, then the most promising ones.
 
 All samples share one direction per target (`influence.direction`); the first-order value of a sample is the directional
-derivative of its own loss along it. The samples are the run's own (source `current`) or
-candidates that were never trained on (source `candidates`). Both artifacts lie in the run, go by content (a
-re-sharded stream needs no new ones) and are continued where they were interrupted:
+derivative of its own loss along it. The samples are the run's own (source `current`) or candidates that were never
+trained on (source `candidates`). Both artifacts lie in the run, go by content (a re-sharded stream needs no new ones)
+and are continued where they were interrupted:
 
 - `influence/<source>-*`: the directions, and some samples of every domain, measured token by token for each target.
   Domains are scored by them and all other samples predicted from them (`ngrams.regression`).
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LR_SHARE = 0.1  # of the run's median lr, see `influence.direction`
-_FORWARD_PASSES = 0.4  # of a forward+backward pass, which a forward pass costs: a third of the flops, and reading
+_FORWARD_PASSES = 0.4  # of a forward+backward pass: what a forward pass costs
 _BATCH = 64  # samples read at a time
 # Names of files in an artifact; renaming one makes finished artifacts unreadable.
 _DIRECTIONS, TOKEN_VALUES = "directions.npz", "tokens.npz"
@@ -147,6 +147,7 @@ def value_next_step(
     Raises:
         UserError: bad target, or samples that the model cannot read.
     """
+    # drawn before the lock: the draw is part of the identity
     drawn = draw_measured(samples, options.per_domain, step_samples(run), options.seed)
     settings = {
         "run": run.fingerprint,
@@ -172,6 +173,7 @@ def value_next_step(
 
 
 def _say_cost(run: Run, targets: Sequence[Target], samples: int) -> None:
+    # 0 where the run left a snapshot at its end
     lead = run.spec.steps - run.snapshot_before(run.spec.steps)
     sequences = sum(len(half) for target in targets for half in target.halves)
     direction = lead + 2 + sequences / step_samples(run)  # the replay to the last state, the added step, the targets
@@ -243,6 +245,7 @@ def measure_samples(
         options: device and tolerance of the replay.
     """
     target_weights = {target.name: weights[target.name] for target in targets}
+    # in the unit of the part's values, so that both kinds of measured samples can stand in one ranking
     known = combined_values(next_step.values, target_weights)
     unmeasured = samples.join(known, on="sample_id", how="anti", maintain_order="left")
     settings = {
@@ -374,6 +377,7 @@ def linear_values(
     blocks, parts = blocks_of(samples), [np.zeros((0, len(directions)))]  # the shape where there are no samples
     moves, derivatives = moves_along(directions, parameters), token_derivatives if by_token else sample_derivatives
     for number, block in enumerate(progress(blocks, total=len(blocks), what=f"measure {name}", unit="block")):
+        # blocks are consecutive rows of a table that the artifact's identity fixes: a finished one can be kept
         path = scratch / f"{name}-{number:06d}.npz"
         if not path.exists():
             batches = [derivatives(replay, parameters, moves, batch) for batch in read(block)]
@@ -396,6 +400,7 @@ def step_samples(run: Run) -> int:
 
 def read_together(run: Run, source: SampleSource, samples: pl.DataFrame) -> Iterable[list[Sample]]:
     """Samples in the order of a table, as many at a time as training took through the model together."""
+    # batches that fitted into memory with gradients fit without
     usual = next(records(run, run.usual_step, run.usual_step + 1))
     return source.read_batches(samples, max(len(ids) for ids, _ in usual.micro_batches))
 

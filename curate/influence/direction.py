@@ -68,6 +68,7 @@ def target_directions(
     last = replay.run.spec.steps - 1
     replay.model_at(last + 1)  # the state that the losses are read at; `loss_gradients` reads the model in place
     cotangent = TrainingState.zeros(loss_gradients(replay.task, replay.layout, losses, batch_size))
+    # then back to the state before the added step, which the update is a function of
     state = next(replay.states(last, last + 1))
     groups = replay.layout.groups(state.record.groups)
     u, _ = update_vjp(before_step(state), state.gradient, state.updates, groups, replay.run.spec.clip_norm, cotangent)
@@ -131,6 +132,7 @@ def _derivatives(
     # float32: in bfloat16 the difference of two losses so near each other would be rounding
     task, layout = copy(replay.task), replay.layout
     task.spec = task.spec.model_copy(update={"autocast": None})
+    # weights are not used: losses come one by one
     batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
 
     def losses(at: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def as_measured_values(
         step_tokens: predicted tokens of a training step: a sample's weight is its share of them.
         read: gives the samples of a table in its order, some at a time.
     """
+    # documents are read once, not once for each target
     first = measured.filter(target=measured["target"][0])
     documents = [sample.document_tokens() for samples in read(first) for sample in samples]
     rows = first.select(

@@ -59,6 +59,7 @@ def predict_unmeasured(
     enough = valued.filter(pl.len().over("domain") >= _LEAST)
     sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
     few = _too_few(sizes, valued, enough)
+    # too few samples to judge a prediction by: better the domain's mean, which is what a missing value stands for
     if enough.is_empty():
         return values, PredictionQuality.validate(few)
     measured = _fitted(enough, seed)
@@ -101,6 +102,7 @@ def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:
         row=pl.int_range(pl.len()),
         wanted=pl.max_horizontal((pl.len().over("domain") * share).ceil(), pl.lit(_LEAST)),
     )
+    # a random part of each domain, in the old order: a fit on rows in another order has other last digits
     chosen = order.filter(pl.col("draw").rank("ordinal").over("domain") <= pl.col("wanted"))
     return chosen.sort("row").drop("draw", "row", "wanted")
 

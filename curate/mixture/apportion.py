@@ -81,6 +81,7 @@ def apportion(weights: Mapping[str, float], total: int, limits: Mapping[str, int
     else:
         return result  # every domain is at its limit
     result |= {domain: math.floor(share) for domain, share in shares.items()}
+    # floor minus share: the largest remainder is the smallest of these
     by_remainder = sorted(free, key=lambda domain: (math.floor(shares[domain]) - shares[domain], domain))
     for domain in by_remainder[: total - sum(result.values())]:
         result[domain] += 1

@@ -152,8 +152,10 @@ def _remedy(setting: _Setting, config: MixtureConfig, inputs: Inputs, feasible: 
     def works(value: float) -> bool:
         return feasible(*setting.put(config, inputs, value))
 
+    # infinity cannot be halved: _FAR stands for it
     if not works(min(setting.loosest, _FAR)):
         return None
+    # feasibility is monotone in each setting, so that bisection finds its border
     bad, good = setting.value, min(setting.loosest, _FAR)
     for _ in range(45):  # halvings: from 1e9 to below 1e-4, and from a share to below rounding
         middle = (bad + good) / 2

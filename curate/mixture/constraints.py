@@ -177,6 +177,7 @@ def _bounds(config: MixtureConfig, inputs: Inputs, domain: str) -> Bounds:
     if change is not None:
         above.append((previous * change, "max_change"))
         below.append((previous / change, "max_change"))
+    # of equal bounds the first named holds, and is what is shown as binding
     hi, hi_from = min(above, key=lambda bound: bound[0])
     lo, lo_from = max(below, key=lambda bound: bound[0])
     # a default lower bound gives way to scarce data; a floor that the user named conflicts with it, and is refused
@@ -273,5 +274,6 @@ def chosen_prior(config: MixtureConfig, previous: Mapping[str, float]) -> dict[s
         raise UserError(
             f"mixture.prior must be positive numbers, got {bad}; use mixture.ceilings to leave a domain out"
         )
+    # in the order of names: sums of floats in another order differ in the last digit
     total = sum(prior[domain] for domain in sorted(prior))
     return {domain: prior[domain] / total for domain in sorted(prior)}

@@ -89,6 +89,7 @@ def decide(
     Raises:
         UserError: no mixture satisfies the constraints, or there are no scores of the source.
     """
+    # in the order of names, here and below: a mixture must not depend on the order of a mapping
     whole = sum(previous[domain] for domain in sorted(previous))
     previous = {domain: previous[domain] / whole for domain in sorted(previous)}
     sources = scores["source"].unique().sort().to_list()
@@ -207,6 +208,7 @@ def _record(
     solution, free = optimum(problem), optimum(problem.unconstrained())
     bounds, weights = bounds_of(config, inputs), _weights(scored, solution)
     unconstrained = _weights(scored, free)
+    # upper bounds hold for whole samples too; a lower one may be missed by less than a sample
     samples = allocate(weights, int(inputs.budget_tokens), supply, {name: bound.hi for name, bound in bounds.items()})
     domains = {
         name: DomainMixture(

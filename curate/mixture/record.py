@@ -209,6 +209,7 @@ def read_mixture(path: Path) -> Mixture:
     if not path.exists():
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it")
     try:
+        # held against its hash first: a cut file may still be YAML, of fewer domains
         return Mixture.model_validate(read_yaml(checked(path)))
     except ValidationError as error:
         raise UserError(f"{path} is not a mixture ({first_problem(error)}); select again") from None

@@ -162,6 +162,7 @@ def lay_out(
         The phases that have samples; each starts where the one before it ends.
     """
     due, given = dict.fromkeys(sorted(supply), 0.0), dict.fromkeys(sorted(supply), 0)
+    # both run on from phase to phase: tokens due in samples, and whole samples given
     laid, start = [], 0
     for part, shares in zip(phases, weights, strict=True):
         for domain in due:
@@ -170,6 +171,7 @@ def lay_out(
         left = {domain: limits[domain] - given[domain] for domain in due}
         # of all that is due up to here, not of this phase: what one phase rounds away comes in a later one
         total = math.floor(math.fsum(due.values()) + _WHOLE) - start
+        # never more than the caps leave, and than the budget: the last phase may come out short
         total = min(total, sum(left[domain] for domain in due if wanted[domain] > 0))
         if total < 1:  # shorter than one sample
             continue

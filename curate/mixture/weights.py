@@ -92,8 +92,10 @@ def optimum(problem: Problem) -> Solution:
     prices = np.zeros(len(rows))
     weights = _priced(problem, prices)
     slack = rows @ weights - least
+    # most problems end here: without a binding constraint of several domains the first solution is exact
     if (slack >= -_TOLERANCE).all():
         return Solution(weights=weights, prices=prices, gap=0.0)
+    # a root is exact to the last digits; a minimiser of the dual is not, hence the repair
     prices = _one_price(problem) if len(rows) == 1 else _prices(problem)
     weights = _repaired(problem, _priced(problem, prices))
     dual = _dual(problem, prices)[0]
@@ -259,6 +261,7 @@ def _root(function: Callable[[float], float], below: float, above: float) -> flo
     """Where a monotone function changes its sign, as closely as float64 tells; the nearer end where it does not."""
     from scipy.optimize import brentq
 
+    # brentq refuses a bracket without a change of sign, which rounding or a price of 0 can leave
     ends = function(below), function(above)
     if ends[0] * ends[1] > 0 or below == above:
         return below if abs(ends[0]) < abs(ends[1]) else above

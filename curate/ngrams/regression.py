@@ -119,6 +119,7 @@ def fit(keys: Keys, values: Floats, counts: Counts, seed: int) -> tuple[NgramReg
     random = generator(seed, "n-gram slopes")
     # whole samples are held out: tokens of one sample share n-grams, and would give each other away
     folds = np.repeat(random.permutation(len(counts)) % FOLDS, counts)
+    # an even part of all tokens where memory would not hold them; held-out predictions are still of every token
     read = np.flatnonzero(random.random(len(keys)) < _MOST / max(len(keys), 1))
     table, columns = np.unique(keys[read], return_inverse=True)
     starts = np.arange(len(read) + 1) * keys.shape[1]
@@ -143,6 +144,7 @@ def _ridge(counted: Any, values: Floats) -> tuple[Floats, Floats]:
     # stored by column too: a product with the transpose of a CSR matrix is many times slower
     turned, size = counted.T.tocsr(), counted.shape[1]
     mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
+    # diagonal of the normal equations: frequent and rare n-grams differ by orders of magnitude
     scale = 1 / (np.asarray(counted.multiply(counted).sum(axis=0)).ravel() + _PENALTY)
     normal = LinearOperator((size, size), matvec=lambda w: turned @ (counted @ w) + _PENALTY * w, dtype=np.float64)
     scaled = LinearOperator((size, size), matvec=lambda w: scale * w, dtype=np.float64)

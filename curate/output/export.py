@@ -50,6 +50,7 @@ def export(
     Raises:
         UserError: what was written does not hold what the mixture says.
     """
+    # each form is read back where it is written: an error leaves nothing sealed
     written = {}
     if mode in ("weights", "both"):
         path = written["weights"] = folder.weights_for(scheduled=scheduled)

@@ -99,6 +99,7 @@ def make_pool(
 
 def _check_same(samples: pl.DataFrame, measured: pl.DataFrame) -> None:
     """Refuse values of other samples than the streams hold: a domain and index must have the content id it had."""
+    # by index, which the recorded steps have; the content id says whether it is still the same sample
     both = measured.join(samples, on=["domain", "index"], how="left", suffix="_stored")
     other = both.filter(pl.col("sample_id").ne_missing(pl.col("sample_id_stored"))).sort("domain", "index")
     if other.height:
@@ -143,6 +144,7 @@ def make_plan(pool: dy.DataFrame[SamplePool], samples: Mapping[str, int], seed: 
             raise UserError(
                 f"{domain} has no samples left to deliver: loosen what filter leaves out, such as drop_fraction"
             )
+        # ordered by content above, so that the draw of repeats does not depend on shards
         counts = _uses(kept.height, samples[str(domain)], generator(seed, "uses", str(domain)))
         uses_by_domain.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
     uses = pl.concat(uses_by_domain).select("domain", "index", "stored_tokens", "uses")

@@ -33,6 +33,7 @@ def write_weights(path: Path, streams: Mapping[str, Path], samples: Mapping[str,
         streams: MDS folder of each domain.
         samples: samples per epoch and domain.
     """
+    # absolute: the file is read from wherever the trainer runs
     entries = [
         {"local": str(streams[name].resolve()), "choose": samples[name]} for name in sorted(samples) if samples[name]
     ]

@@ -164,6 +164,7 @@ def check_checkpoint(plan: PlanConfig, index: int) -> None:
             f"{checkpoint} is not the state that {run.folder} ended with ({differs}): it is of another model, stage or "
             f"step; the command of stage {plan.stages[index].name} must leave its last state there"
         )
+    # a folder has no single hash
     if checkpoint.is_file():
         checked(checkpoint)  # what no snapshot can tell, where the trainer listed it
     if not readable(last, checkpoint):
@@ -224,6 +225,7 @@ def check_supply(plan: PlanConfig, index: int, run: Run, config: MixtureConfig) 
     wanted = 0.0
     for stage in plan.stages[index + 1 :]:
         wanted += int(stage.tokens) if stage.tokens is not None else step_tokens * (stage.steps or 0)
+        # all domains together, which is necessary and not sufficient: the solver says which one is short
         if wanted > left * (1 + 1e-9):
             raise UserError(
                 f"the stages up to {stage.name} need {int(wanted):,} more tokens, the data has {int(left):,} left at "

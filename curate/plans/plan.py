@@ -130,6 +130,7 @@ class PlanConfig(Config):
             if renamed:
                 raise ValueError(f"selection after stage {names[index]}: {', '.join(renamed)}")
             self._is_scheduled(index)
+        # every command is filled in now: a wrong placeholder of the last stage must not show after days
         for index in range(len(self.stages)):
             self._check_command(index)
         return self
@@ -151,6 +152,7 @@ class PlanConfig(Config):
             raise ValueError(f"the command of stage {stage.name} cannot be filled in: {error}") from None
         if not "".join(words[:1]).strip():
             raise ValueError(f"the command of stage {stage.name} is blank; write the program that trains it")
+        # the system's call would refuse it, as an error about nothing that the user wrote
         if any("\0" in word for word in words):
             raise ValueError(f"the command of stage {stage.name} has a NUL character in a word; leave it out")
 

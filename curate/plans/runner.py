@@ -107,6 +107,7 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
         "target": plan.target_of(index),
         "out": plan.selection_folder(index),
     }
+    # before a run is there a stage that names steps alone has no budget yet
     after = plan.stages[index + 1]
     budget = next_tokens(plan, index, run) if run else after.tokens
     if budget is not None:
@@ -150,6 +151,7 @@ def work(plan: PlanConfig, piece: Piece, lock: Lock) -> None:
     run = open_stage(plan, piece.stage)
     config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
+        # again, though training was checked: the user may have put another run there, and states cost little to read
         check_states(plan, piece.stage, run)
         if config.mode != "samples":
             check_supply(plan, piece.stage, run, config.mixture)

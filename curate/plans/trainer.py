@@ -45,6 +45,7 @@ def run_trainer(arguments: Sequence[str], stage: str, lock: Lock) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt as interrupt:
+        # a terminal sends Ctrl-C to both; SIGTERM reached the runner alone
         _end(process, from_terminal=interrupt.args[:1] != (signal.SIGTERM,))
         raise
     finally:
@@ -60,6 +61,7 @@ def _end(process: subprocess.Popen[bytes], *, from_terminal: bool) -> None:
             if not _has_ended(process, _GRACE_SECONDS):
                 _log.warning("the trainer has not ended within %.0f seconds and is killed", _GRACE_SECONDS)
     finally:
+        # no child outlives the runner's exit, even where a second signal cut the wait short
         process.kill()
         process.wait()
 

@@ -54,6 +54,7 @@ def open_candidates(folder: Path, run: Run) -> SampleSource:
     if tokenizer is not None and tokenizer.exists() and theirs is not None:
         check_same_tokenizer(theirs, tokenizer, "of the run")
     source = SampleSource(run.folder, candidate_streams(folder), run.spec.columns)
+    # positions beyond the training's length are positions that the model never learned
     longest = int(source.unique_samples["stored_tokens"].max())  # type: ignore[arg-type]
     if longest > run.spec.seq_len:
         raise UserError(

@@ -66,6 +66,7 @@ def filter_samples(plan: Resolved, source: Source, samples: SampleScores) -> Kep
         ngram_share=plan.ngram_share,
         seed=config.seed,
     )
+    # `dsir` and `random` draw by keys of their own; what is left out is left out for every method alike
     if config.takes_samples and samples.keys is not None:
         pool = with_keys(RankedPool.validate(pool), samples.keys)
     return Kept(pool=pool, contamination=contamination)
@@ -78,6 +79,7 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
         UserError: no mixture satisfies the constraints, or nothing is left of what must be there.
     """
     prior, supply, constraints = _without_spent_domains(plan, source, SamplePool.validate(kept.pool))
+    # the solver needs one row for each domain that it has, and for no other
     scores = DomainScores.validate(domains.table.filter(pl.col("domain").is_in(list(prior))))
     mixture = decide_stage(
         scores,

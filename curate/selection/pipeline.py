@@ -167,10 +167,13 @@ def _finish(job: _Job, result: _Result) -> None:
         seed=plan.config.seed,
         shard_bytes=plan.config.output.shard_bytes,
     )
+    # after the data was read back and compared: a mixture.yaml never promises what is not there
     write_mixture(folder.mixture, result.mixture)
+    # a baseline without values has nothing that a report would show
     if plan.config.is_valued:
         _report(job, result, tables, data)
     facts = {
+        # how far the values and the weights may be trusted, without opening a table
         "residuals": result.values.residuals,
         "mixture_fingerprint": fingerprint(result.mixture.model_dump(mode="json")),
     }
@@ -192,6 +195,7 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
 
 
 def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data: Mapping[str, Path]) -> None:
+    # plotting takes a second to import, and selections of baselines do without
     from curate.report.track import publish
     from curate.selection.report import cost_table, selection_report
 
@@ -204,6 +208,7 @@ def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data
     # selecting itself: what measuring took is a phase of its own, with the time of earlier, interrupted calls
     selecting_seconds = perf_counter() - result.values.finished - result.samples.measuring_seconds
     costs = cost_table(job.plan.run, phases, job.folder.root, selecting_seconds)
+    # after the others: their bytes are a row of it
     _write_table(job.folder.table("costs"), costs)
     report = selection_report(
         job.plan, result.source, result.targets.main, result.values, result.mixture, {**tables, "costs": costs}, data

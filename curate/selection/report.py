@@ -56,6 +56,7 @@ def selection_report(
         data: form -> the file or folder that a loader opens.
     """
     training = training_curve(plan.run)
+    # of the main target: a page of every target would be a page for each
     measured = values.frame.filter(target=target.name)
     examples = {
         (name, kind): rows
@@ -113,7 +114,7 @@ def cost_table(run: Run, phases: Sequence[Cost], out: Path, seconds: float) -> d
     rows: list[dict[str, object]] = [{"phase": "training", "passes": float(run.spec.steps), "note": "one per step"}]
     for cost in phases:
         note = f"{100 * cost.passes / run.spec.steps:.1f} % of the stage"
-        # "*.*": files only, a lock or a scratch folder has no ending
+        # "*.*": files only, a scratch folder has no ending
         size = sum(path.stat().st_size for path in cost.folder.glob("*.*"))
         rows.append({"phase": cost.phase, "passes": cost.passes, "seconds": cost.seconds, "bytes": size, "note": note})
     written = folder_bytes(out)

@@ -120,6 +120,7 @@ class Resolved:
     def objectives(self) -> Objectives:
         """What the mixture is for: targets by the names of their files."""
         config = self.config
+        # the main target first: its name is the artifact's, and its halves tell how reliable values are
         targets = {name_of(config.target): 1.0}
         targets |= {name_of(Path(path)): weight for path, weight in config.more_targets.items()}
         return Objectives(targets=targets, retain=None if config.retain is None else name_of(config.retain))
@@ -168,6 +169,7 @@ def resolve(config: SelectConfig, run: Run) -> Resolved:
         UserError: a setting does not fit the run, or the method.
     """
     sources = _sources(config)
+    # asked here, before anything is read or measured
     for name in sources:
         if name not in (CURRENT, CANDIDATES) and name not in run.spec.windows:
             raise UserError(
@@ -181,6 +183,7 @@ def resolve(config: SelectConfig, run: Run) -> Resolved:
         sources=sources,
         embedding=_embedding(config, run, sources),
         budget_tokens=sum(trained_tokens(run).values()) if budget is None else int(budget),
+        # the run's own data is repeated up to mixture.max_epochs; candidates are given for being new
         unseen_only=config.candidates is not None if unseen_only is None else unseen_only,
         branch_test=None if branch_test_file is None else read_branch_test(branch_test_file, run.fingerprint),
     )
@@ -202,6 +205,7 @@ def _embedding(config: SelectConfig, run: Run, sources: tuple[str, ...]) -> Embe
     path = config.values.embed_config
     given: dict[str, Any] = {} if path is None else _read_settings(path)
     windows = [name for name in sources if name in ("early", "late")]
+    # a method that is an estimator and the file of settings must not name two different ones
     if config.method in ESTIMATORS:
         if given.get("estimator", config.method) != config.method:
             raise UserError(f"{path}: estimator {given['estimator']} does not go with method {config.method}")

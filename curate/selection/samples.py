@@ -64,8 +64,10 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
     """Score samples by what the next step asks for, by a window's values, or by n-grams alone."""
     weights = plan.sample_weights
     combined = combined_values(values.of(plan.mixture_source), weights)
+    # streams are weighted as they are: texts are read for the report of contamination only
     if not plan.config.takes_samples:
         return SampleScores(values=combined, texts=read_texts(plan, source, None, None))
+    # fitted before the texts are read, so that one reading serves predictions, ratios and overlaps
     predictor = None
     if plan.measures_samples and values.next_step is not None:
         predictor = fit_predictor(source.samples, values.next_step, weights, plan.config.seed)
@@ -76,8 +78,10 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
     if predictor is not None:
         return _by_next_step(plan, source, targets, values, domains, texts, ratios, predictor)
     if plan.predicts_samples:
-        aimed = [target for target in targets.every if target.name in weights]
-        predicted, quality = predict_unmeasured(source.samples, combined, aimed, MIN_RANK_CORRELATION, plan.config.seed)
+        weighted = [target for target in targets.every if target.name in weights]
+        predicted, quality = predict_unmeasured(
+            source.samples, combined, weighted, MIN_RANK_CORRELATION, plan.config.seed
+        )
         return SampleScores(
             values=predicted, texts=texts, ngram_ratios=ratios, quality=_log_quality(quality, plan.mixture_source)
         )
@@ -103,6 +107,7 @@ def _by_next_step(
     assert next_step is not None
     assert texts.predicted is not None
     predicted, quality = predictor.with_fallback(samples, texts.predicted)
+    # a text that two domains hold has one value: that of the first by name
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     predicted_samples = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
@@ -142,6 +147,7 @@ def _promising(
     """The samples to measure: `MEASURED_PER_SAMPLE` for each one that the stage is about to take of a domain."""
     if plan.config.values.measured_passes == 0:
         return Samples.create_empty()
+    # weights are shares of tokens, a choice is one of samples
     lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
     mean_length = dict(lengths.iter_rows())
     scores = DomainScores.validate(domains.table.filter(source=plan.mixture_source))
@@ -152,6 +158,7 @@ def _promising(
         for domain, share in shares.items()
         if domain in mean_length
     }
+    # a limit in passes, in samples: one forward pass at the state, one a move along the direction
     affordable = plan.config.values.measured_passes / forward_passes(plan.run, 1, 1)
     per_sample = min(MEASURED_PER_SAMPLE, affordable / max(sum(wanted.values()), 1))
     return most_promising(source.usable, values, ratios, plan.ngram_share, wanted, per_sample)

@@ -65,6 +65,7 @@ def read_texts(
     target_files = [config.target, *map(Path, config.more_targets), *([config.retain] if config.retain else [])]
     held = read_held_out(target_files, config.filter, plan.run.spec.tokenizer)
     catalogue = source.catalogue.sort("domain", "index")
+    # weights of whole streams without held-out text: nothing depends on a text, and none is read
     wanted = config.takes_samples or not held.grams.is_empty()
     # rows in the order of the catalogue, a batch at a time
     means: list[Floats] = []

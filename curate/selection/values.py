@@ -93,6 +93,7 @@ class WindowValues:
     @property
     def costs(self) -> Sequence[Cost]:
         """Of the embedding."""
+        # one for all targets: they are read from the same rows
         first = self.embeddings[0]
         return [Cost(phase=f"embed {self.window}", folder=first.folder, seconds=first.seconds, passes=first.cost_units)]
 
@@ -157,6 +158,7 @@ class Values:
     @property
     def frame(self) -> dy.DataFrame[MeasuredValues]:
         """Of all sources, one below the other; without rows where nothing was valued."""
+        # the empty table gives the schema where there are no sources
         frames = [MeasuredValues.create_empty(), *(values.frame for values in self.by_source.values())]
         return MeasuredValues.validate(pl.concat(frames))
 
@@ -183,6 +185,7 @@ def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
     if plan.windows:
         by_source |= _windows(plan, targets)
     next_step = None
+    # also where domains are scored by a window: samples are chosen by the current state
     if plan.asks_next_step:
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name

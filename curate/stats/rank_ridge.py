@@ -140,6 +140,7 @@ def _ridge(features: Floats, wanted: Floats, fitted: Floats) -> Floats:
     # one decomposition serves every penalty: weights and leave-one-out errors are closed forms of it
     squares, u = _squares(features)
     within = u.T @ wanted
+    # penalties relative to the features' mean squared length, so that their scale does not matter
     unit = max(float(squares.sum()) / len(features), 1e-30)
     errors, solutions = [], []
     for penalty in unit * _PENALTIES:
