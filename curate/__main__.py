@@ -12,7 +12,7 @@ from curate.core.interrupts import leave_on_signals
 COMMANDS = {  # name -> module that has its `main`, and what it does
     "select": ("curate.select", "which data moved the model towards the target: write the next stage's data"),
     "embed": ("curate.embed", "value embeddings of a run's windows, and their index"),
-    "verify": ("curate.verify", "hold the values of a run against training that is run again"),
+    "verify": ("curate.verify", "compare the values of a run with training that is run again"),
     "reconstruct": ("curate.reconstruct.__main__", "rebuild a finished run that had no recorder, and check it"),
     "schedule": ("curate.schedule", "train, embed, select, train ...: carry out a plan of stages"),
     "report": ("curate.report.__main__", "render the report of a selection again"),
@@ -49,9 +49,8 @@ def _overview() -> str:
 def _run(module: str) -> None:
     leave_on_signals()  # until the command has begun
     if not sys.flags.safe_path:
-        sys.path.append(
-            ""
-        )  # the working folder, where `python -m` finds the code of a model too, see curate.core.trust
+        # the working folder, where `python -m` finds the code of a model too, see curate.core.trust
+        sys.path.append("")
     command = import_module(module)
     from curate.core.config import run_command
 

@@ -22,7 +22,7 @@ from curate.plans.runner import carry_out, describe
 from curate.plans.trainer import TrainerError
 
 _log = logging.getLogger(__name__)
-TRAINER_FAILED, BUSY = 4, 5
+TRAINER_FAILED, BUSY = 4, 5  # exit statuses; 3 is `runner.MORE`
 
 
 class ScheduleConfig(Config):
@@ -43,6 +43,7 @@ def main() -> None:
     )
     start_logging()
     plan = load_plan(config.plan)
+    # before any stage is opened: a run's model may be code of the user's own
     trust(plan.trust)
     if config.dry_run:
         for line in describe(plan):

@@ -17,7 +17,7 @@ make_callable(__name__, select)
 
 def main() -> None:
     """Entry point."""
-    from curate.report.summary import say_mixture
+    from curate.report.summary import say_mixture  # here: `import curate.select` needs no report
 
     config = parse_command(
         SelectConfig,

@@ -1,9 +1,9 @@
 """Schemas of every table that crosses from one folder to another. A column's name carries its unit.
 
-Tokens are `stored_tokens` (what a step consumes and a budget counts) or `predicted_tokens` (what has a loss). Values
-are `value_total_nats` (of all tokens of a sample, nats per token of the target), `value_total` (the same for several
-targets together, then in deviations) or `value_per_token`. Sign: positive = the sample lowers the target's loss = it
-helps.
+Tokens are `stored_tokens` (padding and masked ones too: what a budget counts) or `predicted_tokens` (what has a loss).
+Values are `value_total_nats` (of all tokens of a sample, nats per token of the target), `value_total` (the same for
+several targets together, then in deviations) or `value_per_token`. Sign: positive = the sample lowers the target's loss
+= it helps.
 
 A producer ends in `SCHEMA.validate(table)`; a reader takes `dy.DataFrame[SCHEMA]`, which mypy holds it to.
 """
@@ -15,6 +15,7 @@ import polars as pl
 
 DOCUMENTS = pl.List(pl.Struct({"id": pl.String, "predicted_tokens": pl.Int64}))
 """Type of the documents in a sample."""
+# Where values come from; `candidates` were never trained on.
 _SOURCES = "^(early|late|current|candidates)$"
 VALUES_NATS = ("value_total_nats", "value_half_a_nats", "value_half_b_nats")
 """Of a sample for one target, and for each half of the target's documents."""
@@ -100,7 +101,7 @@ class WindowRows(dy.Schema):
     source = dy.String(nullable=False)
     """early, late, current or candidates; `curate.verify` has windows of other names too."""
     horizon = dy.String(nullable=False)
-    """State that the target's loss is read at."""
+    """State (evaluation checkpoint) that the target's loss is read at."""
     domain = dy.String(nullable=False)
     index = dy.Int64(nullable=False, min=0)
     shard = dy.Int64(nullable=False, min=0)
@@ -147,11 +148,11 @@ class DrawnSamples(Samples):
 
 
 class SampleValues(dy.Schema):
-    """What samples are chosen by: one row per sample and use, for all targets together."""
+    """What samples are chosen by: one row per sample and use, for all targets together (`stats.deviation`)."""
 
     source = dy.String(nullable=False, regex=_SOURCES)
     target = dy.String(nullable=False)
-    """The main one."""
+    """The main one, by whose name all of them go."""
     domain = dy.String(nullable=False)
     index = dy.Int64(nullable=False, min=0)
     sample_id = dy.Int64(nullable=False, min=0)
@@ -163,7 +164,7 @@ class SampleValues(dy.Schema):
 
 
 class PredictedValues(dy.Schema):
-    """Values of samples, predicted where they were not measured."""
+    """Value of every sample: measured, predicted from its n-grams, or the mean of its domain."""
 
     domain = dy.String(nullable=False)
     sample_id = dy.Int64(nullable=False)
@@ -320,14 +321,14 @@ class SamplePool(dy.Schema):
     sample_id = dy.Int64(nullable=False)
     stored_tokens = dy.Int64(nullable=False)
     value_per_token = dy.Float64(nullable=True)
-    """Over all uses; null where nothing is known."""
+    """Over all uses; null where neither measured nor predicted."""
     value_half_a_per_token = dy.Float64(nullable=True)
     value_half_b_per_token = dy.Float64(nullable=True)
     ngram_ratio = dy.Float64(nullable=True)
     uses_so_far = dy.Int64(nullable=False)
-    """Of a sample with copies at its first place."""
+    """Times it was trained on; of a text with copies all uses stand in the first row."""
     reason = dy.String(nullable=True)
-    """Not to use it: seen, contamination, near_duplicate, low_value, not_sampled."""
+    """Why it is not used: seen, contamination, near_duplicate, low_value, not_sampled; null: it is kept."""
     detail = dy.String(nullable=True)
     kept = dy.Bool(nullable=False)
 

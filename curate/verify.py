@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _summarise(out: Path) -> None:
-    """Print the agreement per window and horizon, and name the files."""
+    """Log the agreement per window and horizon, and name the files."""
     rows = read_json(out / "verify.json")["rows"]
     _log.info("%-8s %-11s %-20s %5s  %s", "window", "horizon", "target", "pairs", "Spearman with reruns [95 %], cap")
     for row in rows:
@@ -37,8 +37,14 @@ def _summarise(out: Path) -> None:
         cap = "-" if row["noise_cap"] is None else f"{row['noise_cap']:.2f}"
         _log.info(
             "%-8s %-11s %-20s %5d  %s [%s], %s",
-            row["window"], row["horizon"], row["target"], row["n"], value, numbers, cap,
-        )  # fmt: skip
+            row["window"],
+            row["horizon"],
+            row["target"],
+            row["n"],
+            value,
+            numbers,
+            cap,
+        )
     for name in ("verify.json", "verify.html"):
         _log.info("wrote %s", out / name)
 

@@ -14,7 +14,7 @@ def document_values(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[Docume
     value a whole sequence; this share is a convention, exact only where a sample's tokens are worth the same.
 
     Args:
-        values: columns `source`, `target`, `domain`, `value_total_nats`, `predicted_tokens` and `documents`.
+        values: of measured samples.
 
     Returns:
         One row per (source, target, domain, document), sorted so: `samples` (rows that hold it), `predicted_tokens`
@@ -25,7 +25,7 @@ def document_values(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[Docume
         .select(
             "source", "target", "domain", pl.col("value_total_nats") / pl.col("predicted_tokens"), pl.col("documents")
         )
-        .explode("documents", empty_as_null=False)
+        .explode("documents", empty_as_null=False)  # a sample without documents has no row, instead of one of null
         .unnest("documents")
         .filter(pl.col("predicted_tokens") > 0)
     )

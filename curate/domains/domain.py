@@ -21,10 +21,10 @@ def domain_scores(
     prior: Mapping[str, float],
     *,
     seed: int,
-    fresh: Mapping[str, float] | None = None,
+    novel_shares: Mapping[str, float] | None = None,
     resamples: int = 1000,
 ) -> dy.DataFrame[ValueScores]:
-    """Score every domain of the prior for every window and target of `values`; windows are never averaged.
+    """Score every domain of the prior for every source and target of `values`; sources are never averaged.
 
     With `x_d = sum of values / sum of predicted tokens` of domain d, `x = sum_d prior_d x_d` over the domains seen and
     `sd` the pooled deviation of a sample's value per token around its own domain's mean, each sample counted by its
@@ -34,9 +34,10 @@ def domain_scores(
         shrunk_d = score_d * max(0, 1 - score_se_d^2 / tau^2)
 
     Near-duplicates count once: what a text did for the target it does not do again when a near-identical one follows in
-    the next stage, so a positive score is multiplied by the domain's share of new text, `fresh_d`; a negative one is
-    not. (The reference is the average, not a value of 0: Adam ignores the scale of the gradient, so values sum to about
-    0 whatever the data is worth, and text without any gradient has the value of average text.)
+    the next stage, so a positive score is multiplied by the domain's share of novel n-grams; a negative one is not.
+
+    The reference is the average, not a value of 0: Adam ignores the scale of the gradient, so values sum to about 0
+    whatever the data is worth, and text without any gradient has the value of average text.
 
     Derivation of the factor: let `score_d = theta_d + e_d` with true scores of variance `sigma^2` between domains and
     errors of variance `score_se_d^2`. The posterior mean of theta_d is `score_d sigma^2 / (sigma^2 + se_d^2)`; the
@@ -47,28 +48,25 @@ def domain_scores(
     Intervals are 95 % percentiles of a bootstrap over the window's steps; `sd` is held fixed in it.
 
     Args:
-        values: columns `source`, `target`, `step`, `domain`, `sample_id`, `tokens` (predicted), `value` (positive = the
-            sample helped the target; nats per token of the target).
+        values: of measured samples.
         prior: share of each domain in what was trained on; need not sum to 1.
-        fresh: share of new text in each domain (`curate.ngrams.hashes`); None: 1 for all.
-        seed: of the bootstrap; the same resamples serve every target of a window, so that their scores can be compared.
+        novel_shares: share of novel n-grams in each domain (`ngrams.hashes`); None: 1 for all.
+        seed: of the bootstrap; the same resamples serve every target of a source, so that their scores can be compared.
         resamples: R.
 
     Returns:
-        One row per (source, target, domain): `prior`, `fresh`, `samples` (distinct), `tokens` (predicted, each use
-        counted), `value_per_token` with `se`, `low`, `high`; `score` with `score_se`, `score_low`, `score_high`;
-        `shrunk`. A domain without samples in the window has `samples` 0, null errors, and what is believed without a
-        measurement: score 0 (the average) with an interval of 1.96 tau around it (null where tau is 0); one seen in a
-        single step has its score with that interval, null errors and `shrunk` 0. Where no value differs from its
-        domain's mean there is no scale, and every score is 0.
+        One row per (source, target, domain), see `tables.ValueScores`. A domain without measured samples has `samples`
+        0, null errors, and what is believed without a measurement: score 0 (the average) with an interval of 1.96 tau
+        around it (null where tau is 0). One seen in a single step has its score with that interval, null errors and
+        `shrunk` 0. Where no value differs from its domain's mean there is no scale, and every score is 0.
 
     Raises:
         UserError: a domain of `values` is not in the prior, or a prior is not positive.
     """
     shares = _shares(prior, values)
-    new = np.array([1.0 if fresh is None else fresh[domain] for domain in shares])
+    novelty = np.array([1.0 if novel_shares is None else novel_shares[domain] for domain in shares])
     parts = [
-        _score(group, shares, new, generator(seed, "bootstrap", str(source)), resamples).select(
+        _score(group, shares, novelty, generator(seed, "bootstrap", str(source)), resamples).select(
             pl.lit(source).alias("source"), pl.lit(target).alias("target"), pl.all()
         )
         for (source, target), group in values.group_by("source", "target")
@@ -84,6 +82,7 @@ def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float
     bad = {domain: share for domain, share in prior.items() if not 0 < share < np.inf}
     if bad:
         raise UserError(f"a prior must be a positive number, got {bad}; leave out domains that were not trained on")
+    # in the order of names: sums of floats in another order differ in the last digit
     total = sum(prior[domain] for domain in sorted(prior))
     return {domain: prior[domain] / total for domain in sorted(prior)}
 
@@ -91,7 +90,7 @@ def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float
 def _score(
     group: pl.DataFrame,
     prior: dict[str, float],
-    fresh: Floats,
+    novelty: Floats,
     random: np.random.Generator,
     resamples: int,
 ) -> pl.DataFrame:
@@ -99,11 +98,12 @@ def _score(
     sums = step_sums(group, list(prior), "value_total_nats"), step_sums(group, list(prior), "predicted_tokens")
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
     weights = step_weights(len(sums[0]), resamples, random)
-    own = _means(*sums, weights)
-    score, drawn = _scores(own, _centres(own, shares), scale, fresh)
+    means = _means(*sums, weights)
+    score, drawn = _scores(means, _centres(means, shares), scale, novelty)
     shrunk = shrink(score, spread(drawn)[0], between(score))
-    se, low, high = spread(own[1])
+    se, low, high = spread(means[1])
     score_se, score_low, score_high = spread(drawn)
+    # what is not measured is believed to lie as the others do: average, within 1.96 tau; no tau, no interval
     width = 1.96 * np.sqrt(between(score) or np.nan)
     score = np.nan_to_num(score)  # unmeasured: the average
     unmeasured = ~np.isfinite(score_low)
@@ -113,9 +113,9 @@ def _score(
         {
             "domain": list(prior),
             "prior": shares,
-            "novel_share": fresh,
+            "novel_share": novelty,
             "predicted_tokens": sums[1].sum(axis=0).astype(np.int64),
-            "value_per_token": own[0][0],
+            "value_per_token": means[0][0],
             "se": se,
             "low": low,
             "high": high,
@@ -126,6 +126,7 @@ def _score(
             "shrunk": shrunk,
         }
     )
+    # distinct ones: a window may train on a sample several times
     samples = group.group_by("domain").agg(pl.col("sample_id").n_unique().cast(pl.Int64).alias("samples"))
     return (
         scored.with_columns(pl.selectors.float().fill_nan(None))
@@ -143,6 +144,7 @@ def _score(
 def _means(value: Floats, tokens: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Values per token, observed [1, D] and drawn [R, D], from sums [S, D] per step and the steps drawn [R, S]."""
     drawn = ratio(weights @ value, weights @ tokens)
+    # a domain of one step is drawn always with the same value, or not at all: that is no interval
     drawn[:, (tokens > 0).sum(axis=0) < MIN_STEPS] = np.nan
     return ratio(value.sum(axis=0), tokens.sum(axis=0))[None], drawn
 
@@ -151,23 +153,26 @@ def _centres(means: tuple[Floats, Floats], prior: Floats) -> list[Floats]:
     """The prior-weighted mean over the domains seen, observed [1, 1] and drawn [R, 1]."""
     centres = []
     for mean in means:
+        # a resample may miss a domain: the prior of those that it has stands for all
         total = (np.isfinite(mean) * prior).sum(axis=1, keepdims=True)
         centres.append(ratio((np.nan_to_num(mean) * prior).sum(axis=1, keepdims=True), total))
     return centres
 
 
-def _scores(means: tuple[Floats, Floats], centres: list[Floats], scale: float, fresh: Floats) -> tuple[Floats, Floats]:
+def _scores(
+    means: tuple[Floats, Floats], centres: list[Floats], scale: float, novelty: Floats
+) -> tuple[Floats, Floats]:
     """Distances to the centre in units of `scale`, observed [D] and drawn [R, D]; NaN where a domain is not seen."""
-    found = []
+    distances = []
     for mean, centre in zip(means, centres, strict=True):
         score = np.asarray((mean - centre) / scale) if scale else np.where(np.isfinite(mean), 0.0, np.nan)
-        found.append(_discounted(score, fresh))
-    return found[0][0], found[1]
+        distances.append(_discounted(score, novelty))
+    return distances[0][0], distances[1]
 
 
-def _discounted(score: Floats, fresh: Floats) -> Floats:
-    """Scores [R, D]: what is above average counts for new text only."""
-    return np.where(score > 0, score * fresh, score)
+def _discounted(score: Floats, novelty: Floats) -> Floats:
+    """Scores [R, D]: what is above average counts for novel text only."""
+    return np.where(score > 0, score * novelty, score)
 
 
 def shrink(score: Floats, se: Floats, variance: float) -> Floats:

@@ -88,19 +88,24 @@ def weight_scores(
     rows = []
     for domain in sorted(prior):
         share = prior[domain] / whole
+        # the inverse of the tilted prior w = prior exp(score / T)
         score = prior_strength * math.log(weights[domain] / all_weights / share)
         rows.append({"domain": domain, "prior": share, "score": score, "shrunk": score})
     unknown = ("value_per_token", "se", "low", "high", "score_se", "score_low", "score_high")
     nothing = pl.lit(0, pl.Int64)
     table = pl.DataFrame(rows).with_columns(
-        *(pl.lit(None, pl.Float64).alias(name) for name in unknown), source=pl.lit(source), target=pl.lit(target),
-        novel_share=pl.lit(1.0), samples=nothing, predicted_tokens=nothing,
-    )  # fmt: skip
+        *(pl.lit(None, pl.Float64).alias(name) for name in unknown),
+        source=pl.lit(source),
+        target=pl.lit(target),
+        novel_share=pl.lit(1.0),
+        samples=nothing,
+        predicted_tokens=nothing,
+    )
     return ValueScores.validate(table)
 
 
 def shuffled(values: dy.DataFrame[MeasuredValues], seed: int) -> dy.DataFrame[MeasuredValues]:
-    """The values frame with the values per token dealt anew among the samples of each source: a null control.
+    """Values per token dealt anew among the samples of each source: a null control.
 
     Per token, because a sample with more tokens has a larger value whatever it is worth. Samples without predicted
     tokens keep theirs.
@@ -109,12 +114,12 @@ def shuffled(values: dy.DataFrame[MeasuredValues], seed: int) -> dy.DataFrame[Me
         values: of any sources.
         seed: of the permutation.
     """
-    names = VALUES_NATS
-    parts = []
+    shuffled_sources = []
     for (source,), frame in values.group_by("source", maintain_order=True):
         counted = frame.filter(pl.col("predicted_tokens") > 0)
+        # one permutation for the whole value and both halves, which must stay of one sample
         order = generator(seed, "shuffled values", str(source)).permutation(counted.height)
-        per_token = counted.select(pl.col(name) / pl.col("predicted_tokens") for name in names)[order]
-        dealt = counted.with_columns(per_token[name] * counted["predicted_tokens"] for name in names)
-        parts.append(pl.concat([dealt, frame.filter(pl.col("predicted_tokens") == 0)]).sort("row"))
-    return MeasuredValues.validate(pl.concat(parts))
+        per_token = counted.select(pl.col(name) / pl.col("predicted_tokens") for name in VALUES_NATS)[order]
+        dealt = counted.with_columns(per_token[name] * counted["predicted_tokens"] for name in VALUES_NATS)
+        shuffled_sources.append(pl.concat([dealt, frame.filter(pl.col("predicted_tokens") == 0)]).sort("row"))
+    return MeasuredValues.validate(pl.concat(shuffled_sources))

@@ -1,4 +1,4 @@
-"""N-gram log-likelihood ratios of samples and domains, as a second witness beside their values.
+"""N-gram log-likelihood ratios of samples and domains, as a second source of evidence beside their values.
 
 Values know what the model learned from a sample, but are measured on few samples, with noise. N-grams are counted in
 every sample, with next to none, but know nothing of the model. With a share s of n-grams,
@@ -9,7 +9,7 @@ where `r_d` is the mean ratio of a domain's samples (`ngrams.ratios.log_ratios`)
 weighted by the prior and `sd` the standard deviation of a sample's ratio over all domains, so that one domain that is
 like nothing else cannot have a score of many deviations.
 
-Shape legend: T targets, V buckets of `data.bags`.
+Shape legend: T targets, V buckets of `ngrams.counts`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import polars as pl
 
 from curate.core.progress import progress
 from curate.core.rng import generator
-from curate.ngrams.counts import BUCKETS, Floats, bag
+from curate.ngrams.counts import BUCKETS, Floats, ngram_counts
 from curate.ngrams.ratios import log_ratios, mean_log_ratios
 from curate.tables import Catalogue, DomainScores, NgramRatios, Samples, ValueScores
 from curate.training.samples import usable_samples
@@ -75,22 +75,26 @@ def ngram_ratios(
     pool = np.zeros(BUCKETS)
     shown = progress(drawn.values(), total=len(drawn), what="n-grams", unit="domain")
     for share, samples in zip(shares, shown, strict=True):
-        own = bag(
+        counts = ngram_counts(
             (sample.tokens, sample.loss_mask) for batch in source.read_batches(samples, _BATCH) for sample in batch
         )
-        pool += share * own / max(own.sum(), 1.0)
-    ratios = log_ratios([bag(target.sequences()) for target in targets], pool * _COUNTED)
-    found = [_sample_ratios(source, samples, ratios) for samples in drawn.values()]
-    means = np.stack([own.mean(axis=0) if len(own) else np.full(len(targets), np.nan) for own in found])
+        pool += share * counts / max(counts.sum(), 1.0)
+    ratios = log_ratios([ngram_counts(target.sequences()) for target in targets], pool * _COUNTED)
+    by_domain = [_sample_ratios(source, samples, ratios) for samples in drawn.values()]
+    means = np.stack([rows.mean(axis=0) if len(rows) else np.full(len(targets), np.nan) for rows in by_domain])
+    # a domain without usable samples has no mean, and no part in the average
     seen = np.isfinite(means[:, 0])
     weights = shares * seen / (shares * seen).sum()
     centre = weights @ np.nan_to_num(means)
-    squares = [((own - centre) ** 2).mean(axis=0) if len(own) else centre * 0 for own in found]
+    # around the mean of all domains, not of each one: see the module
+    squares = [((rows - centre) ** 2).mean(axis=0) if len(rows) else centre * 0 for rows in by_domain]
     deviations = np.sqrt(weights @ np.stack(squares))
     scores = np.nan_to_num((means - centre) / np.where(deviations > 0, deviations, np.inf))
     names = [target.name for target in targets]
     rows = [
-        (name, domain, float(scores[at, place])) for place, name in enumerate(names) for at, domain in enumerate(drawn)
+        (name, domain, float(scores[row, column]))
+        for column, name in enumerate(names)
+        for row, domain in enumerate(drawn)
     ]
     table = pl.DataFrame(
         rows, schema={"target": pl.String, "domain": pl.String, "ngram_ratio": pl.Float64}, orient="row"
@@ -131,6 +135,7 @@ def combined_ratios(
         weights: target -> weight.
     """
     shares = np.array([weights.get(name, 0.0) for name in ratios.targets]) / sum(weights.values())
+    # a target whose ratio does not vary says nothing of samples
     factors = np.divide(shares, ratios.deviations, out=np.zeros_like(shares), where=ratios.deviations > 0)
     return NgramRatios.validate(samples.with_columns(ngram_ratio=pl.Series(means @ factors, dtype=pl.Float64)))
 
@@ -139,8 +144,8 @@ def _sample_ratios(source: SampleSource, samples: pl.DataFrame, ratios: Floats) 
     """(N, T) of the samples of a table."""
     batches = source.read_batches(samples, _BATCH)
     shown = progress(batches, total=-(-len(samples) // _BATCH), what="n-gram ratios", unit="batch")
-    found = [mean_log_ratios(batch, ratios) for batch in shown]
-    return np.concatenate(found).astype(np.float64) if found else np.zeros((0, len(ratios)))
+    means = [mean_log_ratios(batch, ratios) for batch in shown]
+    return np.concatenate(means).astype(np.float64) if means else np.zeros((0, len(ratios)))
 
 
 def _drawn(source: SampleSource, domain: str, seed: int) -> dy.DataFrame[Samples]:
@@ -148,5 +153,6 @@ def _drawn(source: SampleSource, domain: str, seed: int) -> dy.DataFrame[Samples
     samples = usable_samples(Catalogue.validate(source.unique_samples.filter(domain=domain)))
     if len(samples) <= _DRAWN:
         return samples
+    # "likeness": a purpose of the generator is part of the draw, renaming it draws other samples
     chosen = generator(seed, "likeness", domain).choice(len(samples), _DRAWN, replace=False)
     return Samples.validate(samples.filter(pl.int_range(pl.len()).is_in(chosen.tolist())))

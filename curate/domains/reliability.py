@@ -28,7 +28,7 @@ def halves_reliability(
     steps with the ranks held fixed.
 
     Args:
-        values: columns `source`, `target`, `step`, `value_a` and `value_b`.
+        values: of measured samples.
         seed: of the bootstrap.
         resamples: R.
 
@@ -46,10 +46,12 @@ def halves_reliability(
     rows = []
     for (source, target), group in ranked.group_by(_SOURCE):
         for ranking in ("pooled", "within_step"):
+            # a correlation is a function of six sums per step: a resample adds up those of the steps drawn
             moments = _moments(group, f"{ranking}_a", f"{ranking}_b")
             weights = step_weights(len(moments), resamples, generator(seed, "halves", str(source)))
             r = correlation(moments.sum(axis=0)[None])
             _, low, high = spread(correlation(weights @ moments)[:, None])
+            # with one step every resample is the same one: an interval of width 0 would pass for certainty
             if len(moments) == 1:
                 low = high = np.array([np.nan])
             interval = np.concatenate([r, low, high])
@@ -72,7 +74,7 @@ def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: i
     Far from 0, choosing samples by value also chooses them by length. Intervals as in `halves_reliability`.
 
     Args:
-        values: columns `source`, `target`, `domain`, `step`, `tokens` and `value`.
+        values: of measured samples.
         seed: of the bootstrap.
         resamples: R.
 
@@ -80,6 +82,7 @@ def length_bias(values: dy.DataFrame[MeasuredValues], *, seed: int, resamples: i
         One row per (source, target): `samples`, `spearman`, `low`, `high`; null where the samples of each domain are
         of one length.
     """
+    # ranks within domains: that one domain has longer and better samples is no bias of the choice inside of domains
     ranked = values.select(
         *_STEP,
         value_rank=_rank("value_total_nats", [*_SOURCE, "domain"]),
@@ -115,6 +118,7 @@ def _moments(frame: pl.DataFrame, a: str, b: str) -> Floats:
 def correlation(moments: Floats) -> Floats:
     """Pearson correlation from moments [R, 6] (see `_moments`) -> [R]; NaN where a side does not vary."""
     n, x, y, xx, yy, xy = moments.T
+    # ranks lie in (-1/2, 1/2), so that a product of variances below 1e-18 n^4 is rounding: a side does not vary
     variance = np.maximum(0.0, (n * xx - x * x) * (n * yy - y * y))
     r: Floats = np.divide(n * xy - x * y, np.sqrt(variance), out=np.full_like(n, np.nan), where=variance > 1e-18 * n**4)
     return r

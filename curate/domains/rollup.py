@@ -1,4 +1,4 @@
-"""The roll-ups of one source's or several sources' values that a selection reads and keeps."""
+"""All roll-ups of measured values that a selection reads and keeps."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class RollUps:
 
     @property
     def of_main_target(self) -> dict[str, pl.DataFrame]:
-        """By name, but for domains."""
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "domains"}
+        """Name of each table's file -> table, without the domains, which are of all targets."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "domains"}
 
 
-def roll_ups(
+def roll_up_values(
     values: dy.DataFrame[MeasuredValues],
     target: str,
     prior_tokens: Mapping[str, int],
     novel_shares: Mapping[str, float],
     seed: int,
 ) -> RollUps:
-    """Roll values up.
+    """Roll values up to domains, shards and documents, and say how reliable they are.
 
     Args:
         values: of all targets.
@@ -65,13 +65,13 @@ def roll_ups(
         novel_shares: share of novel text, by domain.
         seed: of bootstrap intervals.
     """
-    own = MeasuredValues.validate(values.filter(target=target))
+    of_target = MeasuredValues.validate(values.filter(target=target))
     prior = {domain: float(tokens) for domain, tokens in prior_tokens.items()}
     return RollUps(
-        domains=domain_scores(values, prior, seed=seed, fresh=novel_shares),
-        shards=shard_scores(own),
-        documents=document_values(own),
-        between_shards=between_shards(own),
-        reliability=halves_reliability(own, seed=seed),
-        length_bias=length_bias(own, seed=seed),
+        domains=domain_scores(values, prior, seed=seed, novel_shares=novel_shares),
+        shards=shard_scores(of_target),
+        documents=document_values(of_target),
+        between_shards=between_shards(of_target),
+        reliability=halves_reliability(of_target, seed=seed),
+        length_bias=length_bias(of_target, seed=seed),
     )

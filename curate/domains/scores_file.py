@@ -12,14 +12,14 @@ from curate.tables import Scores
 
 
 def write_scores(path: Path, values: pl.DataFrame) -> None:
-    """Write the values frame atomically; columns that are not in `Scores` (documents) are left out.
+    """Write measured values atomically; columns that are not in `Scores` (documents) are left out.
 
     Raises:
         UserError: a column is missing, of another type, null, or not finite (the model diverged).
     """
-    checked = _validated(values, "the values")
-    with atomic_write(path) as part:
-        checked.write_parquet(part)
+    scores = _validated(values, "the values")
+    with atomic_write(path) as temporary:
+        scores.write_parquet(temporary)
 
 
 def read_scores(path: Path) -> dy.DataFrame[Scores]:
@@ -46,5 +46,6 @@ def _validated(values: pl.DataFrame, name: str) -> dy.DataFrame[Scores]:
     try:
         return Scores.validate(values.select(Scores.column_names()))
     except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
+        # the first paragraph is enough for one sentence
         reason = " ".join(str(error).partition("\n\n")[0].split())
         raise UserError(f"{name} do not fit the columns of scores.parquet: {reason}") from None

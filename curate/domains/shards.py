@@ -19,11 +19,11 @@ def shard_scores(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardScor
     """Value of each shard.
 
     Args:
-        values: columns `source`, `target`, `domain`, `shard`, `sample_id`, `tokens` and `value`.
+        values: of measured samples.
 
     Returns:
-        One row per (source, target, domain, shard), sorted so: `samples` (distinct), `tokens` (predicted, each use
-        counted), `value` (sum), `value_per_token` (null without predicted tokens).
+        One row per (source, target, domain, shard), sorted so, see `tables.ShardScores`; `value_per_token` is null
+        without predicted tokens.
     """
     rolled = (
         values.group_by(*_KEYS, "shard")
@@ -52,7 +52,7 @@ def between_shards(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardTe
         share = max(0, 1 - (SS_within / (N - K)) / (SS_total / (N - 1)))           variance between shards beyond chance
 
     Args:
-        values: columns `source`, `target`, `domain`, `shard`, `step`, `index`, `tokens` and `value`.
+        values: of measured samples.
 
     Returns:
         One row per (source, target, domain), sorted so: `shards`, `samples`, `share_between`, `p_value` (both null
@@ -62,9 +62,11 @@ def between_shards(values: dy.DataFrame[MeasuredValues]) -> dy.DataFrame[ShardTe
     step = ["source", "target", "step"]
     ranks = (
         values.filter(pl.col("predicted_tokens") > 0)
+        # + 1: ranks of a step lie inside (0, 1), however many samples it has
         .with_columns(rank=per_token.rank().over(step) / (pl.len().over(step) + 1))
         .group_by(*_KEYS, "shard", "index", maintain_order=True)
         .agg(row_mean(pl.col("rank")))
+        # around the domain's mean, so that sums of squares are small numbers and keep their digits
         .with_columns(pl.col("rank") - pl.col("rank").mean().over(_KEYS))
     )
     by_shard = ranks.group_by(*_KEYS, "shard", maintain_order=True).agg(
@@ -96,6 +98,7 @@ def _kruskal(shards: int, samples: int, between: float, around: float) -> tuple[
     """Adjusted share of variance between shards and p value; (None, None) where nothing can be tested."""
     from scipy.special import chdtrc
 
+    # 1e-12 of ranks below 1: all ranks are equal up to rounding
     if shards < 2 or samples <= shards or around <= 1e-12 * samples:
         return None, None
     within = max(0.0, around - between)

@@ -1,1 +1,1 @@
-"""Fidelity: values held against training that was really run again without the samples."""
+"""Evaluation: values compared with training that was really run again, and scores with short branches."""

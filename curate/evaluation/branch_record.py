@@ -94,6 +94,7 @@ def read_branch_test(
             f"{path} is not the result of a branch test ({first_problem(error)}); name the {FILE} that "
             "`python -m curate.branch_test` wrote"
         ) from None
+    # the target after the run: of another run nothing else can be right
     for what, tested, wanted in (("run", test.run, run_fingerprint), ("target", test.target, target_fingerprint)):
         if wanted not in (None, tested):
             raise UserError(
@@ -104,7 +105,7 @@ def read_branch_test(
 
 
 def check_tested(path: Path, test: BranchTest, source: str, scores: Mapping[str, float]) -> None:
-    """Ask whether a branch test is about these scores: what it allows says nothing of others.
+    """Refuse a branch test of other scores than these: what it allows says nothing of them.
 
     Args:
         path: of the test, for the message.
@@ -115,6 +116,7 @@ def check_tested(path: Path, test: BranchTest, source: str, scores: Mapping[str,
     Raises:
         UserError: it tested scores of another source, of other domains, or others.
     """
+    # relative to the largest: scores near 0 differ by more than that of themselves between two machines
     close = _SAME * max(map(abs, test.scores.values()), default=0.0)
     differing = sorted(
         domain

@@ -1,7 +1,7 @@
-"""Hold a selection's domain scores against short trainings (the field: a microanneal).
+"""Do a selection's domain scores predict the next stage? Tested by short trainings (called microanneals elsewhere).
 
-Do the scores predict the next stage? From the run's last state short branches are trained, each with a little more of
-one domain; what they do to the target's loss is held against the scores. `curate.select` can be given the result.
+From the run's last state short branches are trained, each with a little more of one domain; what they do to the
+target's loss is compared with the scores. `curate.select` can be given the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from pydantic import Field
 from curate.core.artifacts import MANIFEST, begin, finalize, fingerprint, making, read_json, write_hashed
 from curate.core.errors import UserError
 from curate.evaluation.branch_record import FILE, BranchTest, strength_factor, verdict_of
-from curate.evaluation.branches import BranchTestConfig
+from curate.evaluation.branches import (
+    BranchTestConfig,
+    agreement,
+    branch_passes,
+    lengths_of,
+    realised_changes,
+    tested_scores,
+)
 from curate.tables import DomainScores
 from curate.training.run import Run
 
@@ -61,7 +68,7 @@ class _Scores:
     Attributes:
         selection: its fingerprint.
         source: where they come from.
-        scores: of the domains with valued samples.
+        scores: of the domains with measured samples.
     """
 
     selection: str
@@ -79,7 +86,6 @@ def branch_test(config: BranchTestCommand) -> Path:
     Raises:
         UserError: bad selection, run or target, or scores that cannot be tested.
     """
-    from curate.evaluation.branches import lengths_of
     from curate.training.samples import trained_tokens
     from curate.training.target import load_target
 
@@ -93,9 +99,13 @@ def branch_test(config: BranchTestCommand) -> Path:
             "differ in a run's domains, so test a selection of whole domains (and set --streams as it did)"
         )
     settings = {
-        "run": run.fingerprint, "target": target.fingerprint, **asdict(tested), "seed": config.seed,
+        "run": run.fingerprint,
+        "target": target.fingerprint,
+        **asdict(tested),
+        "seed": config.seed,
         **lengths_of(config),
-    }  # fmt: skip
+    }
+    # by what was tested, not by where it lies: a selection that is made again has its test already
     out = config.out or run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}"
     with making(out, settings) as missing:
         if missing:
@@ -118,7 +128,6 @@ def _run_around(selection: Path) -> Path:
 def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores:
     """The scores for the target in the mixture's source; refuses a selection that they cannot be tested of."""
     from curate.core.arrays import read_table
-    from curate.evaluation.branches import tested_scores
     from curate.mixture.record import read_mixture
 
     folder = config.selection
@@ -133,7 +142,7 @@ def _read_scores(config: BranchTestCommand, run: Run, target: Target) -> _Scores
         )
     mixture = read_mixture(folder / "mixture.yaml")
     domains = read_table(folder / "domains.parquet")
-    # The selection's own target comes first; its file may have been renamed since.
+    # the selection's main target comes first; its file may have been renamed since, so that its name is not asked
     rows = DomainScores.validate(domains.filter(source=mixture.source, target=next(iter(mixture.targets))))
     return _Scores(selection=manifest["fingerprint"], source=mixture.source, scores=tested_scores(rows))
 
@@ -145,10 +154,10 @@ def _check_parents(config: BranchTestCommand, settings: Json, run: Run, target: 
         "run": (run.folder, run.fingerprint, settings.get("run")),
         "target": (config.target, target.fingerprint, main),
     }
-    for name, (path, found, wanted) in parents.items():
-        if wanted != found:
+    for name, (path, here, wanted) in parents.items():
+        if wanted != here:
             raise UserError(
-                f"{config.selection} was not made from the {name} {path} (fingerprint {wanted} there, {found} here): "
+                f"{config.selection} was not made from the {name} {path} (fingerprint {wanted} there, {here} here): "
                 f"set --{name} to what it was selected with"
             )
 
@@ -157,21 +166,25 @@ def _make(
     config: BranchTestCommand, run: Run, target: Target, tested: _Scores, prior: Mapping[str, float], out: Path
 ) -> None:
     """Train what is missing of the branches and write what they say."""
-    from curate.evaluation.branches import agreement, cost_units, lengths_of, realised_changes
     from curate.training.replay import Replay
 
     if len(tested.scores) < 3:
         _log.warning("%d domains have a score: there will be no correlation, which takes three", len(tested.scores))
     replay = Replay(run, config.device, config.tolerance)
-    changes = realised_changes(
-        replay, target, prior, config, seed=config.seed, batch_size=config.target_batch_size
-    )  # fmt: skip
-    found = agreement(tested.scores, changes, config.seed)
+    changes = realised_changes(replay, target, prior, config, seed=config.seed, batch_size=config.target_batch_size)
+    agreed = agreement(tested.scores, changes, config.seed)
     branches = config.repeats * (len(prior) + 1)
     test = BranchTest(
-        run=run.fingerprint, target=target.fingerprint, target_name=target.name, **asdict(tested), changes=changes,
-        **asdict(found), verdict=verdict_of(found.spearman, found.ceiling),
-        strength_factor=strength_factor(found.spearman), seed=config.seed, **lengths_of(config),
-        forward_backward_passes=cost_units(run, target, config, branches),
-    )  # fmt: skip
+        run=run.fingerprint,
+        target=target.fingerprint,
+        target_name=target.name,
+        **asdict(tested),
+        changes=changes,
+        **asdict(agreed),
+        verdict=verdict_of(agreed.spearman, agreed.ceiling),
+        strength_factor=strength_factor(agreed.spearman),
+        seed=config.seed,
+        **lengths_of(config),
+        forward_backward_passes=branch_passes(run, target, config, branches),
+    )
     write_hashed(out / FILE, test.model_dump(mode="json"))

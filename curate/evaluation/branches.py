@@ -1,9 +1,10 @@
-"""Does a past value predict the next stage? Short branches from the last state, each with a little more of one domain.
+"""Short branches from a run's last state, each with a little more of one domain: what domains really do.
 
-A branch trains a few steps on samples drawn in the run's own proportions, in which a share of the places, the same in
-every branch, is filled from one domain; the base keeps all of its own. The realised change of a domain is the target's
-loss after the base minus that after its branch: positive = more of the domain helped. Branches share state, order and
-every other sample, so that only the domain differs. Its agreement with the domains' scores is a rank correlation.
+A branch trains a few steps on samples drawn in the run's own proportions, in which a share of the positions, the same
+in every branch, is filled from one domain; the base keeps all of its own. The realised change of a domain is the
+target's loss after the base minus that after its branch: positive = more of the domain helped. Branches share state,
+order and every other sample, so that only the domain differs. How it agrees with the domains' scores is a rank
+correlation.
 
 Steps are those of a replay: recorded optimizers and settings, lr and the rest as at the step of median lr, each step's
 loss a mean over tokens.
@@ -80,9 +81,10 @@ def lengths_of(config: BranchTestConfig) -> dict[str, Any]:
     return config.model_dump(include=set(BranchTestConfig.model_fields))
 
 
-def cost_units(run: Run, target: Target, config: BranchTestConfig, branches: int) -> float:
+def branch_passes(run: Run, target: Target, config: BranchTestConfig, branches: int) -> float:
     """Forward+backward passes of a training batch: the branches, and a third of a pass to read each one's target."""
     batch = max(_record(run).size, 1)
+    # a loss without a gradient is a forward pass, a third of forward+backward
     reads = sum(len(half) for half in target.halves) / batch / 3
     return branches * (config.steps + reads)
 
@@ -116,14 +118,15 @@ def realised_changes(
     settings = [run.fingerprint, target.fingerprint, lengths_of(config), seed]
     path = run.folder / "branch-tests" / f"{target.name}-{fingerprint(settings)[:8]}.json"
     branches = [(repeat, name) for repeat in range(config.repeats) for name in (BASE, *sorted(prior))]
-    # Branches do not depend on scores: tests of several selections share what is kept.
+    # branches do not depend on scores: tests of several selections share what is kept
+    # two tests that run at once: the second waits and uses what the first one trained
     with locked(path.parent, f".{path.name}.lock", wait=True):
         losses: dict[str, float] = read_hashed(path) if path.exists() else {}
         missing = [(repeat, name) for repeat, name in branches if _key(repeat, name) not in losses]
         if missing:
-            _say_cost(run, cost_units(run, target, config, len(missing)), len(missing), len(branches))
+            _say_cost(run, branch_passes(run, target, config, len(missing)), len(missing), len(branches))
             for key, loss in _train(replay, target, prior, config, missing, seed=seed, batch_size=batch_size):
-                losses[key] = loss
+                losses[key] = loss  # written after each branch: an interrupted test continues with the next one
                 write_hashed(path, losses)
     return {
         name: [losses[_key(repeat, BASE)] - losses[_key(repeat, name)] for repeat in range(config.repeats)]
@@ -138,8 +141,12 @@ def _key(repeat: int, name: str) -> str:
 def _say_cost(run: Run, units: float, missing: int, branches: int) -> None:
     _log.info(
         "%d of %d branches are to be trained, at about %.0f forward+backward passes, %.0f %% of the stage's %d",
-        missing, branches, units, 100 * units / run.spec.steps, run.spec.steps,
-    )  # fmt: skip
+        missing,
+        branches,
+        units,
+        100 * units / run.spec.steps,
+        run.spec.steps,
+    )
 
 
 def _train(
@@ -156,11 +163,14 @@ def _train(
     run = replay.run
     optimizers = replay.optimizers_at(run.spec.steps)
     state, record = replay.checkpoint(optimizers), _record(run)
+    # every branch of a repeat from one draw: they differ in the replaced positions only
     drawn = {repeat: _draw(run, prior, config, record.size, seed + repeat) for repeat, _ in branches}
     for repeat, name in progress(branches, total=len(branches), what="branches", unit="branch"):
+        # in memory, parameters and optimizer states alike: no file is read between branches
         replay.rewind(state, optimizers)
         for ids in drawn[repeat][name].reshape(config.steps, record.size).tolist():
             samples = replay.reader.samples(ids)
+            # weights of a mean over the step's predicted tokens, as one micro-batch
             predicted = np.array([sample.predicted_tokens for sample in samples], np.float32)
             batch = collate(samples, predicted / max(float(predicted.sum()), 1.0)).to(replay.device)
             replay.backward([batch], optimizers)
@@ -181,27 +191,27 @@ def _record(run: Run) -> StepRecord:
 
 
 def _draw(run: Run, prior: Mapping[str, float], config: BranchTestConfig, batch_size: int, seed: int) -> dict[str, Ids]:
-    """Sample ids of the base and of every domain's branch, one per place; they differ at the same places."""
-    domains, places = sorted(prior), config.steps * batch_size
+    """Sample ids of the base and of every domain's branch, one per position; they differ at the same positions."""
+    domains, positions = sorted(prior), config.steps * batch_size
     pools = {domain: _order(run, domain, seed) for domain in domains}
     shares = np.array([prior[domain] for domain in domains])
     random = generator(seed, "branch test")
-    chosen = random.choice(len(domains), places, p=shares / shares.sum())
-    at = np.arange(places)
-    base = np.zeros(places, np.int64)
-    for own, domain in enumerate(domains):
-        base = np.where(chosen == own, pools[domain][at % len(pools[domain])], base)
-    replaced = np.zeros(places, bool)
-    replaced[random.permutation(places)[: max(1, round(config.share * places))]] = True
+    chosen = random.choice(len(domains), positions, p=shares / shares.sum())
+    at = np.arange(positions)
+    base = np.zeros(positions, np.int64)
+    for number, domain in enumerate(domains):
+        base = np.where(chosen == number, pools[domain][at % len(pools[domain])], base)
+    replaced = np.zeros(positions, bool)
+    replaced[random.permutation(positions)[: max(1, round(config.share * positions))]] = True
     drawn = {BASE: base}
     for domain, pool in pools.items():
-        # From the pool's far end, so that a branch adds new samples of the domain instead of repeating the base's.
+        # from the far end, so that a branch adds other samples of the domain instead of repeating the base's
         drawn[domain] = np.where(replaced, pool[-1 - at % len(pool)], base)
     return drawn
 
 
 def _order(run: Run, domain: str, seed: int) -> Ids:
-    """Ids of a domain's samples with predicted tokens in random order, whatever their places in shards."""
+    """Ids of a domain's samples with predicted tokens in random order, whatever their order in shards."""
     of_domain = run.unique_samples.filter(domain=domain)
     usable = of_domain.filter(pl.col("predicted_tokens") > 0).sort("sample_id")
     return np.asarray(generator(seed, "branch test", domain).permutation(usable["sample_id"].to_numpy()))
@@ -218,9 +228,10 @@ def agreement(scores: Mapping[str, float], changes: Mapping[str, Sequence[float]
     domains = sorted(scores)
     a = np.array([scores[domain] for domain in domains])
     b = np.array([np.mean(changes[domain]) for domain in domains])
-    found = spearman(a, b)
-    low, high = (None, None) if found is None else spearman_interval(a, b, np.arange(len(a)), seed)
-    return Agreement(spearman=found, low=low, high=high, ceiling=ceiling([changes[domain] for domain in domains]))
+    r = spearman(a, b)
+    # every domain is a step of its own: domains are resampled
+    low, high = (None, None) if r is None else spearman_interval(a, b, np.arange(len(a)), seed)
+    return Agreement(spearman=r, low=low, high=high, ceiling=ceiling([changes[domain] for domain in domains]))
 
 
 def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
@@ -242,7 +253,7 @@ def ceiling(changes: Sequence[Sequence[float]]) -> float | None:
     known = [pair for pair in pairs if pair is not None]
     if not known or len(known) < len(pairs):
         return None
-    r = max(0.0, float(np.mean(known)))
+    r = max(0.0, float(np.mean(known)))  # below 0 by noise only: repeats share their true effects
     return float(np.sqrt(len(draws) * r / (1 + (len(draws) - 1) * r)))
 
 
@@ -253,10 +264,10 @@ def tested_scores(domains: dy.DataFrame[DomainScores]) -> dict[str, float]:
         domains: of one source and target.
 
     Returns:
-        Score of each domain of which samples were valued.
+        Score of each domain of which samples were measured.
 
     Raises:
-        UserError: no samples were valued, or all scores are equal.
+        UserError: no samples were measured, or all scores are equal.
     """
     scores = dict(domains.filter(pl.col("samples") > 0).select("domain", "score").iter_rows())
     if not scores:

@@ -65,6 +65,7 @@ class Removal:
     @property
     def name(self) -> str:
         """Identity of the rerun in files."""
+        # one sample by itself, readable; a group's list would be longer than a name may be
         which = fingerprint(self.samples) if len(self.samples) > 1 else str(self.samples[0])
         return f"{self.kind} {self.window} {which} part {self.part} order {self.order}"
 
@@ -89,17 +90,20 @@ def draw(run: Run, windows: dict[str, tuple[int, int]], config: DrawConfig, seed
 def _window(run: Run, name: str, start: int, stop: int, config: DrawConfig, seed: int) -> list[Removal]:
     sizes = {record.step: record.size for record in records(run, start, stop)}
     pairs = _pairs(sizes, name, config, seed)
-    found = [Removal(kind="pair", window=name, samples=(pair,)) for pair in pairs]
-    found += [Removal(kind="group", window=name, samples=group) for group in _groups(sizes, name, config, seed)]
+    removals = [Removal(kind="pair", window=name, samples=(pair,)) for pair in pairs]
+    removals += [Removal(kind="group", window=name, samples=group) for group in _groups(sizes, name, config, seed)]
+    # repeats and parts are of pairs that are run whole too: each is compared with its pair
     order = generator(seed, "fidelity repeats", name).permutation(len(pairs))
     chosen = [pairs[i] for i in order.tolist()]
-    found += [Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]]
-    found += [
+    removals += [
+        Removal(kind="repeat", window=name, samples=(pair,), order=seed + 1) for pair in chosen[: config.repeats]
+    ]
+    removals += [
         Removal(kind="part", window=name, samples=(pair,), part=part)
         for pair in chosen[: config.part_pairs]
         for part in config.parts
     ]
-    return found
+    return removals
 
 
 def _pairs(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) -> list[tuple[int, int]]:
@@ -112,6 +116,7 @@ def _pairs(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) ->
             f"window {window} has {len(sizes)} steps of {smallest} samples; {config.pairs} pairs at "
             f"{per_step} per step need {wanted} steps: lower draw.pairs or raise draw.pairs_per_step"
         )
+    # whole steps first: pairs of one step can be ranked without what differs between steps
     steps = sorted(random.choice(list(sizes), wanted, replace=False).tolist())
     drawn = [
         (step, position) for step in steps for position in sorted(random.permutation(sizes[step])[:per_step].tolist())
@@ -124,6 +129,7 @@ def _groups(sizes: dict[int, int], window: str, config: DrawConfig, seed: int) -
     count = max(1, round(config.group_share * len(every)))
     groups = []
     for index in range(config.groups):
+        # a generator for each group: more groups leave the first ones as they are, and their reruns count
         chosen = generator(seed, "fidelity groups", window, index).permutation(len(every))[:count]
         groups.append(tuple(every[i] for i in sorted(chosen.tolist())))
     return groups

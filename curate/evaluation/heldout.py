@@ -22,7 +22,7 @@ def heldout_targets(run: Run) -> list[Target]:
     Raises:
         UserError: a domain has too few samples.
     """
-    shared = 2 * -(-_SEQUENCES // (2 * len(run.streams)))
+    shared = 2 * -(-_SEQUENCES // (2 * len(run.streams)))  # even, so that each domain is in both halves as often
     reader, targets, mixed = SampleReader(run.source), [], []
     for domain in sorted(run.streams):
         ids = draw_samples(run, domain, _SEQUENCES, shared, "verification targets")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 HorizonName = Literal["window_end", "stage_end"]
-_DRAWS = 200
+_DRAWS = 200  # of noise, that the cap is a mean over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Estimates:
 
 def keyed(steps: Sequence[int], values: npt.NDArray[Any]) -> dict[tuple[int, int], float]:
     """Values of a window's rows (step order, then position) by (step, position)."""
-    found: dict[tuple[int, int], float] = {}
+    by_key: dict[tuple[int, int], float] = {}
     position, last = 0, -1
     for step, value in zip(steps, values.tolist(), strict=True):
         position = position + 1 if step == last else 0
         last = step
-        found[step, position] = value
-    return found
+        by_key[step, position] = value
+    return by_key
 
 
 def compare(
@@ -78,7 +78,7 @@ def compare(
     """
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
-    names = {(window, step): name for window, found in horizons.items() for name, step in found.items()}
+    names = {(window, step): name for window, steps in horizons.items() for name, step in steps.items()}
     for one in estimates:
         general = GENERAL if GENERAL in one.values else None
         for name, step in horizons[one.window].items():
@@ -88,13 +88,20 @@ def compare(
             step, position = row["samples"][0]
             pairs.append(
                 {
-                    "window": one.window, "horizon": names[one.window, one.horizon], "target": row["target"],
-                    "step": step, "value": row["value"], "estimate": one.values[row["target"]][step, position],
+                    "window": one.window,
+                    "horizon": names[one.window, one.horizon],
+                    "target": row["target"],
+                    "step": step,
+                    "value": row["value"],
+                    "estimate": one.values[row["target"]][step, position],
                 }
-            )  # fmt: skip
+            )
     return {
-        "rows": rows, "pairs": pairs, "smoothness": smoothness_rows(truth, names), "noise": noise_rows(truth, names),
-    }  # fmt: skip
+        "rows": rows,
+        "pairs": pairs,
+        "smoothness": smoothness_rows(truth, names),
+        "noise": noise_rows(truth, names),
+    }
 
 
 def fidelity_rows(
@@ -114,25 +121,34 @@ def fidelity_rows(
     for target, values in estimates.values.items():
         pairs = _table(window, "pair", target)
         groups = _table(window, "group", target)
-        found = np.asarray([values[key] for (key,) in pairs["samples"]])
+        # a group's value is the sum of its samples': what an additive estimator says of removing all of them
+        estimated = np.asarray([values[key] for (key,) in pairs["samples"]])
         sums = np.asarray([sum(values[key] for key in group) for group in groups["samples"]])
         steps = np.asarray([key[0] for (key,) in pairs["samples"]])
-        low, high = spearman_interval(found, pairs["value"], steps, seed)
+        low, high = spearman_interval(estimated, pairs["value"], steps, seed)
         difference = None
         if general is not None and target != general:
             other = np.asarray([estimates.values[general][key] for (key,) in pairs["samples"]])
-            difference = spearman(found - other, pairs["value"] - _table(window, "pair", general)["value"])
+            difference = spearman(estimated - other, pairs["value"] - _table(window, "pair", general)["value"])
         rows.append(
             {
-                "estimator": estimates.estimator, "window": estimates.window, "horizon": horizon, "target": target,
-                "seed": seed, "n": len(found), "spearman": spearman(found, pairs["value"]), "low": low, "high": high,
-                "spearman_within_step": within_step(found, pairs["value"], steps),
+                "estimator": estimates.estimator,
+                "window": estimates.window,
+                "horizon": horizon,
+                "target": target,
+                "seed": seed,
+                "n": len(estimated),
+                "spearman": spearman(estimated, pairs["value"]),
+                "low": low,
+                "high": high,
+                "spearman_within_step": within_step(estimated, pairs["value"], steps),
                 "spearman_of_difference": difference,
                 "group_lds": spearman(sums, groups["value"]) if len(sums) > 2 else None,
                 "noise_cap": noise_cap(pairs["value"], rerun_noise(window, target), seed),
-                "cost_units_per_step": estimates.cost_units_per_step, "bytes_per_sample": estimates.bytes_per_sample,
+                "cost_units_per_step": estimates.cost_units_per_step,
+                "bytes_per_sample": estimates.bytes_per_sample,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -142,9 +158,9 @@ def within_step(a: Floats, b: Floats, steps: npt.NDArray[np.int64]) -> float | N
 
     left, right = np.zeros(len(a)), np.zeros(len(a))
     for step in np.unique(steps):
-        own = steps == step
-        left[own] = rankdata(a[own]) - (own.sum() + 1) / 2
-        right[own] = rankdata(b[own]) - (own.sum() + 1) / 2
+        of_step = steps == step
+        left[of_step] = rankdata(a[of_step]) - (of_step.sum() + 1) / 2
+        right[of_step] = rankdata(b[of_step]) - (of_step.sum() + 1) / 2
     scale = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / scale if scale else None
 
@@ -156,7 +172,7 @@ def rerun_noise(window: pl.DataFrame, target: str) -> float | None:
     if both.is_empty():
         return None
     difference = both["value"].to_numpy() - both["value_pair"].to_numpy()
-    return float(np.sqrt((difference**2).mean() / 2))
+    return float(np.sqrt((difference**2).mean() / 2))  # of a difference of two: each has half of its variance
 
 
 def noise_cap(values: Floats, noise: float | None, seed: int) -> float | None:
@@ -164,6 +180,7 @@ def noise_cap(values: Floats, noise: float | None, seed: int) -> float | None:
     if noise is None:
         return None
     random = generator(seed, "fidelity noise cap")
+    # truth plus one more rerun's noise: even exact values would agree with a rerun no better than that
     noisy = values + noise * random.standard_normal((_DRAWS, len(values)))
     draws = spearman_rows(np.broadcast_to(values, noisy.shape), noisy)
     return None if len(values) <= 2 or np.isnan(draws).all() else float(np.nanmean(draws))
@@ -185,15 +202,19 @@ def smoothness_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -
     for key, table in both.sort("part").group_by("window", "horizon", "target", "part", maintain_order=True):
         window, horizon, target, part = key
         whole = table["value_whole"].to_numpy()
-        slopes = table["value"].to_numpy() / float(part)
+        per_weight = table["value"].to_numpy() / float(part)
         scale = float(np.sqrt((whole**2).mean()))
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target, "part": part,
-                "relative_deviation": float(np.sqrt(((slopes - whole) ** 2).mean())) / scale if scale else None,
-                "spearman": spearman(slopes, whole), "n": len(table),
+                "window": window,
+                "horizon": names[str(window), int(horizon)],
+                "target": target,
+                "part": part,
+                "relative_deviation": float(np.sqrt(((per_weight - whole) ** 2).mean())) / scale if scale else None,
+                "spearman": spearman(per_weight, whole),
+                "n": len(table),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -205,10 +226,13 @@ def noise_rows(truth: pl.DataFrame, names: Mapping[tuple[str, int], str]) -> lis
         values = table.filter(kind="pair")["value"].to_numpy()
         rows.append(
             {
-                "window": window, "horizon": names[str(window), int(horizon)], "target": target,
-                "noise": rerun_noise(table, str(target)), "signal": float(values.std()),
+                "window": window,
+                "horizon": names[str(window), int(horizon)],
+                "target": target,
+                "noise": rerun_noise(table, str(target)),
+                "signal": float(values.std()),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

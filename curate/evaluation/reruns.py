@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from curate.training.target import Target
     from curate.training.task import Batch
 
-_CACHE_BYTES = 10**9
+_CACHE_BYTES = 10**9  # of batches, which reruns from one snapshot read again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Reruns:
     def __init__(self, replay: Replay, targets: Sequence[Target], batch_size: int) -> None:
         self._replay, self._targets, self._batch_size = replay, targets, batch_size
         self._records = {record.step: record for record in records(replay.run, 0, replay.run.spec.steps)}
+        # 9 bytes a token: int64 ids and a mask
         size = max(record.size for record in self._records.values()) * replay.run.spec.seq_len * 9
         self._batches = lru_cache(maxsize=max(1, _CACHE_BYTES // size))(self._read)
 
@@ -79,16 +80,18 @@ class Reruns:
         """
         ordered = sorted(removals, key=lambda removal: removal.step)
         for at, group in groupby(ordered, key=lambda removal: self._replay.run.snapshot_before(removal.step)):
-            own = list(group)
+            same_snapshot = list(group)
             optimizers = self._replay.restore(at)
-            wanted = {step for removal in own for step in horizons[removal.window]}
+            wanted = {step for removal in same_snapshot for step in horizons[removal.window]}
+            # the unchanged run, trained here too: what hardware or kernels shift, they shift on both sides
             base = self._continue(at, None, wanted, optimizers)
-            for removal in own:
+            for removal in same_snapshot:
+                # the cursor moves on, unchanged, to the first step that differs; steps before it are trained once
                 for step in range(at, removal.step):
                     self._step(step, self._batches(step), optimizers)
                 at = removal.step
-                found = self._continue(at, removal, set(horizons[removal.window]), optimizers)
-                yield Truth(removal=removal, values={step: losses - base[step] for step, losses in found.items()})
+                losses = self._continue(at, removal, set(horizons[removal.window]), optimizers)
+                yield Truth(removal=removal, values={step: without - base[step] for step, without in losses.items()})
 
     def _continue(
         self, start: int, removal: Removal | None, horizons: set[int], optimizers: Sequence[Optimizer]
@@ -99,6 +102,7 @@ class Reruns:
         for step in range(start, max(horizons)):
             batches = self._batches(step)
             if removal is None:
+                # only here: changed training has other losses than were recorded
                 self._step(step, batches, optimizers, check=True)
             else:
                 self._step(step, _changed(batches, step, removal), optimizers)
@@ -130,7 +134,7 @@ def _changed(batches: Sequence[Batch], step: int, removal: Removal) -> list[Batc
         weights = batch.weights.clone()
         for position in dropped:
             if first <= position < first + len(batch):
-                weights[position - first] *= 1 - removal.part
+                weights[position - first] *= 1 - removal.part  # others keep theirs: no normalisation anew
         first += len(batch)
         batch = replace(batch, weights=weights)
         changed.append(batch if removal.order is None else _reordered(batch, removal.order, step, index))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from curate.evaluation.draw import Removal
     from curate.evaluation.reruns import Reruns, Truth
 
-_SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 30.0  # what an interruption may lose of reruns
 TRUTH = pl.Schema(
     [
         ("removal", pl.String()),  # identity of the rerun
@@ -52,7 +52,7 @@ def collect(
         One row per (removal, horizon, target), see `TRUTH`.
     """
     table = read_table(path) if path.exists() else pl.DataFrame(schema=TRUTH)
-    done = set(table["removal"])
+    done = set(table["removal"])  # by name, which says all of a removal: other draws add to the same table
     missing = [removal for removal in removals if removal.name not in done]
     saved = monotonic()
     outcomes = progress(
@@ -69,12 +69,15 @@ def collect(
 
 def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
     removal = truth.removal
-    same = {
-        "removal": removal.name, "kind": removal.kind, "window": removal.window,
-        "samples": [list(sample) for sample in removal.samples], "part": removal.part,
-    }  # fmt: skip
+    of_removal = {
+        "removal": removal.name,
+        "kind": removal.kind,
+        "window": removal.window,
+        "samples": [list(sample) for sample in removal.samples],
+        "part": removal.part,
+    }
     rows = [
-        {**same, "horizon": horizon, "target": target, "value": float(value)}
+        {**of_removal, "horizon": horizon, "target": target, "value": float(value)}
         for horizon, values in truth.values.items()
         for target, value in zip(targets, values, strict=True)
     ]
@@ -82,5 +85,5 @@ def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
 
 
 def _save(path: Path, table: pl.DataFrame) -> None:
-    with atomic_write(path) as part:
-        table.write_parquet(part)
+    with atomic_write(path) as temporary:
+        table.write_parquet(temporary)

@@ -110,23 +110,28 @@ def _make(config: VerifyConfig, replay: Replay, targets: list[Target], out: Path
     windows = named_windows(run, config.windows)
     horizons = horizon_steps(run, windows, config.horizons)
     removals = draw(run, windows, config.draw, config.seed)
-    units = rerun_units(removals, horizons)
+    passes = rerun_passes(removals, horizons)
     _log.info(
         "%d reruns will cost about %.0f forward+backward passes, %.1f times the stage's %d (fewer with draw.pairs, "
         "draw.groups, or --horizons '[window_end]')",
-        len(removals), units, units / run.spec.steps, run.spec.steps,
-    )  # fmt: skip
+        len(removals),
+        passes,
+        passes / run.spec.steps,
+        run.spec.steps,
+    )
     reruns = Reruns(replay, targets, config.target_batch_size)
-    steps = {window: sorted(set(found.values())) for window, found in horizons.items()}
+    # beside the result and by target and steps only: another estimator is held against the same reruns
+    steps = {window: sorted(set(by_name.values())) for window, by_name in horizons.items()}
     kept = run.folder / "verify" / f"truth-{fingerprint([settings['targets'], steps])[:8]}.parquet"
     with locked(kept.parent, f".{kept.name}.lock", wait=True):
         truth = collect(kept, reruns, removals, steps, [target.name for target in targets])
     estimates = estimate(config, replay, targets, windows, horizons)
     result: dict[str, Any] = {**compare(truth, estimates, horizons, config.seed)}
     result["cost"] = {
-        "reruns": len(removals), "rerun_units": units,
+        "reruns": len(removals),
+        "rerun_units": passes,
         "estimate_units": sum(one.cost_units_per_step * len(one.values) * _length(windows, one) for one in estimates),
-    }  # fmt: skip
+    }
     write_json(out / "verify.json", {"sign": SIGN, **result})
     verify_page(out / "verify.html", result)
     finalize(out, "verification", settings)
@@ -138,7 +143,8 @@ def _length(windows: Mapping[str, tuple[int, int]], estimates: Estimates) -> int
 
 
 def _settings(config: VerifyConfig, run: Run, targets: list[Target]) -> dict[str, Any]:
-    elsewhere = ("run", "runs_root", "streams", "target", "out", "device", "tolerance", "target_batch_size")
+    # where things lie and how fast they are made decides no number; what lies there counts by its content
+    elsewhere = ("run", "streams", "target", "out", "device", "tolerance", "target_batch_size")
     limits = {"memory_bytes", "disk_bytes", "save_seconds"}
     chosen = config.model_dump(mode="json", exclude={**dict.fromkeys(elsewhere, True), "adjoint": limits})
     return {"run": run.fingerprint, "targets": [target.fingerprint for target in targets], **chosen}
@@ -168,15 +174,15 @@ def named_windows(run: Run, names: tuple[str, ...]) -> dict[str, tuple[int, int]
     Raises:
         UserError: a window that the run did not declare.
     """
-    found = {}
+    windows = {}
     for name in names:
         if name == "middle" and name not in run.spec.windows:
             first, stop = max(run.spec.windows.values())
             begin = (run.spec.steps - (stop - first)) // 2
-            found[name] = (begin, begin + stop - first)
+            windows[name] = (begin, begin + stop - first)
         else:
-            found[name] = run.window(name)
-    return found
+            windows[name] = run.window(name)
+    return windows
 
 
 def horizon_steps(
@@ -186,10 +192,10 @@ def horizon_steps(
     ends: dict[str, dict[HorizonName, int]] = {
         window: {"window_end": stop, "stage_end": run.spec.steps} for window, (_, stop) in windows.items()
     }
-    return {window: {name: found[name] for name in names} for window, found in ends.items()}
+    return {window: {name: by_name[name] for name in names} for window, by_name in ends.items()}
 
 
-def rerun_units(removals: list[Removal], horizons: Mapping[str, Mapping[HorizonName, int]]) -> float:
+def rerun_passes(removals: list[Removal], horizons: Mapping[str, Mapping[HorizonName, int]]) -> float:
     """Steps that all reruns take."""
     return float(sum(max(horizons[removal.window].values()) - removal.step for removal in removals))
 
@@ -205,10 +211,14 @@ def estimate(
 
     Late windows come first: earlier ones continue from their influence checkpoints.
     """
+    # two names of one step are one job, called stage_end: the last one that is put in
     jobs = {
-        (step, window): name for window, found in horizons.items() for name, step in sorted(found.items(), reverse=True)
+        (step, window): name
+        for window, by_name in horizons.items()
+        for name, step in sorted(by_name.items(), reverse=True)
     }
     estimates = []
+    # by the first step of the window, last one first
     for (step, window), name in sorted(jobs.items(), key=lambda job: -windows[job[0][1]][0]):
         estimates.append(_estimate(config, replay, targets, window, (*windows[window], step), name))
     return estimates
@@ -243,7 +253,10 @@ def _estimate(
         embedding = embed_window(replace(job, target=target), window, horizon, estimator)
         values[target.name] = keyed(embedding.rows["step"].to_list(), embedding.values(target))
     return Estimates(
-        estimator=config.estimator, window=window, horizon=end, values=values,
+        estimator=config.estimator,
+        window=window,
+        horizon=end,
+        values=values,
         cost_units_per_step=embedding.passes / (stop - first) / len(targets),
         bytes_per_sample=float(embedding.vectors[:1].nbytes) / (len(targets) if config.estimator == "adjoint" else 1),
-    )  # fmt: skip
+    )

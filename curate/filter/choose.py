@@ -1,7 +1,12 @@
 """Which samples of a domain are good enough to be used: each that is not gets its reason. Tables in, tables out.
 
-In this order, each among what the ones before it left: seen (where asked), contamination, near_duplicate, low_value;
-and when it is known how many the stage takes, not_sampled.
+Reasons are given in this order, each among the samples that have none yet:
+
+    seen             by `output.plan.make_pool`, where asked for
+    contamination    `choose`: shares text with a held-out document
+    near_duplicate   `choose`: repeats a better sample of its domain
+    low_value        `choose`: loses the draw of what is left out
+    not_sampled      `top_k`, when it is known how many samples the stage takes
 """
 
 from collections.abc import Mapping
@@ -20,7 +25,7 @@ from curate.tables import VALUES_PER_TOKEN, DrawKeys, RankedPool, SamplePool
 # What samples are chosen by and how, part of a selection's identity.
 CHOICE = ("n-grams: Dirichlet, deviations over all domains", "Gumbel top-k for what is left out and for what is taken")
 NOISE = 0.1
-"""Temperature of the Gumbel top-k, in standard deviations of a sample within its domain."""
+"""Noise of the Gumbel top-k (its temperature), in standard deviations of a sample within its domain."""
 _SHARP = 1e-9  # deviations that a noise of 0 still tells apart; what is nearer is a tie, drawn by lot
 _FAR = 1.0  # deviations below the domain's mean from which both halves of a target call a sample bad
 _FEW = 8  # n-grams, of those that are kept, from which a sample can be compared
@@ -68,17 +73,19 @@ def choose(
         config: what is left out.
         seed: of the draws.
         ngram_share: share of the n-gram log-likelihood ratio in what samples compete by, the rest is value's.
-        noise: temperature of the draws, in deviations; 0: exactly the lowest are left out and the highest taken.
+        noise: of the draws, in deviations; 0: exactly the lowest are left out and the highest taken.
 
     Returns:
         The pool with `reason`, `detail`, `kept` and `key` (see `top_k`).
     """
     ranked = _ranked(pool, ngram_share, noise, seed)
-    source = contaminated.unique("row", keep="first").select("row", detail=pl.format("{}: {}", "file", "id"))
-    ranked = _mark(ranked, source, "contamination")
-    doubles = near_duplicates(scan, _comparable(ranked, scan), config.duplicate_overlap)
+    # `contaminated` has the document with most in common first
+    documents = contaminated.unique("row", keep="first").select("row", detail=pl.format("{}: {}", "file", "id"))
+    ranked = _mark(ranked, documents, "contamination")
+    repeats = near_duplicates(scan, _comparable(ranked, scan), config.duplicate_overlap)
     names = ranked.select(of="row", detail=pl.format("sample {}", "sample_id"))
-    ranked = _mark(ranked, doubles.join(names, on="of").select("row", "detail"), "near_duplicate")
+    ranked = _mark(ranked, repeats.join(names, on="of").select("row", "detail"), "near_duplicate")
+    # texts of few n-grams are not compared: of these only exact copies are found
     ranked = _mark(ranked, _copies(ranked), "near_duplicate")
     ranked = _mark(ranked, _low(ranked, config.drop_fraction), "low_value")
     return RankedPool.validate(ranked.sort("row").with_columns(kept=pl.col("reason").is_null()))
@@ -96,20 +103,20 @@ def with_keys(pool: dy.DataFrame[RankedPool], keys: dy.DataFrame[DrawKeys]) -> d
 
 
 def top_k(pool: dy.DataFrame[RankedPool], samples: Mapping[str, int]) -> dy.DataFrame[RankedPool]:
-    """A pool of which each domain keeps as many samples as it must deliver, those of the largest keys.
+    """Keep as many samples of each domain as the stage takes, those of the largest keys.
 
     Args:
         pool: see `output.plan.make_pool`, with `key`: the k samples of largest key are a draw of k without replacement.
-        samples: how many each domain delivers.
+        samples: how many the stage takes of each domain.
 
     Returns:
         The pool with the reason "not_sampled" for what is not drawn.
     """
     wanted = pl.col("domain").replace_strict(dict(samples), default=0, return_dtype=pl.Int64)
-    key = pl.when(pl.col("kept")).then(pl.col("key"))
-    place = key.rank("ordinal", descending=True).over("domain")
+    key = pl.when(pl.col("kept")).then(pl.col("key"))  # null, so without a rank, where there is a reason already
+    standing = key.rank("ordinal", descending=True).over("domain")
     drawn = pool.with_columns(
-        reason=pl.when(pl.col("kept") & (place > wanted)).then(pl.lit("not_sampled")).otherwise(pl.col("reason"))
+        reason=pl.when(pl.col("kept") & (standing > wanted)).then(pl.lit("not_sampled")).otherwise(pl.col("reason"))
     )
     return RankedPool.validate(drawn.with_columns(kept=pl.col("reason").is_null()))
 
@@ -131,17 +138,17 @@ def length_correlation(pool: dy.DataFrame[RankedPool]) -> float | None:
 def _ranked(pool: pl.DataFrame, ngram_share: float, noise: float, seed: int) -> pl.DataFrame:
     """The pool with `row`, `z` (deviations from the domain's mean) and `key`, by which samples compete.
 
-    Gumbel top-k: the k largest of `z / temperature + Gumbel noise` are a draw without replacement with probabilities
-    proportional to exp(z / temperature) (Kool, van Hoof and Welling, arXiv 1903.06059). A sample without a value stands
+    Gumbel top-k: the k largest of `z / noise + Gumbel variable` are a draw without replacement with probabilities
+    proportional to exp(z / noise) (Kool, van Hoof and Welling, arXiv 1903.06059). A sample without a value stands
     for the mean of values.
     """
     numbered = pool.with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
     share = ngram_share if pool["ngram_ratio"].is_not_null().any() else 0.0
     z = combined_z(share)
-    if share > 0:  # without a ratio: predicts no token
+    if share > 0:  # a sample without a ratio predicts no token, or was seen: it comes last
         z = pl.when(pl.col("ngram_ratio").is_null()).then(-np.inf).otherwise(z)
     scored = numbered.with_columns(z=z).sort("domain", "sample_id", "index")
-    # one stream of noise per domain, in the order of content: no other domain and no shard order changes a draw
+    # one generator per domain, in the order of content: no other domain and no shard order changes a draw
     gumbel = np.concatenate(
         [
             generator(seed, "top-k", str(domain)).gumbel(size=count)
@@ -163,9 +170,9 @@ def combined_z(ngram_share: float) -> pl.Expr:
 
 def _deviations(name: str) -> pl.Expr:
     """How far each sample lies from its domain's mean; 0 where it is not known or varies by rounding only."""
-    own = pl.col(name)
-    spread, largest = own.std().over("domain"), own.abs().max().over("domain")
-    return pl.when(spread > EQUAL * largest).then((own - own.mean().over("domain")) / spread).fill_null(0.0)
+    values = pl.col(name)
+    spread, largest = values.std().over("domain"), values.abs().max().over("domain")
+    return pl.when(spread > EQUAL * largest).then((values - values.mean().over("domain")) / spread).fill_null(0.0)
 
 
 def _mark(ranked: pl.DataFrame, marked: pl.DataFrame, reason: str) -> pl.DataFrame:
@@ -180,34 +187,41 @@ def _mark(ranked: pl.DataFrame, marked: pl.DataFrame, reason: str) -> pl.DataFra
     ).drop("why", "here")
 
 
-def _open(ranked: pl.DataFrame) -> pl.DataFrame:
+def _without_reason(ranked: pl.DataFrame) -> pl.DataFrame:
+    """The samples that may still be used."""
     return ranked.filter(pl.col("reason").is_null())
 
 
 def _comparable(ranked: pl.DataFrame, scan: OverlapScan) -> pl.DataFrame:
     """The samples whose text is compared, by `rank`: those with a value first, the best of them first."""
+    # a share of three n-grams is chance
     enough = scan.grams.group_by("row").len().filter(pl.col("len") >= _FEW)
-    rest = _open(ranked).join(enough, on="row", how="semi")
-    ordered = rest.sort(["value_per_token", "sample_id", "index"], descending=[True, False, False], nulls_last=True)
+    candidates = _without_reason(ranked).join(enough, on="row", how="semi")
+    ordered = candidates.sort(
+        ["value_per_token", "sample_id", "index"], descending=[True, False, False], nulls_last=True
+    )
     return ordered.with_row_index("rank").select("row", "domain", pl.col("rank").cast(pl.Int64))
 
 
 def _copies(ranked: pl.DataFrame) -> pl.DataFrame:
     """Exact copies but for one, however short."""
-    rest = _open(ranked).sort("domain", "sample_id", "index")
-    again = rest.filter(~pl.struct("domain", "sample_id").is_first_distinct())
-    return again.select("row", detail=pl.format("sample {}", "sample_id"))
+    ordered = _without_reason(ranked).sort("domain", "sample_id", "index")
+    copies = ordered.filter(~pl.struct("domain", "sample_id").is_first_distinct())
+    return copies.select("row", detail=pl.format("sample {}", "sample_id"))
 
 
 def _low(ranked: pl.DataFrame, drop_fraction: float | None) -> pl.DataFrame:
     """The measured samples that lose the draw, as many of each domain as are to be left out."""
-    known = _open(ranked).filter(pl.col("value_per_token").is_not_null() | pl.col("ngram_ratio").is_not_null())
+    known = _without_reason(ranked).filter(
+        pl.col("value_per_token").is_not_null() | pl.col("ngram_ratio").is_not_null()
+    )
     if drop_fraction is None:
+        # both halves: what one calls bad is noise in about every sixth sample
         far = [_deviations(half) < -_FAR for half in VALUES_PER_TOKEN[1:]]
         count = pl.all_horizontal(far).fill_null(value=False).sum().over("domain")
     else:
         # 1e-9: a product such as .2 x 5 must not fall below its whole number by rounding
         count = (pl.len().over("domain") * drop_fraction + 1e-9).floor().cast(pl.Int64)
-    place = pl.int_range(pl.len()).over("domain")
-    worst = known.sort("domain", "key", "sample_id", "index").filter(place < count)
+    standing = pl.int_range(pl.len()).over("domain")
+    worst = known.sort("domain", "key", "sample_id", "index").filter(standing < count)
     return worst.select("row", detail=pl.format("{} deviations from its domain's mean", pl.col("z").round(2)))

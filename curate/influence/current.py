@@ -1,12 +1,13 @@
-"""What the next step asks for, by forward passes alone: of a part of every domain, and of the most promising samples.
+"""Values of samples for the next step, by forward passes alone: some of every domain, then the most promising ones.
 
-All samples share one direction, what a target asks of the next step (`influence.direction`), and the linear value of
-each is the directional derivative of its own loss along it. The samples are the run's own (source `current`) or
-candidates that were never trained on (source `candidates`). Two artifacts in the run, both by content, so that a
-re-sharded stream needs no new ones, and continued where they were interrupted: `influence/<source>-*` has the
-directions and a part of every domain, measured token by token for each target, which domains are scored by and all
-other samples predicted from (`ngrams.regression`); `influence/measured-*` has one value for all targets
-together of each sample that is measured beside that part.
+All samples share one direction per target (`influence.direction`); the first-order value of a sample is the directional
+derivative of its own loss along it. The samples are the run's own (source `current`) or candidates that were never
+trained on (source `candidates`). Both artifacts lie in the run, go by content (a re-sharded stream needs no new ones)
+and are continued where they were interrupted:
+
+- `influence/<source>-*`: the directions, and some samples of every domain, measured token by token for each target.
+  Domains are scored by them and all other samples predicted from them (`ngrams.regression`).
+- `influence/measured-*`: one value, for all targets together, of each other sample that is measured.
 
 T targets, N samples, n tokens, P parameters.
 """
@@ -33,7 +34,7 @@ from curate.core.progress import progress
 from curate.core.writing import atomic_write
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
-from curate.influence.draw import draw_measured, measured_frame, values_frame
+from curate.influence.draw import as_measured_values, as_sample_values, draw_measured
 from curate.influence.extrapolate import blocks_of
 from curate.ngrams.regression import means
 from curate.stats.deviation import combined_values, target_shares
@@ -58,8 +59,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LR_SHARE = 0.1  # of the run's median lr, see `influence.direction`
-_FORWARD_PASSES = 0.4  # of a forward+backward pass: a forward pass
+_FORWARD_PASSES = 0.4  # of a forward+backward pass: what a forward pass costs
 _BATCH = 64  # samples read at a time
+# Names of files in an artifact; renaming one makes finished artifacts unreadable.
 _DIRECTIONS, TOKEN_VALUES = "directions.npz", "tokens.npz"
 
 
@@ -84,7 +86,7 @@ class NextStepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class NextStep:
-    """What some targets ask of the next step, and what it would do to train on some samples of every domain in it.
+    """Directions of the targets for the next step, and values of the measured samples of every domain along them.
 
     Positive = it lowers the target's loss.
 
@@ -132,7 +134,7 @@ def value_next_step(
     options: NextStepOptions,
     name: Literal["current", "candidates"] = CURRENT,
 ) -> NextStep:
-    """Value a part of every domain for each target, or open that; the cost is stated before.
+    """Measure some samples of every domain for each target, or open what was measured; the cost is logged before.
 
     Args:
         run: a finished run, whose last state is the current one.
@@ -145,6 +147,7 @@ def value_next_step(
     Raises:
         UserError: bad target, or samples that the model cannot read.
     """
+    # drawn before the lock: the draw is part of the identity
     drawn = draw_measured(samples, options.per_domain, step_samples(run), options.seed)
     settings = {
         "run": run.fingerprint,
@@ -158,17 +161,19 @@ def value_next_step(
     with making(folder, settings) as missing:
         if missing:
             replay = _continued_replay(run, targets, options)
-            check_fit(source.catalogue, source.folders, replay.model)
+            check_fit(source.catalogue, source.folders, replay.model)  # all that may be drawn, not the part alone
             _say_cost(run, targets, len(drawn))
             with timed(folder, replay) as scratch:
-                _measure_part(run, source, replay, drawn, targets, options, scratch, folder)
+                _write_part(run, source, replay, drawn, targets, options, scratch, folder)
             finalize(folder, "next step", settings, targets=[target.name for target in targets])
+    # outside of the lock and after the seal: an interrupted call that had sealed leaves its scratch behind
     shutil.rmtree(folder / "scratch", ignore_errors=True)
-    frame = _part_frame(run, source, folder, drawn, targets, name)
-    return NextStep(name=name, folder=folder, values=frame, fingerprint=identity, **timings_of(folder))
+    values = _read_part(run, source, folder, drawn, targets, name)
+    return NextStep(name=name, folder=folder, values=values, fingerprint=identity, **timings_of(folder))
 
 
 def _say_cost(run: Run, targets: Sequence[Target], samples: int) -> None:
+    # 0 where the run left a snapshot at its end
     lead = run.spec.steps - run.snapshot_before(run.spec.steps)
     sequences = sum(len(half) for target in targets for half in target.halves)
     direction = lead + 2 + sequences / step_samples(run)  # the replay to the last state, the added step, the targets
@@ -176,11 +181,14 @@ def _say_cost(run: Run, targets: Sequence[Target], samples: int) -> None:
     _log.info(
         "the next step will cost about %.0f forward+backward passes: %.0f for what the targets ask of it, %.0f to "
         "measure %s samples for each",
-        direction + measuring, direction, measuring, f"{samples:,}",
-    )  # fmt: skip
+        direction + measuring,
+        direction,
+        measuring,
+        f"{samples:,}",
+    )
 
 
-def _measure_part(
+def _write_part(
     run: Run,
     source: SampleSource,
     replay: Replay,
@@ -193,14 +201,24 @@ def _measure_part(
     losses = [half for target in targets for half in target.halves]
     state, directions = target_directions(replay, losses, _half_weights(targets), options.batch_size)
     tokens = linear_values(
-        replay, state.parameters, directions, drawn, "tokens", read=partial(read_together, run, source),
-        scratch=scratch, by_token=True,
-    ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
+        replay,
+        state.parameters,
+        directions,
+        drawn,
+        "tokens",
+        read=partial(read_together, run, source),
+        scratch=scratch,
+        by_token=True,
+    ) / (step_tokens(run) * _LR_SHARE)
+    # kept: `measure_samples` goes along the same directions, in another process perhaps
     write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
-    with atomic_write(folder / "values.parquet") as part:
-        pl.concat(_of_target(drawn, place, own) for place, own in enumerate(of_samples.T)).write_parquet(part)
+    with atomic_write(folder / "values.parquet") as temporary:
+        # a target by its position, not its name: the same text under another file name is the same artifact
+        pl.concat(_of_target(drawn, position, values) for position, values in enumerate(of_samples.T)).write_parquet(
+            temporary
+        )
 
 
 def measure_samples(
@@ -226,13 +244,14 @@ def measure_samples(
         weights: target -> weight.
         options: device and tolerance of the replay.
     """
-    aimed = {target.name: weights[target.name] for target in targets}
-    known = combined_values(next_step.values, aimed)
-    rest = samples.join(known, on="sample_id", how="anti", maintain_order="left")
+    target_weights = {target.name: weights[target.name] for target in targets}
+    # in the unit of the part's values, so that both kinds of measured samples can stand in one ranking
+    known = combined_values(next_step.values, target_weights)
+    unmeasured = samples.join(known, on="sample_id", how="anti", maintain_order="left")
     settings = {
         "next": next_step.fingerprint,
-        "samples": samples_fingerprint(rest),
-        "weights": list(aimed.values()),
+        "samples": samples_fingerprint(unmeasured),
+        "weights": list(target_weights.values()),
     }
     folder = run.folder / "influence" / f"measured-{targets[0].name}-{fingerprint(settings)[:8]}"
     with making(folder, settings) as missing:
@@ -240,39 +259,50 @@ def measure_samples(
             replay = _continued_replay(run, targets, options)
             _log.info(
                 "measuring %s samples for the next step will cost about %.0f forward+backward passes",
-                f"{len(rest):,}", forward_passes(run, 1, len(rest)),
-            )  # fmt: skip
+                f"{len(unmeasured):,}",
+                forward_passes(run, 1, len(unmeasured)),
+            )
             with timed(folder, replay) as scratch:
                 parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-                own = [target_places(next_step)[name] for name in aimed]  # a retention target may have no say here
-                directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][own])
-                shares = parameters.new_tensor(list(target_shares(next_step.values, aimed).values()))
+                # a retention target may have no say here
+                rows = [target_positions(next_step)[name] for name in target_weights]
+                directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][rows])
+                shares = parameters.new_tensor(list(target_shares(next_step.values, target_weights).values()))
+                # derivatives are linear in the direction: one weighted direction costs as much as one target
                 value = linear_values(
-                    replay, parameters, shares[None] @ directions, rest, "samples",
-                    read=partial(read_together, run, source), scratch=scratch,
-                ) / (step_tokens(run) * _LR_SHARE)  # fmt: skip
-                with atomic_write(folder / "values.parquet") as part:
-                    rest.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0])).write_parquet(part)
+                    replay,
+                    parameters,
+                    shares[None] @ directions,
+                    unmeasured,
+                    "samples",
+                    read=partial(read_together, run, source),
+                    scratch=scratch,
+                ) / (step_tokens(run) * _LR_SHARE)
+                with atomic_write(folder / "values.parquet") as temporary:
+                    table = unmeasured.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0]))
+                    table.write_parquet(temporary)
             finalize(folder, "measured samples", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
-    stored = rest.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
+    stored = unmeasured.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")
     stored = stored.select(*samples.columns, value_total=pl.col("value_per_token") * pl.col("predicted_tokens"))
-    again = samples.join(known.select("sample_id", "value_total"), on="sample_id", maintain_order="left")
-    values = values_frame(pl.concat([stored, again]), next_step.name, targets[0].name)
+    measured_before = samples.join(known.select("sample_id", "value_total"), on="sample_id", maintain_order="left")
+    values = as_sample_values(pl.concat([stored, measured_before]), next_step.name, targets[0].name)
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
 
 
-def target_places(next_step: NextStep) -> dict[str, int]:
-    """Target -> its place among those that the next step is valued for."""
-    return {name: place for place, name in enumerate(next_step.values["target"].unique(maintain_order=True))}
+def target_positions(next_step: NextStep) -> dict[str, int]:
+    """Target -> its row of `directions.npz` and column of `tokens.npz`."""
+    return {name: position for position, name in enumerate(next_step.values["target"].unique(maintain_order=True))}
 
 
-def _of_target(drawn: pl.DataFrame, place: int, values: Floats) -> pl.DataFrame:
-    """Values (N,) per token of samples for one target."""
-    return drawn.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id", value_per_token=pl.Series(values))
+def _of_target(drawn: pl.DataFrame, position: int, values: Floats) -> pl.DataFrame:
+    """Table of values (N,) per token of samples for one target."""
+    return drawn.select(
+        pl.lit(position, pl.Int64).alias("of"), "domain", "sample_id", value_per_token=pl.Series(values)
+    )
 
 
-def _part_frame(
+def _read_part(
     run: Run, source: SampleSource, folder: Path, drawn: pl.DataFrame, targets: Sequence[Target], name: str
 ) -> dy.DataFrame[MeasuredValues]:
     names = pl.DataFrame({"of": range(len(targets)), "target": [target.name for target in targets]})
@@ -280,12 +310,12 @@ def _part_frame(
     measured = stored.join(drawn, on=["domain", "sample_id"], maintain_order="left").with_columns(
         value_total_nats=pl.col("value_per_token") * pl.col("predicted_tokens")
     )
-    return measured_frame(measured, name, step_tokens(run), partial(read_together, run, source))
+    return as_measured_values(measured, name, step_tokens(run), partial(read_together, run, source))
 
 
 @contextmanager
 def timed(folder: Path, replay: Replay) -> Iterator[Path]:
-    """A folder for what an interrupted call continues from; the time is added up, whatever happens."""
+    """A folder for what an interrupted call continues from; its time is added to the artifact's, whatever happens."""
     begin, scratch = perf_counter(), folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     try:
@@ -315,8 +345,8 @@ def _continued_replay(run: Run, targets: Sequence[Target], options: NextStepOpti
 def _half_weights(targets: Sequence[Target]) -> list[list[float]]:
     """(T, 2 T) the share of every half in each target."""
     weights = np.zeros((len(targets), 2 * len(targets)))
-    for place, target in enumerate(targets):
-        weights[place, 2 * place : 2 * place + 2] = target.half_weights
+    for row, target in enumerate(targets):
+        weights[row, 2 * row : 2 * row + 2] = target.half_weights
     table: list[list[float]] = weights.tolist()
     return table
 
@@ -332,7 +362,7 @@ def linear_values(
     scratch: Path,
     by_token: bool = False,
 ) -> Floats:
-    """(N, V) linear values of samples of weight 1 (the mean loss of a step has 1 / its tokens), at the replay's lr.
+    """(N, V) first-order values of samples of weight 1 (a step's mean loss gives 1 / its tokens), at the replay's lr.
 
     Args:
         replay: of the `ContinuedRun`.
@@ -344,14 +374,16 @@ def linear_values(
         scratch: folder of those files.
         by_token: (n, V) of their predicted tokens instead, each as if its sample had no others.
     """
-    blocks, parts = blocks_of(samples), [np.zeros((0, len(directions)))]
+    blocks, parts = blocks_of(samples), [np.zeros((0, len(directions)))]  # the shape where there are no samples
     moves, derivatives = moves_along(directions, parameters), token_derivatives if by_token else sample_derivatives
     for number, block in enumerate(progress(blocks, total=len(blocks), what=f"measure {name}", unit="block")):
+        # blocks are consecutive rows of a table that the artifact's identity fixes: a finished one can be kept
         path = scratch / f"{name}-{number:06d}.npz"
         if not path.exists():
-            made = [derivatives(replay, parameters, moves, batch) for batch in read(block)]
-            write_arrays(path, {"derivatives": np.concatenate(made)})
+            batches = [derivatives(replay, parameters, moves, batch) for batch in read(block)]
+            write_arrays(path, {"derivatives": np.concatenate(batches)})
         parts.append(read_arrays(path)["derivatives"])
+    # minus: a loss that rises along the direction is one whose step lowers the target's, see `influence.direction`
     values: Floats = -np.concatenate(parts)
     return values
 
@@ -368,6 +400,7 @@ def step_samples(run: Run) -> int:
 
 def read_together(run: Run, source: SampleSource, samples: pl.DataFrame) -> Iterable[list[Sample]]:
     """Samples in the order of a table, as many at a time as training took through the model together."""
+    # batches that fitted into memory with gradients fit without
     usual = next(records(run, run.usual_step, run.usual_step + 1))
     return source.read_batches(samples, max(len(ids) for ids, _ in usual.micro_batches))
 

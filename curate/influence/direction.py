@@ -6,10 +6,12 @@ current parameters theta, with the weight c_z that it would have in a batch, cha
 
     value(z) = l_q(theta_1 without z) - l_q(theta_1 with z) ~ - c_z <g_z(theta), u>,   u = vjp of f wrt its gradient
 
-the sign and the unit of every value here. A single step of Adam realises only 1 - beta1 of a gradient and momentum
-carries the rest, but one step ahead ranks the samples of a domain .97 to .99 like ten (two runs of the branch bench),
-and needs no second derivative. The step has the settings of the step of median lr (at a stage's end lr may have fallen
-to 0), and a small share of that lr, by which values are divided again: they are to be about the current state, and at a
+which is the sign and the unit of every value here (first order in c_z).
+
+One step is enough: a single step of Adam realises only 1 - beta1 of a gradient and momentum carries the rest, but one
+step ahead ranks the samples of a domain .97 to .99 like ten (two runs of the branch bench), and needs no second
+derivative. The added step has the settings of the step of median lr, because at a stage's end lr may have fallen to 0.
+Its lr is a small share of that, by which values are divided again: values are to be about the current state, and at the
 full lr the path that this very batch takes from it decides. On the demo's run two draws of batches ranked the same
 samples of a domain .23 to .63 alike at the median lr, .89 to .97 at a tenth of it.
 
@@ -64,12 +66,13 @@ def target_directions(
     import torch
 
     last = replay.run.spec.steps - 1
-    replay.model_at(last + 1)  # the state that the losses are read at
+    replay.model_at(last + 1)  # the state that the losses are read at; `loss_gradients` reads the model in place
     cotangent = TrainingState.zeros(loss_gradients(replay.task, replay.layout, losses, batch_size))
+    # then back to the state before the added step, which the update is a function of
     state = next(replay.states(last, last + 1))
     groups = replay.layout.groups(state.record.groups)
     u, _ = update_vjp(before_step(state), state.gradient, state.updates, groups, replay.run.spec.clip_norm, cotangent)
-    u = u.where(moved(state, groups), 0.0)
+    u = u.where(moved(state, groups), 0.0)  # Adam's scale is huge where no gradient came, see the module
     return state, torch.as_tensor(weights, dtype=u.dtype, device=u.device) @ u
 
 
@@ -77,18 +80,19 @@ def moves_along(directions: Tensor, parameters: Tensor) -> tuple[Tensor, list[fl
     """`h u` of each of V directions `u`, (V, P), and V times h."""
     import torch
 
-    whole = float(parameters.norm()) * STEP
+    whole = float(parameters.norm()) * STEP  # length of every move, whatever the direction's own length
     steps = [whole / length if (length := float(direction.norm())) else 1.0 for direction in directions]
     return torch.stack([h * direction for h, direction in zip(steps, directions, strict=True)]), steps
 
 
 def moved(state: State, groups: Sequence[Group]) -> Tensor:
     """(P,) whether a gradient has moved each weight; all of a group whose optimizer keeps nothing."""
-    found = (state.momentum != 0) | (state.second_moment != 0)
+    has_moved = (state.momentum != 0) | (state.second_moment != 0)
     for group in groups:
-        if not found[group.place].any():
-            found[group.place] = True
-    return found
+        # plain SGD keeps neither momentum nor second moment: nothing can be told, so all of the group counts
+        if not has_moved[group.place].any():
+            has_moved[group.place] = True
+    return has_moved
 
 
 def sample_derivatives(
@@ -103,9 +107,12 @@ def token_derivatives(
 ) -> Floats:
     """The same of their n predicted tokens, one sample after the other: float64 (n, V); their mean is the sample's."""
     return _derivatives(
-        replay, parameters, moves, samples,
+        replay,
+        parameters,
+        moves,
+        samples,
         lambda task, logits, batch: task.token_losses_of(logits, batch)[batch.loss_mask[:, 1:]],
-    )  # fmt: skip
+    )
 
 
 def _derivatives(
@@ -122,14 +129,17 @@ def _derivatives(
     """
     import torch
 
+    # float32: in bfloat16 the difference of two losses so near each other would be rounding
     task, layout = copy(replay.task), replay.layout
     task.spec = task.spec.model_copy(update={"autocast": None})
+    # weights are not used: losses come one by one
     batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
 
     def losses(at: Tensor) -> Tensor:
         return losses_of(task, task.logits(batch, layout.views(at)), batch)
 
     with torch.no_grad():
+        # two float32 losses this near each other subtract exactly; only the quotient needs float64
         base = losses(parameters)
         derivatives = [(losses(parameters + move) - base).double() / h for move, h in zip(*moves, strict=True)]
     values: Floats = torch.stack(derivatives, dim=1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Which samples are measured, and the table of their values. Tables in, tables out."""
+"""Which samples are measured at the current state, and the tables of their values. Tables in, tables out."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def draw_measured(samples: dy.DataFrame[Samples], per_domain: int, batch: int, s
         there are as many samples.
     """
     parts = []
-    for (domain,), own in samples.group_by("domain", maintain_order=True):
+    for (domain,), table in samples.group_by("domain", maintain_order=True):
+        # the purposes of generators ("probes") are part of the draw: renaming one draws other samples
         random = generator(seed, "probes", str(domain))
-        wanted = min(len(own), per_domain)
-        ordered = (
-            own.with_columns(noise=pl.Series(random.random(len(own)))).sort("predicted_tokens", "noise").drop("noise")
-        )
-        places = np.floor((np.arange(wanted) + random.random()) * len(own) / wanted).astype(np.int64)
-        parts.append(ordered[places])
+        wanted = min(len(table), per_domain)
+        noise = pl.Series(random.random(len(table)))
+        ordered = table.with_columns(noise=noise).sort("predicted_tokens", "noise").drop("noise")
+        rows = np.floor((np.arange(wanted) + random.random()) * len(table) / wanted).astype(np.int64)
+        parts.append(ordered[rows])
     drawn: pl.DataFrame = pl.concat(parts).sort("domain", "sample_id")
-    size = max(1, min(batch, len(drawn) // 8))
-    dealt = generator(seed, "probe groups").permutation(len(drawn)) // size
-    return DrawnSamples.validate(drawn.with_columns(step=pl.Series(dealt, dtype=pl.Int64)))
+    size = max(1, min(batch, len(drawn) // 8))  # at least eight groups, or a bootstrap over them says little
+    groups = generator(seed, "probe groups").permutation(len(drawn)) // size
+    return DrawnSamples.validate(drawn.with_columns(step=pl.Series(groups, dtype=pl.Int64)))
 
 
-def measured_frame(
+def as_measured_values(
     measured: pl.DataFrame,
     source: str,
     step_tokens: float,
     read: Callable[[pl.DataFrame], Iterable[list[Sample]]],
 ) -> dy.DataFrame[MeasuredValues]:
-    """Measured samples as a values frame.
+    """The table of measured values.
 
     Args:
         measured: `target`, the columns of `draw_measured` and `value_total_nats`, every target with the same samples
@@ -66,30 +66,34 @@ def measured_frame(
         step_tokens: predicted tokens of a training step: a sample's weight is its share of them.
         read: gives the samples of a table in its order, some at a time.
     """
+    # documents are read once, not once for each target
     first = measured.filter(target=measured["target"][0])
     documents = [sample.document_tokens() for samples in read(first) for sample in samples]
     rows = first.select(
-        "domain", "sample_id", row=pl.int_range(pl.len()).cast(pl.Int64),
+        "domain",
+        "sample_id",
+        row=pl.int_range(pl.len()).cast(pl.Int64),
         documents=pl.Series(documents, dtype=DOCUMENTS),
-    )  # fmt: skip
+    )
     joined = measured.join(rows, on=["domain", "sample_id"], maintain_order="left")
-    frame = joined.with_columns(
+    values = joined.with_columns(
         (pl.col("predicted_tokens") / step_tokens).cast(pl.Float32).alias("weight"),
         *(pl.col("value_total_nats").alias(name) for name in VALUES_NATS),
-        source=pl.lit(source), horizon=pl.lit(HORIZON),
-    )  # fmt: skip
-    return MeasuredValues.validate(frame)
+        source=pl.lit(source),
+        horizon=pl.lit(HORIZON),
+    )
+    return MeasuredValues.validate(values)
 
 
-def values_frame(samples: pl.DataFrame, source: str, target: str) -> dy.DataFrame[SampleValues]:
-    """What samples are chosen by, as a values frame; halves of a target are not told apart.
+def as_sample_values(samples: pl.DataFrame, source: str, target: str) -> dy.DataFrame[SampleValues]:
+    """The table that samples are chosen by; both halves of the target have the whole value.
 
     Args:
         samples: rows of `Samples`, with `value_total` of all their tokens.
         source: where the values come from.
         target: whose name the values have.
     """
-    frame = samples.sort("domain", "sample_id").with_columns(
+    values = samples.sort("domain", "sample_id").with_columns(
         *(pl.col("value_total").alias(name) for name in VALUES_TOTAL), source=pl.lit(source), target=pl.lit(target)
     )
-    return SampleValues.validate(frame)
+    return SampleValues.validate(values)

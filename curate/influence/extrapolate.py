@@ -11,7 +11,7 @@ import polars as pl
 from curate.core.progress import progress
 from curate.ngrams.ratios import mean_log_ratios, ngram_features
 from curate.stats.rank_correlation import spearman, spearman_interval
-from curate.stats.rank_ridge import fit, held_out_scores
+from curate.stats.rank_ridge import cross_validated_scores, fit
 from curate.tables import VALUES_PER_TOKEN
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class FeatureReader:
                 yield block, np.concatenate(self._features(block), axis=1)
 
     def _features(self, rows: pl.DataFrame) -> list[Floats]:
+        # a batch is read once for both blocks of features
         texts = [[ngram_features(batch), mean_log_ratios(batch, self._ratios)] for batch in self._read(rows)]
         return [np.concatenate(columns) for columns in zip(*texts, strict=True)]
 
@@ -85,26 +86,28 @@ def extrapolate(
         least: only domains are predicted that `with_fallback` will use at this threshold; None: all.
 
     Returns:
-        `of` (place of the target), `domain`, `sample_id`, `VALUES_PER_TOKEN` (predicted, but of measured ones) and
+        `of` (position of the target), `domain`, `sample_id`, `VALUES_PER_TOKEN` (predicted, but of measured ones) and
         `origin` (measured or predicted) of every target and sample.
         `of`, `domain`, `samples`, `measured`, `spearman`, `low`, `high`, and the mean of each value over the tokens of
         measured ones (`mean_value_per_token` and so on), of every target and domain.
     """
     features, domains = reader.of_measured(measured), measured["domain"].to_numpy().astype(str)
-    judged = _judge(samples, measured, values, held_out_scores(features, values, domains, seed), seed)
+    quality = _quality(samples, measured, values, cross_validated_scores(features, values, domains, seed), seed)
     predictor, targets = fit(features, values, domains), range(values.shape[1] // len(VALUES_PER_TOKEN))
-    wanted = judged if least is None else judged.filter(_good(least))
-    parts = [_rows(place, measured.clear(), values[:0]) for place in targets]
-    for block, own in reader.of_all(wanted["domain"].unique().to_list()):
+    # reading and hashing texts is the cost: domains that will fall back to their mean are not read
+    wanted = quality if least is None else quality.filter(_good(least))
+    # the first part has no rows, so that there is a table where nothing is predicted
+    parts = [_rows(position, measured.clear(), values[:0]) for position in targets]
+    for block, block_features in reader.of_all(wanted["domain"].unique().to_list()):
         names, predicted = block["domain"].to_numpy().astype(str), np.empty((len(block), values.shape[1]))
         for name in map(str, np.unique(names)):
-            predicted[names == name] = predictor.predict(own[names == name], name)
-        parts += [_rows(place, block, predicted) for place in targets]
-    return _with_measured(parts, measured, values), judged
+            predicted[names == name] = predictor.predict(block_features[names == name], name)
+        parts += [_rows(position, block, predicted) for position in targets]
+    return _with_measured(parts, measured, values), quality
 
 
 def from_fit(
-    samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, predicted: Floats, held_out: Floats, seed: int
+    samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, predicted: Floats, cross_validated: Floats, seed: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """As `extrapolate`, with predictions for one target that were made elsewhere; its halves have the same.
 
@@ -113,19 +116,21 @@ def from_fit(
         measured: some of them in that order.
         values: (n,) of the measured, per token.
         predicted: (N,) of all samples.
-        held_out: (n,) of the measured by fits without them; NaN where there is none.
+        cross_validated: (n,) of the measured by fits without them; NaN where there is none.
         seed: of intervals.
     """
-    known, told, judged_by = (
-        np.repeat(own[:, None], len(VALUES_PER_TOKEN), axis=1) for own in (values, predicted, held_out)
+    # the whole value stands for both halves too, so that one form of table serves both kinds of predictor
+    whole, of_all, without = (
+        np.repeat(column[:, None], len(VALUES_PER_TOKEN), axis=1) for column in (values, predicted, cross_validated)
     )
-    return _with_measured([_rows(0, samples, told)], measured, known), _judge(samples, measured, known, judged_by, seed)
+    every = _with_measured([_rows(0, samples, of_all)], measured, whole)
+    return every, _quality(samples, measured, whole, without, seed)
 
 
 def _with_measured(parts: Sequence[pl.DataFrame], measured: pl.DataFrame, values: Floats) -> pl.DataFrame:
     """Tables of `_rows`, where what was measured has its own values; see `extrapolate`."""
     targets = range(values.shape[1] // len(VALUES_PER_TOKEN))
-    known = pl.concat(_rows(place, measured, values) for place in targets).with_columns(is_measured=True)
+    known = pl.concat(_rows(position, measured, values) for position in targets).with_columns(is_measured=True)
     keys = ["of", "domain", "sample_id"]
     both = pl.concat(parts).join(known, on=keys, how="left", suffix="_measured", maintain_order="left")
     is_measured = pl.col("is_measured").is_not_null()
@@ -151,42 +156,51 @@ def with_fallback(every: pl.DataFrame, domains: pl.DataFrame, least: float) -> t
     """
     weak = pl.when(_good(least)).then(pl.lit("predictor")).otherwise(pl.lit("domain mean"))
     used = pl.when(pl.col("measured") == pl.col("samples")).then(pl.lit("measured")).otherwise(weak)
-    judged = domains.with_columns(used=used)
+    quality = domains.with_columns(used=used)
     means = [f"mean_{name}" for name in VALUES_PER_TOKEN]
-    joined = every.join(judged.select("of", "domain", "used", *means), on=["of", "domain"], maintain_order="left")
+    joined = every.join(quality.select("of", "domain", "used", *means), on=["of", "domain"], maintain_order="left")
     falls = (pl.col("origin") == "predicted") & (pl.col("used") == "domain mean")
     values = [pl.when(falls).then(f"mean_{name}").otherwise(name).alias(name) for name in VALUES_PER_TOKEN]
     origin = pl.when(falls).then("used").otherwise("origin")
-    return joined.with_columns(*values, origin=origin).drop("used", *means), judged.drop(means)
+    return joined.with_columns(*values, origin=origin).drop("used", *means), quality.drop(means)
 
 
 def _good(least: float) -> pl.Expr:
+    """Whether held-out ranks agree well enough, and certainly at all; an undefined correlation is not good."""
     return ((pl.col("spearman") >= least) & (pl.col("low") > 0)).fill_null(value=False)
 
 
-def _rows(place: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:
+def _rows(position: int, samples: pl.DataFrame, values: Floats) -> pl.DataFrame:
     """The samples with their values (N, 3 T) for one target."""
-    own = {name: pl.Series(values[:, len(VALUES_PER_TOKEN) * place + at]) for at, name in enumerate(VALUES_PER_TOKEN)}
-    return samples.select(pl.lit(place, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**own)
+    first = len(VALUES_PER_TOKEN) * position
+    columns = {name: pl.Series(values[:, first + at]) for at, name in enumerate(VALUES_PER_TOKEN)}
+    return samples.select(pl.lit(position, pl.Int64).alias("of"), "domain", "sample_id").with_columns(**columns)
 
 
-def _judge(samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, held_out: Floats, seed: int) -> pl.DataFrame:
-    """How well held-out predictions rank the measured of each domain, and their means; see `extrapolate`."""
+def _quality(
+    samples: pl.DataFrame, measured: pl.DataFrame, values: Floats, cross_validated: Floats, seed: int
+) -> pl.DataFrame:
+    """How well cross-validated predictions rank the measured of each domain, and their means; see `extrapolate`."""
     sizes = dict(samples.group_by("domain").len().iter_rows())
     domains, tokens = measured["domain"].to_numpy().astype(str), measured["predicted_tokens"].to_numpy()
     rows: list[dict[str, Any]] = []
-    for place in range(values.shape[1] // len(VALUES_PER_TOKEN)):
-        first = len(VALUES_PER_TOKEN) * place
+    for position in range(values.shape[1] // len(VALUES_PER_TOKEN)):
+        # the whole value's column judges; halves would only add noise
+        first = len(VALUES_PER_TOKEN) * position
         for name in map(str, np.unique(domains)):
-            own = domains == name
-            known = own & np.isfinite(held_out[:, first])
-            truth, found = values[known, first], held_out[known, first]
-            r = spearman(found, truth)
-            low, high = (None, None) if r is None else spearman_interval(found, truth, np.arange(len(found)), seed)
-            means = np.average(values[own, first : first + len(VALUES_PER_TOKEN)], axis=0, weights=tokens[own])
-            row = {"of": place, "domain": name, "samples": sizes[name], "measured": int(own.sum())}
-            quality = {"spearman": r, "low": low, "high": high}
-            rows.append(row | quality | {f"mean_{one}": float(means[at]) for at, one in enumerate(VALUES_PER_TOKEN)})
+            in_domain = domains == name
+            known = in_domain & np.isfinite(cross_validated[:, first])
+            truth, predicted = values[known, first], cross_validated[known, first]
+            r = spearman(predicted, truth)
+            # every sample is a step of its own: single samples are resampled
+            steps = np.arange(len(predicted))
+            low, high = (None, None) if r is None else spearman_interval(predicted, truth, steps, seed)
+            columns = values[in_domain, first : first + len(VALUES_PER_TOKEN)]
+            means = np.average(columns, axis=0, weights=tokens[in_domain])
+            row = {"of": position, "domain": name, "samples": sizes[name], "measured": int(in_domain.sum())}
+            correlation = {"spearman": r, "low": low, "high": high}
+            by_name = {f"mean_{column}": float(means[at]) for at, column in enumerate(VALUES_PER_TOKEN)}
+            rows.append(row | correlation | by_name)
     floats = ("spearman", "low", "high", *(f"mean_{name}" for name in VALUES_PER_TOKEN))
     counts = {"of": pl.Int64, "domain": pl.String, "samples": pl.Int64, "measured": pl.Int64}
     return pl.DataFrame(rows, schema={**counts, **dict.fromkeys(floats, pl.Float64)}, orient="row")

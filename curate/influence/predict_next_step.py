@@ -1,4 +1,4 @@
-"""Values of samples that were not measured, from the n-grams of those that were; no pass through the model."""
+"""Next-step values of unmeasured samples, predicted from the n-grams of measured ones; no pass through the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import dataframely as dy
 import numpy as np
 
 from curate.core.arrays import read_arrays
-from curate.influence.current import TOKEN_VALUES, target_places
+from curate.influence.current import TOKEN_VALUES, target_positions
 from curate.influence.extrapolate import from_fit, with_fallback
 from curate.ngrams.regression import NgramRegression, fit, ngrams_of
 from curate.stats.deviation import combined_values, target_shares
@@ -39,27 +39,27 @@ class NextStepPredictor:
     Attributes:
         regression: gives the value per token of any text, for all targets together.
         measured: the part that it was fitted to.
-        held_out: (n,) what fits without a measured sample's fold predict of it; NaN where there is none.
+        cross_validated: (n,) what fits without a measured sample's fold predict of it; NaN where there is none.
         seed: of intervals.
     """
 
     regression: NgramRegression
     measured: dy.DataFrame[SampleValues]
-    held_out: Floats
+    cross_validated: Floats
     seed: int
 
     def predict(self, samples: Sequence[Sample]) -> Floats:
         """(B,) values per token; NaN of samples that predict no token."""
         predicted = np.full(len(samples), np.nan)
-        usable = [place for place, sample in enumerate(samples) if sample.predicted_tokens]
+        usable = [row for row, sample in enumerate(samples) if sample.predicted_tokens]
         if usable:
-            predicted[usable] = self.regression.samples([samples[place] for place in usable])[:, 0]
+            predicted[usable] = self.regression.samples([samples[row] for row in usable])[:, 0]
         return predicted
 
-    def judged(
+    def with_fallback(
         self, samples: dy.DataFrame[Samples], predicted: Floats
     ) -> tuple[dy.DataFrame[PredictedValues], dy.DataFrame[PredictionQuality]]:
-        """Predictions where they are good enough, and how good they are.
+        """Predictions where they are good enough, the domain's mean elsewhere, and how good they are.
 
         Args:
             samples: N samples, the measured ones among them.
@@ -69,10 +69,10 @@ class NextStepPredictor:
             Values of all samples; measured ones have the measured value.
             How good predictions are in each domain; `used` as of `extrapolate.with_fallback`.
         """
-        known = (self.measured["value_total"] / self.measured["predicted_tokens"]).to_numpy()
-        quality = from_fit(samples, self.measured, known, predicted, self.held_out, self.seed)
-        every, judged = with_fallback(*quality, MIN_RANK_CORRELATION)
-        return PredictedValues.validate(every), PredictionQuality.validate(judged)
+        per_token = (self.measured["value_total"] / self.measured["predicted_tokens"]).to_numpy()
+        tables = from_fit(samples, self.measured, per_token, predicted, self.cross_validated, self.seed)
+        every, quality = with_fallback(*tables, MIN_RANK_CORRELATION)
+        return PredictedValues.validate(every), PredictionQuality.validate(quality)
 
 
 def fit_predictor(
@@ -89,9 +89,12 @@ def fit_predictor(
     measured = combined_values(next_step.values, weights)
     shares = np.array(list(target_shares(next_step.values, weights).values()))
     stored = read_arrays(next_step.folder / TOKEN_VALUES)["values"][
-        :, [target_places(next_step)[name] for name in weights]
+        :, [target_positions(next_step)[name] for name in weights]
     ]
     keys = [ngrams_of(sample) for batch in source.read_batches(measured, _BATCH) for sample in batch]
     tokens = stored.astype(np.float64) @ shares
-    regression, held_out = fit(np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed)
-    return NextStepPredictor(regression=regression, measured=measured, held_out=held_out[:, 0], seed=seed)
+    # targets are combined before the fit: one regression, and one test of it, of what samples are chosen by
+    regression, cross_validated = fit(
+        np.concatenate(keys), tokens[:, None], measured["predicted_tokens"].to_numpy(), seed
+    )
+    return NextStepPredictor(regression=regression, measured=measured, cross_validated=cross_validated[:, 0], seed=seed)

@@ -1,4 +1,4 @@
-"""Values of samples outside of the valued window, predicted from those inside.
+"""Values of samples outside of a measured window, predicted from those inside.
 
 A window holds a small part of what the next stage chooses among. What is not measured is predicted from its text, and
 only in domains where held-out samples are ranked well enough. The baselines that value a window choose by this.
@@ -15,7 +15,7 @@ import polars as pl
 
 from curate.core.rng import generator
 from curate.influence.extrapolate import FeatureReader, extrapolate, with_fallback
-from curate.ngrams.counts import bag
+from curate.ngrams.counts import ngram_counts
 from curate.ngrams.ratios import log_ratios
 from curate.stats.sums import row_sum
 from curate.tables import VALUES_PER_TOKEN, VALUES_TOTAL, PredictionQuality, SampleValues
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 _LEAST = 20  # valued samples of a domain from which a rank correlation says something
 _MOST = 10_000  # valued samples that the fit is made from, or a few more: 4,096 features of each are held at once
 _BATCH = 64  # samples read at a time
-_JUDGED = ("domain", "samples", "measured", "spearman", "low", "high", "used")
+_QUALITY = ("domain", "samples", "measured", "spearman", "low", "high", "used")
 
 
-def predict_rest(
+def predict_unmeasured(
     source: SampleSource, values: dy.DataFrame[SampleValues], targets: Sequence[Target], least: float, seed: int
 ) -> tuple[dy.DataFrame[SampleValues], dy.DataFrame[PredictionQuality]]:
     """Predict the values of the samples of a source that have none.
@@ -53,22 +53,25 @@ def predict_rest(
         The values, and below them those that were predicted.
         How good predictions are in each domain; `used`: "predictor" or "domain mean", or "too few" to say anything.
     """
-    seen = _per_token(values)
+    measured_values = _per_token(values)
     samples = usable_samples(source.unique_samples)
-    valued = samples.join(seen, on=["domain", "sample_id"], maintain_order="left")
+    valued = samples.join(measured_values, on=["domain", "sample_id"], maintain_order="left")
     enough = valued.filter(pl.len().over("domain") >= _LEAST)
     sizes = samples.group_by("domain").agg(samples=pl.len().cast(pl.Int64))
     few = _too_few(sizes, valued, enough)
+    # too few samples to judge a prediction by: better the domain's mean, which is what a missing value stands for
     if enough.is_empty():
         return values, PredictionQuality.validate(few)
     measured = _fitted(enough, seed)
 
     read = partial(source.read_batches, size=_BATCH)
     reader = FeatureReader(samples, read, _ratios_of(targets, read(measured)))
-    every, judged = with_fallback(
+    every, quality = with_fallback(
         *extrapolate(samples, measured, measured.select(VALUES_PER_TOKEN).to_numpy(), reader, seed, least), least
     )
-    rest = every.filter(origin="predicted").join(seen, on=["domain", "sample_id"], how="anti", maintain_order="left")
+    rest = every.filter(origin="predicted").join(
+        measured_values, on=["domain", "sample_id"], how="anti", maintain_order="left"
+    )
     located = rest.join(samples, on=["domain", "sample_id"], maintain_order="left")
     predicted = located.with_columns(
         *(
@@ -77,7 +80,7 @@ def predict_rest(
         ),
         *(pl.lit(values[name][0]).alias(name) for name in ("source", "target")),
     )
-    table = pl.concat([judged.select(_JUDGED), few]).sort("domain")
+    table = pl.concat([quality.select(_QUALITY), few]).sort("domain")
     both = pl.concat([values, SampleValues.validate(predicted)])
     return SampleValues.validate(both), PredictionQuality.validate(table)
 
@@ -95,9 +98,11 @@ def _fitted(valued: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The samples that the fit is made from: of each domain its share of the most that there may be, not too few."""
     share = min(1.0, _MOST / len(valued))
     order = valued.with_columns(
-        draw=pl.Series(generator(seed, "fitted").random(len(valued))), row=pl.int_range(pl.len()),
+        draw=pl.Series(generator(seed, "fitted").random(len(valued))),
+        row=pl.int_range(pl.len()),
         wanted=pl.max_horizontal((pl.len().over("domain") * share).ceil(), pl.lit(_LEAST)),
-    )  # fmt: skip
+    )
+    # a random part of each domain, in the old order: a fit on rows in another order has other last digits
     chosen = order.filter(pl.col("draw").rank("ordinal").over("domain") <= pl.col("wanted"))
     return chosen.sort("row").drop("draw", "row", "wanted")
 
@@ -107,11 +112,11 @@ def _too_few(sizes: pl.DataFrame, valued: pl.DataFrame, enough: pl.DataFrame) ->
     counts = valued.group_by("domain").agg(measured=pl.len().cast(pl.Int64))
     table = sizes.join(enough, on="domain", how="anti").join(counts, on="domain", how="left")
     unknown = (pl.lit(None, pl.Float64).alias(name) for name in ("spearman", "low", "high"))
-    told = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
-    return told.select(_JUDGED).sort("domain")
+    rows = table.with_columns(pl.col("measured").fill_null(0), *unknown, used=pl.lit("too few"))
+    return rows.select(_QUALITY).sort("domain")
 
 
 def _ratios_of(targets: Sequence[Target], batches: Iterable[list[Sample]]) -> npt.NDArray[np.float64]:
     """N-gram log-likelihood ratios (T, V) of some targets; the samples of `batches` stand for the pool."""
-    pool = bag((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
-    return log_ratios([bag(target.sequences()) for target in targets], pool)
+    pool = ngram_counts((sample.tokens, sample.loss_mask) for samples in batches for sample in samples)
+    return log_ratios([ngram_counts(target.sequences()) for target in targets], pool)

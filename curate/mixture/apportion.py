@@ -28,6 +28,7 @@ def allocate(
     """
     quotas = {domain: weights[domain] * budget_tokens / supply[domain].mean_length for domain in sorted(weights)}
     limits = sample_limits(supply, budget_tokens, ceilings)
+    # 1e-6 of a sample: weights that sum to 1 but for rounding must not lose a whole one
     total = min(
         math.floor(math.fsum(quotas.values()) + 1e-6), sum(limits[domain] for domain in quotas if quotas[domain])
     )
@@ -39,7 +40,8 @@ def allocate(
 def sample_limits(supply: Mapping[str, Supply], budget_tokens: int, ceilings: Mapping[str, float]) -> dict[str, int]:
     """Samples of each domain that its ceiling, a share of the budget, allows; repeats counted."""
     return {
-        domain: math.floor(ceilings[domain] * budget_tokens / one.mean_length + 1e-6) for domain, one in supply.items()
+        domain: math.floor(ceilings[domain] * budget_tokens / domain_supply.mean_length + 1e-6)
+        for domain, domain_supply in supply.items()
     }
 
 
@@ -60,6 +62,7 @@ def apportion(weights: Mapping[str, float], total: int, limits: Mapping[str, int
     Raises:
         UserError: the limits of the domains with a weight add up to less than `total`.
     """
+    # floats as exact fractions: remainders that are equal in truth are ties, decided by name on every machine
     exact = {domain: Fraction(weights[domain]) for domain in sorted(weights)}
     free = {domain for domain, weight in exact.items() if weight > 0}
     if sum(limits[domain] for domain in free) < total:
@@ -69,14 +72,16 @@ def apportion(weights: Mapping[str, float], total: int, limits: Mapping[str, int
     while free:
         whole = sum(exact[domain] for domain in free)
         shares = {domain: exact[domain] * (total - sum(result.values())) / whole for domain in free}
+        # all of these at once: what they do not take raises the share of the others, so none comes back below its limit
         full = {domain for domain in free if shares[domain] >= limits[domain]}
         if not full:
             break
         result |= {domain: limits[domain] for domain in full}
         free -= full
     else:
-        return result
+        return result  # every domain is at its limit
     result |= {domain: math.floor(share) for domain, share in shares.items()}
+    # floor minus share: the largest remainder is the smallest of these
     by_remainder = sorted(free, key=lambda domain: (math.floor(shares[domain]) - shares[domain], domain))
     for domain in by_remainder[: total - sum(result.values())]:
         result[domain] += 1

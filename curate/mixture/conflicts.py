@@ -48,8 +48,8 @@ def check(config: MixtureConfig, inputs: Inputs, restrict: Restrict = lambda _, 
     check_names(config, inputs)
 
     def feasible(config: MixtureConfig, inputs: Inputs) -> bool:
-        found = restrict(config, inputs)
-        return found is not None and is_feasible(config, found)
+        restricted = restrict(config, inputs)
+        return restricted is not None and is_feasible(config, restricted)
 
     if feasible(config, inputs):
         return
@@ -57,8 +57,9 @@ def check(config: MixtureConfig, inputs: Inputs, restrict: Restrict = lambda _, 
     remedies = [
         remedy
         for setting in conflict
-        for one in ([setting, _budget(inputs)] if setting.name == "mixture.max_epochs" else [setting])
-        if (remedy := _remedy(one, config, inputs, feasible)) is not None
+        # an epoch cap holds against a budget: a smaller stage is a remedy too
+        for changed in ([setting, _budget(inputs)] if setting.name == "mixture.max_epochs" else [setting])
+        if (remedy := _remedy(changed, config, inputs, feasible)) is not None
     ]
     named = ", ".join(f"{setting.name} {setting.value:g}" for setting in conflict)
     detail = _left(config, inputs) if any(setting.name == "mixture.max_epochs" for setting in conflict) else ""
@@ -84,6 +85,7 @@ def check_settings(config: MixtureConfig, previous: Mapping[str, float]) -> None
         UserError: see `check` and `chosen_prior`.
     """
     shares = chosen_prior(MixtureConfig(), previous)
+    # supply and scores are not known yet: as if there were enough of everything
     plenty = dict.fromkeys(shares, Supply(samples=1, tokens=1))
     inputs = Inputs(prior=chosen_prior(config, shares), previous=shares, supply=plenty, budget_tokens=1.0)
     check(config.model_copy(update={"max_epochs": math.inf}), inputs)
@@ -93,6 +95,7 @@ def _smallest(config: MixtureConfig, inputs: Inputs, feasible: _Feasible) -> lis
     """Loosen one setting after the other; what cannot be loosened without ending the conflict is part of it."""
     conflict = []
     for setting in _settings(config, inputs):
+        # what is loosened stays loosened: so what is left conflicts by itself, and each of it counts
         looser = setting.put(config, inputs, setting.loosest)
         if feasible(*looser):
             conflict.append(setting)
@@ -103,19 +106,19 @@ def _smallest(config: MixtureConfig, inputs: Inputs, feasible: _Feasible) -> lis
 
 def _settings(config: MixtureConfig, inputs: Inputs) -> list[_Setting]:
     """Every setting that constrains something; the ones named last are more likely to be kept in a conflict."""
-    found = [
+    settings = [
         _plain("min_share_of_prior", config.min_share_of_prior, 0.0),
         _plain("max_weight", config.max_weight, 1.0),
         _plain("max_epochs", config.max_epochs, math.inf),
         _plain("replay_share", config.replay_share, 0.0),
     ]
     if config.max_change is not None:
-        found.append(_plain("max_change", config.max_change, _FAR))
+        settings.append(_plain("max_change", config.max_change, _FAR))
     if inputs.retained is not None:
-        found.append(_plain("max_regression", config.max_regression, _FAR))
-    found += [_single("ceilings", domain, config.ceilings[domain], 1.0) for domain in sorted(config.ceilings)]
-    found += [_single("floors", domain, config.floors[domain], 0.0) for domain in sorted(config.floors)]
-    return found
+        settings.append(_plain("max_regression", config.max_regression, _FAR))
+    settings += [_single("ceilings", domain, config.ceilings[domain], 1.0) for domain in sorted(config.ceilings)]
+    settings += [_single("floors", domain, config.floors[domain], 0.0) for domain in sorted(config.floors)]
+    return settings
 
 
 def _plain(name: str, value: float, loosest: float) -> _Setting:
@@ -149,10 +152,12 @@ def _remedy(setting: _Setting, config: MixtureConfig, inputs: Inputs, feasible: 
     def works(value: float) -> bool:
         return feasible(*setting.put(config, inputs, value))
 
+    # infinity cannot be halved: _FAR stands for it
     if not works(min(setting.loosest, _FAR)):
         return None
+    # feasibility is monotone in each setting, so that bisection finds its border
     bad, good = setting.value, min(setting.loosest, _FAR)
-    for _ in range(45):
+    for _ in range(45):  # halvings: from 1e9 to below 1e-4, and from a share to below rounding
         middle = (bad + good) / 2
         bad, good = (bad, middle) if works(middle) else (middle, good)
     word = "at least" if setting.loosest > setting.value else "at most"
@@ -164,6 +169,7 @@ def _rounded(value: float, setting: _Setting, works: Callable[[float], bool]) ->
     if setting.name == "budget_tokens":
         return f"{math.floor(value):,}"
     scale = 10.0 ** (3 - math.ceil(math.log10(value))) if value > 0 else 1.0
+    # three digits read well, but must be feasible: else away from what conflicts, not to the nearest
     nearest = round(value * scale) / scale
     if works(nearest):
         return f"{nearest:g}"

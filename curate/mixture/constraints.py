@@ -1,6 +1,6 @@
 """What bounds the weights: floors, ceilings, how often data may be repeated, and what domains must hold together.
 
-Tokens are stored tokens throughout (padding and masked tokens included): what a training step consumes and a budget
+Tokens are stored tokens throughout (padding and masked tokens included): what a training step sees and a budget
 counts.
 """
 
@@ -45,7 +45,7 @@ class MixtureConfig(Config):
     max_weight: float = Field(default=1.0, gt=0, le=1)
     """No domain gets more than this weight."""
     max_epochs: float = Field(default=4.0, gt=0)
-    """No domain's data is used more often than this, what earlier stages consumed included."""
+    """No domain's data is used more often than this, what earlier stages saw included."""
     floors: dict[str, Share] = {}
     """Least weight of single domains, e.g. {"general": 0.2}; stands above min_share_of_prior."""
     ceilings: dict[str, Share] = {}
@@ -86,12 +86,12 @@ class Supply:
     Args:
         samples: distinct samples that may be used.
         tokens: their stored tokens.
-        consumed_tokens: how many tokens of them earlier stages used, repeats counted.
+        seen_tokens: how many tokens of them were trained on, repeats counted.
     """
 
     samples: int
     tokens: int
-    consumed_tokens: int = 0
+    seen_tokens: int = 0
 
     @property
     def mean_length(self) -> float:
@@ -100,7 +100,7 @@ class Supply:
 
     def available_tokens(self, max_epochs: float) -> float:
         """Tokens that may still be used, repeats counted."""
-        return max(0.0, max_epochs * self.tokens - self.consumed_tokens)
+        return max(0.0, max_epochs * self.tokens - self.seen_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class GroupConstraint:
 def bounds_of(config: MixtureConfig, inputs: Inputs) -> dict[str, Bounds]:
     """Bounds of every domain's weight at a budget, not yet known to be feasible.
 
-    hi_d = min(max_weight, ceiling_d, (max_epochs tokens_d - consumed_d) / budget, max_change previous_d)
+    hi_d = min(max_weight, ceiling_d, (max_epochs tokens_d - seen_d) / budget, max_change previous_d)
     lo_d = floor_d, else max(min_share_of_prior prior_d, previous_d / max_change), which gives way to hi_d
     """
     return {domain: _bounds(config, inputs, domain) for domain in inputs.domains}
@@ -177,8 +177,10 @@ def _bounds(config: MixtureConfig, inputs: Inputs, domain: str) -> Bounds:
     if change is not None:
         above.append((previous * change, "max_change"))
         below.append((previous / change, "max_change"))
+    # of equal bounds the first named holds, and is what is shown as binding
     hi, hi_from = min(above, key=lambda bound: bound[0])
     lo, lo_from = max(below, key=lambda bound: bound[0])
+    # a default lower bound gives way to scarce data; a floor that the user named conflicts with it, and is refused
     lo = min(lo, hi)
     if domain in config.floors:
         lo, lo_from = config.floors[domain], "floor"
@@ -188,32 +190,34 @@ def _bounds(config: MixtureConfig, inputs: Inputs, domain: str) -> Bounds:
 
 def group_constraints(config: MixtureConfig, inputs: Inputs) -> list[GroupConstraint]:
     """The constraints on several domains together."""
-    found = []
+    constraints = []
     if config.replay_share > 0:
         row = inputs.array({domain: float(domain in config.replay_domains) for domain in inputs.domains})
-        found.append(GroupConstraint(name="replay_share", row=row, least=config.replay_share))
+        constraints.append(GroupConstraint(name="replay_share", row=row, least=config.replay_share))
     if inputs.retained is not None:
+        # against the last stage's shares, not the prior: what was kept so far is the measure of what is lost
         row = inputs.array(inputs.retained)
         least = float(row @ inputs.array(inputs.previous)) - config.max_regression
-        found.append(GroupConstraint(name="retain", row=row, least=least))
-    return found
+        constraints.append(GroupConstraint(name="retain", row=row, least=least))
+    return constraints
 
 
 def problem_of(config: MixtureConfig, inputs: Inputs, scores: Mapping[str, float]) -> Problem:
     """The problem that the weights are solved from; see `conflicts.check` for what makes it feasible."""
     bounds, shared = bounds_of(config, inputs), group_constraints(config, inputs)
+    # every array in the order of `inputs.domains`
     supply = inputs.supply
     return Problem(
         prior=inputs.array(inputs.prior),
         scores=inputs.array(scores),
-        temperature=config.prior_strength,
+        prior_strength=config.prior_strength,
         lo=inputs.array({domain: bound.lo for domain, bound in bounds.items()}),
         hi=inputs.array({domain: bound.hi for domain, bound in bounds.items()}),
-        used=inputs.array({domain: part.consumed_tokens / part.tokens for domain, part in supply.items()}),
-        epochs=inputs.array({domain: inputs.budget_tokens / part.tokens for domain, part in supply.items()}),
+        used=inputs.array({domain: left.seen_tokens / left.tokens for domain, left in supply.items()}),
+        epochs=inputs.array({domain: inputs.budget_tokens / left.tokens for domain, left in supply.items()}),
         decay_epochs=inputs.decay_epochs,
-        rows=np.array([one.row for one in shared]) if shared else None,
-        least=np.array([one.least for one in shared]) if shared else None,
+        rows=np.array([constraint.row for constraint in shared]) if shared else None,
+        least=np.array([constraint.least for constraint in shared]) if shared else None,
     )
 
 
@@ -221,12 +225,14 @@ def is_feasible(config: MixtureConfig, inputs: Inputs) -> bool:
     """Whether some weights satisfy every constraint."""
     bounds = bounds_of(config, inputs).values()
     lo, hi = (np.array([getattr(bound, side) for bound in bounds]) for side in ("lo", "hi"))
+    # bounds alone first: the linear program is for constraints on several domains
     if (lo > hi).any() or lo.sum() > 1 + _ROUNDING or hi.sum() < 1 - _ROUNDING:
         return False
     shared = group_constraints(config, inputs)
     if not shared:
         return True
-    rows, least = np.array([one.row for one in shared]), np.array([one.least for one in shared])
+    rows = np.array([constraint.row for constraint in shared])
+    least = np.array([constraint.least for constraint in shared])
     return max_slack(rows, least, lo, hi)[1] >= -_ROUNDING
 
 
@@ -268,5 +274,6 @@ def chosen_prior(config: MixtureConfig, previous: Mapping[str, float]) -> dict[s
         raise UserError(
             f"mixture.prior must be positive numbers, got {bad}; use mixture.ceilings to leave a domain out"
         )
+    # in the order of names: sums of floats in another order differ in the last digit
     total = sum(prior[domain] for domain in sorted(prior))
     return {domain: prior[domain] / total for domain in sorted(prior)}

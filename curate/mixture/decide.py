@@ -78,7 +78,7 @@ def decide(
         budget_tokens: stored tokens of the next stage.
         config: prior strength and constraints.
         objectives: the targets, and what must be retained.
-        source: whose scores set the weights.
+        source: name of the source whose scores set the weights: early, late, current or candidates.
         restrict: gives the part of the stage that the weights are for.
         decay_epochs: how fast repeated data loses its worth.
 
@@ -89,26 +89,31 @@ def decide(
     Raises:
         UserError: no mixture satisfies the constraints, or there are no scores of the source.
     """
+    # in the order of names, here and below: a mixture must not depend on the order of a mapping
     whole = sum(previous[domain] for domain in sorted(previous))
     previous = {domain: previous[domain] / whole for domain in sorted(previous)}
     sources = scores["source"].unique().sort().to_list()
     if source not in sources:
         raise UserError(f"there are no scores of {source} (there are of {', '.join(sources)}); set values.sources")
     base = Inputs(
-        prior=chosen_prior(config, previous), previous=previous, supply=supply, budget_tokens=budget_tokens,
+        prior=chosen_prior(config, previous),
+        previous=previous,
+        supply=supply,
+        budget_tokens=budget_tokens,
         decay_epochs=decay_epochs,
-    )  # fmt: skip
-    parts = {name: _part(scores.filter(source=name), base, objectives) for name in sources}
-    check(config, parts[source].inputs, restrict)
-    parts = {name: replace(part, inputs=_restricted(restrict(config, part.inputs))) for name, part in parts.items()}
+    )
+    scored = {name: _scored(scores.filter(source=name), base, objectives) for name in sources}
+    # of the source that sets the weights only: the others are shown, and may have no mixture
+    check(config, scored[source].inputs, restrict)
+    scored = {name: replace(one, inputs=_restricted(restrict(config, one.inputs))) for name, one in scored.items()}
     by_source = {
         name: SourceWeights(
-            shrunk=part.shrunk,
-            weights=_weights(part, _solve(part, config)) if is_feasible(config, part.inputs) else None,
+            shrunk=one.shrunk,
+            weights=_weights(one, _solve(one, config)) if is_feasible(config, one.inputs) else None,
         )
-        for name, part in parts.items()
+        for name, one in scored.items()
     }
-    return _record(parts[source], config, objectives, source, by_source)
+    return _record(scored[source], config, objectives, source, by_source)
 
 
 def tilted_prior(
@@ -128,13 +133,14 @@ def tilted_prior(
     whole = sum(previous[domain] for domain in sorted(previous))
     previous = {domain: previous[domain] / whole for domain in sorted(previous)}
     base = Inputs(prior=chosen_prior(config, previous), previous=previous, supply={}, budget_tokens=1)
-    shrunk = base.array(_part(scores, base, objectives).shrunk) / config.prior_strength
+    shrunk = base.array(_scored(scores, base, objectives).shrunk) / config.prior_strength
+    # less the largest: exp of a score over a small prior strength would overflow, and only proportions count
     weights = base.array(base.prior) * np.exp(shrunk - shrunk.max())
     return dict(zip(base.domains, (weights / weights.sum()).tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class _Scored:
     """One source: the scores that the targets give each domain together, and what the constraints are about."""
 
     rows: dict[str, dict[str, float]]
@@ -150,10 +156,10 @@ def _restricted(inputs: Inputs | None) -> Inputs:
     return inputs
 
 
-def _part(scores: pl.DataFrame, base: Inputs, objectives: Objectives) -> _Part:
+def _scored(scores: pl.DataFrame, base: Inputs, objectives: Objectives) -> _Scored:
     """Weighted means over the targets, the retention target among them.
 
-    So are the ends of the interval, as if the targets' errors were one error.
+    The ends of the interval are weighted means too, as if the targets' errors were one error.
     """
     weights = objectives.weights(RETAIN_WEIGHT)
     shares = {target: weight / sum(weights.values()) for target, weight in weights.items()}
@@ -165,9 +171,10 @@ def _part(scores: pl.DataFrame, base: Inputs, objectives: Objectives) -> _Part:
         for domain in base.domains
     }
     if objectives.retain is None:
-        return _Part(rows=rows, inputs=base)
+        return _Scored(rows=rows, inputs=base)
+    # shrunk, as the scores are: a bound on noise would forbid mixtures for nothing
     retained = {domain: row["shrunk"] for domain, row in tables[objectives.retain].items()}
-    return _Part(rows=rows, inputs=replace(base, retained=retained))
+    return _Scored(rows=rows, inputs=replace(base, retained=retained))
 
 
 def _rows(scores: pl.DataFrame, target: str, base: Inputs) -> dict[str, dict[str, float]]:
@@ -184,28 +191,29 @@ def _mean(terms: list[tuple[float | None, float]]) -> float:
     return math.fsum(math.nan if value is None else value * share for value, share in terms)
 
 
-def _solve(part: _Part, config: MixtureConfig) -> Solution:
-    return optimum(problem_of(config, part.inputs, part.shrunk))
+def _solve(scored: _Scored, config: MixtureConfig) -> Solution:
+    return optimum(problem_of(config, scored.inputs, scored.shrunk))
 
 
-def _weights(part: _Part, solution: Solution) -> dict[str, float]:
-    return dict(zip(part.inputs.domains, solution.weights.tolist(), strict=True))
+def _weights(scored: _Scored, solution: Solution) -> dict[str, float]:
+    return dict(zip(scored.inputs.domains, solution.weights.tolist(), strict=True))
 
 
 def _record(
-    part: _Part, config: MixtureConfig, objectives: Objectives, source: str, by_source: dict[str, SourceWeights]
+    scored: _Scored, config: MixtureConfig, objectives: Objectives, source: str, by_source: dict[str, SourceWeights]
 ) -> Mixture:
     """Solve, round to whole samples, and say what holds what."""
-    inputs, supply = part.inputs, part.inputs.supply
-    problem = problem_of(config, inputs, part.shrunk)
+    inputs, supply = scored.inputs, scored.inputs.supply
+    problem = problem_of(config, inputs, scored.shrunk)
     solution, free = optimum(problem), optimum(problem.unconstrained())
-    bounds, weights = bounds_of(config, inputs), _weights(part, solution)
-    unconstrained = _weights(part, free)
+    bounds, weights = bounds_of(config, inputs), _weights(scored, solution)
+    unconstrained = _weights(scored, free)
+    # upper bounds hold for whole samples too; a lower one may be missed by less than a sample
     samples = allocate(weights, int(inputs.budget_tokens), supply, {name: bound.hi for name, bound in bounds.items()})
     domains = {
         name: DomainMixture(
             weight=weights[name],
-            delivered_weight=0.0,
+            delivered_weight=0.0,  # by `with_totals`, when whole samples are known
             unconstrained_weight=unconstrained[name],
             prior=inputs.prior[name],
             **counts_of(samples[name], supply[name]),
@@ -216,36 +224,45 @@ def _record(
             measured_samples=int(row["samples"]),
             binding=bounds[name].binding(weights[name]),
         )
-        for name, row in part.rows.items()
+        for name, row in scored.rows.items()
     }
     limits = {
-        one.name: GroupLimit(least=one.least, reached=float(one.row @ solution.weights), price=float(price))
-        for one, price in zip(group_constraints(config, inputs), solution.prices, strict=True)
+        constraint.name: GroupLimit(
+            least=constraint.least, reached=float(constraint.row @ solution.weights), price=float(price)
+        )
+        for constraint, price in zip(group_constraints(config, inputs), solution.prices, strict=True)
     }
     return with_totals(
         domains,
         {
-            "target": "+".join(objectives.targets), "targets": dict(objectives.targets), "retain": objectives.retain,
-            "source": source, "prior_strength": config.prior_strength, "budget_tokens": int(inputs.budget_tokens),
+            "target": "+".join(objectives.targets),
+            "targets": dict(objectives.targets),
+            "retain": objectives.retain,
+            "source": source,
+            "prior_strength": config.prior_strength,
+            "budget_tokens": int(inputs.budget_tokens),
             "unconstrained_effective_domains": effective_number(free.weights),
-            "expected_score": expected_gain(problem, solution.weights), "gap": solution.gap,
-            "group_limits": limits, "sweep": _sweep(part, config), "by_source": by_source,
+            "expected_score": expected_gain(problem, solution.weights),
+            "gap": solution.gap,
+            "group_limits": limits,
+            "sweep": _sweep(scored, config),
+            "by_source": by_source,
         },
-    )  # fmt: skip
+    )
 
 
 def _known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _sweep(part: _Part, config: MixtureConfig) -> list[SweepPoint]:
+def _sweep(scored: _Scored, config: MixtureConfig) -> list[SweepPoint]:
     """The same problem at other prior strengths."""
-    prior = part.inputs.array(part.inputs.prior)
-    retained = None if part.inputs.retained is None else part.inputs.array(part.inputs.retained)
+    prior = scored.inputs.array(scored.inputs.prior)
+    retained = None if scored.inputs.retained is None else scored.inputs.array(scored.inputs.retained)
     points = []
     for factor in SWEEP:
         strength = config.prior_strength * factor
-        problem = replace(problem_of(config, part.inputs, part.shrunk), temperature=strength)
+        problem = replace(problem_of(config, scored.inputs, scored.shrunk), prior_strength=strength)
         weights = optimum(problem).weights
         points.append(
             SweepPoint(
@@ -254,7 +271,7 @@ def _sweep(part: _Part, config: MixtureConfig) -> list[SweepPoint]:
                 kl_to_prior=divergence(weights, prior),
                 effective_domains=effective_number(weights),
                 retained_score=None if retained is None else float(np.dot(retained, weights)),
-                weights=dict(zip(part.inputs.domains, weights.tolist(), strict=True)),
+                weights=dict(zip(scored.inputs.domains, weights.tolist(), strict=True)),
             )
         )
     return points

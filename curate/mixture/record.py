@@ -37,7 +37,7 @@ class DomainMixture(Config):
     epochs: float
     """How often the domain's data is used in the next stage."""
     epochs_in_all: float
-    """The same with what earlier stages consumed; above max_epochs only where they already went beyond it."""
+    """The same with what earlier stages saw; above max_epochs only where they already went beyond it."""
     score: float
     """How far the domain's value per token lies above average, in standard deviations of a sample, and how far its
     n-gram log-likelihood ratio does, by `values.ngram_share`; of several targets the weighted mean."""
@@ -74,7 +74,7 @@ class GroupLimit(Config):
     reached: float
     """What the solved weights reach."""
     price: float
-    """What the expected score gains per unit that the constraint is loosened; 0: it does not bind."""
+    """Shadow price: what the expected score gains per unit that the constraint is loosened; 0: it does not bind."""
 
 
 class SweepPoint(Config):
@@ -159,7 +159,7 @@ def with_phases(
     """The mixture laid out over phases.
 
     Args:
-        mixture: as decided, for its curated parts.
+        mixture: as decided, for the phases of blend 1.
         phases: with whole samples.
         weights: share of the tokens over the whole stage; none: the mixture's.
         budget_tokens: of the whole stage; none: the mixture's.
@@ -173,6 +173,7 @@ def with_phases(
         else domain.model_copy(update={"weight": weights[name], **counts_of(totals[name], supply[name])})
         for name, domain in mixture.domains.items()
     }
+    # phases and domains are two views of the same samples; a difference here would be written as data
     assert all(domains[name].samples == totals[name] for name in domains)
     fields = {**_fields(mixture), "phases": list(phases), "budget_tokens": budget_tokens or mixture.budget_tokens}
     return with_totals(domains, fields)
@@ -185,7 +186,7 @@ def counts_of(samples: int, supply: Supply) -> dict[str, Any]:
         "samples": samples,
         "stored_tokens": round(samples * supply.mean_length),
         "epochs": epochs,
-        "epochs_in_all": epochs + supply.consumed_tokens / supply.tokens,
+        "epochs_in_all": epochs + supply.seen_tokens / supply.tokens,
     }
 
 
@@ -195,8 +196,8 @@ def _fields(mixture: Mixture) -> dict[str, Any]:
 
 def write_mixture(path: Path, mixture: Mixture) -> None:
     """Write `mixture.yaml` atomically."""
-    with atomic_write(path) as part:
-        part.write_text(dump_yaml(mixture.model_dump(mode="json")), encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(dump_yaml(mixture.model_dump(mode="json")), encoding="utf-8")
 
 
 def read_mixture(path: Path) -> Mixture:
@@ -208,6 +209,7 @@ def read_mixture(path: Path) -> Mixture:
     if not path.exists():
         raise UserError(f"{path} does not exist; `python -m curate.select` writes it")
     try:
+        # held against its hash first: a cut file may still be YAML, of fewer domains
         return Mixture.model_validate(read_yaml(checked(path)))
     except ValidationError as error:
         raise UserError(f"{path} is not a mixture ({first_problem(error)}); select again") from None

@@ -1,8 +1,8 @@
-"""The mixture of a stage as a schedule of phases: curated weights where samples count most, the base mixture between.
+"""The mixture of a stage as a schedule of phases: solved weights where samples count most, the base mixture between.
 
-Phases differ in how far they go from the base mixture b towards the curated one w: `a w + (1 - a) b` with `a` 1 in a
-curated part, 0 elsewhere (the stable phase). Floors, ceilings and epoch caps hold in the stage as a whole and, because
-b is the prior within the same bounds, in each phase.
+Phases differ in how far they go from the base mixture b towards the solved one w: `a w + (1 - a) b` with the blend `a`
+1 in an early or late part, 0 elsewhere (the stable phase). Floors, ceilings and epoch caps hold in the stage as a whole
+and, because b is the prior within the same bounds, in each phase.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WHOLE = 1e-6  # samples; what rounding may take from a sum that is a whole numb
 
 @dataclass(frozen=True)
 class Part:
-    """One phase of a stage: its share of the tokens, and how far its weights go from base (0) to curated (1)."""
+    """One phase of a stage: its share of the tokens, and how far its weights go from base (0) to solved (1)."""
 
     share: float
     blend: float
@@ -67,8 +67,8 @@ def decide_stage(
 ) -> Mixture:
     """Solve the mixture (see `mixture.decide`) and lay it out over the phases of the stage.
 
-    What the base mixture will consume counts as consumed when the curated weights are solved, so that the epoch caps
-    hold for the stage. They always can: base weights are within the caps at the whole budget.
+    What the base mixture will take counts as seen when the weights are solved, so that the epoch caps hold for the
+    stage. They always can: base weights are within the caps at the whole budget.
 
     Returns:
         The mixture of the whole stage; its `phases` have whole samples, in all exactly those of the domains.
@@ -78,40 +78,37 @@ def decide_stage(
     """
     phases = parts(config)
     inputs = _inputs(prior, supply, budget_tokens, config, decay_epochs)
-    solve = partial(
-        decide, scores, prior, supply, budget_tokens, config, objectives, source, decay_epochs=decay_epochs
-    )  # fmt: skip
-    limits = sample_limits(supply, budget_tokens, {name: one.hi for name, one in bounds_of(config, inputs).items()})
+    solve = partial(decide, scores, prior, supply, budget_tokens, config, objectives, source, decay_epochs=decay_epochs)
+    limits = sample_limits(supply, budget_tokens, {name: bound.hi for name, bound in bounds_of(config, inputs).items()})
     if config.schedule == "constant":
         mixture = solve()
         return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, limits))
     share = math.fsum(part.share * part.blend for part in phases)
-    mixture = solve(restrict=partial(_curated, share))
+    mixture = solve(restrict=partial(_blended_share, share))
     base = base_weights(config, inputs)
-    curated = _weights(mixture)
+    solved = _weights(mixture)
     weights = [
-        {domain: part.blend * curated[domain] + (1 - part.blend) * base[domain] for domain in sorted(base)}
+        {domain: part.blend * solved[domain] + (1 - part.blend) * base[domain] for domain in sorted(base)}
         for part in phases
     ]
     laid = lay_out(phases, weights, budget_tokens, supply, limits)
     whole = {
-        domain: math.fsum(part.share * each[domain] for part, each in zip(phases, weights, strict=True))
+        domain: math.fsum(part.share * of_phase[domain] for part, of_phase in zip(phases, weights, strict=True))
         for domain in sorted(base)
     }
     return with_phases(mixture, laid, weights=whole, budget_tokens=budget_tokens, supply=supply)
 
 
-def _curated(share: float, config: MixtureConfig, inputs: Inputs) -> Inputs | None:
-    """What curated weights are about: a share of the stage's tokens, after what the base mixture takes in the rest."""
+def _blended_share(share: float, config: MixtureConfig, inputs: Inputs) -> Inputs | None:
+    """What the solved weights are for: a share of the stage's tokens, after what the base mixture takes of the rest."""
+    # the base mixture has no target in view, so nothing is to be retained by it
     whole = replace(inputs, retained=None)
     if not is_feasible(config, whole):
         return None
     base = base_weights(config, whole)
     left = {
-        domain: replace(
-            one, consumed_tokens=one.consumed_tokens + int((1 - share) * inputs.budget_tokens * base[domain])
-        )
-        for domain, one in inputs.supply.items()
+        domain: replace(before, seen_tokens=before.seen_tokens + int((1 - share) * inputs.budget_tokens * base[domain]))
+        for domain, before in inputs.supply.items()
     }
     return replace(inputs, supply=left, budget_tokens=max(int(share * inputs.budget_tokens), 1))
 
@@ -165,15 +162,18 @@ def lay_out(
         The phases that have samples; each starts where the one before it ends.
     """
     due, given = dict.fromkeys(sorted(supply), 0.0), dict.fromkeys(sorted(supply), 0)
+    # both run on from phase to phase: tokens due in samples, and whole samples given
     laid, start = [], 0
     for part, shares in zip(phases, weights, strict=True):
         for domain in due:
             due[domain] += part.share * shares[domain] * budget_tokens / supply[domain].mean_length
         wanted = {domain: max(due[domain] - given[domain], 0.0) for domain in due}
         left = {domain: limits[domain] - given[domain] for domain in due}
+        # of all that is due up to here, not of this phase: what one phase rounds away comes in a later one
         total = math.floor(math.fsum(due.values()) + _WHOLE) - start
+        # never more than the caps leave, and than the budget: the last phase may come out short
         total = min(total, sum(left[domain] for domain in due if wanted[domain] > 0))
-        if total < 1:
+        if total < 1:  # shorter than one sample
             continue
         samples = apportion(wanted, total, left)
         given = {domain: given[domain] + samples[domain] for domain in given}

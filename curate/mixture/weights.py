@@ -7,9 +7,9 @@ The gain of a domain is its score times its weight, less what repetition takes: 
 "Scaling Data-Constrained Language Models", arXiv 2305.16264, whose fit is R = 15.4). Only a positive score is
 discounted: repeating what hurts does not make it harmless.
 
-For given prices of the shared constraints (`rows`) the problem falls apart into domains that share one number mu, which
-bisection finds exactly. The prices are the minimum of the convex dual: a root for one constraint, scipy's L-BFGS-B for
-more. The result carries its certificate: the dual's value bounds what any mixture could reach.
+For given shadow prices of the shared constraints (`rows`) the problem falls apart into domains that share one number
+mu, which bisection finds exactly. The prices are the minimum of the convex dual: a root for one constraint, scipy's
+L-BFGS-B for more. The result carries its certificate: the dual's value bounds what any mixture could reach.
 
 Shape legend: D domains, K shared constraints.
 """
@@ -24,7 +24,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _UNDERFLOW = 800.0  # exp(-800) is 0 in float64
-_MOST = 1e12  # price of a shared constraint that no temperature needs
+_MOST = 1e12  # shadow price of a shared constraint that no prior strength needs
 _TOLERANCE = 1e-9  # of a shared constraint, in its own unit
 
 
@@ -35,10 +35,10 @@ class Problem:
     Args:
         prior: float64 [D], positive; only its proportions count.
         scores: float64 [D], finite; without rows only their differences count, but for the discount of repetition.
-        temperature: T > 0, in the unit of the scores; infinity gives the prior as far as the constraints allow.
+        prior_strength: T > 0, in the unit of the scores; infinity gives the prior as far as the constraints allow.
         lo: float64 [D], `0 <= lo <= hi`, sum at most 1.
         hi: float64 [D], at most 1, sum at least 1.
-        used: float64 [D], epochs of each domain that earlier stages consumed; None: none.
+        used: float64 [D], epochs of each domain that were seen already; None: none.
         epochs: float64 [D], epochs that weight 1 adds; None: repetition costs nothing.
         decay_epochs: R of the discount; infinity: repetition costs nothing.
         rows: float64 [K, D], shared constraints.
@@ -47,7 +47,7 @@ class Problem:
 
     prior: Floats
     scores: Floats
-    temperature: float
+    prior_strength: float
     lo: Floats
     hi: Floats
     used: Floats | None = None
@@ -86,14 +86,16 @@ class Solution:
 
 def optimum(problem: Problem) -> Solution:
     """Solve the problem (see the module)."""
-    if math.isinf(problem.temperature):  # only the divergence counts, whatever the scores
-        problem = replace(problem, scores=np.zeros_like(problem.scores), temperature=1.0)
+    if math.isinf(problem.prior_strength):  # only the divergence counts, whatever the scores
+        problem = replace(problem, scores=np.zeros_like(problem.scores), prior_strength=1.0)
     rows, least = _shared(problem)
     prices = np.zeros(len(rows))
     weights = _priced(problem, prices)
     slack = rows @ weights - least
+    # most problems end here: without a binding constraint of several domains the first solution is exact
     if (slack >= -_TOLERANCE).all():
         return Solution(weights=weights, prices=prices, gap=0.0)
+    # a root is exact to the last digits; a minimiser of the dual is not, hence the repair
     prices = _one_price(problem) if len(rows) == 1 else _prices(problem)
     weights = _repaired(problem, _priced(problem, prices))
     dual = _dual(problem, prices)[0]
@@ -101,9 +103,9 @@ def optimum(problem: Problem) -> Solution:
 
 
 def objective(problem: Problem, weights: Floats) -> float:
-    """The gain less temperature times divergence."""
+    """The gain less prior strength times divergence."""
     prior = problem.prior / problem.prior.sum()
-    return expected_gain(problem, weights) - problem.temperature * divergence(weights, prior)
+    return expected_gain(problem, weights) - problem.prior_strength * divergence(weights, prior)
 
 
 def expected_gain(problem: Problem, weights: Floats) -> float:
@@ -114,13 +116,14 @@ def expected_gain(problem: Problem, weights: Floats) -> float:
         assert problem.epochs is not None
         rate, decay = problem.epochs, problem.decay_epochs
         start, stop = (np.maximum(problem.used + rate * at, 1.0) for at in (np.zeros_like(weights), weights))
-        fresh = np.clip((1 - problem.used) / rate, 0, weights)
+        # the share below the first epoch counts whole, the rest is the integral of exp(-(e - 1) / R)
+        first_epoch = np.clip((1 - problem.used) / rate, 0, weights)
         repeated = decay / rate * (np.exp(-(start - 1) / decay) - np.exp(-(stop - 1) / decay))
-        effective = np.where(problem.scores > 0, fresh + repeated, weights)
+        effective = np.where(problem.scores > 0, first_epoch + repeated, weights)
     return float(problem.scores @ effective)
 
 
-def solve(prior: Floats, scores: Floats, temperature: float, lo: Floats, hi: Floats) -> Floats:
+def solve(prior: Floats, scores: Floats, prior_strength: float, lo: Floats, hi: Floats) -> Floats:
     """Solve `max_w <w, s> - T KL(w || prior)` subject to `sum w = 1`, `lo <= w <= hi`.
 
         w_d = clip(prior_d exp(s_d / T - mu), lo_d, hi_d)
@@ -130,38 +133,40 @@ def solve(prior: Floats, scores: Floats, temperature: float, lo: Floats, hi: Flo
     Args:
         prior: float64 [D], positive; only its proportions count.
         scores: float64 [D], finite; only their differences count.
-        temperature: T > 0, in the unit of the scores; infinity gives the clipped prior.
+        prior_strength: T > 0, in the unit of the scores; infinity gives the clipped prior.
         lo: float64 [D], `0 <= lo <= hi`, sum at most 1.
         hi: float64 [D], at most 1, sum at least 1.
 
     Returns:
         float64 [D] within the bounds exactly, summing to 1 up to rounding.
     """
-    assert temperature > 0
+    assert prior_strength > 0
     assert (prior > 0).all()
     assert (lo <= hi).all()
-    tilt = np.log(prior) + (scores - scores.max()) / temperature
+    tilt = np.log(prior) + (scores - scores.max()) / prior_strength
 
     def weights(mu: float) -> Floats:
         clipped: Floats = np.clip(np.exp(np.minimum(tilt - mu, 0.0)), lo, hi)
         return clipped
 
     below, above = float(tilt.min()), float(tilt.max()) + _UNDERFLOW  # every weight at hi, every weight at lo
+    # until no float64 lies between the two ends
     while below < (middle := (below + above) / 2) < above:
         below, above = (middle, above) if math.fsum(weights(middle)) > 1 else (below, middle)
-    found = weights(above)
-    free = (found > lo) & (found < hi)
+    solved = weights(above)
+    # bisection ends within rounding of mu, which a sum of many weights would show
+    free = (solved > lo) & (solved < hi)
     if free.any():
         shares = np.exp(tilt[free] - tilt[free].max())
-        found[free] = (1 - math.fsum(found[~free])) * shares / math.fsum(shares)
-    return np.clip(found, lo, hi)
+        solved[free] = (1 - math.fsum(solved[~free])) * shares / math.fsum(shares)
+    return np.clip(solved, lo, hi)
 
 
 def _priced(problem: Problem, prices: Floats) -> Floats:
     """The best weights where a shared constraint is not a constraint but has a price."""
     linear = prices @ _shared(problem)[0]
     if not problem.repeats:
-        return solve(problem.prior, problem.scores + linear, problem.temperature, problem.lo, problem.hi)
+        return solve(problem.prior, problem.scores + linear, problem.prior_strength, problem.lo, problem.hi)
     return _discounted(problem, linear)
 
 
@@ -171,41 +176,43 @@ def _discounted(problem: Problem, linear: Floats) -> Floats:
     g exp(-max(0, used + epochs w - 1) / R) + linear - T log(w / prior) = mu       unless w is at a bound
     """
     gain = np.maximum(problem.scores, 0.0)
-    linear = linear + np.minimum(problem.scores, 0.0)
-    lo, hi, heat = problem.lo, problem.hi, problem.temperature
+    linear = linear + np.minimum(problem.scores, 0.0)  # what hurts is not discounted
+    lo, hi, strength = problem.lo, problem.hi, problem.prior_strength
     prior = problem.prior / problem.prior.sum()
+    # logarithms need positive weights: 1e-300 and exp(-700) are 0 for every purpose but that
     most, few = np.maximum(hi, 1e-300), np.maximum(lo, prior * math.exp(-700))
     value, _ = _marginal(problem, np.log(most / prior), gain)
-    below = float((value + linear - heat * np.log(most / prior)).min())
+    below = float((value + linear - strength * np.log(most / prior)).min())
     value, _ = _marginal(problem, np.log(few / prior), gain)
-    above = max(below, float((value + linear - heat * np.log(few / prior)).max()))
+    above = max(below, float((value + linear - strength * np.log(few / prior)).max()))
     mu = _root(lambda mu: math.fsum(_balanced(problem, gain, linear - mu)) - 1, below, above)
-    found = _balanced(problem, gain, linear - mu)
-    free = (found > lo) & (found < hi)
+    solved = _balanced(problem, gain, linear - mu)
+    free = (solved > lo) & (solved < hi)
     if free.any():
-        found[free] *= (1 - math.fsum(found[~free])) / math.fsum(found[free])
-    return np.clip(found, lo, hi)
+        solved[free] *= (1 - math.fsum(solved[~free])) / math.fsum(solved[free])
+    return np.clip(solved, lo, hi)
 
 
 def _balanced(problem: Problem, gain: Floats, linear: Floats) -> Floats:
     """The weight of each domain where its marginal gain is 0, clipped to the bounds; Newton's method, kept in brackets.
 
     Args:
-        problem: prior, bounds, temperature and repetition.
+        problem: prior, bounds, prior_strength and repetition.
         gain: float64 [D], what new data is worth, not negative.
         linear: float64 [D], the rest of the marginal gain, mu included.
     """
-    heat, prior = problem.temperature, problem.prior / problem.prior.sum()
+    strength, prior = problem.prior_strength, problem.prior / problem.prior.sum()
     least, most = (np.log(np.maximum(bound, 1e-300) / prior) for bound in (problem.lo, problem.hi))
     # of log(w / prior): the discount is between 0 and 1, and beyond its bounds a weight is clipped
-    below, above = (np.clip(at / heat, least, most) for at in (linear, gain + linear))
+    below, above = (np.clip(at / strength, least, most) for at in (linear, gain + linear))
     rounding = 1e-15 * (1 + np.maximum(np.abs(below), np.abs(above)))
     at = above.copy()
     for _ in range(100):
         value, slope = _marginal(problem, at, gain)
-        rest = value + linear - heat * at
+        rest = value + linear - strength * at
         below, above = np.where(rest >= 0, at, below), np.where(rest <= 0, at, above)
-        step = at - rest / (slope - heat)
+        step = at - rest / (slope - strength)
+        # Newton overshoots where the discount sets in (a kink at the first epoch): the middle of the bracket instead
         step = np.where((step < below) | (step > above), (below + above) / 2, step)
         if (np.abs(step - at) <= rounding).all():
             break
@@ -244,7 +251,7 @@ def _one_price(problem: Problem) -> Floats:
     def slack(price: float) -> float:
         return float(_dual(problem, np.array([price]))[1][0])
 
-    above = 1.0
+    above = 1.0  # deviations per unit of the constraint; most need less
     while slack(above) < 0 and above < _MOST:
         above *= 4
     return np.array([_root(slack, 0.0, above)])
@@ -254,6 +261,7 @@ def _root(function: Callable[[float], float], below: float, above: float) -> flo
     """Where a monotone function changes its sign, as closely as float64 tells; the nearer end where it does not."""
     from scipy.optimize import brentq
 
+    # brentq refuses a bracket without a change of sign, which rounding or a price of 0 can leave
     ends = function(below), function(above)
     if ends[0] * ends[1] > 0 or below == above:
         return below if abs(ends[0]) < abs(ends[1]) else above
@@ -265,16 +273,17 @@ def _prices(problem: Problem) -> Floats:
     from scipy.optimize import minimize
 
     rows, _ = _shared(problem)
-    scale = problem.temperature
-    found = minimize(
-        lambda prices: tuple(part / scale for part in _dual(problem, prices * scale)),
+    # in units of the prior strength the dual is as curved for every strength, which the tolerances count on
+    scale = problem.prior_strength
+    result = minimize(
+        lambda prices: tuple(term / scale for term in _dual(problem, prices * scale)),
         np.zeros(len(rows)),
         jac=True,
         method="L-BFGS-B",
         bounds=[(0.0, None)] * len(rows),
         options={"maxiter": 1000, "ftol": 0.0, "gtol": 1e-12},
     )
-    return np.asarray(found.x * scale)
+    return np.asarray(result.x * scale)
 
 
 def _repaired(problem: Problem, weights: Floats) -> Floats:
@@ -283,6 +292,7 @@ def _repaired(problem: Problem, weights: Floats) -> Floats:
     short = least - rows @ weights
     if (short <= _TOLERANCE).all():
         return weights
+    # on the segment between the two every constraint's slack is linear, so the share that mends the worst mends all
     inside, _ = max_slack(rows, least, problem.lo, problem.hi)
     room = np.maximum(rows @ inside - least, 0.0)
     share = max((s / (s + r) for s, r in zip(short, room, strict=True) if s > 0), default=0.0)
@@ -304,7 +314,8 @@ def max_slack(rows: Floats, least: Floats, lo: Floats, hi: Floats) -> tuple[Floa
     from scipy.optimize import linprog
 
     size = len(lo)
-    found = linprog(
+    # the last variable is the slack t: maximise t with rows w - t >= least
+    result = linprog(
         np.append(np.zeros(size), -1.0),
         A_ub=np.hstack([-rows, np.ones((len(rows), 1))]),
         b_ub=-least,
@@ -313,8 +324,8 @@ def max_slack(rows: Floats, least: Floats, lo: Floats, hi: Floats) -> tuple[Floa
         bounds=[*zip(lo, hi, strict=True), (None, None)],
         method="highs",
     )
-    assert found.status == 0, found.message
-    weights = np.clip(found.x[:size], lo, hi)
+    assert result.status == 0, result.message
+    weights = np.clip(result.x[:size], lo, hi)  # the solver keeps bounds to its tolerance only
     return weights, float((rows @ weights - least).min())
 
 

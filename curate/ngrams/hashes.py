@@ -1,4 +1,4 @@
-"""N-grams of token ids as 64-bit hashes: new text, near-duplicates and overlap with held-out documents.
+"""N-grams of token ids as 64-bit hashes: novel text, near-duplicates and overlap with held-out documents.
 
 Near-identical documents (templates, licences, generated rules) repeat almost all of their n-grams; exact-duplicate
 removal does not see them.
@@ -16,6 +16,7 @@ MEMORY = 2_000_000  # hashes kept of one stream; longer streams keep an even sam
 
 Hashes = npt.NDArray[np.uint64]
 
+# Odd and fixed, see `ngrams.counts`: hashes of the same text are the same everywhere.
 _FACTORS = generator(0, "n-grams").integers(0, 1 << 63, size=N, dtype=np.uint64) * 2 + 1
 _BUCKETS = 1 << 12
 
@@ -31,6 +32,7 @@ def ngram_hashes(tokens: npt.NDArray[np.int32]) -> Hashes:
 
 def sampled(hashes: Hashes, total: int, memory: int) -> Hashes:
     """Those hashes that are remembered where at most about `memory` of `total` can be: the same ones everywhere."""
+    # the smallest hashes are an even sample; 2^64 - 2^11 is the largest float64 that still fits into uint64
     return hashes[hashes <= np.uint64(min(1.0, memory / max(total, 1)) * (2**64 - 2**11))]
 
 
@@ -60,8 +62,8 @@ class NgramMemory:
             tokens: (T,) token ids.
 
         Returns:
-            How many of its remembered n-grams were not seen before, and how many there are. The share of new text of a
-            stream is the ratio of the two sums.
+            How many of its remembered n-grams were not seen before, and how many there are. A stream's share of novel
+            text is the ratio of the two sums.
         """
         kept = sampled(ngram_hashes(tokens), self._total, MEMORY).tolist()
         before = len(self._seen)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Floats32 = npt.NDArray[np.float32]
     Floats64 = npt.NDArray[np.float64]
 
-_MU = 2000.0
+_MU = 2000.0  # pseudo-counts of the pool in a target, about what Zhai and Lafferty find best
 
 
 def ngram_features(samples: Sequence[Text]) -> Floats32:
@@ -40,18 +40,18 @@ def log_ratios(targets: Sequence[Floats64], pool: Floats64) -> Floats64:
     pool, or a little less.
 
     Args:
-        targets: (V,) counts of each target, see `ngrams.counts.bag`.
+        targets: (V,) counts of each target, see `ngrams.counts.ngram_counts`.
         pool: (V,) counts of the pool.
     """
     q = (pool + 1) / (pool + 1).sum()
-    return np.stack([np.log((own + _MU * q) / (own.sum() + _MU)) - np.log(q) for own in targets])
+    return np.stack([np.log((counts + _MU * q) / (counts.sum() + _MU)) - np.log(q) for counts in targets])
 
 
 def mean_log_ratios(samples: Sequence[Text], ratios: Floats64) -> Floats32:
     """Mean of `log_ratios` over the n-grams of each sample, float32 (B, T); 0 where a sample predicts nothing."""
     means = np.zeros((len(samples), len(ratios)), np.float32)
     for row, sample in enumerate(samples):
-        own = buckets_of(sample.tokens, sample.loss_mask)
-        if len(own):
-            means[row] = ratios[:, own].mean(axis=1)
+        buckets = buckets_of(sample.tokens, sample.loss_mask)
+        if len(buckets):
+            means[row] = ratios[:, buckets].mean(axis=1)
     return means

@@ -19,6 +19,7 @@ def check_samples(folder: Path, mixture: Mixture, columns: Columns | None = None
     for name, domain in mixture.domains.items():
         if domain.samples:
             _compare(folder / name, (domain.samples, domain.stored_tokens), columns)
+        # a folder that should not be there would be served by a loader that lists folders
         elif (folder / name).exists():
             raise UserError(f"{folder / name} exists, the mixture has no sample of {name}; write the data again")
     _compare(folder, (mixture.samples, mixture.stored_tokens), columns)
@@ -26,10 +27,10 @@ def check_samples(folder: Path, mixture: Mixture, columns: Columns | None = None
 
 def _compare(folder: Path, expected: tuple[int, int], columns: Columns | None) -> None:
     stream = MdsStream(folder, columns)
-    found = (len(stream), sum(len(stream[index].tokens) for index in range(len(stream))))
-    if found != expected:
+    stored = (len(stream), sum(len(stream[index].tokens) for index in range(len(stream))))
+    if stored != expected:
         raise UserError(
-            f"{folder} holds {found[0]:,} samples and {found[1]:,} tokens, the mixture says {expected[0]:,} and "
+            f"{folder} holds {stored[0]:,} samples and {stored[1]:,} tokens, the mixture says {expected[0]:,} and "
             f"{expected[1]:,}; delete it and select again"
         )
 
@@ -42,11 +43,11 @@ def check_weights(path: Path, streams: Mapping[str, Path], mixture: Mixture) -> 
     Raises:
         UserError: a stream is missing or corrupted, or a count differs.
     """
-    found = {Path(entry["local"]): entry["choose"] for entry in read_yaml(path)}
+    written = {Path(entry["local"]): entry["choose"] for entry in read_yaml(path)}
     expected = {streams[name].resolve(): domain.samples for name, domain in mixture.domains.items() if domain.samples}
-    if found != expected:
-        raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")
-    for folder in found:
+    if written != expected:
+        raise UserError(f"{path} holds {written}, the mixture says {expected}; delete it and select again")
+    for folder in written:
         MdsStream(folder)
 
 
@@ -58,7 +59,7 @@ def check_schedule(path: Path, streams: Mapping[str, Path], mixture: Mixture) ->
     """
     schedule = load_schedule(path)
     names = {str(folder.resolve()): name for name, folder in streams.items()}
-    found = [
+    written = [
         (entry.start_sample, {names[stream.local]: stream.choose for stream in entry.streams})
         for entry in (schedule.entries if schedule else ())
     ]
@@ -66,7 +67,7 @@ def check_schedule(path: Path, streams: Mapping[str, Path], mixture: Mixture) ->
         (phase.start_sample, {name: count for name, count in phase.domains.items() if count})
         for phase in mixture.phases
     ]
-    if found != expected:
-        raise UserError(f"{path} holds {found}, the mixture says {expected}; delete it and select again")
+    if written != expected:
+        raise UserError(f"{path} holds {written}, the mixture says {expected}; delete it and select again")
     for domain in {name for _, domains in expected for name in domains}:
         MdsStream(streams[domain])

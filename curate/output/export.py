@@ -50,22 +50,27 @@ def export(
     Raises:
         UserError: what was written does not hold what the mixture says.
     """
+    # each form is read back where it is written: an error leaves nothing sealed
     written = {}
     if mode in ("weights", "both"):
         path = written["weights"] = folder.weights_for(scheduled=scheduled)
         if scheduled:
-            write_schedule(path, {name: str(place.resolve()) for name, place in source.folders.items()}, mixture.phases)
+            write_schedule(
+                path, {name: str(stream.resolve()) for name, stream in source.folders.items()}, mixture.phases
+            )
             check_schedule(path, source.folders, mixture)
         else:
-            write_weights(path, source.folders, {name: part.samples for name, part in mixture.domains.items()})
+            write_weights(path, source.folders, {name: domain.samples for name, domain in mixture.domains.items()})
             check_weights(path, source.folders, mixture)
     if mode in ("samples", "both"):
         write_samples(folder.samples, source.streams, chosen, seed=seed, shard_bytes=shard_bytes)
         check_samples(folder.samples, mixture, spec.columns)
         path = written["samples"] = folder.samples_for(scheduled=scheduled)
         if scheduled:
+            # relative: the folders were just written beside it, and may be moved together
             write_schedule(path, {name: name for name in source.folders}, mixture.phases)
             check_schedule(path, {name: folder.samples / name for name in source.folders}, mixture)
         if spec.tokenizer is not None:
+            # so that the data can be read, and curate run on the next stage, without the old run
             shutil.copyfile(spec.tokenizer, folder.samples / "tokenizer.json")
     return written

@@ -53,7 +53,7 @@ class SelectionFolder:
 
     @property
     def report_facts(self) -> Path:
-        """What of it is no table."""
+        """Facts of the report that are no tables."""
         return self.report_data / "report.json"
 
     @property
@@ -102,6 +102,6 @@ class SelectionFolder:
 def newest_reported(folder: Path) -> SelectionFolder | None:
     """The selection at any depth below a folder whose report data was written last; none: there is none."""
     facts = folder.glob(f"**/{SelectionFolder(Path()).report_facts}")
-    # of the same age: the last one by name
+    # of the same age (a copy of a run, a coarse clock): the last one by name
     newest = max(facts, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
     return None if newest is None else SelectionFolder(newest.parents[1])

@@ -1,4 +1,8 @@
-"""Which sample is used how often in the next stage, and why a sample is not used. Tables in, tables out."""
+"""Which sample is used how often in the next stage, and why a sample is not used. Tables in, tables out.
+
+`make_pool` lists every sample, `filter` gives reasons, `supply_of` tells the mixture what is left, `make_plan` takes
+whole samples.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,16 +34,15 @@ class SamplePlan:
     """What is written.
 
     Args:
-        uses: one row per sample that is used, sorted: `domain`, `index`, `length`, `uses` (how often).
-        dropped: one row per sample that is not, sorted: `domain`, `index`, `sample_id`, `reason` (one of
-            `filter.choose`, or "not_sampled"), `detail` of it, `value` (per token; null where it is not known).
+        uses: one row per sample that is used, by domain and index, with how often.
+        dropped: one row per sample that is not, by domain and index, with its `reason` (see `filter.choose`).
     """
 
     uses: dy.DataFrame[PlannedUses]
     dropped: dy.DataFrame[DroppedSamples]
 
     def tokens(self) -> dict[str, int]:
-        """Stored tokens delivered per domain (only of domains that are used)."""
+        """Stored tokens by domain, repeats counted; only domains that are used."""
         sums = self.uses.group_by("domain").agg((pl.col("stored_tokens") * pl.col("uses")).sum())
         return dict(sums.sort("domain").iter_rows())
 
@@ -76,8 +79,8 @@ def make_pool(
         pl.when(tokens > 0).then(row_sum(pl.col(total)) / tokens).alias(name)
         for name, total in zip(VALUES_PER_TOKEN, VALUES_TOTAL, strict=True)
     ]
-    valued = values.group_by("sample_id").agg(per_token)
-    pool = samples.join(valued, on="sample_id", how="left")  # copies of a sample share its value
+    measured = values.group_by("sample_id").agg(per_token)
+    pool = samples.join(measured, on="sample_id", how="left")  # copies of a sample share its value
     if ngram_ratios is None:
         pool = pool.with_columns(ngram_ratio=pl.lit(None, pl.Float64))
     else:
@@ -85,15 +88,19 @@ def make_pool(
     counted = pool.join(seen.select("sample_id", "uses"), on="sample_id", how="left").sort("domain", "index")
     uses = pl.col("uses").fill_null(0)
     marked = counted.with_columns(
+        # uses are of a text: copies of it would count them once more each in the supply
         uses_so_far=pl.when(pl.col("sample_id").is_first_distinct()).then(uses).otherwise(0),
+        # here, before any other reason: `filter.choose` gives a reason only where there is none
         reason=pl.when(pl.lit(unseen_only) & (uses > 0)).then(pl.lit("seen")),
         detail=pl.lit(None, pl.String),
     )
     return SamplePool.validate(marked.with_columns(kept=pl.col("reason").is_null()))
 
 
-def _check_same(samples: pl.DataFrame, valued: pl.DataFrame) -> None:
-    both = valued.join(samples, on=["domain", "index"], how="left", suffix="_stored")
+def _check_same(samples: pl.DataFrame, measured: pl.DataFrame) -> None:
+    """Refuse values of other samples than the streams hold: a domain and index must have the content id it had."""
+    # by index, which the recorded steps have; the content id says whether it is still the same sample
+    both = measured.join(samples, on=["domain", "index"], how="left", suffix="_stored")
     other = both.filter(pl.col("sample_id").ne_missing(pl.col("sample_id_stored"))).sort("domain", "index")
     if other.height:
         domain, index = other.select("domain", "index").row(0)
@@ -109,11 +116,11 @@ def supply_of(pool: dy.DataFrame[SamplePool]) -> dict[str, Supply]:
     sums = pool.group_by("domain").agg(
         samples=kept.sum(),
         tokens=pl.col("stored_tokens").filter(kept).sum(),
-        consumed_tokens=(pl.col("stored_tokens") * pl.col("uses_so_far")).filter(kept).sum(),
+        seen_tokens=(pl.col("stored_tokens") * pl.col("uses_so_far")).filter(kept).sum(),
     )
     return {
-        domain: Supply(samples=samples, tokens=tokens, consumed_tokens=consumed_tokens)
-        for domain, samples, tokens, consumed_tokens in sums.sort("domain").iter_rows()
+        domain: Supply(samples=samples, tokens=tokens, seen_tokens=seen_tokens)
+        for domain, samples, tokens, seen_tokens in sums.sort("domain").iter_rows()
     }
 
 
@@ -124,26 +131,28 @@ def make_plan(pool: dy.DataFrame[SamplePool], samples: Mapping[str, int], seed: 
 
     Args:
         pool: see `make_pool`.
-        samples: how many each domain delivers, repeats counted.
+        samples: how many the stage takes of each domain, repeats counted.
         seed: of the draw.
 
     Raises:
         UserError: a domain must deliver samples and has none.
     """
-    parts = []
+    uses_by_domain = []
     for (domain,), table in pool.group_by("domain", maintain_order=True):
         kept = table.filter("kept").sort("sample_id", "index")
         if kept.is_empty() and samples[str(domain)]:
             raise UserError(
                 f"{domain} has no samples left to deliver: loosen what filter leaves out, such as drop_fraction"
             )
+        # ordered by content above, so that the draw of repeats does not depend on shards
         counts = _uses(kept.height, samples[str(domain)], generator(seed, "uses", str(domain)))
-        parts.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
-    uses = pl.concat(parts).select("domain", "index", "stored_tokens", "uses")
+        uses_by_domain.append(kept.with_columns(uses=pl.Series(counts, dtype=pl.Int64)))
+    uses = pl.concat(uses_by_domain).select("domain", "index", "stored_tokens", "uses")
     planned = pool.join(uses, on=["domain", "index"], how="left").sort("domain", "index")
     unused = planned.filter(pl.col("uses").fill_null(0) == 0)
     return SamplePlan(
         uses=PlannedUses.validate(uses.filter(pl.col("uses") > 0).sort("domain", "index")),
+        # good enough, but of a domain that needs fewer samples than it keeps
         dropped=DroppedSamples.validate(unused.with_columns(pl.col("reason").fill_null("not_sampled"))),
     )
 

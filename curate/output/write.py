@@ -33,11 +33,12 @@ def write_weights(path: Path, streams: Mapping[str, Path], samples: Mapping[str,
         streams: MDS folder of each domain.
         samples: samples per epoch and domain.
     """
+    # absolute: the file is read from wherever the trainer runs
     entries = [
         {"local": str(streams[name].resolve()), "choose": samples[name]} for name in sorted(samples) if samples[name]
     ]
-    with atomic_write(path) as part:
-        part.write_text(dump_yaml(entries), encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(dump_yaml(entries), encoding="utf-8")
 
 
 def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phase]) -> None:
@@ -55,8 +56,8 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
         }
         for phase in phases
     ]
-    with atomic_write(path) as part:
-        part.write_text(
+    with atomic_write(path) as temporary:
+        temporary.write_text(
             "# start_sample counts samples from the start of the stage; served by curate.data.dataset.open_dataset\n"
             + dump_yaml(entries),
             encoding="utf-8",
@@ -86,22 +87,24 @@ def write_samples(
     """
     domains = plan.uses["domain"].unique().sort().to_list()
     total = int(plan.uses["uses"].sum())
-    with atomic_write(folder) as part, tqdm(total=total, desc="writing", unit="sample", disable=None) as progress:
+    with atomic_write(folder) as temporary, tqdm(total=total, desc="writing", unit="sample", disable=None) as progress:
         for domain in domains:
             stream, order = streams[domain], _order(plan.uses.filter(domain=domain), seed, domain)
-            write_stream(part / domain, columns_of(stream), _rows(stream, order, progress), shard_bytes)
-        merge_indexes(part, domains)
-        plan.dropped.write_parquet(part / DROPPED)
+            write_stream(temporary / domain, columns_of(stream), _rows(stream, order, progress), shard_bytes)
+        merge_indexes(temporary, domains)
+        plan.dropped.write_parquet(temporary / DROPPED)
 
 
 def _order(uses: pl.DataFrame, seed: int, domain: str) -> list[int]:
     """Stream-wide indexes in the order they are written, repeats apart from each other."""
+    # a permutation of the repeated list: copies of a sample lie apart, as they should in training
     indexes = np.repeat(uses["index"].to_numpy(), uses["uses"].to_numpy())
     order: list[int] = generator(seed, "order", domain).permutation(indexes).tolist()
     return order
 
 
 def _rows(stream: MdsStream, order: list[int], progress: "tqdm[Any]") -> Iterator[dict[str, Any]]:
+    # rows pass through as stored wherever they can: re-encoding would cost time and could change bytes
     columns, differing = columns_of(stream), len(stream.encodings) > 1
     for index in order:
         row = stream.row(index)
@@ -118,8 +121,8 @@ def columns_of(stream: MdsStream) -> dict[str, str]:
     Raises:
         UserError: its shards differ in another column.
     """
-    names = {name for kind in stream.encodings for name in kind}
-    differing = sorted(name for name in names if len({kind.get(name) for kind in stream.encodings}) > 1)
+    names = {name for encodings in stream.encodings for name in encodings}
+    differing = sorted(name for name in names if len({encodings.get(name) for encodings in stream.encodings}) > 1)
     wide = {
         stream.columns.tokens: COLUMNS["tokens"],
         stream.columns.loss_mask: "ndarray:int64",  # 0 and 1, or labels
@@ -127,9 +130,9 @@ def columns_of(stream: MdsStream) -> dict[str, str]:
     }
     other = [name for name in differing if name not in wide]
     if other:
-        kinds = ", ".join(str(kind.get(other[0])) for kind in stream.encodings)
+        types = ", ".join(str(encodings.get(other[0])) for encodings in stream.encodings)
         raise UserError(
-            f"the shards of {stream.folder} hold column {other[0]!r} as {kinds}, and cannot be written as one stream: "
+            f"the shards of {stream.folder} hold column {other[0]!r} as {types}, and cannot be written as one stream: "
             "write it again with one set of columns, or select with --mode weights"
         )
     return {**stream.encodings[0], **{name: wide[name] for name in differing}}
@@ -144,15 +147,16 @@ def _unified(row: Mapping[str, Any], stream: MdsStream, columns: Mapping[str, st
         names.loss_mask: np.asarray(np.frombuffer(mask, np.uint8) if isinstance(mask, bytes) else mask, np.int64),
         names.documents: [list(span) for span in sample.documents],
     }
-    differing = {name for kind in stream.encodings for name in columns if kind.get(name) != columns[name]}
+    differing = {name for shard in stream.encodings for name in columns if shard.get(name) != columns[name]}
     return {name: value for name, value in values.items() if name in differing}
 
 
 def loader_line(kind: str, path: Path) -> str:
     """The line of Python that loads what was written, `kind` "samples" or "weights"."""
-    place = python_string(str(path.resolve()))
+    # a schedule needs curate's own loader: streaming knows no phases
+    quoted = python_string(str(path.resolve()))
     if path.name == SCHEDULE:
-        return f"curate.data.dataset.open_dataset(Path({place}), batch_size=..., seed=0)"
+        return f"curate.data.dataset.open_dataset(Path({quoted}), batch_size=..., seed=0)"
     if kind == "samples":
-        return f"StreamingDataset(local={place}, batch_size=...)"
-    return f"StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open({place}))], batch_size=...)"
+        return f"StreamingDataset(local={quoted}, batch_size=...)"
+    return f"StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open({quoted}))], batch_size=...)"

@@ -1,4 +1,4 @@
-"""Is what a trainer left the stage that the plan asked for, and does the next one follow from it?"""
+"""Checks of a plan: is a trained stage what the plan asked for, and can the next one start from it?"""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def open_stage(plan: PlanConfig, index: int) -> Run:
     tokenizer = None if given is None else Path(given)
     streams = read_json(checked(folder / "run.json", by=folder))["streams"]
     recorded = {domain: Path(place) for domain, place in streams.items()}
+    # data that a selection wrote moves with the plan's folder: found again by the names of its folders
     lost = {domain: place for domain, place in recorded.items() if not place.exists()}
     if not lost:
         return Run(folder, tokenizer=tokenizer)
@@ -97,6 +98,7 @@ def check_stage(plan: PlanConfig, index: int, run: Run) -> None:
             f"{run.folder} has no {plan.checkpoint} for the next stage to start from; set `checkpoint` of the plan to "
             "what the trainer leaves in {out}"
         )
+    # names only: shapes and values are compared where states are read, see `check_states`
     if index and _parameters(Run(plan.run_folder(index - 1))) != _parameters(run):
         raise UserError(
             f"{run.folder} has other parameters than {plan.run_folder(index - 1)}: does the command of stage "
@@ -137,10 +139,10 @@ def check_states(plan: PlanConfig, index: int, run: Run) -> None:
     stage = plan.stages[index]
     if index and 0 in run.snapshots:
         before = Run(plan.run_folder(index - 1))
-        found = difference(before.snapshot(before.spec.steps), run.snapshot(0))
-        if found:
+        differs = difference(before.snapshot(before.spec.steps), run.snapshot(0))
+        if differs:
             raise UserError(
-                f"{run.folder} did not start from where {before.folder} ended ({found}): does the command of stage "
+                f"{run.folder} did not start from where {before.folder} ended ({differs}): does the command of stage "
                 f"{stage.name} load {{checkpoint}}?"
             )
     if index + 1 < len(plan.stages):
@@ -156,12 +158,13 @@ def check_checkpoint(plan: PlanConfig, index: int) -> None:
     """
     run = Run(plan.run_folder(index))
     checkpoint, last = run.folder / plan.checkpoint, run.snapshot(run.spec.steps)
-    found = difference(last, checkpoint)
-    if found:
+    differs = difference(last, checkpoint)
+    if differs:
         raise UserError(
-            f"{checkpoint} is not the state that {run.folder} ended with ({found}): it is of another model, stage or "
+            f"{checkpoint} is not the state that {run.folder} ended with ({differs}): it is of another model, stage or "
             f"step; the command of stage {plan.stages[index].name} must leave its last state there"
         )
+    # a folder has no single hash
     if checkpoint.is_file():
         checked(checkpoint)  # what no snapshot can tell, where the trainer listed it
     if not readable(last, checkpoint):
@@ -170,8 +173,8 @@ def check_checkpoint(plan: PlanConfig, index: int) -> None:
 
 def _check_amount(plan: PlanConfig, index: int, run: Run) -> None:
     stage = plan.stages[index]
-    consumed = int(run.steps["sample_ids"].list.len().sum())
-    step = -(-consumed // run.spec.steps)
+    seen = int(run.steps["sample_ids"].list.len().sum())
+    step = -(-seen // run.spec.steps)  # samples of a step
     tokens = sum(trained_tokens(run).values())
     if stage.tokens is not None and abs(tokens - int(stage.tokens)) > tokens / run.spec.steps:
         raise UserError(
@@ -180,20 +183,21 @@ def _check_amount(plan: PlanConfig, index: int, run: Run) -> None:
         )
     if index == 0:
         return
+    # a stream without "choose" is served whole
     there = sum(
         int(stream["choose"]) if "choose" in stream else len(MdsStream(Path(stream["local"])))
         for stream in load_streams(plan.data_of(index))
     )
-    if consumed > there:
+    if seen > there:
         raise UserError(
-            f"{run.folder} trained on {consumed:,} samples, what was selected for stage {stage.name} is {there:,}: it "
+            f"{run.folder} trained on {seen:,} samples, what was selected for stage {stage.name} is {there:,}: it "
             "went round again, against the epoch caps; set tokens of the stage, or selection.budget_tokens before it"
         )
-    if there - consumed >= step:
+    if there - seen >= step:
         _log.warning(
             "stage %s trained on %s of the %s samples that were selected for it",
             stage.name,
-            f"{consumed:,}",
+            f"{seen:,}",
             f"{there:,}",
         )
 
@@ -212,15 +216,16 @@ def check_supply(plan: PlanConfig, index: int, run: Run, config: MixtureConfig) 
     Raises:
         UserError: they do not; names the first stage that cannot be filled.
     """
-    ledger = domains_seen(run.source, uses([*map(plan.run_folder, range(index)), run.folder]))
+    by_domain = domains_seen(run.source, uses([*map(plan.run_folder, range(index)), run.folder]))
     left = sum(
-        max(0.0, config.max_epochs * tokens - consumed)
-        for tokens, consumed in ledger.select("stored_tokens", "seen_tokens").iter_rows()
+        max(0.0, config.max_epochs * tokens - seen)
+        for tokens, seen in by_domain.select("stored_tokens", "seen_tokens").iter_rows()
     )
-    each = sum(trained_tokens(run).values()) / run.spec.steps
+    step_tokens = sum(trained_tokens(run).values()) / run.spec.steps
     wanted = 0.0
     for stage in plan.stages[index + 1 :]:
-        wanted += int(stage.tokens) if stage.tokens is not None else each * (stage.steps or 0)
+        wanted += int(stage.tokens) if stage.tokens is not None else step_tokens * (stage.steps or 0)
+        # all domains together, which is necessary and not sufficient: the solver says which one is short
         if wanted > left * (1 + 1e-9):
             raise UserError(
                 f"the stages up to {stage.name} need {int(wanted):,} more tokens, the data has {int(left):,} left at "

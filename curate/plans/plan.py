@@ -78,17 +78,20 @@ class StageConfig(Config):
             raise ValueError(f"stage {self.name} needs steps or tokens")
         if self.windows is not None and self.steps is not None:
             window_steps(self.windows, self.steps)
-        twice = sorted(set(self.settings) & set(self.words(own=False)))
+        twice = sorted(set(self.settings) & set(self.words(with_settings=False)))
         if twice:
             raise ValueError(f"settings.{twice[0]} of stage {self.name} is filled in by the plan itself; rename it")
         return self
 
-    def words(self, *, own: bool = True) -> dict[str, Any]:
-        """What the template of its command may name, but for the places."""
-        known = {"name": self.name, "steps": self.steps, "tokens": self.tokens}
-        known |= self.lr_schedule.model_dump() if self.lr_schedule else {}
-        known["windows"] = json.dumps(self.windows, separators=(",", ":")) if self.windows else None
-        return {**(self.settings if own else {}), **{name: word for name, word in known.items() if word is not None}}
+    def words(self, *, with_settings: bool = True) -> dict[str, Any]:
+        """What the template of its command may name, but for paths."""
+        words = {"name": self.name, "steps": self.steps, "tokens": self.tokens}
+        words |= self.lr_schedule.model_dump() if self.lr_schedule else {}
+        words["windows"] = json.dumps(self.windows, separators=(",", ":")) if self.windows else None
+        return {
+            **(self.settings if with_settings else {}),
+            **{name: word for name, word in words.items() if word is not None},
+        }
 
 
 class PlanConfig(Config):
@@ -122,10 +125,12 @@ class PlanConfig(Config):
         if Path(self.checkpoint).is_absolute() or ".." in Path(self.checkpoint).parts:
             raise ValueError(f"checkpoint {self.checkpoint!r} does not lie in {{out}}; write its place there")
         for index in range(len(self.stages) - 1):
+            # old names first: they would be refused as unknown settings without a word of the new ones
             renamed = replacements(SelectConfig, leaves(self.selection_settings(index)))
             if renamed:
                 raise ValueError(f"selection after stage {names[index]}: {', '.join(renamed)}")
             self._is_scheduled(index)
+        # every command is filled in now: a wrong placeholder of the last stage must not show after days
         for index in range(len(self.stages)):
             self._check_command(index)
         return self
@@ -147,11 +152,12 @@ class PlanConfig(Config):
             raise ValueError(f"the command of stage {stage.name} cannot be filled in: {error}") from None
         if not "".join(words[:1]).strip():
             raise ValueError(f"the command of stage {stage.name} is blank; write the program that trains it")
+        # the system's call would refuse it, as an error about nothing that the user wrote
         if any("\0" in word for word in words):
             raise ValueError(f"the command of stage {stage.name} has a NUL character in a word; leave it out")
 
     def _is_scheduled(self, index: int) -> bool:
-        """Whether what the selection after a stage writes has phases."""
+        """Whether the selection after a stage writes phases (a `schedule.yaml`)."""
         try:
             mixture = MixtureConfig.model_validate(self.selection_settings(index).get("mixture", {}))
         except ValidationError as error:
@@ -166,7 +172,7 @@ class PlanConfig(Config):
     def command(self, index: int) -> str:
         """Template of one stage."""
         first = self.train_first if index == 0 else None
-        return next(each for each in (self.stages[index].train, first, self.train) if each is not None)
+        return next(command for command in (self.stages[index].train, first, self.train) if command is not None)
 
     def run_folder(self, index: int) -> Path:
         """Where a stage's recorded run lies."""
@@ -195,6 +201,7 @@ class PlanConfig(Config):
         if index:
             values["previous"] = self.run_folder(index - 1)
             values["checkpoint"] = self.run_folder(index - 1) / self.checkpoint
+        # split first: a path with spaces that is filled in stays one word
         return [word.format(**values) for word in shlex.split(self.command(index))]
 
 

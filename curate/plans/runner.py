@@ -1,6 +1,7 @@
-"""The stage-aware scheduler: the pieces of work of a plan, which of them are done, and how the next one is done.
+"""The runner of a plan: its pieces of work, which of them are done, and how the next one is done.
 
-What is done is what lies there complete; nothing else is remembered.
+Nothing is remembered but the artifacts: a piece is done when its artifact lies there complete. So the runner can be
+killed at any instant and run again.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 MORE = 3
 """Exit status where a piece was done and more is left."""
 Kind = Literal["train", "embed", "select"]
-_OWN = ("run", "target", "out")  # of a selection's settings, what the plan sets itself
+_SET_BY_PLAN = ("run", "target", "out")  # of a selection's settings
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def is_done(plan: PlanConfig, piece: Piece) -> bool:
         return True
     config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
+        # a selection by the current state alone has nothing to embed
         selection = resolve(config, run)
         return not selection.windows or is_embedded(selection.embedding, run, load_plan_targets(selection))
     return is_selected(config, run)
@@ -96,21 +98,22 @@ def selection_config(plan: PlanConfig, index: int, run: Run | None = None) -> Se
         UserError: the plan's settings are none of `curate.select`, or contradict the next stage.
     """
     chosen = plan.selection_settings(index)
-    own = sorted(set(chosen) & set(_OWN))
-    if own:
-        raise UserError(f"selection.{own[0]} is set by the plan itself; leave it out")
+    refused = sorted(set(chosen) & set(_SET_BY_PLAN))
+    if refused:
+        raise UserError(f"selection.{refused[0]} is set by the plan itself; leave it out")
     earlier = tuple(plan.run_folder(before) for before in range(index))
-    places: dict[str, Any] = {
+    paths: dict[str, Any] = {
         "run": plan.run_folder(index),
         "target": plan.target_of(index),
         "out": plan.selection_folder(index),
     }
+    # before a run is there a stage that names steps alone has no budget yet
     after = plan.stages[index + 1]
     budget = next_tokens(plan, index, run) if run else after.tokens
     if budget is not None:
         chosen = {"budget_tokens": budget, **chosen}
     try:
-        config = SelectConfig(**_with_earlier(chosen, earlier), **places)
+        config = SelectConfig(**_with_earlier(chosen, earlier), **paths)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"selection.{'.'.join(map(str, first['loc']))} of the plan: {first['msg']}") from None
@@ -148,6 +151,7 @@ def work(plan: PlanConfig, piece: Piece, lock: Lock) -> None:
     run = open_stage(plan, piece.stage)
     config = selection_config(plan, piece.stage, run)
     if piece.kind == "embed":
+        # again, though training was checked: the user may have put another run there, and states cost little to read
         check_states(plan, piece.stage, run)
         if config.mode != "samples":
             check_supply(plan, piece.stage, run, config.mixture)
@@ -200,6 +204,7 @@ def carry_out(plan: PlanConfig, *, once: bool) -> int:
     with locked(plan.folder) as lock:
         for piece in pieces(plan):
             if is_done(plan, piece):
+                # a trainer killed between its last two writes left parts that nobody else would remove
                 if piece.kind == "train":
                     remove_parts(plan.run_folder(piece.stage))
                 continue
@@ -218,6 +223,7 @@ def describe(plan: PlanConfig) -> list[str]:
         UserError: see `check_plan` and `is_done`.
     """
     check_plan(plan)
+    # what follows a piece that is left is left too, and cannot be asked: its run is not there
     lines, left, like = [], False, None
     for piece in pieces(plan):
         done = not left and is_done(plan, piece)
@@ -241,11 +247,11 @@ def measured(plan: PlanConfig, piece: Piece) -> str:
     if piece.kind == "embed":
         size = folder_bytes(run.folder / "embeddings")
         times = [read_timings(path.parent) for path in sorted((run.folder / "embeddings").glob("*/timings.json"))]
-        seconds = sum(one["seconds"] for one in times)
-        units = sum(one["cost_units"] or 0.0 for one in times)
-        share = 100 * units / run.spec.steps
+        seconds = sum(timings["seconds"] for timings in times)
+        passes = sum(timings["cost_units"] or 0.0 for timings in times)
+        share = 100 * passes / run.spec.steps
         return (
-            f"{units:,.0f} forward+backward passes, {share:.0f} % of the stage, {seconds:,.0f} s, {size / 1e6:,.1f} MB"
+            f"{passes:,.0f} forward+backward passes, {share:.0f} % of the stage, {seconds:,.0f} s, {size / 1e6:,.1f} MB"
         )
     mixture = read_mixture(plan.selection_folder(piece.stage) / "mixture.yaml")
     size = folder_bytes(plan.selection_folder(piece.stage))
@@ -255,22 +261,22 @@ def measured(plan: PlanConfig, piece: Piece) -> str:
 def expected(plan: PlanConfig, piece: Piece, like: int | None) -> str:
     """The same for a piece that is left, from a finished stage that it resembles."""
     stage = plan.stages[piece.stage]
-    known = [f"{stage.steps:,} steps"] if stage.steps is not None else []
-    known += [f"{int(stage.tokens):,} tokens"] if stage.tokens is not None else []
+    amounts = [f"{stage.steps:,} steps"] if stage.steps is not None else []
+    amounts += [f"{int(stage.tokens):,} tokens"] if stage.tokens is not None else []
     if like is None:
         if piece.kind != "train":
             return "cost and bytes are known when the first stage is trained"
-        return ", ".join([*known, "bytes are known when the first stage is trained"])
+        return ", ".join([*amounts, "bytes are known when the first stage is trained"])
     run = open_stage(plan, like)
     tokens = sum(trained_tokens(run).values()) / run.spec.steps
     steps = stage.steps if stage.steps is not None else round(int(stage.tokens or 0) / tokens)
     if piece.kind == "train":
-        known += [] if stage.tokens is not None else [f"about {round(steps * tokens):,} tokens"]
-        return f"{', '.join(known)}, about {folder_bytes(run.folder / 'snapshots') / 1e6:,.1f} MB of states"
+        amounts += [] if stage.tokens is not None else [f"about {round(steps * tokens):,} tokens"]
+        return f"{', '.join(amounts)}, about {folder_bytes(run.folder / 'snapshots') / 1e6:,.1f} MB of states"
     if piece.kind == "select":
         after = plan.stages[piece.stage + 1]
-        asked = selection_config(plan, piece.stage).budget_tokens
-        wanted = round((after.steps or 0) * tokens) if asked is None else int(asked)
+        budget = selection_config(plan, piece.stage).budget_tokens
+        wanted = round((after.steps or 0) * tokens) if budget is None else int(budget)
         copied = selection_config(plan, piece.stage).takes_samples
         size = (
             f"about {wanted * run.source.stored_bytes_per_token / 1e6:,.1f} MB of data"
@@ -286,14 +292,15 @@ def _expected_embedding(plan: PlanConfig, index: int, run: Run, steps: int) -> s
     selection = resolve(config, run)
     if not selection.windows:
         return "no window is valued"
-    units = embedding_passes(selection.embedding, run, load_plan_targets(selection))
+    passes = embedding_passes(selection.embedding, run, load_plan_targets(selection))
     declared = plan.stages[index].windows
     windows = window_steps(declared, steps) if declared else default_windows(steps)
+    # a window that was declared longer for this stage costs in proportion
     total = sum(
-        units[name] * (windows[name][1] - windows[name][0]) / (run.window(name)[1] - run.window(name)[0])
-        for name in units
+        passes[name] * (windows[name][1] - windows[name][0]) / (run.window(name)[1] - run.window(name)[0])
+        for name in passes
     )
     timed = [read_timings(path.parent)["unit_seconds"] for path in sorted(run.folder.glob("embeddings/*/timings.json"))]
-    seconds = [each for each in timed if each]
+    seconds = [measured for measured in timed if measured]
     time = f", about {total * sum(seconds) / len(seconds):,.0f} s" if seconds else ""
     return f"about {total:,.0f} forward+backward passes, {100 * total / steps:.0f} % of the stage{time}"

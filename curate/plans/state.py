@@ -1,4 +1,4 @@
-"""Is one stored state another? Parameters compared by name, file by file, without loading a whole state."""
+"""Do two stored states hold the same parameters? Compared by name, one at a time, without loading a whole state."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def difference(snapshot: Path, other: Path) -> str | None:
     """
     mine, theirs = _open(snapshot), _by_ending(_open(other))
     for name in sorted(key.removeprefix(_MODEL) for key in mine if key.startswith(_MODEL)):
-        found = theirs.get(name)
-        if not found:
+        readers = theirs.get(name)
+        if not readers:
             continue
-        wanted, candidates = mine[_MODEL + name](), [read() for read in found]
+        # several: a name may end in the same way in two parts of a model (one of them has to be the same)
+        wanted, candidates = mine[_MODEL + name](), [read() for read in readers]
         if all(candidate.shape != wanted.shape for candidate in candidates):
             return f"{name} has shape {tuple(candidates[0].shape)} instead of {tuple(wanted.shape)}"
         if not any(_same(wanted, candidate) for candidate in candidates):
@@ -54,24 +55,25 @@ def readable(snapshot: Path, other: Path) -> bool:
     return any(key.removeprefix(_MODEL) in theirs for key in _open(snapshot) if key.startswith(_MODEL))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(wanted: Tensor, other: Tensor) -> bool:
     import torch
 
-    if one.shape != other.shape:
+    if wanted.shape != other.shape:
         return False
-    other = other.to(one.device)
-    kinds = {one.dtype, other.dtype} & {torch.bfloat16, torch.float16} or {one.dtype}
-    return any(torch.equal(one.to(kind), other.to(kind)) for kind in kinds)
+    other = other.to(wanted.device)
+    # in the smaller of the two types: a checkpoint in bfloat16 of a float32 state is the same state, rounded
+    types = {wanted.dtype, other.dtype} & {torch.bfloat16, torch.float16} or {wanted.dtype}
+    return any(torch.equal(wanted.to(dtype), other.to(dtype)) for dtype in types)
 
 
 def _by_ending(tensors: Tensors) -> dict[str, list[Callable[[], Tensor]]]:
     """Every tensor under its name and under all that is left of it behind a dot."""
-    found: dict[str, list[Callable[[], Tensor]]] = {}
+    by_ending: dict[str, list[Callable[[], Tensor]]] = {}
     for name, read in tensors.items():
         parts = name.split(".")
         for start in range(len(parts)):
-            found.setdefault(".".join(parts[start:]), []).append(read)
-    return found
+            by_ending.setdefault(".".join(parts[start:]), []).append(read)
+    return by_ending
 
 
 def _open(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -88,7 +90,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         file: Any = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is corrupted ({error}); restore it or train the stage again") from None
-    for name in file.keys():  # noqa: SIM118
+    for name in file.keys():  # noqa: SIM118  # no mapping: it can only be iterated by its keys
         yield name, partial(file.get_tensor, name)
 
 

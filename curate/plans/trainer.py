@@ -35,14 +35,17 @@ def run_trainer(arguments: Sequence[str], stage: str, lock: Lock) -> int:
         KeyboardInterrupt: the runner was told to end, and has ended the command.
     """
     try:
+        # the lock's descriptor is inherited: the lock is free when both have closed it
         process = subprocess.Popen(arguments, pass_fds=(lock.descriptor,))  # noqa: S603
     except OSError as error:
         raise TrainerError(f"{arguments[0]} cannot be started ({error.strerror})") from None
     runner = f"process {os.getpid()}"
+    # what a second runner tells its user: whom it waits for, or whom to end
     lock.say(f"process {process.pid} (the trainer of stage {stage}, started by {runner})")
     try:
         return process.wait()
     except KeyboardInterrupt as interrupt:
+        # a terminal sends Ctrl-C to both; SIGTERM reached the runner alone
         _end(process, from_terminal=interrupt.args[:1] != (signal.SIGTERM,))
         raise
     finally:
@@ -58,6 +61,7 @@ def _end(process: subprocess.Popen[bytes], *, from_terminal: bool) -> None:
             if not _has_ended(process, _GRACE_SECONDS):
                 _log.warning("the trainer has not ended within %.0f seconds and is killed", _GRACE_SECONDS)
     finally:
+        # no child outlives the runner's exit, even where a second signal cut the wait short
         process.kill()
         process.wait()
 

@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 def streams_fingerprint(streams: Mapping[str, Path]) -> str:
     """Identity of the data in some streams, by their indexes."""
+    # an index has the size of every shard and, as curate writes it, its hash: no shard has to be read
     return fingerprint({domain: file_fingerprint(folder / "index.json") for domain, folder in streams.items()})
 
 
@@ -48,10 +49,12 @@ def open_candidates(folder: Path, run: Run) -> SampleSource:
     Raises:
         UserError: they were not made like the run's data.
     """
-    own, theirs = run.spec.tokenizer, find_tokenizer(folder, load_streams(folder))
-    if own is not None and own.exists() and theirs is not None:
-        check_same_tokenizer(theirs, own, "of the run")
+    tokenizer, theirs = run.spec.tokenizer, find_tokenizer(folder, load_streams(folder))
+    # without both files nothing can be compared here; `check_fit` still refuses ids beyond the model's vocabulary
+    if tokenizer is not None and tokenizer.exists() and theirs is not None:
+        check_same_tokenizer(theirs, tokenizer, "of the run")
     source = SampleSource(run.folder, candidate_streams(folder), run.spec.columns)
+    # positions beyond the training's length are positions that the model never learned
     longest = int(source.unique_samples["stored_tokens"].max())  # type: ignore[arg-type]
     if longest > run.spec.seq_len:
         raise UserError(
@@ -64,7 +67,7 @@ def open_candidates(folder: Path, run: Run) -> SampleSource:
 def unseen_samples(
     folder: Path, samples: dy.DataFrame[Catalogue], seen: dy.DataFrame[SampleUses], *, unseen_only: bool
 ) -> dy.DataFrame[Catalogue]:
-    """The candidates that may be used, and a line that says which were trained on already.
+    """The candidates that may be used; logs which were trained on already.
 
     Args:
         folder: of the candidates.
@@ -75,24 +78,28 @@ def unseen_samples(
     Raises:
         UserError: nothing is left.
     """
-    old = samples.join(seen, on="sample_id", how="semi")
-    if old.is_empty():
+    seen_samples = samples.join(seen, on="sample_id", how="semi")
+    if seen_samples.is_empty():
         return samples
-    counts = old.group_by("domain").len().sort("domain").iter_rows()
+    counts = seen_samples.group_by("domain").len().sort("domain").iter_rows()
     named = ", ".join(f"{domain} {count:,}" for domain, count in counts)
     what = "they are left out (filter.unseen_only false would keep them)" if unseen_only else "they are kept"
     _log.warning(
-        "%s of %s candidates were trained on already (%s); %s", f"{len(old):,}", f"{len(samples):,}", named, what
+        "%s of %s candidates were trained on already (%s); %s",
+        f"{len(seen_samples):,}",
+        f"{len(samples):,}",
+        named,
+        what,
     )
     if not unseen_only:
         return samples
-    left = Catalogue.validate(samples.join(seen, on="sample_id", how="anti", maintain_order="left"))
-    if left.is_empty():
+    unseen = Catalogue.validate(samples.join(seen, on="sample_id", how="anti", maintain_order="left"))
+    if unseen.is_empty():
         raise UserError(
             f"every sample of the candidates {folder} was trained on already: give others, or set filter.unseen_only "
             "false"
         )
-    gone = sorted(set(samples["domain"]) - set(left["domain"]))
+    gone = sorted(set(samples["domain"]) - set(unseen["domain"]))
     if gone:
         _log.warning("nothing of %s is left: the next stage does without", ", ".join(gone))
-    return left
+    return unseen

@@ -123,7 +123,7 @@ class SelectConfig(Config):
 
     @model_validator(mode="after")
     def _every_setting_acts(self) -> Self:
-        given = changed(self)
+        given = changed(self)  # a default that does nothing is no mistake of the user
         for setting, reason in _without_effect(self):
             if setting in given:
                 raise ValueError(f"{setting} {_shown(given[setting])} has no effect here: {reason}; leave it out")
@@ -140,6 +140,7 @@ class SelectConfig(Config):
         return self.mode != "weights"
 
 
+# The rules below mirror what the code reads: who adds a setting that another one can silence adds a rule here.
 def _without_effect(config: SelectConfig) -> Iterator[tuple[str, str]]:
     """Settings that the others leave nothing to decide, and why."""
     yield from _by_method(config)
@@ -147,6 +148,7 @@ def _without_effect(config: SelectConfig) -> Iterator[tuple[str, str]]:
     yield from _by_mixture(config)
     if config.output.wandb == "none" or not config.is_valued:
         yield "output.wandb_texts", "nothing is logged (output.wandb none, or a method without values)"
+    # candidates were never trained on: no window has them, and branches do not draw from them
     if config.candidates is not None:
         yield "values.sources", "candidates are measured at the current state"
         yield "mixture.branch_test", "it is about domains that were trained on"
@@ -166,7 +168,7 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
         for setting in ("more_targets", "retain"):
             yield setting, f"{why} scores domains for one target at most (one file may hold the documents of several)"
         yield "filter.drop_fraction", f"{why} values no samples: none are the worst"
-        if config.output.wandb != "none":
+        if config.output.wandb != "none":  # "none" is what happens here, so that saying it is no mistake
             yield "output.wandb", f"{why} values no samples, so that there is no report to log"
     elif method != "curate":
         yield "candidates", f"{why} values the samples of a window"
@@ -175,6 +177,7 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
 
 
 def _by_mode(config: SelectConfig) -> Iterator[tuple[str, str]]:
+    # `false` is what these modes do; only `true` asks for what they cannot do
     if config.mode != "samples" and config.filter.unseen_only:
         yield "filter.unseen_only", f"the streams of mode {config.mode} hold every sample"
     if config.takes_samples:
@@ -203,4 +206,5 @@ def _by_mixture(config: SelectConfig) -> Iterator[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
+    """A value as a message has it; a mapping (of files, say) would be longer than the sentence."""
     return "" if isinstance(value, dict) else str(value)

@@ -10,7 +10,7 @@ import polars as pl
 
 from curate.domains.methods import scores_without_values
 from curate.domains.ngram_scores import ngram_ratios, with_ratios
-from curate.domains.rollup import RollUps, roll_ups
+from curate.domains.rollup import RollUps, roll_up_values
 from curate.evaluation.branch_record import check_tested, read_branch_test
 from curate.evaluation.branches import tested_scores
 from curate.tables import DomainScores, DrawKeys, Reliability
@@ -32,13 +32,13 @@ class Domains:
     Attributes:
         table: scores by source, target and domain, see `domains.domain.domain_scores` and `domains.ngram_scores`.
         ratios: n-gram ratios of the targets; None: they have no share.
-        rolled: roll-ups; None: nothing was valued.
-        keys: by which a method draws samples, where it does.
+        roll_ups: of measured values to shards, documents and reliability; None: the method values nothing.
+        keys: what `random` and `dsir` draw samples by; None: other methods.
     """
 
     table: dy.DataFrame[DomainScores]
     ratios: TargetRatios | None
-    rolled: RollUps | None = None
+    roll_ups: RollUps | None = None
     keys: dy.DataFrame[DrawKeys] | None = None
 
 
@@ -50,17 +50,28 @@ def score_domains(plan: Resolved, source: Source, targets: Targets, values: Valu
         ratios = ngram_ratios(source.samples, targets.every, source.prior_tokens, config.seed)
     if not config.is_valued:
         table, keys = scores_without_values(
-            config.method, source.samples, targets.main, name=plan.source, trained=source.prior_tokens,
-            budget=plan.budget_tokens, prior_strength=plan.mixture.prior_strength,
-            dsir_temperature=config.values.dsir_temperature, seed=config.seed,
-        )  # fmt: skip
+            config.method,
+            source.samples,
+            targets.main,
+            name=plan.mixture_source,
+            trained=source.prior_tokens,
+            budget=plan.budget_tokens,
+            prior_strength=plan.mixture.prior_strength,
+            dsir_temperature=config.values.dsir_temperature,
+            seed=config.seed,
+        )
+        # baselines are what was published: n-grams have no share in them
         return Domains(table=with_ratios(table, None, 0.0), ratios=None, keys=keys)
-    rolled = roll_ups(values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed)
+    rolled = roll_up_values(
+        values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed
+    )
     table = with_ratios(rolled.domains, ratios, plan.ngram_share)
+    # only now: a branch test is of scores, which are not known before
     _check_branch_test(plan, targets, table)
+    # both "halves" of these sources are the whole value: their agreement of 1 would say nothing
     halves = rolled.reliability.filter(~pl.col("source").is_in(_WITHOUT_HALVES))
     rolled = replace(rolled, reliability=Reliability.validate(halves))
-    return Domains(table=table, ratios=ratios, rolled=rolled)
+    return Domains(table=table, ratios=ratios, roll_ups=rolled)
 
 
 def _check_branch_test(plan: Resolved, targets: Targets, table: dy.DataFrame[DomainScores]) -> None:
@@ -72,5 +83,5 @@ def _check_branch_test(plan: Resolved, targets: Targets, table: dy.DataFrame[Dom
     path = plan.config.mixture.branch_test
     if path is not None:
         test = read_branch_test(path, plan.run.fingerprint, targets.main.fingerprint)
-        rows = DomainScores.validate(table.filter(source=plan.source, target=targets.main.name))
-        check_tested(path, test, plan.source, tested_scores(rows))
+        rows = DomainScores.validate(table.filter(source=plan.mixture_source, target=targets.main.name))
+        check_tested(path, test, plan.mixture_source, tested_scores(rows))

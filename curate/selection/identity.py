@@ -50,6 +50,7 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
         "unseen_only": plan.unseen_only,
         "branch_test": None if plan.branch_test is None else fingerprint(plan.branch_test.model_dump(mode="json")),
         "held_out": held_out,
+        # the version of a rule is part of what decides the bytes: a change of rule makes a new selection
         "choice": list(CHOICE) if config.takes_samples or config.method == "curate" else None,
         "candidates": None if config.candidates is None else streams_fingerprint(candidate_streams(config.candidates)),
         "predictor": list(NGRAM_PREDICTOR if plan.measures_samples else PREDICTOR if plan.predicts_samples else ()),
@@ -58,6 +59,7 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
         files = plan.embedding.adjoint.anchor_files
         identity["embedding"] = plan.embedding.model_dump(mode="json", exclude=_EMBEDDING)
         identity["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+    # the budget is in it as resolved, so that "as many as the last stage" and the same number are one selection
     return identity | config.model_dump(mode="json", exclude={**_ELSEWHERE, "budget_tokens": True})
 
 

@@ -1,4 +1,9 @@
-"""From scores to the mixture: which samples are good enough, how many of each domain, and which ones."""
+"""From scores to the mixture: which samples are good enough, how many of each domain the stage takes, and which.
+
+A dropped sample gets its reason in one of three places: `make_pool` (seen), `filter_pool` (contamination,
+near_duplicate, low_value) and `top_k` (not_sampled: good enough, but the stage needs fewer). `make_plan` lists them in
+`SamplePlan.dropped`, which is written as `dropped.parquet`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ class Kept:
 
     Attributes:
         pool: see `output.plan.make_pool` and `filter.choose`.
-        contamination: what was found of held-out text, see `filter.pipeline.filter_pool`.
+        contamination: samples that hold held-out text, see `filter.pipeline.filter_pool`.
     """
 
     pool: dy.DataFrame[SamplePool] | dy.DataFrame[RankedPool]
@@ -61,6 +66,7 @@ def filter_samples(plan: Resolved, source: Source, samples: SampleScores) -> Kep
         ngram_share=plan.ngram_share,
         seed=config.seed,
     )
+    # `dsir` and `random` draw by keys of their own; what is left out is left out for every method alike
     if config.takes_samples and samples.keys is not None:
         pool = with_keys(RankedPool.validate(pool), samples.keys)
     return Kept(pool=pool, contamination=contamination)
@@ -72,7 +78,8 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
     Raises:
         UserError: no mixture satisfies the constraints, or nothing is left of what must be there.
     """
-    prior, supply, constraints = _left(plan, source, SamplePool.validate(kept.pool))
+    prior, supply, constraints = _without_spent_domains(plan, source, SamplePool.validate(kept.pool))
+    # the solver needs one row for each domain that it has, and for no other
     scores = DomainScores.validate(domains.table.filter(pl.col("domain").is_in(list(prior))))
     mixture = decide_stage(
         scores,
@@ -81,11 +88,11 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
         plan.budget_tokens,
         constraints,
         plan.objectives,
-        plan.source,
+        plan.mixture_source,
         decay_epochs=plan.decay_epochs,
     )
-    counts = dict.fromkeys(source.prior_tokens, 0)
-    counts |= {domain: part.samples for domain, part in mixture.domains.items()}
+    counts = dict.fromkeys(source.prior_tokens, 0)  # a domain of which nothing is left delivers nothing
+    counts |= {domain: share.samples for domain, share in mixture.domains.items()}
     pool = SamplePool.validate(kept.pool)
     if plan.config.takes_samples:
         ranked = RankedPool.validate(kept.pool)
@@ -94,6 +101,7 @@ def solve_mixture(plan: Resolved, source: Source, domains: Domains, kept: Kept) 
     chosen = make_plan(pool, counts, plan.config.seed)
     delivered = chosen.tokens()
     _warn_of_budget(sum(delivered.values()), plan.budget_tokens)
+    # samples differ in length: the mixture says what was chosen, not what was asked for
     return with_tokens(mixture, {**dict.fromkeys(mixture.domains, 0), **delivered}), chosen
 
 
@@ -107,11 +115,13 @@ def _warn_of_budget(delivered: int, budget_tokens: int) -> None:
     if abs(delivered / budget_tokens - 1) > _UNEVEN:
         _log.warning(
             "samples differ in length, and those chosen have %s tokens, not %s: pack samples to one length, or change "
-            "budget_tokens by as much", f"{delivered:,}", f"{budget_tokens:,}",
-        )  # fmt: skip
+            "budget_tokens by as much",
+            f"{delivered:,}",
+            f"{budget_tokens:,}",
+        )
 
 
-def _left(
+def _without_spent_domains(
     plan: Resolved, source: Source, pool: dy.DataFrame[SamplePool]
 ) -> tuple[Mapping[str, float], Mapping[str, Supply], MixtureConfig]:
     """What a mixture can be made of: domains of which no sample is left have no weight, and a warning says why.
@@ -125,20 +135,21 @@ def _left(
         UserError: nothing is left at all, or nothing of a domain that has a floor.
     """
     supply, constraints = supply_of(pool), plan.mixture
-    spent = sorted(domain for domain, own in supply.items() if not own.samples)
+    spent = sorted(domain for domain, left in supply.items() if not left.samples)
     prior = {domain: float(tokens) for domain, tokens in source.prior_tokens.items()}
     if not spent:
         return prior, supply, constraints
-    told = "; ".join(f"{domain} ({_reasons(pool, domain)})" for domain in spent)
+    reasons = "; ".join(f"{domain} ({_reasons(pool, domain)})" for domain in spent)
     floored = [domain for domain in spent if constraints.floors.get(domain, 0) > 0]
     if len(spent) == len(supply) or floored:
         raise UserError(
-            f"nothing is left of {told}; give more data, loosen what leaves samples out (contamination: "
+            f"nothing is left of {reasons}; give more data, loosen what leaves samples out (contamination: "
             "filter.contamination_overlap, seen: filter.unseen_only, others: filter)"
             + (f", or lower mixture.floors of {', '.join(floored)}" if floored else "")
         )
-    _log.warning("nothing is left of %s: no weight, others have the share", told)
-    left = {
+    _log.warning("nothing is left of %s: no weight, others have the share", reasons)
+    # the constraints must not name domains that the solver does not have
+    remaining = {
         "replay_domains": tuple(domain for domain in constraints.replay_domains if domain not in spent),
         **{
             name: {domain: share for domain, share in getattr(constraints, name).items() if domain not in spent}
@@ -146,7 +157,7 @@ def _left(
         },
     }
     kept = {domain: tokens for domain, tokens in prior.items() if domain not in spent}
-    return kept, {domain: supply[domain] for domain in kept}, constraints.model_copy(update=left)
+    return kept, {domain: supply[domain] for domain in kept}, constraints.model_copy(update=remaining)
 
 
 def _reasons(pool: pl.DataFrame, domain: str) -> str:

@@ -1,4 +1,15 @@
-"""The line from a finished stage and a target to the next stage's data, one call a station."""
+"""From a finished stage and a target to the next stage's data: `select`, one call per step.
+
+resolve             every "auto" of the config decided, once
+load_plan_targets   the targets, and what must be retained
+open_source         what the next stage draws from: streams, catalogue, usable samples
+measure             values of measured samples for every target
+score_domains       values rolled up to domains, with intervals
+score_samples       one value of every sample for all targets together
+filter_samples      each sample that is not good enough gets its reason
+solve_mixture       weights of domains, and which samples the stage takes
+_finish             tables, data and report, written and sealed
+"""
 
 from __future__ import annotations
 
@@ -86,19 +97,19 @@ def load_plan_targets(plan: Resolved) -> Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A selection that is made, or there already."""
+    """A selection that is being made, or that is there already."""
 
     plan: Resolved
     folder: SelectionFolder
-    identity: Json
-    samples: str  # fingerprint of what is drawn from
+    identity: Json  # settings and parents that decide the bytes
+    source_fingerprint: str  # of the samples that are drawn from
     is_missing: bool
-    begin: float
+    begin: float  # seconds, by `perf_counter`
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What the stations found."""
+    """What the steps of `select` returned, in their order."""
 
     targets: Targets
     source: Source
@@ -113,20 +124,27 @@ class _Result:
 @contextmanager
 def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Job]:
     """The selection's folder, locked; a complete one is held against its settings and samples."""
-    begin, identity, samples = perf_counter(), identity_of(plan, targets), source.fingerprint
-    name = f"{targets.main.name}-{fingerprint({**identity, 'data': samples})[:8]}"
+    begin, identity, source_fingerprint = perf_counter(), identity_of(plan, targets), source.fingerprint
+    name = f"{targets.main.name}-{fingerprint({**identity, 'data': source_fingerprint})[:8]}"
     out = plan.config.out or plan.run.folder / SELECTIONS / name
+    # asked before anything is measured: `start` would refuse such a folder too, but only hours later
     if not is_complete(out, identity):
         check_can_begin(out, identity)
     with making(out, identity) as missing:
         if not missing:
             check_contents(out)
-            check_samples(out, samples)
+            # the samples are no part of the identity: a re-sharded stream has the same ones, and the same selection
+            check_samples(out, source_fingerprint)
             _log.info("this selection is complete already")
         elif plan.config.is_valued and plan.config.retain is None:
             _log.warning("%s: give such text with --retain FILE", NOTHING_RETAINED)
         yield _Job(
-            plan=plan, folder=SelectionFolder(out), identity=identity, samples=samples, is_missing=missing, begin=begin
+            plan=plan,
+            folder=SelectionFolder(out),
+            identity=identity,
+            source_fingerprint=source_fingerprint,
+            is_missing=missing,
+            begin=begin,
         )
 
 
@@ -134,30 +152,41 @@ def _finish(job: _Job, result: _Result) -> None:
     """Write the tables, the data, the mixture and the report, and finalize the folder."""
     plan, folder = job.plan, job.folder
     tables = _tables(plan, result)
-    begin(folder.root, job.identity)
+    begin(folder.root, job.identity)  # only now: what fails while it measures leaves nothing that looks begun
     write_scores(folder.scores, result.values.frame)
     for name, table in tables.items():
         _write_table(folder.table(name), table)
     data = export(
-        folder, result.source.samples, plan.run.spec, result.mixture, result.chosen, mode=plan.config.mode,
-        scheduled=plan.mixture.schedule != "constant", seed=plan.config.seed,
+        folder,
+        result.source.samples,
+        plan.run.spec,
+        result.mixture,
+        result.chosen,
+        mode=plan.config.mode,
+        scheduled=plan.mixture.schedule != "constant",
+        seed=plan.config.seed,
         shard_bytes=plan.config.output.shard_bytes,
-    )  # fmt: skip
+    )
+    # after the data was read back and compared: a mixture.yaml never promises what is not there
     write_mixture(folder.mixture, result.mixture)
+    # a baseline without values has nothing that a report would show
     if plan.config.is_valued:
         _report(job, result, tables, data)
     facts = {
+        # how far the values and the weights may be trusted, without opening a table
         "residuals": result.values.residuals,
         "mixture_fingerprint": fingerprint(result.mixture.model_dump(mode="json")),
     }
-    finalize(folder.root, "selection", job.identity, data=job.samples, **facts)
+    # last: the manifest is what makes the folder complete
+    finalize(folder.root, "selection", job.identity, data=job.source_fingerprint, **facts)
     _log.info("selected in %.0f seconds", perf_counter() - job.begin)
 
 
 def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
-    rolled = result.domains.rolled
+    """Every table of the selection but its costs, by the name of its file."""
+    roll_ups = result.domains.roll_ups
     tables: dict[str, pl.DataFrame] = {"domains": result.domains.table}
-    tables |= {} if rolled is None else rolled.of_main_target
+    tables |= {} if roll_ups is None else roll_ups.of_main_target
     tables["seen"] = domains_seen(result.source.samples, plan.uses)
     tables["contamination"] = result.kept.contamination
     if result.samples.quality is not None:
@@ -166,17 +195,20 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
 
 
 def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data: Mapping[str, Path]) -> None:
+    # plotting takes a second to import, and selections of baselines do without
     from curate.report.track import publish
     from curate.selection.report import cost_table, selection_report
 
     measured = result.samples.measured
-    made = [cost for values in result.values.by_source.values() for cost in values.costs]
+    phases = [cost for values in result.values.by_source.values() for cost in values.costs]
     if measured is not None:
-        made.append(
+        phases.append(
             Cost(phase="measure samples", folder=measured.folder, seconds=measured.seconds, passes=measured.passes)
         )
-    spent = perf_counter() - result.values.finished - result.samples.measuring_seconds
-    costs = cost_table(job.plan.run, made, job.folder.root, spent)
+    # selecting itself: what measuring took is a phase of its own, with the time of earlier, interrupted calls
+    selecting_seconds = perf_counter() - result.values.finished - result.samples.measuring_seconds
+    costs = cost_table(job.plan.run, phases, job.folder.root, selecting_seconds)
+    # after the others: their bytes are a row of it
     _write_table(job.folder.table("costs"), costs)
     report = selection_report(
         job.plan, result.source, result.targets.main, result.values, result.mixture, {**tables, "costs": costs}, data
@@ -185,5 +217,5 @@ def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data
 
 
 def _write_table(path: Path, table: pl.DataFrame) -> None:
-    with atomic_write(path) as part:
-        table.write_parquet(part)
+    with atomic_write(path) as temporary:
+        table.write_parquet(temporary)

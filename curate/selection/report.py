@@ -51,39 +51,49 @@ def selection_report(
         source: what the next stage draws from.
         target: the main one.
         values: what was measured.
-        mixture: as delivered.
+        mixture: as written.
         tables: by name, see `selection.pipeline`, with `costs`.
         data: form -> the file or folder that a loader opens.
     """
     training = training_curve(plan.run)
+    # of the main target: a page of every target would be a page for each
     measured = values.frame.filter(target=target.name)
     examples = {
         (name, kind): rows
-        for name, own in values.by_source.items()
-        for kind, rows in own.extremes(target, EXAMPLES).items()
+        for name, source_values in values.by_source.items()
+        for kind, rows in source_values.extremes(target, EXAMPLES).items()
     }
     predicted = tables.get("predicted")
     return ReportData(
-        run=visible(plan.run.folder.name), target=target.name,
-        target_documents=target.documents, target_tokens=target.tokens,
-        retain=mixture.retain, estimator=_estimator(plan),
-        horizons={name: own.horizon for name, own in values.by_source.items()},
-        mixture_source=mixture.source, sign=SIGN,
+        run=visible(plan.run.folder.name),
+        target=target.name,
+        target_documents=target.documents,
+        target_tokens=target.tokens,
+        retain=mixture.retain,
+        estimator=_estimator(plan),
+        horizons={name: source_values.horizon for name, source_values in values.by_source.items()},
+        mixture_source=mixture.source,
+        sign=SIGN,
         budget_tokens=mixture.budget_tokens,
         loader="\n".join(loader_line(kind, path) for kind, path in data.items()),
-        settings=visible_json(plan.config.model_dump(mode="json")), reliability=tables["reliability"],
-        curve=value_curve(measured.filter(pl.col("source").is_in(plan.windows)), training), training=training,
+        settings=visible_json(plan.config.model_dump(mode="json")),
+        reliability=tables["reliability"],
+        curve=value_curve(measured.filter(pl.col("source").is_in(plan.windows)), training),
+        training=training,
         domains=tables["domains"].filter(target=target.name),
         mixture=mixture_table(mixture, tables["seen"]),
         examples=example_table(source.samples, plan.run.spec.tokenizer, measured, examples),
-        shards=tables["between_shards"], costs=tables["costs"], residuals=values.residuals,
+        shards=tables["between_shards"],
+        costs=tables["costs"],
+        residuals=values.residuals,
         length_bias=dict(tables["length_bias"].drop_nulls().select("source", "spearman").iter_rows()),
         phases=[phase.model_dump(mode="json") for phase in mixture.phases],
-        sweep=sweep_table(mixture), targets=target_table(tables["domains"], mixture),
-        group_limits={name: one.model_dump() for name, one in mixture.group_limits.items()},
+        sweep=sweep_table(mixture),
+        targets=target_table(tables["domains"], mixture),
+        group_limits={name: limit.model_dump() for name, limit in mixture.group_limits.items()},
         predicted=() if predicted is None else predicted.to_dicts(),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
-    )  # fmt: skip
+    )
 
 
 def _estimator(plan: Resolved) -> str:
@@ -92,18 +102,19 @@ def _estimator(plan: Resolved) -> str:
     return " and ".join([*windows, *(["next-step influence"] if plan.asks_next_step else [])])
 
 
-def cost_table(run: Run, made: Sequence[Cost], out: Path, seconds: float) -> dy.DataFrame[Costs]:
+def cost_table(run: Run, phases: Sequence[Cost], out: Path, seconds: float) -> dy.DataFrame[Costs]:
     """What each phase cost, the stage's training for comparison.
 
     Args:
         run: of the stage.
-        made: what was made, phase by phase.
+        phases: what was measured, in order.
         out: folder of the selection.
         seconds: that selecting took.
     """
     rows: list[dict[str, object]] = [{"phase": "training", "passes": float(run.spec.steps), "note": "one per step"}]
-    for cost in made:
+    for cost in phases:
         note = f"{100 * cost.passes / run.spec.steps:.1f} % of the stage"
+        # "*.*": files only, a scratch folder has no ending
         size = sum(path.stat().st_size for path in cost.folder.glob("*.*"))
         rows.append({"phase": cost.phase, "passes": cost.passes, "seconds": cost.seconds, "bytes": size, "note": note})
     written = folder_bytes(out)

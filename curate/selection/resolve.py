@@ -1,4 +1,4 @@
-"""Every "auto" of a selection decided, once: what follows reads these and rewrites nothing."""
+"""Every "auto" of a selection is decided here, once. What follows reads the decisions and rewrites nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 SAMPLE_RETAIN_WEIGHT = 1.0
 """Weight of the retention target's values in the choice among samples, the targets' together being 1: where no sample
 of a domain does much for the target, those are taken that are best for what must be retained."""
-_OWN = ("run", "target", "more_targets", "retain", "window", "device", "min_target_tokens")
+# Settings of `curate.embed` that a selection fills in itself; a file of values.embed_config must not have them.
+_SET_BY_SELECT = ("run", "target", "more_targets", "retain", "window", "device", "min_target_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,11 @@ class Resolved:
     branch_test: BranchTest | None = None
 
     @property
-    def source(self) -> str:
-        """Name of the source that sets the mixture."""
+    def mixture_source(self) -> str:
+        """Name of the source that sets the mixture: early, late, current or candidates."""
         if self.sources:
             return self.sources[-1]
+        # a method without values still needs a name for its rows
         return CURRENT if self.config.candidates is None else CANDIDATES
 
     @property
@@ -87,7 +89,7 @@ class Resolved:
 
     @property
     def asks_next_step(self) -> bool:
-        """Whether anything depends on the next step."""
+        """Whether values of the next step are needed, for domains or for samples."""
         return self.next_step_name in self.sources or self.measures_samples
 
     @property
@@ -111,12 +113,14 @@ class Resolved:
         mixture = self.config.mixture
         if self.branch_test is None:
             return mixture
+        # scores that predict the next stage less well move the weights less
         return mixture.model_copy(update={"prior_strength": mixture.prior_strength * self.branch_test.strength_factor})
 
     @cached_property
     def objectives(self) -> Objectives:
         """What the mixture is for: targets by the names of their files."""
         config = self.config
+        # the main target first: its name is the artifact's, and its halves tell how reliable values are
         targets = {name_of(config.target): 1.0}
         targets |= {name_of(Path(path)): weight for path, weight in config.more_targets.items()}
         return Objectives(targets=targets, retain=None if config.retain is None else name_of(config.retain))
@@ -130,9 +134,12 @@ class Resolved:
     def next_step(self) -> NextStepOptions:
         """How values of the next step are measured."""
         return NextStepOptions(
-            per_domain=self.config.values.measured_per_domain, seed=self.config.seed, device=self.config.device,
-            batch_size=self.embedding.target_batch_size, tolerance=self.embedding.tolerance,
-        )  # fmt: skip
+            per_domain=self.config.values.measured_per_domain,
+            seed=self.config.seed,
+            device=self.config.device,
+            batch_size=self.embedding.target_batch_size,
+            tolerance=self.embedding.tolerance,
+        )
 
     @cached_property
     def stages(self) -> list[Path]:
@@ -162,19 +169,24 @@ def resolve(config: SelectConfig, run: Run) -> Resolved:
         UserError: a setting does not fit the run, or the method.
     """
     sources = _sources(config)
+    # asked here, before anything is read or measured
     for name in sources:
         if name not in (CURRENT, CANDIDATES) and name not in run.spec.windows:
             raise UserError(
                 f"run {run.folder} has no window {name!r} (it declared {sorted(run.spec.windows)}): set values.sources"
             )
-    budget, tested = config.budget_tokens, config.mixture.branch_test
+    budget, branch_test_file = config.budget_tokens, config.mixture.branch_test
     unseen_only = config.filter.unseen_only
     return Resolved(
-        config=config, run=run, sources=sources, embedding=_embedding(config, run, sources),
+        config=config,
+        run=run,
+        sources=sources,
+        embedding=_embedding(config, run, sources),
         budget_tokens=sum(trained_tokens(run).values()) if budget is None else int(budget),
+        # the run's own data is repeated up to mixture.max_epochs; candidates are given for being new
         unseen_only=config.candidates is not None if unseen_only is None else unseen_only,
-        branch_test=None if tested is None else read_branch_test(tested, run.fingerprint),
-    )  # fmt: skip
+        branch_test=None if branch_test_file is None else read_branch_test(branch_test_file, run.fingerprint),
+    )
 
 
 def _sources(config: SelectConfig) -> tuple[str, ...]:
@@ -184,6 +196,7 @@ def _sources(config: SelectConfig) -> tuple[str, ...]:
         return (CANDIDATES,)
     if config.values.sources:
         return tuple(config.values.sources)
+    # the published baselines value what a window trained on
     return (CURRENT,) if config.method == "curate" else ("late",)
 
 
@@ -192,19 +205,25 @@ def _embedding(config: SelectConfig, run: Run, sources: tuple[str, ...]) -> Embe
     path = config.values.embed_config
     given: dict[str, Any] = {} if path is None else _read_settings(path)
     windows = [name for name in sources if name in ("early", "late")]
+    # a method that is an estimator and the file of settings must not name two different ones
     if config.method in ESTIMATORS:
         if given.get("estimator", config.method) != config.method:
             raise UserError(f"{path}: estimator {given['estimator']} does not go with method {config.method}")
         given["estimator"] = config.method
     elif given.get("estimator") in ESTIMATORS:
         raise UserError(f"{path}: estimator {given['estimator']} is a method of its own: set --method instead")
-    own: dict[str, Any] = {
-        "run": run.folder, "target": config.target, "more_targets": config.more_targets, "retain": config.retain,
-        "device": config.device, "min_target_tokens": config.values.min_target_tokens,
+    set_here: dict[str, Any] = {
+        "run": run.folder,
+        "target": config.target,
+        "more_targets": config.more_targets,
+        "retain": config.retain,
+        "device": config.device,
+        "min_target_tokens": config.values.min_target_tokens,
+        # a selection without windows embeds nothing; "late" only makes the settings complete
         "window": "both" if len(windows) == 2 else windows[0] if windows else "late",
-    }  # fmt: skip
+    }
     try:
-        return EmbedConfig(**given, **own)
+        return EmbedConfig(**given, **set_here)
     except ValidationError as error:
         raise UserError(f"{path or 'curate.embed'}: {first_problem(error)}") from None
 
@@ -213,7 +232,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, expected a mapping of settings of curate.embed")
-    twice = sorted(set(raw) & set(_OWN))
+    twice = sorted(set(raw) & set(_SET_BY_SELECT))
     if twice:
         raise UserError(f"{path}: {', '.join(twice)} are set by curate.select itself; leave them out")
     return raw

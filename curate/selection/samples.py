@@ -15,9 +15,9 @@ import polars as pl
 from curate.domains.ngram_scores import combined_ratios
 from curate.filter.choose import combined_z
 from curate.influence.current import forward_passes, measure_samples
-from curate.influence.draw import values_frame
+from curate.influence.draw import as_sample_values
 from curate.influence.predict_next_step import MIN_RANK_CORRELATION, fit_predictor
-from curate.influence.predict_window import predict_rest
+from curate.influence.predict_window import predict_unmeasured
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
@@ -46,9 +46,9 @@ class SampleScores:
         texts: what one reading of all texts says.
         ngram_ratios: for all targets together; None: they have no share.
         quality: how good predicted values are, see `influence.predict_next_step` and `influence.predict_window`.
-        measured: samples that were measured beside the part of every domain.
-        keys: by which a method draws samples, where it does; they replace the values.
-        measuring_seconds: that measuring took now.
+        measured: the most promising samples, measured beside the part of every domain; None: none were.
+        keys: what `random` and `dsir` draw samples by; they replace the values.
+        measuring_seconds: that measuring took in this call.
     """
 
     values: dy.DataFrame[SampleValues]
@@ -63,9 +63,11 @@ class SampleScores:
 def score_samples(plan: Resolved, source: Source, targets: Targets, values: Values, domains: Domains) -> SampleScores:
     """Score samples by what the next step asks for, by a window's values, or by n-grams alone."""
     weights = plan.sample_weights
-    own = combined_values(values.of(plan.source), weights)
+    combined = combined_values(values.of(plan.mixture_source), weights)
+    # streams are weighted as they are: texts are read for the report of contamination only
     if not plan.config.takes_samples:
-        return SampleScores(values=own, texts=read_texts(plan, source, None, None))
+        return SampleScores(values=combined, texts=read_texts(plan, source, None, None))
+    # fitted before the texts are read, so that one reading serves predictions, ratios and overlaps
     predictor = None
     if plan.measures_samples and values.next_step is not None:
         predictor = fit_predictor(source.samples, values.next_step, weights, plan.config.seed)
@@ -76,11 +78,14 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
     if predictor is not None:
         return _by_next_step(plan, source, targets, values, domains, texts, ratios, predictor)
     if plan.predicts_samples:
-        aimed = [target for target in targets.every if target.name in weights]
-        predicted, quality = predict_rest(source.samples, own, aimed, MIN_RANK_CORRELATION, plan.config.seed)
-        told = _told(quality.with_columns(also_measured=pl.lit(None, pl.Int64)), plan.source)
-        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=told)
-    return SampleScores(values=own, texts=texts, ngram_ratios=ratios, keys=domains.keys)
+        weighted = [target for target in targets.every if target.name in weights]
+        predicted, quality = predict_unmeasured(
+            source.samples, combined, weighted, MIN_RANK_CORRELATION, plan.config.seed
+        )
+        # a window's values are measured in one go: no samples besides
+        quality_table = _log_quality(quality.with_columns(also_measured=pl.lit(None, pl.Int64)), plan.mixture_source)
+        return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=quality_table)
+    return SampleScores(values=combined, texts=texts, ngram_ratios=ratios, keys=domains.keys)
 
 
 def _by_next_step(
@@ -93,34 +98,40 @@ def _by_next_step(
     ratios: dy.DataFrame[NgramRatios] | None,
     predictor: NextStepPredictor,
 ) -> SampleScores:
-    """Every sample has what its n-grams predict, the most promising are measured."""
+    """Predict every sample's value from its n-grams, and measure the most promising ones.
+
+    A prediction costs no pass through the model, a measurement about half of one forward+backward pass of the sample:
+    so the budget of passes goes where the stage is likely to take samples.
+    """
     next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
     assert next_step is not None
     assert texts.predicted is not None
-    predicted, quality = predictor.judged(samples, texts.predicted)
+    predicted, quality = predictor.with_fallback(samples, texts.predicted)
+    # a text that two domains hold has one value: that of the first by name
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
-    told = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
-    every = values_frame(told, next_step.name, targets.main.name)
+    predicted_samples = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
+    every = as_sample_values(predicted_samples, next_step.name, targets.main.name)
     promising = _promising(plan, source, every, domains, ratios)
     measured, begin = None, perf_counter()
     if len(promising):
         measured = measure_samples(
             plan.run, source.samples, promising, next_step, targets.every, weights, plan.next_step
         )
+        # a measured value stands above what was predicted of the same sample
         rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
         every = SampleValues.validate(pl.concat([measured.values, rest]).sort("domain", "sample_id"))
     measuring_seconds = perf_counter() - begin
-    # those of the measured part are not passed over again
+    # promising samples of the measured part cost nothing again, so they are not counted twice
     besides = promising.join(next_step.values, on="sample_id", how="anti")
     counts = besides.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
     counted = quality.join(counts, on="domain", how="left", maintain_order="left")
-    told_quality = _told(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
+    logged_quality = _log_quality(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
     return SampleScores(
         values=every,
         texts=texts,
         ngram_ratios=ratios,
-        quality=told_quality,
+        quality=logged_quality,
         measured=measured,
         measuring_seconds=measuring_seconds,
     )
@@ -133,18 +144,21 @@ def _promising(
     domains: Domains,
     ratios: dy.DataFrame[NgramRatios] | None,
 ) -> dy.DataFrame[Samples]:
-    """The samples that are measured: some of each domain for each one that the stage is about to take."""
+    """The samples to measure: `MEASURED_PER_SAMPLE` for each one that the stage is about to take of a domain."""
     if plan.config.values.measured_passes == 0:
         return Samples.create_empty()
+    # weights are shares of tokens, a choice is one of samples
     lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
     mean_length = dict(lengths.iter_rows())
-    scores = DomainScores.validate(domains.table.filter(source=plan.source))
+    scores = DomainScores.validate(domains.table.filter(source=plan.mixture_source))
+    # the solved mixture needs the filtered samples, which need these values: the closed form is near enough for a count
     shares = tilted_prior(scores, source.prior_tokens, plan.mixture, plan.objectives)
     wanted = {
         domain: share * plan.budget_tokens / mean_length[domain]
         for domain, share in shares.items()
         if domain in mean_length
     }
+    # a limit in passes, in samples: one forward pass at the state, one a move along the direction
     affordable = plan.config.values.measured_passes / forward_passes(plan.run, 1, 1)
     per_sample = min(MEASURED_PER_SAMPLE, affordable / max(sum(wanted.values()), 1))
     return most_promising(source.usable, values, ratios, plan.ngram_share, wanted, per_sample)
@@ -158,7 +172,7 @@ def most_promising(
     wanted: Mapping[str, float],
     per_sample: float,
 ) -> dy.DataFrame[Samples]:
-    """The best samples of each domain by what is known of all.
+    """The best samples of each domain by what is known of every one: predicted values and n-gram ratios.
 
     Args:
         samples: all that may be taken.
@@ -173,27 +187,31 @@ def most_promising(
     """
     per_token = values.select("sample_id", value_per_token=pl.col("value_total") / pl.col("predicted_tokens"))
     per_token = per_token.unique("sample_id", keep="first")
-    told = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
+    scored = samples.join(per_token, on="sample_id", how="left", maintain_order="left")
     if ratios is None:
-        told, ngram_share = told.with_columns(ngram_ratio=pl.lit(None, pl.Float64)), 0.0
+        scored, ngram_share = scored.with_columns(ngram_ratio=pl.lit(None, pl.Float64)), 0.0
     else:
-        told = told.join(ratios, on=["domain", "sample_id"], how="left", maintain_order="left")
+        scored = scored.join(ratios, on=["domain", "sample_id"], how="left", maintain_order="left")
     # 1e-9: a product such as 1.25 x 4 must not fall below its whole number by rounding
     most = pl.DataFrame(
         {"domain": list(wanted), "most": [math.floor(per_sample * count + 1e-9) for count in wanted.values()]},
         schema={"domain": pl.String, "most": pl.Int64},
     )
-    told = told.join(most, on="domain", how="left", maintain_order="left")
-    place = combined_z(ngram_share).rank("ordinal", descending=True).over("domain")
-    return Samples.validate(told.filter(place <= pl.col("most").fill_null(0)))
+    scored = scored.join(most, on="domain", how="left", maintain_order="left")
+    standing = combined_z(ngram_share).rank("ordinal", descending=True).over("domain")
+    return Samples.validate(scored.filter(standing <= pl.col("most").fill_null(0)))
 
 
-def _told(quality: pl.DataFrame, source: str) -> dy.DataFrame[Predicted]:
-    """Say how good predictions are, and what they are of."""
+def _log_quality(quality: pl.DataFrame, source: str) -> dy.DataFrame[Predicted]:
+    """Log how good predictions are in each domain; returns the table with the name of their source."""
     for row in quality.iter_rows(named=True):
-        told = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        correlation = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
         _log.info(
             "%s: %s of %s samples measured, rank correlation %s held out; the rest: %s",
-            row["domain"], f"{row['measured']:,}", f"{row['samples']:,}", told, row["used"],
-        )  # fmt: skip
+            row["domain"],
+            f"{row['measured']:,}",
+            f"{row['samples']:,}",
+            correlation,
+            row["used"],
+        )
     return Predicted.validate(quality.with_columns(source=pl.lit(source)))

@@ -29,7 +29,7 @@ class Source:
     """What the next stage draws from.
 
     Attributes:
-        samples: streams and catalogue.
+        samples: where samples are read from: streams, and the catalogue of every sample in them.
         prior_tokens: stored tokens of each domain that the weights stay near: as many as the run trained on, or as the
             candidates have. Domains without an entry are not drawn from.
         usable: distinct samples that the stage may take and that predict a token, by domain and content id; all of
@@ -71,6 +71,7 @@ def open_source(plan: Resolved) -> Source:
     """
     source = _run_source(plan) if plan.config.candidates is None else _candidates(plan, plan.config.candidates)
     check_settings(plan.mixture, source.prior_tokens)
+    # streams whose shards differ in a column cannot be written as one: better refused now than after hours of measuring
     for stream in source.streams.values() if plan.config.takes_samples else ():
         columns_of(stream)
     return source
@@ -82,18 +83,17 @@ def _run_source(plan: Resolved) -> Source:
     unseen = usable
     if plan.unseen_only:
         unseen = Samples.validate(usable.join(plan.seen, on="sample_id", how="anti", maintain_order="left"))
-    # that nothing is left is said where the mixture is made, with what else leaves samples out
+    # All were seen: `solve_mixture` refuses that, because only there all reasons for leaving samples out are known.
     return Source(samples=plan.run.source, prior_tokens=plan.trained, usable=usable if unseen.is_empty() else unseen)
 
 
 def _candidates(plan: Resolved, folder: Path) -> Source:
     source = open_candidates(folder, plan.run)
-    unseen_only = plan.unseen_only
-    kept = unseen_samples(folder, source.unique_samples, plan.seen, unseen_only=unseen_only)
-    old = len(source.unique_samples) - len(kept)
-    if old and plan.config.mode != "samples":
+    kept = unseen_samples(folder, source.unique_samples, plan.seen, unseen_only=plan.unseen_only)
+    seen = len(source.unique_samples) - len(kept)
+    if seen and plan.config.mode != "samples":
         raise UserError(
-            f"{old} of the candidates were trained on already, and the streams of mode {plan.config.mode} hold every "
+            f"{seen} of the candidates were trained on already, and the streams of mode {plan.config.mode} hold every "
             "sample: set --mode samples to leave them out, or filter.unseen_only false"
         )
     tokens = dict(kept.group_by("domain").agg(pl.col("stored_tokens").sum()).sort("domain").iter_rows())

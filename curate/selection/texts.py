@@ -1,4 +1,7 @@
-"""One reading of every text that the stage can draw: n-gram ratios, predicted values and overlaps together."""
+"""Every text that the stage can draw is read once, for n-gram ratios, predicted values and overlaps together.
+
+Reading and hashing tokens is what costs on large streams, so nothing else in a selection reads texts a second time.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +62,12 @@ def read_texts(
         predictor: of the next step; None: it is not asked for.
     """
     config = plan.config
-    aimed = [config.target, *map(Path, config.more_targets), *([config.retain] if config.retain else [])]
-    held = read_held_out(aimed, config.filter, plan.run.spec.tokenizer)
+    target_files = [config.target, *map(Path, config.more_targets), *([config.retain] if config.retain else [])]
+    held = read_held_out(target_files, config.filter, plan.run.spec.tokenizer)
     catalogue = source.catalogue.sort("domain", "index")
+    # weights of whole streams without held-out text: nothing depends on a text, and none is read
     wanted = config.takes_samples or not held.grams.is_empty()
+    # rows in the order of the catalogue, a batch at a time
     means: list[Floats] = []
     predicted: list[Floats] = []
     also: list[Callable[[list[Sample]], None]] = []
@@ -71,15 +76,18 @@ def read_texts(
     if predictor is not None:
         also.append(lambda batch: predicted.append(predictor.predict(batch)))
     overlaps = scan(catalogue if wanted else catalogue.clear(), source.streams, held, also)
+    # ratios and predictions are of the usable samples only; overlaps stay of the whole catalogue
     rows = _rows_of(source.usable, catalogue)
     return Texts(
-        held=held, overlaps=overlaps, ratios=np.concatenate(means).astype(np.float64)[rows] if means else None,
+        held=held,
+        overlaps=overlaps,
+        ratios=np.concatenate(means).astype(np.float64)[rows] if means else None,
         predicted=np.concatenate(predicted)[rows] if predicted else None,
-    )  # fmt: skip
+    )
 
 
 def _rows_of(samples: dy.DataFrame[Samples], catalogue: pl.DataFrame) -> npt.NDArray[np.int64]:
-    """Where samples stand in the catalogue."""
+    """(N,) row of each sample in the sorted catalogue."""
     numbered = catalogue.select("domain", "index").with_row_index("row")
     rows = samples.join(numbered, on=["domain", "index"], how="left", maintain_order="left")["row"]
     return rows.to_numpy().astype(np.int64)

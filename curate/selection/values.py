@@ -1,4 +1,7 @@
-"""Values of samples, whatever source they come from: one protocol for windows of the run and for its current state."""
+"""How much samples helped: one protocol for the values of recorded windows and of the run's current state.
+
+Sign: positive = the sample lowers the target's loss = it helps. Unit: `tables.MeasuredValues`.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,7 @@ class WindowValues:
     @property
     def costs(self) -> Sequence[Cost]:
         """Of the embedding."""
+        # one for all targets: they are read from the same rows
         first = self.embeddings[0]
         return [Cost(phase=f"embed {self.window}", folder=first.folder, seconds=first.seconds, passes=first.passes)]
 
@@ -97,9 +101,10 @@ class WindowValues:
         """By the FAISS index."""
         from curate.index.open import extremes
 
-        place = [each.name for each in self.targets].index(target.name)
-        vectors = self.embeddings[place].targets
+        position = [candidate.name for candidate in self.targets].index(target.name)
+        vectors = self.embeddings[position].targets
         assert vectors is not None
+        # the value is linear in the target's vector: the halves' vectors, weighted, are the whole target's
         return extremes(self.index, np.asarray(target.half_weights, np.float32) @ vectors, count)
 
 
@@ -127,8 +132,8 @@ class CurrentValues:
     @property
     def costs(self) -> Sequence[Cost]:
         """Of the measurement."""
-        made = self.next_step
-        return [Cost(phase=f"{made.name} state", folder=made.folder, seconds=made.seconds, passes=made.passes)]
+        step = self.next_step
+        return [Cost(phase=f"{step.name} state", folder=step.folder, seconds=step.seconds, passes=step.passes)]
 
     def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
         """By sorting: there are few."""
@@ -153,26 +158,34 @@ class Values:
     @property
     def frame(self) -> dy.DataFrame[MeasuredValues]:
         """Of all sources, one below the other; without rows where nothing was valued."""
+        # the empty table gives the schema where there are no sources
         frames = [MeasuredValues.create_empty(), *(values.frame for values in self.by_source.values())]
         return MeasuredValues.validate(pl.concat(frames))
 
     def of(self, source: str) -> dy.DataFrame[MeasuredValues]:
         """Of one source; without rows where it was not valued."""
-        own = self.by_source.get(source)
-        return MeasuredValues.create_empty() if own is None else own.frame
+        values = self.by_source.get(source)
+        return MeasuredValues.create_empty() if values is None else values.frame
 
     @property
     def residuals(self) -> dict[str, float]:
         """Source -> relative residual, where the target was solved into anchors."""
-        return {name: own.residual for name, own in self.by_source.items() if own.residual is not None}
+        return {name: values.residual for name, values in self.by_source.items() if values.residual is not None}
 
 
 def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
-    """Value the samples of every source for every target; what is there already is opened."""
+    """Measure values of the samples of every source for every target; what was measured before is opened.
+
+    Args:
+        plan: of the selection.
+        source: what the next stage draws from; values of the current state are of a part of it.
+        targets: the targets, and what must be retained.
+    """
     by_source: dict[str, SourceValues] = {}
     if plan.windows:
         by_source |= _windows(plan, targets)
     next_step = None
+    # also where domains are scored by a window: samples are chosen by the current state
     if plan.asks_next_step:
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
@@ -183,14 +196,17 @@ def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
 
 def _windows(plan: Resolved, targets: Targets) -> dict[str, SourceValues]:
     embedded = embed(plan.embedding, plan.run, targets)
-    found: dict[str, SourceValues] = {}
+    values: dict[str, SourceValues] = {}
     for window in plan.windows:
-        parts = embedded[window]
-        frames = [embedded_values(part, target) for part, target in zip(parts, targets.every, strict=True)]
+        embeddings = embedded[window]
+        frames = [embedded_values(*pair) for pair in zip(embeddings, targets.every, strict=True)]
         if plan.config.method == "shuffled":  # a null control: each target's values dealt anew
             frames = [shuffled(frame, plan.config.seed) for frame in frames]
-        found[window] = WindowValues(
-            window=window, embeddings=parts, targets=targets.every, index=index_folder(parts[0], plan.embedding.index),
+        values[window] = WindowValues(
+            window=window,
+            embeddings=embeddings,
+            targets=targets.every,
+            index=index_folder(embeddings[0], plan.embedding.index),
             frame=MeasuredValues.validate(pl.concat(frames)),
-        )  # fmt: skip
-    return found
+        )
+    return values

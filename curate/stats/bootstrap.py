@@ -21,6 +21,7 @@ MIN_STEPS = 2  # one step alone says nothing about the spread between steps
 
 def step_weights(steps: int, resamples: int, generator: np.random.Generator) -> Floats:
     """How often each step is drawn in each resample, float64 [R, S]; every row sums to S."""
+    # S draws with replacement, counted: the only thing about a resample that sums per step depend on
     return generator.multinomial(steps, np.full(steps, 1 / steps), size=resamples).astype(np.float64)
 
 
@@ -38,8 +39,8 @@ def step_sums(frame: pl.DataFrame, domains: list[str], column: str) -> Floats:
     sums = frame.group_by("step", "domain").agg(row_sum(pl.col(column)).cast(pl.Float64))
     steps = sums["step"].unique().sort()
     dense = np.zeros((len(steps), len(domains)))
-    place = {domain: position for position, domain in enumerate(domains)}
-    columns = sums["domain"].replace_strict(place, return_dtype=pl.Int64).to_numpy()
+    column_of = {domain: position for position, domain in enumerate(domains)}
+    columns = sums["domain"].replace_strict(column_of, return_dtype=pl.Int64).to_numpy()
     dense[steps.search_sorted(sums["step"]).to_numpy(), columns] = sums[column].to_numpy()
     return dense
 

@@ -32,6 +32,7 @@ def pooled_deviation(group: pl.DataFrame) -> float:
         )
         .row(0)
     )
+    # exactly 0 for rounding error: divided by it, equal values would become scores of any size
     deviation = float(np.sqrt(squares / tokens)) if tokens else 0.0
     return deviation if tokens and deviation > EQUAL * largest else 0.0
 
@@ -64,9 +65,9 @@ def combined_values(values: dy.DataFrame[MeasuredValues], weights: Mapping[str, 
         The first target's rows with the combined `value_total` (nats for one target, in deviations for several);
         `value_half_a` and `value_half_b` are its own.
     """
-    frame = values.filter(target=next(iter(weights)))
-    total = np.zeros(len(frame))
+    first = values.filter(target=next(iter(weights)))
+    total = np.zeros(len(first))
     for target, share in target_shares(values, weights).items():
         total += share * values.filter(target=target)["value_total_nats"].to_numpy()
-    named = frame.rename({"value_half_a_nats": "value_half_a", "value_half_b_nats": "value_half_b"})
+    named = first.rename({"value_half_a_nats": "value_half_a", "value_half_b_nats": "value_half_b"})
     return SampleValues.validate(named.with_columns(value_total=pl.Series(total, dtype=pl.Float64)))

@@ -1,6 +1,6 @@
-"""From measured samples to the rest of their domains: ridge regression on cheap features, and what it is worth.
+"""From measured samples to the others of their domains: ridge regression on cheap features, and its quality.
 
-What is predicted is a sample's place in the order of its domain: values per token have tails that would take over a fit
+What is predicted is a sample's rank in its domain: values per token have tails that would take over a fit
 to the values themselves (on four domains of text with noise, 100 measured samples each, the held-out rank correlation
 of such a fit was .43 in the mean where this one has .60). So with rank r among a domain's n measured samples, r = 1 the
 lowest,
@@ -10,7 +10,7 @@ lowest,
 and a prediction becomes a value by the way back: the quantile Phi(t) of the domain's measured values. Blocks of
 features (n-grams, their ratios for the targets) are scaled to the same total variance; the penalty is chosen by the
 leave-one-out error, which has a closed form, among the samples that w is fitted on only. What the fit is worth is
-measured on samples held out of all of this: K folds, Spearman within each domain.
+cross-validated, on samples held out of all of this: K folds, Spearman within each domain.
 
 N samples, n measured ones, F features, M numbers predicted of each (the value for a target and for each of its halves).
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Names = npt.NDArray[np.str_]
 
 FOLDS = 5
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # least divisor of a leave-one-out error
 _PENALTIES = np.logspace(-3, 2, 16)  # of the mean squared length of a sample's features
 
 
@@ -52,17 +52,18 @@ class Predictor:
 
     def scores(self, features: Floats, domain: str) -> Floats:
         """(N, M) predicted normal scores of samples of one domain."""
-        found: Floats = (features - self.centres[domain]) @ self.weights
-        return found
+        scores: Floats = (features - self.centres[domain]) @ self.weights
+        return scores
 
     def predict(self, features: Floats, domain: str) -> Floats:
         """(N, M) predicted values of samples of one domain."""
         from scipy.special import ndtr
 
-        own = self.values[domain]
-        levels = (np.arange(len(own)) + 0.5) / len(own)
-        places = ndtr(self.scores(features, domain))
-        return np.stack([np.interp(place, levels, column) for place, column in zip(places.T, own.T, strict=True)], 1)
+        # the way back: the quantile of the measured values at the predicted level, never outside of what was measured
+        known = self.values[domain]
+        levels = (np.arange(len(known)) + 0.5) / len(known)
+        predicted = ndtr(self.scores(features, domain))
+        return np.stack([np.interp(at, levels, column) for at, column in zip(predicted.T, known.T, strict=True)], 1)
 
 
 def fit(blocks: Sequence[Floats], values: Floats, domains: Names) -> Predictor:
@@ -78,15 +79,16 @@ def fit(blocks: Sequence[Floats], values: Floats, domains: Names) -> Predictor:
     centred, wanted = np.empty_like(features), np.empty(values.shape)
     centres, known, fitted = {}, {}, np.empty(len(domains))
     for name in map(str, np.unique(domains)):
-        own = domains == name
-        centres[name], known[name] = features[own].mean(axis=0), np.sort(values[own], axis=0)
-        centred[own] = (features[own] - centres[name]) * scale
-        scores = normal_scores(values[own])
-        wanted[own], fitted[own] = scores - scores.mean(axis=0), 1 / own.sum()  # ties have a mean
+        here = domains == name
+        centres[name], known[name] = features[here].mean(axis=0), np.sort(values[here], axis=0)
+        centred[here] = (features[here] - centres[name]) * scale
+        scores = normal_scores(values[here])
+        # normal scores have mean 0, but for ties
+        wanted[here], fitted[here] = scores - scores.mean(axis=0), 1 / here.sum()
     return Predictor(weights=_ridge(centred, wanted, fitted) * scale[:, None], centres=centres, values=known)
 
 
-def held_out_scores(blocks: Sequence[Floats], values: Floats, domains: Names, seed: int) -> Floats:
+def cross_validated_scores(blocks: Sequence[Floats], values: Floats, domains: Names, seed: int) -> Floats:
     """(n, M) normal scores that are predicted of each sample by a fit without its fold; arguments as of `fit`.
 
     Folds are drawn within domains; a domain of fewer samples than folds has predictions only where another fold has
@@ -94,18 +96,18 @@ def held_out_scores(blocks: Sequence[Floats], values: Floats, domains: Names, se
     """
     folds = np.zeros(len(domains), np.int64)
     for name in np.unique(domains):
-        places = np.flatnonzero(domains == name)
-        folds[generator(seed, "folds", str(name)).permutation(places)] = np.arange(len(places)) % FOLDS
-    found = np.full(values.shape, np.nan)
+        rows = np.flatnonzero(domains == name)
+        folds[generator(seed, "folds", str(name)).permutation(rows)] = np.arange(len(rows)) % FOLDS
+    predicted = np.full(values.shape, np.nan)
     for fold in np.unique(folds):
         out = folds == fold
         if out.all():
             continue
-        made = fit([block[~out] for block in blocks], values[~out], domains[~out])
-        for name in made.centres:
+        predictor = fit([block[~out] for block in blocks], values[~out], domains[~out])
+        for name in predictor.centres:
             here = out & (domains == name)
-            found[here] = made.scores(np.concatenate([block[here] for block in blocks], axis=1), name)
-    return found
+            predicted[here] = predictor.scores(np.concatenate([block[here] for block in blocks], axis=1), name)
+    return predicted
 
 
 def normal_scores(values: Floats) -> Floats:
@@ -113,8 +115,8 @@ def normal_scores(values: Floats) -> Floats:
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
-    found: Floats = ndtri((rankdata(values, axis=0) - 0.5) / len(values))
-    return found
+    scores: Floats = ndtri((rankdata(values, axis=0) - 0.5) / len(values))
+    return scores
 
 
 def _scale(block: Floats) -> Floats:
@@ -135,18 +137,20 @@ def _ridge(features: Floats, wanted: Floats, fitted: Floats) -> Floats:
         wanted: (n, M), likewise.
         fitted: (n,) 1 / n_d.
     """
+    # one decomposition serves every penalty: weights and leave-one-out errors are closed forms of it
     squares, u = _squares(features)
     within = u.T @ wanted
+    # penalties relative to the features' mean squared length, so that their scale does not matter
     unit = max(float(squares.sum()) / len(features), 1e-30)
-    errors, found = [], []
+    errors, solutions = [], []
     for penalty in unit * _PENALTIES:
         kept = squares / (squares + penalty)
         free = np.maximum(1 - (u**2) @ kept - fitted, _ROUNDING)  # 0 for the only sample of a domain
         left_out = (wanted - u @ (kept[:, None] * within)) / free[:, None]
         errors.append((left_out**2).mean(axis=0))
-        found.append(within / (squares + penalty)[:, None])
+        solutions.append(within / (squares + penalty)[:, None])
     best = np.argmin(errors, axis=0)
-    chosen = np.stack([found[at][:, column] for column, at in enumerate(best)], axis=1)
+    chosen = np.stack([solutions[at][:, column] for column, at in enumerate(best)], axis=1)
     weights: Floats = features.T @ (u @ chosen)
     return weights
 
@@ -155,6 +159,7 @@ def _squares(features: Floats) -> tuple[Floats, Floats]:
     """S^2 and U (n, K) of features (n, F), by the smaller of the two Gram matrices; K the numerical rank."""
     wide = features.shape[1] >= len(features)
     squares, vectors = np.linalg.eigh(features @ features.T if wide else features.T @ features)
+    # directions below the rounding of a Gram matrix are no directions
     kept = squares > 1e-10 * max(float(squares[-1]), 1e-30)
     squares, vectors = squares[kept], vectors[:, kept]
     return squares, vectors if wide else features @ vectors / np.sqrt(squares)

@@ -154,6 +154,6 @@ def test_benefits_of_repeated_text_count_once_and_harm_every_time(make):
     values = make(5, steps=20)
     plain = domain_scores(values, PRIOR, seed=0, resamples=20)
     assert plain["score"][0] > 0 > plain["score"][2]
-    found = domain_scores(values, PRIOR, seed=0, fresh={"a": 0.1, "b": 1.0, "c": 0.1}, resamples=20)
+    found = domain_scores(values, PRIOR, seed=0, novel_shares={"a": 0.1, "b": 1.0, "c": 0.1}, resamples=20)
     assert found["score"].to_list() == pytest.approx([0.1 * plain["score"][0], *plain["score"][1:]])
     assert found["value_per_token"].to_list() == plain["value_per_token"].to_list()

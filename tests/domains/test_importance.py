@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from curate.data.mds import COLUMNS, MdsStream, content_id, write_stream
 from curate.domains.importance import drawn_shares, gumbel_keys, log_importance, log_ratio
-from curate.ngrams.counts import BUCKETS, bag, buckets_of
+from curate.ngrams.counts import BUCKETS, buckets_of, ngram_counts
 
 ALL = np.ones(64, bool)
 
@@ -84,7 +84,7 @@ def test_log_importance_is_the_sum_of_log_ratios_counted_by_hand(tmp_path):
 
 
 def test_a_pool_like_the_target_has_no_importance():
-    same = bag([(np.arange(30), ALL[:30])])
+    same = ngram_counts([(np.arange(30), ALL[:30])])
     assert same.sum() == 2 * 29
     np.testing.assert_allclose(log_ratio(same, same), 0)
 

@@ -30,8 +30,8 @@ from curate.evaluation.branches import (
     _draw,
     _record,
     agreement,
+    branch_passes,
     ceiling,
-    cost_units,
     realised_changes,
 )
 from curate.stats.rank_correlation import spearman
@@ -217,7 +217,7 @@ def test_scores_are_those_of_valued_samples_and_must_differ():
 
 def test_the_cost_is_that_of_the_steps_and_of_reading_the_target(replay, target):
     sequences, size = sum(map(len, target.halves)), _record(replay.run).size
-    assert cost_units(replay.run, target, CONFIG, 6) == pytest.approx(6 * (3 + sequences / size / 3))
+    assert branch_passes(replay.run, target, CONFIG, 6) == pytest.approx(6 * (3 + sequences / size / 3))
 
 
 RECORD = BranchTest(

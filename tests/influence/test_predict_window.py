@@ -6,7 +6,7 @@ import pytest
 
 from curate.data.mds import COLUMNS, Columns, content_id, write_stream
 from curate.influence import predict_window as module
-from curate.influence.predict_window import predict_rest
+from curate.influence.predict_window import predict_unmeasured
 from curate.tables import VALUES_TOTAL, SampleValues
 from curate.training.run import Run
 from curate.training.source import SampleSource
@@ -51,7 +51,7 @@ def target(folder):
 
 def test_what_the_text_says_is_predicted_and_what_was_valued_is_kept(source, target):
     values = values_of(source, {"two": 60, "few": 3})
-    every, judged = predict_rest(source, values, [target], 0.2, seed=0)
+    every, judged = predict_unmeasured(source, values, [target], 0.2, seed=0)
     row = judged.row(1, named=True)
     assert judged.select("domain", "used").rows() == [("few", "too few"), ("two", "predictor")]
     assert (row["samples"], row["measured"], row["used"]) == (200, 60, "predictor")
@@ -68,14 +68,14 @@ def test_what_the_text_says_is_predicted_and_what_was_valued_is_kept(source, tar
 def test_values_that_no_text_explains_are_not_predicted(source, target):
     values = values_of(source, {"two": 60})
     dealt = values.with_columns(pl.col(VALUES_TOTAL).shuffle(seed=1))
-    every, judged = predict_rest(source, dealt, [target], 0.2, seed=0)
+    every, judged = predict_unmeasured(source, dealt, [target], 0.2, seed=0)
     assert judged["used"].to_list() == ["too few", "domain mean"]
     assert sorted(every["sample_id"]) == sorted(values["sample_id"])
 
 
 def test_too_few_values_are_left_as_they_are(source, target):
     values = values_of(source, {"few": 5})
-    every, judged = predict_rest(source, values, [target], 0.2, seed=0)
+    every, judged = predict_unmeasured(source, values, [target], 0.2, seed=0)
     assert judged["used"].to_list() == ["too few", "too few"]
     assert every.equals(values)
 
@@ -83,7 +83,7 @@ def test_too_few_values_are_left_as_they_are(source, target):
 def test_more_values_than_the_fit_takes_are_all_kept(source, target, monkeypatch):
     monkeypatch.setattr(module, "_MOST", 40)
     values = values_of(source, {"two": 60})
-    every, judged = predict_rest(source, values, [target], 0.2, seed=0)
+    every, judged = predict_unmeasured(source, values, [target], 0.2, seed=0)
     assert judged["measured"].to_list() == [0, 40]
     assert every.n_unique("sample_id") == len(every) == 200
     assert every.head(60).equals(values.select(every.columns))
@@ -92,12 +92,12 @@ def test_more_values_than_the_fit_takes_are_all_kept(source, target, monkeypatch
 def test_every_domain_keeps_enough_for_the_fit(source, target, monkeypatch):
     monkeypatch.setattr(module, "_MOST", 8)
     values = values_of(source, {"two": 150, "few": 25})
-    _, judged = predict_rest(source, values, [target], 0.2, seed=0)
+    _, judged = predict_unmeasured(source, values, [target], 0.2, seed=0)
     assert judged["measured"].to_list() == [20, 20]
 
 
 def test_the_order_of_values_does_not_matter(source, target):
     values = values_of(source, {"two": 60})
-    one, _ = predict_rest(source, values, [target], 0.2, seed=0)
-    other, _ = predict_rest(source, values.sample(fraction=1, shuffle=True, seed=3), [target], 0.2, seed=0)
+    one, _ = predict_unmeasured(source, values, [target], 0.2, seed=0)
+    other, _ = predict_unmeasured(source, values.sample(fraction=1, shuffle=True, seed=3), [target], 0.2, seed=0)
     assert one.sort("sample_id").equals(other.sort("sample_id"))

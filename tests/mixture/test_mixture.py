@@ -50,7 +50,7 @@ def inputs(budget=10_000, supply=None, **more):
 
 def test_bounds():
     config = MixtureConfig(max_epochs=2, max_weight=0.7, ceilings={"b": 0.4}, floors={"c": 0.15})
-    supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, consumed_tokens=12_000)}
+    supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, seen_tokens=12_000)}
     bounds = bounds_of(config, inputs(supply=supply))
     assert [(b.lo, b.hi, b.hi_from) for b in bounds.values()] == [
         (pytest.approx(0.05), 0.4, "max_epochs"),
@@ -70,7 +70,7 @@ def test_the_change_of_a_stage_is_bounded_by_what_the_last_one_trained_on():
 
 
 def test_relative_floor_gives_way_to_an_exhausted_domain():
-    supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, consumed_tokens=50_000)}
+    supply = {**SUPPLY, "a": Supply(samples=1000, tokens=8000, seen_tokens=50_000)}
     bound = bounds_of(MixtureConfig(), inputs(supply=supply))["a"]
     assert (bound.lo, bound.hi, bound.binding(0.0)) == (0, 0, "max_epochs")
 
@@ -278,9 +278,7 @@ def test_the_sweep_goes_from_concentrated_to_the_prior():
     st.sampled_from([None, 1.7]),
 )
 def test_caps_hold_exactly_after_rounding_and_floors_to_a_sample(shrunk, counts, samples, max_weight, change):
-    supply = {
-        name: Supply(samples=n, tokens=8 * n, consumed_tokens=4 * n) for name, n in zip("abc", counts, strict=True)
-    }
+    supply = {name: Supply(samples=n, tokens=8 * n, seen_tokens=4 * n) for name, n in zip("abc", counts, strict=True)}
     config = MixtureConfig(max_weight=max_weight, max_change=change)
     budget = 8 * samples
     try:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from curate.mixture.weights import Problem, expected_gain, max_slack, objective, optimum, solve
 
 
-def draw_problem(seed, size=None, shared=None, temperature=None):
+def draw_problem(seed, size=None, shared=None, prior_strength=None):
     """A feasible problem of 2 to 6 domains with up to two shared constraints; half of them lose value by repetition."""
     random = np.random.default_rng(seed)
     size = size or int(random.integers(2, 7))
@@ -25,7 +25,7 @@ def draw_problem(seed, size=None, shared=None, temperature=None):
     return Problem(
         prior=prior,
         scores=random.standard_normal(size) * random.choice([0.1, 1, 3]),
-        temperature=temperature or float(random.choice([0.3, 1, 5])),
+        prior_strength=prior_strength or float(random.choice([0.3, 1, 5])),
         lo=lo,
         hi=hi,
         used=random.uniform(0, 3, size),
@@ -76,7 +76,7 @@ def test_no_feasible_mixture_is_better(seed):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_the_best_point_of_a_grid_is_no_better_and_near(seed, shared):
-    problem = draw_problem(seed, size=3, shared=shared, temperature=0.3)
+    problem = draw_problem(seed, size=3, shared=shared, prior_strength=0.3)
     fine = 120
     points = np.array([(i, j, fine - i - j) for i, j in product(range(fine + 1), repeat=2) if i + j <= fine]) / fine
     allowed = ((points >= problem.lo) & (points <= problem.hi)).all(axis=1)
@@ -105,13 +105,13 @@ def test_order_of_domains_does_not_matter(seed, random):
 @settings(max_examples=20)
 def test_scores_and_temperature_share_their_unit(seed):
     problem = replace(draw_problem(seed, shared=0), decay_epochs=math.inf)
-    scaled = replace(problem, scores=7 * problem.scores, temperature=7 * problem.temperature)
+    scaled = replace(problem, scores=7 * problem.scores, prior_strength=7 * problem.prior_strength)
     np.testing.assert_allclose(optimum(scaled).weights, optimum(problem).weights, atol=1e-9)
 
 
 def test_without_repetition_or_shared_constraints_it_is_the_bisection():
     problem = replace(draw_problem(3, shared=0), decay_epochs=math.inf)
-    plain = solve(problem.prior, problem.scores, problem.temperature, problem.lo, problem.hi)
+    plain = solve(problem.prior, problem.scores, problem.prior_strength, problem.lo, problem.hi)
     assert (optimum(problem).weights == plain).all()
 
 
@@ -160,7 +160,7 @@ def test_infinite_temperature_keeps_to_the_prior_as_far_as_the_constraints_allow
     problem = Problem(
         prior=prior,
         scores=np.array([5.0, 0, 0]),
-        temperature=math.inf,
+        prior_strength=math.inf,
         lo=np.zeros(3),
         hi=np.ones(3),
         rows=row[None],

@@ -29,7 +29,7 @@ ONE = Objectives(targets={"t": 1.0})
 
 def supply_of(samples, consumed=0):
     return {
-        name: Supply(samples=count, tokens=count * LENGTH, consumed_tokens=consumed * LENGTH)
+        name: Supply(samples=count, tokens=count * LENGTH, seen_tokens=consumed * LENGTH)
         for name, count in samples.items()
     }
 
@@ -49,8 +49,7 @@ def stages(draw):
     epochs = draw(st.floats(1.0, 4.0))
     consumed = {name: draw(st.integers(0, samples[name])) for name in names}
     supply = {
-        name: Supply(samples=n, tokens=n * LENGTH, consumed_tokens=consumed[name] * LENGTH)
-        for name, n in samples.items()
+        name: Supply(samples=n, tokens=n * LENGTH, seen_tokens=consumed[name] * LENGTH) for name, n in samples.items()
     }
     left = sum(epochs * samples[name] - consumed[name] for name in names)
     budget = int(draw(st.floats(0.05, 0.99)) * left)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from curate.data.mds import Sample
-from curate.ngrams.counts import bag, buckets_of
+from curate.ngrams.counts import buckets_of, ngram_counts
 from curate.ngrams.ratios import log_ratios, mean_log_ratios, ngram_features
 
 ALL = np.ones(64, bool)
@@ -28,7 +28,10 @@ def test_ngrams_do_not_depend_on_the_company(samples):
 
 
 def test_ratios_are_the_smoothed_log_ratios_of_a_plain_loop(samples):
-    pool, other = bag((sample.tokens, sample.loss_mask) for sample in samples), bag([(samples[2].tokens, ALL[:16])])
+    pool, other = (
+        ngram_counts((sample.tokens, sample.loss_mask) for sample in samples),
+        ngram_counts([(samples[2].tokens, ALL[:16])]),
+    )
     found = mean_log_ratios(samples, log_ratios([pool, other], pool))
     for row, sample in zip(found, samples, strict=True):
         for place, target in enumerate((pool, other)):
@@ -43,4 +46,4 @@ def test_ratios_are_the_smoothed_log_ratios_of_a_plain_loop(samples):
 
 def test_a_sample_that_predicts_nothing_is_like_nothing(samples):
     silent = Sample(tokens=samples[0].tokens, loss_mask=np.zeros(10, bool), documents=[])
-    assert mean_log_ratios([silent], log_ratios([bag([])], bag([]))).tolist() == [[0.0]]
+    assert mean_log_ratios([silent], log_ratios([ngram_counts([])], ngram_counts([]))).tolist() == [[0.0]]

@@ -44,8 +44,8 @@ def test_supply_of_the_kept(streams, catalogue, values):
     ids = {domain: catalogue.filter(domain=domain)["sample_id"].to_list() for domain in ("a", "c")}
     used = pl.DataFrame({"sample_id": [ids["a"][0], *ids["a"][4:9], ids["c"][9]], "uses": [7, 1, 1, 1, 1, 4, 2]})
     supply = supply_of(chosen_pool(streams, catalogue, values, used))
-    assert supply["a"] == Supply(samples=36, tokens=288, consumed_tokens=8 * 8)  # sample 0 is of low value
-    assert supply["c"] == Supply(samples=8, tokens=64, consumed_tokens=16)
+    assert supply["a"] == Supply(samples=36, tokens=288, seen_tokens=8 * 8)  # sample 0 is of low value
+    assert supply["c"] == Supply(samples=8, tokens=64, seen_tokens=16)
 
 
 def test_what_was_seen_is_left_out_where_asked(streams, catalogue, values):

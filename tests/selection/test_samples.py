@@ -108,7 +108,7 @@ def test_streams_are_weighted_by_the_next_step_where_no_window_is_valued(folder,
     assert not asked
     target = load_target(folder / "target.jsonl", run.spec, 100)
     part = value_next_step(run, run.source, usable_samples(run.unique_samples), [target], OPTIONS).values
-    wanted = domain_scores(part, trained_tokens(run), seed=0, fresh=run.source.novel_shares)
+    wanted = domain_scores(part, trained_tokens(run), seed=0, novel_shares=run.source.novel_shares)
     found = pl.read_parquet(out / "domains.parquet")
     assert found["value_score"].to_list() == pytest.approx(wanted["score"].to_list())
 

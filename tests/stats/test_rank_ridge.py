@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from curate.stats.rank_ridge import _PENALTIES, _ridge, fit, held_out_scores, normal_scores
+from curate.stats.rank_ridge import _PENALTIES, _ridge, cross_validated_scores, fit, normal_scores
 
 
 def problem(samples=120, features=8, noise=0.1, seed=0):
@@ -20,7 +20,7 @@ def problem(samples=120, features=8, noise=0.1, seed=0):
 
 def test_the_order_inside_domains_is_found_whatever_the_tails():
     blocks, values, domains = problem()
-    found = held_out_scores(blocks, values, domains, 0)
+    found = cross_validated_scores(blocks, values, domains, 0)
     for name in ("a", "b"):
         own = domains == name
         assert spearmanr(found[own, 0], values[own, 0]).statistic > 0.9
@@ -30,7 +30,7 @@ def test_the_order_inside_domains_is_found_whatever_the_tails():
 def test_nothing_is_found_where_nothing_is():
     blocks, values, domains = problem(samples=300)
     shuffled = np.random.default_rng(1).permutation(values)
-    found = held_out_scores(blocks, shuffled, domains, 0)
+    found = cross_validated_scores(blocks, shuffled, domains, 0)
     for name in ("a", "b"):
         own = domains == name
         assert abs(spearmanr(found[own, 0], shuffled[own, 0]).statistic) < 3 / own.sum() ** 0.5
@@ -114,6 +114,6 @@ def test_a_domain_of_one_sample_has_no_held_out_prediction():
     blocks, values, domains = problem(samples=30)
     domains = domains.astype("U4")
     domains[0] = "lone"
-    found = held_out_scores(blocks, values, domains, 0)
+    found = cross_validated_scores(blocks, values, domains, 0)
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1:]).all()
