@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from curate.core.errors import UserError
 from curate.mixture.apportion import apportion, sample_limits
 from curate.mixture.constraints import (
     DECAY_EPOCHS,
@@ -84,6 +85,11 @@ def decide_stage(
         mixture = solve()
         return with_phases(mixture, lay_out(phases, [_weights(mixture)], budget_tokens, supply, limits))
     share = math.fsum(part.share * part.blend for part in phases)
+    if share * budget_tokens < min(one.mean_length for one in supply.values()):
+        raise UserError(
+            f"the parts of mixture.schedule {config.schedule} are {share:.2g} of {budget_tokens:,} tokens, less than "
+            "one sample: raise budget_tokens, mixture.early_share or late_share, or take schedule constant"
+        )
     mixture = solve(restrict=partial(_blended_share, share))
     base = base_weights(config, inputs)
     solved = _weights(mixture)

@@ -162,6 +162,8 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
         yield "values.ngram_share", f"{why} is what was published, without n-grams beside it"
         yield "values.measured_per_domain", f"{why} measures nothing at the current state"
         yield "values.measured_passes", f"{why} measures nothing at the current state"
+    if config.values.ngram_share == 1:
+        yield "values.measured_passes", "values.ngram_share 1 leaves values no say in the choice of samples"
     if not config.is_valued:
         for setting in ("values.sources", "values.embed_config", "mixture.branch_test"):
             yield setting, f"{why} values no samples"

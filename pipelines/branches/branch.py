@@ -191,8 +191,9 @@ def _selection(
     elif method not in TARGETLESS:
         mixture["prior_strength"] = strength
     if method in OURS:
-        values["measured_passes"] = config.measured_passes
         values["ngram_share"] = NGRAM_SHARES.get(method, ValuesConfig().ngram_share)
+        if values["ngram_share"] < 1:  # n-grams alone measure no samples
+            values["measured_passes"] = config.measured_passes
     if method == "windowed" or method in PREDICTING:
         values["sources"] = (config.window,)
     if method in RETAINING:

@@ -63,6 +63,10 @@ def test_phases_are_exact_and_the_caps_hold_for_the_whole_stage(stage, schedule)
     if samples * LENGTH > left:
         return
     config = MixtureConfig(max_epochs=epochs, **schedule)
+    if samples * sum(part.share * part.blend for part in parts(config)) < 1:
+        with pytest.raises(UserError, match=config.schedule):
+            decide_stage(scores_of(shrunk), prior, supply, samples * LENGTH, config, ONE, "late")
+        return
     mixture = decide_stage(scores_of(shrunk), prior, supply, samples * LENGTH, config, ONE, "late")
     start = 0
     for phase in mixture.phases:
