@@ -18,11 +18,10 @@ from curate.core.lock import BusyError
 from curate.core.progress import start_logging
 from curate.core.trust import trust
 from curate.plans.plan import load_plan
-from curate.plans.runner import carry_out, describe
+from curate.plans.runner import BUSY, TRAINER_FAILED, carry_out, describe
 from curate.plans.trainer import TrainerError
 
 _log = logging.getLogger(__name__)
-TRAINER_FAILED, BUSY = 4, 5  # exit statuses; 3 is `runner.MORE`
 
 
 class ScheduleConfig(Config):

@@ -31,7 +31,7 @@ from curate.core.config import Config, parse_command, run_command
 from curate.core.errors import UserError
 from curate.core.lock import LOCK
 from curate.data.memory import sweep
-from curate.schedule import BUSY, TRAINER_FAILED
+from curate.plans.runner import BUSY, TRAINER_FAILED
 
 JobName = Literal["schedule", "select", "embed", "prepare", "train"]
 How = Literal["group", "alone", "trainer"]

@@ -263,23 +263,11 @@ def measure_samples(
                 forward_passes(run, 1, len(unmeasured)),
             )
             with timed(folder, replay) as scratch:
-                parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
-                # a retention target may have no say here
-                rows = [target_positions(next_step)[name] for name in target_weights]
-                directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][rows])
-                shares = parameters.new_tensor(list(target_shares(next_step.values, target_weights).values()))
-                # derivatives are linear in the direction: one weighted direction costs as much as one target
-                value = linear_values(
-                    replay,
-                    parameters,
-                    shares[None] @ directions,
-                    unmeasured,
-                    "samples",
-                    read=partial(read_together, run, source),
-                    scratch=scratch,
-                ) / (step_tokens(run) * _LR_SHARE)
+                values_per_token = _along_all_targets(
+                    run, source, replay, unmeasured, next_step, target_weights, scratch
+                )
                 with atomic_write(folder / "values.parquet") as temporary:
-                    table = unmeasured.select("domain", "sample_id", value_per_token=pl.Series(value[:, 0]))
+                    table = unmeasured.select("domain", "sample_id", value_per_token=pl.Series(values_per_token))
                     table.write_parquet(temporary)
             finalize(folder, "measured samples", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
@@ -288,6 +276,35 @@ def measure_samples(
     measured_before = samples.join(known.select("sample_id", "value_total"), on="sample_id", maintain_order="left")
     values = as_sample_values(pl.concat([stored, measured_before]), next_step.name, targets[0].name)
     return MeasuredSamples(folder=folder, values=values, **timings_of(folder))
+
+
+def _along_all_targets(
+    run: Run,
+    source: SampleSource,
+    replay: Replay,
+    samples: pl.DataFrame,
+    next_step: NextStep,
+    target_weights: Mapping[str, float],
+    scratch: Path,
+) -> Floats:
+    """(N,) values per token of samples along the one direction that the targets have together."""
+    parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
+    # a retention target may have no say here
+    rows = [target_positions(next_step)[name] for name in target_weights]
+    directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][rows])
+    shares = parameters.new_tensor(list(target_shares(next_step.values, target_weights).values()))
+    # derivatives are linear in the direction: one weighted direction costs as much as one target
+    derivatives = linear_values(
+        replay,
+        parameters,
+        shares[None] @ directions,
+        samples,
+        "samples",
+        read=partial(read_together, run, source),
+        scratch=scratch,
+    )
+    values: Floats = derivatives[:, 0] / (step_tokens(run) * _LR_SHARE)
+    return values
 
 
 def target_positions(next_step: NextStep) -> dict[str, int]:

@@ -42,8 +42,8 @@ from curate.training.run import Run
 from curate.training.samples import trained_tokens
 
 _log = logging.getLogger(__name__)
-MORE = 3
-"""Exit status where a piece was done and more is left."""
+MORE, TRAINER_FAILED, BUSY = 3, 4, 5
+"""Exit statuses: a piece was done and more is left, the trainer failed, another runner works on the plan."""
 Kind = Literal["train", "embed", "select"]
 _SET_BY_PLAN = ("run", "target", "out")  # of a selection's settings
 

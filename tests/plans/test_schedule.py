@@ -20,8 +20,18 @@ from curate.core.lock import locked
 from curate.mixture.constraints import MixtureConfig
 from curate.plans.check import check_data, check_stage, check_states, check_supply, open_stage
 from curate.plans.plan import load_plan
-from curate.plans.runner import MORE, carry_out, check_plan, describe, is_done, pieces, selection_config
-from curate.schedule import BUSY, TRAINER_FAILED, ScheduleConfig
+from curate.plans.runner import (
+    BUSY,
+    MORE,
+    TRAINER_FAILED,
+    carry_out,
+    check_plan,
+    describe,
+    is_done,
+    pieces,
+    selection_config,
+)
+from curate.schedule import ScheduleConfig
 from curate.training.run import Run
 from curate.training.token_accounting import stages
 from tests.crash import crash_environment
