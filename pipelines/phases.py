@@ -169,7 +169,7 @@ def value_curve(run: Run, embedding: Embedding, half_weights: tuple[float, float
     # the first group stands for the schedule, as in the report
     lr = pl.col("groups").list.first().struct.field("lr").alias("lr")
     rates = run.steps.select("step", lr).unique("step", keep="first")
-    value = pl.col("value")
+    value = pl.col("value_total_nats")
     grouped = values.group_by("step").agg(
         pl.len().alias("samples"),
         row_mean(value).alias("mean"),

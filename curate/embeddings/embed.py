@@ -9,9 +9,9 @@ import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curate.core.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.core.config import Config, FileName
@@ -67,8 +67,9 @@ class EmbedConfig(Config):
     window: Literal["early", "late", "both"] = "both"
     """Window or windows of the run to value."""
     windows: Literal["declared", "auto"] = "declared"
-    """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves, or
-    from a value curve of `python -m pipelines.phases` in its folder."""
+    """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves."""
+    value_curve: Path | None = None
+    """`phases.json` that `python -m pipelines.phases` wrote for the run: windows auto are found from it instead."""
     window_steps: int | None = Field(default=None, ge=1)
     """Value only the last steps of each window, as many as this; none: the whole window."""
     streams: dict[str, Path] = {}
@@ -107,6 +108,12 @@ class EmbedConfig(Config):
     index: IndexConfig = IndexConfig()
     """Settings of the FAISS index."""
 
+    @model_validator(mode="after")
+    def _curve_is_looked_at(self) -> Self:
+        if self.value_curve is not None and self.windows == "declared":
+            raise ValueError("value_curve has no effect here: windows declared are as recorded; set windows auto")
+        return self
+
     @property
     def window_names(self) -> list[str]:
         """Names of the windows to embed."""
@@ -131,7 +138,7 @@ def embed(config: EmbedConfig, run: Run, targets: Targets | None = None) -> dict
     from curate.training.windows import run_windows
 
     if config.windows == "auto":
-        for window_found in run_windows(run).values():
+        for window_found in run_windows(run, config.value_curve).values():
             _log.info("%s", window_found.line)
     targets = read_targets(config, run) if targets is None else targets
     estimator, jobs = _plan(config, run, targets)
@@ -188,7 +195,7 @@ def _plan(config: EmbedConfig, run: Run, targets: Targets) -> tuple[Estimator, d
     replay = Replay(run, config.device, config.tolerance)
     for target in targets.every:
         check_vocabulary(target, replay.task)
-    found_windows = {} if config.windows == "declared" else run_windows(run)
+    found_windows = {} if config.windows == "declared" else run_windows(run, config.value_curve)
     jobs = {
         window: plan_job(
             replay,

@@ -29,7 +29,7 @@ _ELSEWHERE: dict[str, Any] = {
 # The same of the settings that windows are valued with.
 _EMBEDDING: dict[str, Any] = {
     **dict.fromkeys(("run", "streams", "tokenizer", "target", "more_targets", "retain", "device"), True),
-    **dict.fromkeys(("tolerance", "target_batch_size", "min_target_tokens", "index"), True),
+    **dict.fromkeys(("tolerance", "target_batch_size", "min_target_tokens", "index", "value_curve"), True),
     "adjoint": {"memory_bytes", "disk_bytes", "save_seconds", "anchor_files"},
     "dvemb": {"rows_per_block"},
     "dvemb_adam": {"rows_per_block"},
@@ -57,6 +57,8 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
     }
     if plan.windows:
         files = plan.embedding.adjoint.anchor_files
+        curve = plan.embedding.value_curve
+        identity["value_curve"] = None if curve is None else file_fingerprint(curve)
         identity["embedding"] = plan.embedding.model_dump(mode="json", exclude=_EMBEDDING)
         identity["anchor_files"] = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
     # the budget is in it as resolved, so that "as many as the last stage" and the same number are one selection

@@ -17,9 +17,12 @@ import numpy as np
 import polars as pl
 
 from curate.core.artifacts import read_hashed
+from curate.core.errors import UserError
 from curate.training.declared import default_windows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy.typing as npt
 
     from curate.training.run import Run
@@ -53,17 +56,25 @@ class PhaseWindow:
     line: str
 
 
-def run_windows(run: Run) -> dict[str, PhaseWindow]:
-    """Windows `early` and `late` of a finished run, from its step records and its value curve, where it has one."""
+def run_windows(run: Run, value_curve: Path | None = None) -> dict[str, PhaseWindow]:
+    """Windows `early` and `late` of a finished run, from its step records, or from a value curve.
+
+    Args:
+        run: the run.
+        value_curve: `phases.json` of `python -m pipelines.phases`; None: loss and gradient norm are looked at.
+
+    Raises:
+        UserError: the value curve is missing, damaged, or of another run.
+    """
     rates = pl.col("groups").list.first().struct.field("lr")
     steps = run.steps.unique("step", keep="first").sort("step").select("step", "loss", "grad_norm", lr=rates)
     curves = {"loss": steps["loss"]}
     # norms fall by factors, hence the log; clipped, because a step of padding only has norm 0
     if steps["grad_norm"].null_count() == 0:
         curves["gradient norm"] = (steps["grad_norm"].clip(1e-30)).log()
-    value = _value_curve(run)
     # alone: it measures what the windows are for, and loss and norm only stand in for it
-    if value is not None:
+    if value_curve is not None:
+        value = _read_value_curve(run, value_curve)
         curves = {"value": steps.join(value, on="step", how="left")["value"].clip(1e-30).log()}
     return find_windows({name: curve.to_numpy() for name, curve in curves.items()}, steps["lr"].to_numpy())
 
@@ -255,13 +266,14 @@ def _residual(middles: Curve, scaled: Curve, knots: Sequence[int]) -> float:
     return float(np.square(scaled - design @ solution).sum())
 
 
-def _value_curve(run: Run) -> pl.DataFrame | None:
-    """step, value (mean absolute value of its samples) of the first value curve of this very run, by name."""
-    for path in sorted(run.folder.glob("phases-*/phases.json")):
-        phases = read_hashed(path)
-        # the folder may hold the curve of a training that was repeated there since
-        if phases.get("run") == run.fingerprint:
-            curve = pl.DataFrame([{"step": row["step"], "value": row["mean_abs"]} for row in phases["curve"]])
-            # skipped steps have value 0, and no log
-            return curve.filter(pl.col("value") > 0)
-    return None
+def _read_value_curve(run: Run, path: Path) -> pl.DataFrame:
+    """step, value (mean absolute value of its samples)."""
+    phases = read_hashed(path)
+    if phases.get("run") != run.fingerprint:
+        raise UserError(
+            f"{path} is no value curve of run {run.folder}: make one with python -m pipelines.phases, or leave "
+            "value_curve out"
+        )
+    curve = pl.DataFrame([{"step": row["step"], "value": row["mean_abs"]} for row in phases["curve"]])
+    # skipped steps have value 0, and no log
+    return curve.filter(pl.col("value") > 0)

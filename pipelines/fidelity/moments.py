@@ -86,10 +86,10 @@ def agreement(config: MomentsConfig) -> dict[str, float]:
         frames.append(embedded_values(embedding, targets.main).sort("step", "sample_id"))
     real, estimated = frames
     # both frames are sorted by the same keys: row i is one sample
-    joined = real.select("step", "value").with_columns(estimated=estimated["value"])
+    joined = real.select("step", "value_total_nats").with_columns(estimated=estimated["value_total_nats"])
     steps = joined.partition_by("step", maintain_order=True)
-    within = [spearman(step["value"].to_numpy(), step["estimated"].to_numpy()) for step in steps]
-    pooled = spearman(joined["value"].to_numpy(), joined["estimated"].to_numpy())
+    within = [spearman(step["value_total_nats"].to_numpy(), step["estimated"].to_numpy()) for step in steps]
+    pooled = spearman(joined["value_total_nats"].to_numpy(), joined["estimated"].to_numpy())
     defined = [rho for rho in within if rho is not None]  # none where all values of a step are equal
     return {"pooled": np.nan if pooled is None else pooled, "within_step": float(np.mean(defined))}
 

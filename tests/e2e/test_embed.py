@@ -78,7 +78,7 @@ def test_a_horizon_is_a_name_or_a_step():
 
 def test_windows_by_evidence_are_valued_from_the_snapshot_before_them(folder, run, caplog, monkeypatch):
     found = {"early": PhaseWindow(start=3, stop=5, changes=5, line="early window: why")}
-    monkeypatch.setattr("curate.training.windows.run_windows", lambda run: found)
+    monkeypatch.setattr("curate.training.windows.run_windows", lambda run, value_curve: found)
     config = config_of(run, folder, estimator="adjoint", windows="auto")
     with caplog.at_level(logging.INFO):
         (embedding,) = embed(config, run, targets_of(run, folder))["early"]

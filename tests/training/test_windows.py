@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.core.artifacts import write_hashed
+from curate.core.errors import UserError
 from curate.training.windows import find_windows, lr_restarts, run_windows
 from tests.tiny import record_tiny_run
 
@@ -88,9 +89,12 @@ def test_a_run_says_its_windows_and_its_value_curve_counts(tmp_path):
     assert "loss" in run_windows(run)["late"].line or "no clear change" in run_windows(run)["late"].line
     values = np.exp(np.interp(np.arange(40), [0, 10, 30, 40], [0, -4, -4, -1]))
     rows = [{"step": step, "mean_abs": float(value)} for step, value in enumerate(values)]
-    write_hashed(run.folder / "phases-dvemb" / "phases.json", {"run": run.fingerprint, "curve": rows})
-    found = run_windows(run)
+    curve = tmp_path / "phases.json"
+    write_hashed(curve, {"run": run.fingerprint, "curve": rows})
+    found = run_windows(run, curve)
     assert (found["early"].changes, found["late"].changes) == (pytest.approx(10, abs=2), pytest.approx(30, abs=2))
     assert "value change" in found["early"].line
-    write_hashed(run.folder / "phases-dvemb" / "phases.json", {"run": "another", "curve": rows})
+    write_hashed(curve, {"run": "another", "curve": rows})
+    with pytest.raises(UserError, match=r"phases\.json"):
+        run_windows(run, curve)
     assert run_windows(run)["early"] != found["early"]
