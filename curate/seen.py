@@ -34,11 +34,11 @@ def main() -> None:
     folders = stages(run, config.earlier_runs)
     for stage, folder in enumerate(folders):
         _log.info("stage %d: %s", stage, folder)
-    header = ("domain", "samples", "seen", "tokens", "seen tokens", "epochs", "most")
-    _log.info("%-20s %10s %10s %14s %14s %7s %5s", *header)
+    header = ("domain", "samples", "seen", "tokens", "seen tokens", "epochs", "most uses")
+    _log.info("%-20s %10s %10s %14s %14s %7s %9s", *header)
     for row in domains_seen(run.source, uses(folders)).iter_rows(named=True):
         _log.info(
-            "%-20s %10s %10s %14s %14s %7.2f %5d",
+            "%-20s %10s %10s %14s %14s %7.2f %9d",
             row["domain"],
             f"{row['samples']:,}",
             f"{row['seen']:,}",
@@ -51,7 +51,7 @@ def main() -> None:
     if len(unknown):
         # their lengths are in the streams only
         cells = ("(in no stream)", "?", f"{len(unknown):,}", "?", "?", "?", str(unknown["uses"].max()))
-        _log.info("%-20s %10s %10s %14s %14s %7s %5s", *cells)
+        _log.info("%-20s %10s %10s %14s %14s %7s %9s", *cells)
 
 
 if __name__ == "__main__":

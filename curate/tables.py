@@ -321,7 +321,8 @@ class SamplePool(dy.Schema):
     sample_id = dy.Int64(nullable=False)
     stored_tokens = dy.Int64(nullable=False)
     value_per_token = dy.Float64(nullable=True)
-    """Over all uses; null where neither measured nor predicted."""
+    """For all targets together, over all uses: nats for one target, in deviations for several or with retained text;
+    null where neither measured nor predicted."""
     value_half_a_per_token = dy.Float64(nullable=True)
     value_half_b_per_token = dy.Float64(nullable=True)
     ngram_ratio = dy.Float64(nullable=True)
@@ -358,6 +359,7 @@ class DroppedSamples(dy.Schema):
     reason = dy.String(nullable=False)
     detail = dy.String(nullable=True)
     value_per_token = dy.Float64(nullable=True)
+    """For all targets together: nats for one target, in deviations for several or with retained text."""
 
 
 class Contamination(dy.Schema):

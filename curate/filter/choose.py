@@ -35,8 +35,9 @@ class FilterConfig(Config):
     """Which samples the data holds."""
 
     drop_fraction: float | None = Field(default=0.2, ge=0, lt=1)
-    """Share of each domain's samples to leave out, the worst, even where the rest must be repeated. none: as many as
-    both halves of the target find worse than their domain's mean by more than a standard deviation. Of what is left a
+    """Share of each domain's samples to leave out, the worst, even where the rest must be repeated. null: as many as
+    both halves of the target find worse than their domain's mean by more than a standard deviation (values at the
+    current state know no halves: as many as they find so themselves). Of what is left a
     stage that needs fewer takes the best."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A sample of whose 13-grams a better one of its domain has at least this share is left out; 1 with exact copies

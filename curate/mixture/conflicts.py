@@ -74,21 +74,28 @@ def check(config: MixtureConfig, inputs: Inputs, restrict: Restrict = lambda _, 
     )
 
 
-def check_settings(config: MixtureConfig, previous: Mapping[str, float]) -> None:
-    """Refuse, before anything is paid for, constraints that no data could satisfy.
+def check_settings(
+    config: MixtureConfig, previous: Mapping[str, float], supply: Mapping[str, Supply], budget_tokens: int
+) -> None:
+    """Refuse, before anything is paid for, constraints that this data could not satisfy, whatever is left out of it.
 
     Args:
         config: the constraints.
         previous: share of each domain in what was trained on; need not sum to 1.
+        supply: all that there is of the domains.
+        budget_tokens: stored tokens of the next stage.
 
     Raises:
         UserError: see `check` and `chosen_prior`.
     """
     shares = chosen_prior(MixtureConfig(), previous)
-    # supply and scores are not known yet: as if there were enough of everything
+    # scores are not known yet; first as if there were enough of everything, so that the shorter conflict is named
     plenty = dict.fromkeys(shares, Supply(samples=1, tokens=1))
     inputs = Inputs(prior=chosen_prior(config, shares), previous=shares, supply=plenty, budget_tokens=1.0)
     check(config.model_copy(update={"max_epochs": math.inf}), inputs)
+    # a domain of which nothing is left has no weight, which is decided when it is known what else is left out
+    if all(supply[domain].samples for domain in shares):
+        check(config, replace(inputs, supply=supply, budget_tokens=budget_tokens))
 
 
 def _smallest(config: MixtureConfig, inputs: Inputs, feasible: _Feasible) -> list[_Setting]:

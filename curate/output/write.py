@@ -58,7 +58,7 @@ def write_schedule(path: Path, streams: Mapping[str, str], phases: Sequence[Phas
     ]
     with atomic_write(path) as temporary:
         temporary.write_text(
-            "# start_sample counts samples from the start of the stage; served by curate.data.dataset.open_dataset\n"
+            "# start_sample counts samples from the start of the stage; served by curate.open_dataset\n"
             + dump_yaml(entries),
             encoding="utf-8",
         )
@@ -156,7 +156,7 @@ def loader_line(kind: str, path: Path) -> str:
     # a schedule needs curate's own loader: streaming knows no phases
     quoted = python_string(str(path.resolve()))
     if path.name == SCHEDULE:
-        return f"curate.data.dataset.open_dataset(Path({quoted}), batch_size=..., seed=0)"
+        return f"curate.open_dataset(Path({quoted}), batch_size=..., seed=0)"
     if kind == "samples":
         return f"StreamingDataset(local={quoted}, batch_size=...)"
     return f"StreamingDataset(streams=[Stream(**s) for s in yaml.safe_load(open({quoted}))], batch_size=...)"

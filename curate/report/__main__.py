@@ -73,7 +73,10 @@ def chosen_selection(config: ReportConfig) -> SelectionFolder:
         UserError: there is none.
     """
     if config.select is not None:
-        return SelectionFolder(config.select)
+        chosen = SelectionFolder(config.select)
+        if chosen.mixture.exists() and not chosen.report_data.exists():
+            raise UserError(f"{config.select} has no report: its method values no samples; name another selection")
+        return chosen
     newest = newest_reported(config.run)
     if newest is None:
         command = f"python -m curate.select --run {shlex.quote(str(config.run))}"

@@ -209,4 +209,6 @@ def _by_mixture(config: SelectConfig) -> Iterator[tuple[str, str]]:
 
 def _shown(value: Any) -> str:
     """A value as a message has it; a mapping (of files, say) would be longer than the sentence."""
-    return "" if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ""
+    return "null" if value is None else str(value)

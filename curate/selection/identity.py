@@ -40,7 +40,7 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
     """What decides what is selected."""
     config = plan.config
     weights: list[float | str] = [1.0, *config.more_targets.values(), *([] if targets.retain is None else ["retain"])]
-    held_out = [file_fingerprint(Path(path)) for path in config.filter.held_out if Path(path).is_file()]
+    held_out = [file_fingerprint(Path(path)) for path in config.filter.held_out]
     identity: dict[str, Any] = {
         "run": plan.run.fingerprint,
         "targets": [[target.fingerprint, weight] for target, weight in zip(targets.every, weights, strict=True)],

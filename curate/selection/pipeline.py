@@ -104,7 +104,7 @@ class _Job:
     identity: Json  # settings and parents that decide the bytes
     source_fingerprint: str  # of the samples that are drawn from
     is_missing: bool
-    begin: float  # seconds, by `perf_counter`
+    started: float  # seconds, by `perf_counter`
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class _Result:
 @contextmanager
 def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Job]:
     """The selection's folder, locked; a complete one is held against its settings and samples."""
-    begin, identity, source_fingerprint = perf_counter(), identity_of(plan, targets), source.fingerprint
+    started, identity, source_fingerprint = perf_counter(), identity_of(plan, targets), source.fingerprint
     name = f"{targets.main.name}-{fingerprint({**identity, 'data': source_fingerprint})[:8]}"
     out = plan.config.out or plan.run.folder / SELECTIONS / name
-    # asked before anything is measured: `start` would refuse such a folder too, but only hours later
+    # asked before anything is measured: `begin` would refuse such a folder too, but only hours later
     if not is_complete(out, identity):
         check_can_begin(out, identity)
     with making(out, identity) as missing:
@@ -144,7 +144,7 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
             identity=identity,
             source_fingerprint=source_fingerprint,
             is_missing=missing,
-            begin=begin,
+            started=started,
         )
 
 
@@ -179,7 +179,7 @@ def _finish(job: _Job, result: _Result) -> None:
     }
     # last: the manifest is what makes the folder complete
     finalize(folder.root, "selection", job.identity, data=job.source_fingerprint, **facts)
-    _log.info("selected in %.0f seconds", perf_counter() - job.begin)
+    _log.info("selected in %.0f seconds", perf_counter() - job.started)
 
 
 def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:

@@ -11,6 +11,7 @@ import polars as pl
 
 from curate.core.errors import UserError
 from curate.mixture.conflicts import check_settings
+from curate.mixture.constraints import Supply
 from curate.output.write import columns_of
 from curate.selection.candidates import open_candidates, unseen_samples
 from curate.tables import Catalogue, Samples
@@ -70,7 +71,7 @@ def open_source(plan: Resolved) -> Source:
             were paid for.
     """
     source = _run_source(plan) if plan.config.candidates is None else _candidates(plan, plan.config.candidates)
-    check_settings(plan.mixture, source.prior_tokens)
+    check_settings(plan.mixture, source.prior_tokens, _supply(plan, source), plan.budget_tokens)
     # streams whose shards differ in a column cannot be written as one: better refused now than after hours of measuring
     for stream in source.streams.values() if plan.config.takes_samples else ():
         columns_of(stream)
@@ -98,3 +99,23 @@ def _candidates(plan: Resolved, folder: Path) -> Source:
         )
     tokens = dict(kept.group_by("domain").agg(pl.col("stored_tokens").sum()).sort("domain").iter_rows())
     return Source(samples=source, prior_tokens=tokens, usable=usable_samples(kept))
+
+
+def _supply(plan: Resolved, source: Source) -> dict[str, Supply]:
+    """All that there is of each domain, before anything but seen samples is left out."""
+    # copies of a sample share its content id: its uses count at its first place
+    first = source.catalogue.unique("sample_id", keep="first", maintain_order=True).select(
+        "domain", "index", "sample_id"
+    )
+    uses = first.join(plan.seen, on="sample_id")
+    counted = source.catalogue.join(uses.select("domain", "index", "uses"), on=["domain", "index"], how="left")
+    counted = counted.with_columns(pl.col("uses").fill_null(0))
+    if plan.unseen_only:
+        counted = counted.join(plan.seen, on="sample_id", how="anti")
+    sums = counted.group_by("domain").agg(
+        samples=pl.len(), tokens=pl.col("stored_tokens").sum(), seen=(pl.col("stored_tokens") * pl.col("uses")).sum()
+    )
+    supply = dict.fromkeys(source.prior_tokens, Supply(samples=0, tokens=0))
+    for domain, samples, tokens, seen in sums.iter_rows():
+        supply[domain] = Supply(samples=samples, tokens=tokens, seen_tokens=seen)
+    return supply

@@ -123,7 +123,7 @@ def load_target(path: Path, spec: RunSpec, min_tokens: int = 1000) -> Target:
         raise UserError(
             f"target {path} has {tokens} predicted tokens in {len(documents)} documents; at least {min_tokens} tokens "
             "in 2 different documents are needed for a gradient that is more than noise; add documents, or lower "
-            "--min_target_tokens"
+            "min_target_tokens"
         )
     first, second = shuffled_parts(documents, 2)
     return Target(
