@@ -313,7 +313,8 @@ def test_a_stage_that_is_not_the_plans_is_refused(whole, inputs, tmp_path):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, data=str(tmp_path / "other"))), once=True)
     with pytest.raises(UserError, match=r"has no final.pt for the next stage to start from"):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, checkpoint="final.pt")), once=True)
-    selection = {"mode": "both", "min_target_tokens": 100, "tracking": {"mode": "none"}, "seed": 5}
+    made_with = yaml.safe_load(write_plan(tmp_path, inputs).read_text())["selection"]
+    selection = {**made_with, "seed": 5}
     with pytest.raises(UserError, match=r"selection is complete but was made .*seed: 0 there, 5 now"):
         carry_out(load_plan(write_plan(tmp_path, inputs, folder=folder, selection=selection)), once=True)
 
