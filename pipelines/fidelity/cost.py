@@ -24,7 +24,7 @@ from curate.embeddings.adjoint import OwnStep, StepOptions, adjoint_step
 from curate.embeddings.products import Hessian
 from curate.optimizers.state import TrainingState
 from curate.training.replay import Replay
-from curate.training.run import Run, find_run
+from curate.training.run import Run, open_run
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +32,8 @@ _log = logging.getLogger(__name__)
 class CostConfig(Config):
     """What to measure."""
 
-    run: Path | None = None
-    """Recorded run; none: the newest finished one below `runs_root`."""
-    runs_root: Path = Path("runs")
-    """Where runs are looked for."""
+    run: Path = Path("runs")
+    """Recorded run, or a folder of runs: the newest finished one is taken."""
     window: str = "late"
     """The window whose first step is taken back."""
     anchors: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
@@ -117,7 +115,7 @@ def main() -> None:
     """Entry point."""
     config = parse_command(CostConfig, "python -m pipelines.fidelity.cost", "What a backward step of adjoint costs.")
     start_logging()
-    run = Run(config.run or find_run(config.runs_root))
+    run = open_run(config.run)
     rows = measure(config, run)
     sys.stdout.write(f"{'anchors':>8}  {'own step':10}{'Hessian':14}{'units':>8}{'per anchor':>12}\n")
     for row in rows:
