@@ -25,7 +25,7 @@ NEEDED = {  # by the name of a setting that has no default, where its kind does 
 }  # fmt: skip
 
 
-BESIDE = {"mixture.replay_domains": {"mixture": {"replay_share": 0.1}}}
+BESIDE = {"mixture.replay_domains": {"mixture": {"replay_share": 0.1}}, "value_curve": {"windows": "auto"}}
 """What a setting needs beside it to have an effect."""
 
 
