@@ -26,9 +26,11 @@ from fnmatch import fnmatch
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from curate.core.errors import UserError
 from curate.gradients.projection import LayerProjection
-from curate.training.model import unwrapped_name
+from curate.training.model import all_parameters, unwrapped_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,17 +102,13 @@ class GradientCapture:
                 f"the model has no Linear or Conv1D layer outside exclude={list(exclude)}; there is nothing to capture"
             )
         self._projections: dict[str, LayerProjection] = {}
-        self.blocks: dict[str, slice] = {}
-        self.size = 0
-        features = {name: _features(module) for name, module in self._modules.items()}
+        features = self.features
         # torch's version: the stream of its generator, and QR, may change with it
         self.identity: dict[str, Any] = {"width": width, "seed": seed, "torch": torch.__version__, "layers": features}
         for name, (inputs, outputs) in features.items():
             module = self._modules[name]
-            layer = LayerProjection(name, inputs, outputs, width, seed, module.weight.device)
-            self._projections[name] = layer
-            self.blocks[name] = slice(self.size, self.size + layer.size)
-            self.size += layer.size
+            self._projections[name] = LayerProjection.drawn(name, inputs, outputs, width, seed, module.weight.device)
+        self._lay_out()
         self._gradients: dict[str, Tensor] = {}
         self._keep, self._frozen, self._on_error = keep, frozen, on_error
         self._thaw: list[nn.Parameter] = []
@@ -127,11 +125,39 @@ class GradientCapture:
         weight: nn.Parameter = self._modules[layer].weight
         return weight
 
+    def parameter_name(self, layer: str) -> str:
+        """Name of the captured weight in `named_parameters`; a tied one has its first name."""
+        weight = self.weight(layer)
+        return next(name for name, parameter in all_parameters(self._model).items() if parameter is weight)
+
     def oriented(self, layer: str, tensor: Tensor) -> Tensor:
         """Orient a tensor of the shape of a module's weight as (O, I); Conv1D stores (I, O)."""
         from torch import nn
 
         return tensor if isinstance(self._modules[layer], nn.Linear) else tensor.T
+
+    @property
+    def features(self) -> dict[str, tuple[int, int]]:
+        """(I, O) of each layer."""
+        return {name: _features(module) for name, module in self._modules.items()}
+
+    def project_onto(self, projections: Mapping[str, LayerProjection]) -> None:
+        """From the next entry on, project each layer with these; `identity` still names the drawn ones."""
+        device = self.weight(self.layers[0]).device
+        self._projections = {
+            name: LayerProjection(input=projections[name].input.to(device), output=projections[name].output.to(device))
+            for name in self.layers
+        }
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Give each layer its place in a row."""
+        ends = np.cumsum([layer.size for layer in self._projections.values()])
+        self.blocks = {
+            name: slice(int(end) - layer.size, int(end))
+            for (name, layer), end in zip(self._projections.items(), ends, strict=True)
+        }
+        self.size = int(ends[-1])
 
     def scale(self, scales: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """From the next entry on, capture gradients times `d_o d_i`: (O,) and (I,) of each layer."""
@@ -218,8 +244,8 @@ class GradientCapture:
             elif weight.grad is None:
                 parts.append(torch.zeros(block.stop - block.start, device=weight.device))
             else:
-                gradient = self.oriented(name, weight.grad).float()
-                parts.append((layer.output.T @ gradient @ layer.input).flatten())
+                gradient = self.oriented(name, weight.grad)
+                parts.append(layer.of_gradient(gradient))
         return torch.cat(parts)
 
     def _rows(self, gradients: Mapping[str, Tensor], weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from curate.core.rng import derive_seed
@@ -43,28 +43,41 @@ def projection(features: int, width: int, seed: int, layer: str, side: str) -> T
     return scaled.float()
 
 
+@dataclass(frozen=True, kw_only=True)
 class LayerProjection:
     """Both projections of one layer, on its device.
 
     Attributes:
         input: (I, k_i).
         output: (O, k_o).
-        size: k_o * k_i, length of the layer's projected gradient.
     """
 
-    def __init__(self, layer: str, inputs: int, outputs: int, width: int, seed: int, device: torch.device) -> None:
-        self.input = projection(inputs, width, seed, layer, "input").to(device)
-        self.output = projection(outputs, width, seed, layer, "output").to(device)
-        self.size = self.input.shape[1] * self.output.shape[1]
+    input: Tensor
+    output: Tensor
 
-    def scaled(self, outputs: Tensor, inputs: Tensor) -> Self:
+    @classmethod
+    def drawn(cls, layer: str, inputs: int, outputs: int, width: int, seed: int, device: torch.device) -> Self:
+        """Random projections, see `projection`."""
+        return cls(
+            input=projection(inputs, width, seed, layer, "input").to(device),
+            output=projection(outputs, width, seed, layer, "output").to(device),
+        )
+
+    @property
+    def size(self) -> int:
+        """k_o * k_i, length of the layer's projected gradient."""
+        return self.input.shape[1] * self.output.shape[1]
+
+    def scaled(self, outputs: Tensor, inputs: Tensor) -> LayerProjection:
         """Fold a scale of each feature into the projections: `b^T a` goes to the projection of `(b d_o)^T (a d_i)`.
 
         Args:
             outputs: (O,) `d_o`.
             inputs: (I,) `d_i`.
         """
-        scaled = copy(self)
         # diag(d) P once per step, instead of scaling every activation
-        scaled.output, scaled.input = outputs[:, None] * self.output, inputs[:, None] * self.input
-        return scaled
+        return LayerProjection(output=outputs[:, None] * self.output, input=inputs[:, None] * self.input)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Project a whole gradient (O, I) as rows are projected: (k_o k_i,) float32."""
+        return (self.output.T @ gradient.float() @ self.input).flatten()
