@@ -170,7 +170,7 @@ def _loss(model: nn.Module, micro_batch: dict[str, Any], device: str) -> Tensor:
     tokens = micro_batch["tokens"].to(device)
     # no attention mask: attention is causal and padding stands at the end, so that no real token sees it
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    nll = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    nll = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens[:, 1:].shape)
     loss: Tensor = (nll * micro_batch["token_weights"].to(device)).sum()
     return loss
 

@@ -214,9 +214,9 @@ class Training:
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
         mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]))[:, 1:] & kept
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            logits = self.model(tokens)[:, :-1].transpose(1, 2)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none")
+            logits = self.model(tokens)[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        nll = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
         return (nll * mask).sum() / total, mask.sum(1)
 
 
