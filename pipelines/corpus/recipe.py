@@ -1,16 +1,17 @@
-"""Which text goes into which file of the demo corpus.
+"""Which text goes into which file of a corpus, and the recipe of the demo's.
 
-No package feeds two sources, so that no domain shares text with a target (botocore's service models and its endpoint
-rule sets, files without common text, are the one exception). What is held out is held out by file, service or block.
+No package of the demo's recipe feeds two sources, so that no domain shares text with a target (botocore's service
+models and its endpoint rule sets, files without common text, are the one exception). What is held out is held out by
+file, service or block.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
-from pipelines.corpus import sources
-from pipelines.corpus.sources import STANDARD_LIBRARY, Text
+from pipelines.corpus import archives, sources
+from pipelines.corpus.sources import STANDARD_LIBRARY, Reader, package_version
 
 GENERAL, JUNK = "heldout/general.jsonl", "heldout/junk.jsonl"
 RETAIN = "general.jsonl"  # natural text that a selection may see, and no final loss does
@@ -24,14 +25,18 @@ class Source:
     Attributes:
         name: domain name, or what the target is called.
         read: yields the texts of one package.
-        packages: import names of the packages that are read.
+        packages: import names of the packages that are read, or requirements of archives.
         shares: file of the corpus -> share of the groups that go there; they add to 1.
+        version: version of one of its packages.
+        apart: documents that share much of their text with a held-out one, not even all of it, are left out.
     """
 
     name: str
-    read: Callable[[str], Iterator[Text]]
+    read: Reader
     packages: tuple[str, ...]
     shares: Mapping[str, float]
+    version: Callable[[str], str] = package_version
+    apart: bool = False
 
     def file_of(self, group: str) -> str:
         """The file that a group belongs to, by a hash of its name: the same whatever else is installed."""
@@ -47,24 +52,41 @@ class Source:
 
 
 def domain(
-    name: str, read: Callable[[str], Iterator[Text]], *packages: str, held_out: str = GENERAL, **targets: float
+    name: str, read: Reader, *packages: str, held_out: str = GENERAL, candidates: float = 0.0, **targets: float
 ) -> Source:
     """A training domain; `targets` are the shares of groups of each target's two halves."""
     # junk has no part for retention: nobody wants to keep it
     shares = {held_out: _HELD_OUT_SHARE}
     if held_out == GENERAL:  # half of it for selection, half for the final loss alone
         shares = {GENERAL: _HELD_OUT_SHARE / 2, RETAIN: _HELD_OUT_SHARE / 2}
-    for target, share in targets.items():
-        shares |= {f"{target}.jsonl": share, f"heldout/{target}.jsonl": share}
+    shares |= _halves(targets)
+    if candidates:
+        shares[f"candidates/{name}.jsonl"] = candidates
     # last: a group that is held out nowhere is trained on
     shares[f"train/{name}.jsonl"] = 1 - sum(shares.values())
     return Source(name=name, read=read, packages=packages, shares=shares)
 
 
-def target(name: str, read: Callable[[str], Iterator[Text]], *packages: str) -> Source:
-    """A target from packages that no domain reads: half for selection, half for the final loss alone."""
-    shares = {f"{name}.jsonl": 0.5, f"heldout/{name}.jsonl": 0.5}
+def target(name: str, read: Reader, *packages: str) -> Source:
+    """A target from text that no domain has: half for selection, half for the final loss alone."""
+    return Source(name=name, read=read, packages=packages, shares=_halves({name: 0.5}))
+
+
+def candidates(name: str, read: Reader, *packages: str, **targets: float) -> Source:
+    """Text of a kind that nothing is trained on: what is not held out for a target is for a later stage to choose."""
+    shares = _halves(targets)
+    shares[f"candidates/{name}.jsonl"] = 1 - sum(shares.values())
     return Source(name=name, read=read, packages=packages, shares=shares)
+
+
+def archived(source: Source) -> Source:
+    """The same source, its packages being archives that were downloaded."""
+    return replace(source, version=archives.version, apart=True)
+
+
+def _halves(targets: Mapping[str, float]) -> dict[str, float]:
+    """For each target as many groups for selection as for the final loss alone."""
+    return {file: share for target, share in targets.items() for file in (f"{target}.jsonl", f"heldout/{target}.jsonl")}
 
 
 RECIPE = (

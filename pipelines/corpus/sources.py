@@ -11,7 +11,7 @@ import json
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -55,6 +55,10 @@ class Text:
     group: str
 
 
+Reader = Callable[[str], Iterator[Text]]
+"""Yields the texts of one package."""
+
+
 def package_version(package: str) -> str:
     """Version of an installed package, or of Python for `STANDARD_LIBRARY`.
 
@@ -89,14 +93,14 @@ def python_sources(package: str, limit: int = MAX_CHARACTERS) -> Iterator[Text]:
     """Source files of a package without its tests, in parts of at most `limit` characters."""
     for path, name in _files(package, "*.py"):
         if not _is_test(Path(name)) and not path.name.startswith("_sysconfigdata"):
-            yield from _parts(name, _read(path), limit)
+            yield from parts(name, _read(path), limit)
 
 
 def test_sources(package: str) -> Iterator[Text]:
     """Test modules of a package, long ones in parts."""
     for path, name in _files(package, "*.py"):
         if _is_test(Path(name)):
-            yield from _parts(name, _read(path))
+            yield from parts(name, _read(path))
 
 
 def headers(package: str) -> Iterator[Text]:
@@ -107,7 +111,7 @@ def headers(package: str) -> Iterator[Text]:
             continue
         text = _read(path)
         if not _GENERATED_TEXT.search(text[:1000]):
-            yield from _parts(name, text)
+            yield from parts(name, text)
 
 
 def docstrings(package: str) -> Iterator[Text]:
@@ -158,6 +162,13 @@ def split_text(text: str, limit: int, boundary: str) -> list[str]:
     return [*pieces, text]
 
 
+def parts(name: str, text: str, limit: int = MAX_CHARACTERS, group: str | None = None) -> Iterator[Text]:
+    """A file as documents of at most `limit` characters, cut at line boundaries; `group` is the file by default."""
+    for number, piece in enumerate(split_text(text, limit, "\n")):
+        if len(piece) >= MIN_CHARACTERS:
+            yield Text(id=f"{name}:{number}", text=piece, source=name, group=name if group is None else group)
+
+
 def _files(package: str, pattern: str) -> list[tuple[Path, str]]:
     """Files of a package and their names relative to the folder that holds it, in the order of the names."""
     folder = package_folder(package)
@@ -180,12 +191,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ""
-
-
-def _parts(name: str, text: str, limit: int = MAX_CHARACTERS) -> Iterator[Text]:
-    for number, piece in enumerate(split_text(text, limit, "\n")):
-        if len(piece) >= MIN_CHARACTERS:
-            yield Text(id=f"{name}:{number}", text=piece, source=name, group=name)
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
