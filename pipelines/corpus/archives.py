@@ -3,9 +3,12 @@
 An archive is named by its requirement, `name==version`, and read as whole files, one document each or in parts.
 """
 
+import gzip
+import io
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -62,7 +65,7 @@ def files(folder: Path, package: str, include: str) -> list[tuple[str, str]]:
     wanted = re.compile(include)
     try:
         read = list((_wheel if path.suffix == ".whl" else _sdist)(path, lambda name: bool(wanted.search(name))))
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and download it again") from None
     return sorted((name, text) for name, data in read if (text := _decoded(data)) is not None)
 
@@ -103,7 +106,8 @@ def _wheel(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, byt
 
 
 def _sdist(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path) as archive:
+    # whole: the check sum stands at the end, and whoever reads members only never comes to it
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as archive:
         for member in archive:
             # a link would be a second name of a file that is read already
             file = archive.extractfile(member) if member.isreg() and wanted(member.name) else None

@@ -1,7 +1,7 @@
 """Build a corpus: read every source, drop exact duplicates across all files, write JSONL and a manifest.
 
 Documents of a file are taken in the order of a hash of their ids until the file is full, so the choice is spread over
-the packages and depends on nothing but their versions. Peak memory is the text of the sources, about 150 MB.
+the packages and depends on nothing but their versions. Peak memory is about 250 MB, most of it the text of the sources.
 """
 
 import hashlib
