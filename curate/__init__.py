@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from curate.reconstruct.description import ReconstructConfig
     from curate.report import report
     from curate.report.__main__ import ReportConfig
+    from curate.search import SearchConfig, search
     from curate.select import select
     from curate.selection.config import SelectConfig
     from curate.training.recorder import RecorderConfig, TrajectoryRecorder
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BranchTestCommand", "CaptureConfig", "EmbedConfig", "Mixture", "ModelSpec", "ReconstructConfig", "RecorderConfig",
-    "ReportConfig", "Run", "RunCapture", "SelectConfig", "TaskSpec", "TrajectoryRecorder", "UserError", "VerifyConfig",
-    "branch_test", "embed", "load_target", "open_dataset", "read_mixture", "read_scores", "reconstruct", "report",
-    "select", "trust", "verify",
+    "ReportConfig", "Run", "RunCapture", "SearchConfig", "SelectConfig", "TaskSpec", "TrajectoryRecorder", "UserError",
+    "VerifyConfig", "branch_test", "embed", "load_target", "open_dataset", "read_mixture", "read_scores", "reconstruct",
+    "report", "search", "select", "trust", "verify",
 ]  # fmt: skip
 
 _MODULES = {  # name -> module that has it; the imports above say the same to type checkers
@@ -62,6 +63,7 @@ _MODULES = {  # name -> module that has it; the imports above say the same to ty
     "ReportConfig": "curate.report.__main__",
     "Run": "curate.training.run",
     "RunCapture": "curate.embeddings.run_capture",
+    "SearchConfig": "curate.search",
     "SelectConfig": "curate.selection.config",
     "TaskSpec": "curate.training.task",
     "TrajectoryRecorder": "curate.training.recorder",
@@ -75,6 +77,7 @@ _MODULES = {  # name -> module that has it; the imports above say the same to ty
     "read_scores": "curate.domains.scores_file",
     "reconstruct": "curate.reconstruct",
     "report": "curate.report",
+    "search": "curate.search",
     "select": "curate.select",
     "trust": "curate.core.trust",
     "verify": "curate.verify",

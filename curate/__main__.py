@@ -11,7 +11,8 @@ from curate.core.interrupts import leave_on_signals
 
 COMMANDS = {  # name -> module that has its `main`, and what it does
     "select": ("curate.select", "which data moved the model towards the target: write the next stage's data"),
-    "embed": ("curate.embed", "value embeddings of a run's windows, and their index"),
+    "embed": ("curate.embed", "the value index of a run or of candidates; value embeddings of windows"),
+    "search": ("curate.search", "which samples are worth most and least for a target, by the value index"),
     "verify": ("curate.verify", "compare the values of a run with training that is run again"),
     "reconstruct": ("curate.reconstruct.__main__", "rebuild a finished run that had no recorder, and check it"),
     "schedule": ("curate.schedule", "train, embed, select, train ...: carry out a plan of stages"),

@@ -147,6 +147,66 @@ class DrawnSamples(Samples):
     """The group that is resampled together."""
 
 
+class IndexedSamples(Samples):
+    """Samples that a search of the value index found, best first."""
+
+    product = dy.Float64(nullable=False)
+    """Inner product of the row with what was asked for: value per token, before `row_values` calibrates it."""
+
+
+class RowTrust(dy.Schema):
+    """How well rows of the value index give a domain's exact values (`trust.parquet`), see `influence.row_values`."""
+
+    source = dy.String(nullable=False, regex=_SOURCES)
+    target = dy.String(nullable=False)
+    domain = dy.String(nullable=False)
+    samples = dy.Int64(nullable=False)
+    measured = dy.Int64(nullable=False)
+    """Exactly, of those that the space was not fitted on."""
+    spearman = dy.Float64(nullable=True)
+    """Of rows with exact values; null where too few were measured, or they do not differ."""
+    low = dy.Float64(nullable=True)
+    high = dy.Float64(nullable=True)
+    share_held = dy.Float64(nullable=True)
+    """Of the mean square of exact values; what is missing lies where the space has no numbers."""
+    used = dy.Bool(nullable=False)
+
+
+class FoundSamples(dy.Schema):
+    """The samples of most and of least value for a target (`samples.parquet` of a search)."""
+
+    source = dy.String(nullable=False, regex=_SOURCES)
+    target = dy.String(nullable=False)
+    end = dy.String(nullable=False, regex="^(most|least)$")
+    rank = dy.Int64(nullable=False, min=1)
+    """Within its end, 1 the farthest out."""
+    domain = dy.String(nullable=False)
+    index = dy.Int64(nullable=False, min=0)
+    sample_id = dy.Int64(nullable=False, min=0)
+    predicted_tokens = dy.Int64(nullable=False, min=1)
+    value_per_token = dy.Float64(nullable=False)
+    """By its row, nats per token of the target."""
+    trusted = dy.Bool(nullable=False)
+    """Whether rows give exact values well enough in its domain."""
+    text = dy.String(nullable=False)
+
+
+class IndexedDomains(dy.Schema):
+    """Value of each domain for a target by the value index (`domains.parquet` of a search)."""
+
+    source = dy.String(nullable=False, regex=_SOURCES)
+    target = dy.String(nullable=False)
+    domain = dy.String(nullable=False)
+    samples = dy.Int64(nullable=False)
+    value_per_token = dy.Float64(nullable=False)
+    """Nats per token of the target."""
+    low = dy.Float64(nullable=True)
+    high = dy.Float64(nullable=True)
+    """95 % interval, of the regression estimator or of the mean; null where too few were measured."""
+    by = dy.String(nullable=False, regex="^(rows|measured samples)$")
+    """All rows of the domain, or the measured samples alone where rows are not trusted."""
+
+
 class SampleValues(dy.Schema):
     """What samples are chosen by: one row per sample and use, for all targets together (`stats.deviation`)."""
 

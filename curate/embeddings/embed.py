@@ -17,6 +17,7 @@ from curate.core.artifacts import MANIFEST, fingerprint, is_complete, read_json
 from curate.core.config import Config, FileName
 from curate.core.lock import locked
 from curate.core.renamed import Renamed
+from curate.core.validation import changed
 from curate.embeddings.estimators import (
     AdjointConfig,
     BaselineConfig,
@@ -50,11 +51,14 @@ RENAMED = Renamed(
             "fisher": "is gone: exact and difference are left",
             "gauss-newton": "is gone: exact and difference are left",
         },
-        "window": {"none": "is gone: curate.select needs no window"},
     },
 )
 """Old names, for the error that says which new name to use."""
 WEAK_RESIDUAL = 0.5  # above it the anchors say less about a target than they leave open
+
+
+# Settings that the value index reads; the others are of windows.
+_OF_INDEX = {"run", "candidates", "streams", "tokenizer", "device", "tolerance"}
 
 
 class EmbedConfig(Config):
@@ -64,8 +68,13 @@ class EmbedConfig(Config):
 
     run: Path = Path("runs")
     """Recorded run, or a folder of runs: the newest finished one is taken."""
-    window: Literal["early", "late", "both"] = "both"
-    """Window or windows of the run to value."""
+    candidates: Path | None = None
+    """Make the value index of data that was never trained on (MDS folders of domains, or a streams.yaml) instead of the
+    run's own."""
+    window: Literal["early", "late", "both"] | None = None
+    """Value the samples of a recorded window, or of both, for `target`, each at the state of its step; none: make the
+    value index, rows of all samples at the run's last state, which serve every target. The settings below are of
+    windows, but for streams, tokenizer, device and tolerance."""
     windows: Literal["declared", "auto"] = "declared"
     """declared: the windows that the run was recorded with. auto: found from its loss, gradient norm and lr curves."""
     value_curve: Path | None = None
@@ -109,6 +118,19 @@ class EmbedConfig(Config):
     """Settings of the FAISS index."""
 
     @model_validator(mode="after")
+    def _every_setting_acts(self) -> Self:
+        if self.window is None:
+            idle = sorted(set(changed(self)) - _OF_INDEX, key=str)
+            if idle:
+                raise ValueError(
+                    f"{', '.join(idle)} have no effect without a window: the value index serves every target; set "
+                    "--window late, early or both, or leave them out"
+                )
+        elif self.candidates is not None:
+            raise ValueError("candidates have no effect with a window, which has what was trained on; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _curve_is_looked_at(self) -> Self:
         if self.value_curve is not None and self.windows == "declared":
             raise ValueError("value_curve has no effect here: windows declared are as recorded; set windows auto")
@@ -117,6 +139,8 @@ class EmbedConfig(Config):
     @property
     def window_names(self) -> list[str]:
         """Names of the windows to embed."""
+        if self.window is None:
+            return []
         return ["early", "late"] if self.window == "both" else [self.window]
 
 

@@ -22,7 +22,7 @@ from curate.core.config import Config
 from curate.core.errors import UserError
 from curate.core.rng import generator
 from curate.core.writing import atomic_write
-from curate.index.exact import Floats, Rows, chunks, exact_search, recall
+from curate.index.exact import Floats, Matrix, Rows, chunks, exact_search, recall
 from curate.index.library import load_faiss, on_cpu, on_gpu
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class _Truth:
 
 
 def build(
-    embeddings: Floats,
+    embeddings: Matrix,
     folder: Path,
     config: IndexConfig,
     *,
@@ -75,7 +75,7 @@ def build(
     """Write `folder/index.faiss` and its manifest, which holds `recall_at_100`; does nothing where they are complete.
 
     Args:
-        embeddings: float32 [N, D], usually a memory map.
+        embeddings: float32 [N, D], usually a memory map; read in parts.
         folder: replaced as a whole, atomically.
         config: factory and recall target.
         queries: float32 [Q, D], real target vectors (Q may be 0); recall is measured with them and with sampled rows,
@@ -102,7 +102,7 @@ def build(
         log.warning(
             "%s finds %.3f of the exact top %d, wanted %.3f", factory, measured, RECALL_AT, config.recall_target
         )
-    lists = _lists(faiss, on_cpu(faiss, index))
+    lists = find_lists(faiss, on_cpu(faiss, index))
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         faiss.write_index(on_cpu(faiss, index), str(temporary / INDEX_FILE))
@@ -129,7 +129,7 @@ def compressed_factory(rows: int) -> str:
     return f"IVF{2 ** round(np.log2(rows) / 2)},SQbf16"
 
 
-def _check(embeddings: Floats, queries: Floats) -> None:
+def _check(embeddings: Matrix, queries: Floats) -> None:
     if len(embeddings) == 0:
         raise UserError("there are no embeddings to index; embed a window with at least one sample")
     if queries.ndim != 2 or queries.shape[1] != embeddings.shape[1]:
@@ -143,7 +143,7 @@ def _check(embeddings: Floats, queries: Floats) -> None:
             )
 
 
-def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
+def _filled(faiss: Any, factory: str, embeddings: Matrix, seed: int) -> Any:
     """Make an index and add every row in order, chunk by chunk."""
     try:
         index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -152,7 +152,7 @@ def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
         raise UserError(
             f"index.factory {factory!r} is not a FAISS factory string ({reason}); try auto or Flat"
         ) from None
-    if lists := _lists(faiss, index):
+    if lists := find_lists(faiss, index):
         # For inner products FAISS gives its lists centres of norm 1: distance to one means nothing, least of all
         # where rows have norm 1e-7, so rows themselves are encoded.
         lists.by_residual = False
@@ -165,9 +165,9 @@ def _filled(faiss: Any, factory: str, embeddings: Floats, seed: int) -> Any:
     return index
 
 
-def _training_rows(faiss: Any, index: Any, embeddings: Floats, seed: int) -> Floats:
+def _training_rows(faiss: Any, index: Any, embeddings: Matrix, seed: int) -> Floats:
     """Sample rows, in their order: float32 [at most N, D]."""
-    lists = _lists(faiss, on_cpu(faiss, index))
+    lists = find_lists(faiss, on_cpu(faiss, index))
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * lists.nlist if lists else 0)
     rows = np.arange(len(embeddings))
     if len(rows) > wanted:
@@ -176,7 +176,7 @@ def _training_rows(faiss: Any, index: Any, embeddings: Floats, seed: int) -> Flo
     return np.ascontiguousarray(embeddings[rows], dtype=np.float32)
 
 
-def _truth(embeddings: Floats, queries: Floats, seed: int) -> _Truth:
+def _truth(embeddings: Matrix, queries: Floats, seed: int) -> _Truth:
     """Search exactly for the queries and for sampled rows."""
     count = min(_RECALL_ROWS, len(embeddings))
     sampled = np.sort(generator(seed, "index-recall").choice(len(embeddings), count, replace=False))
@@ -186,7 +186,7 @@ def _truth(embeddings: Floats, queries: Floats, seed: int) -> _Truth:
 
 def _tune(faiss: Any, index: Any, truth: _Truth, target: float) -> float:
     """Double the number of lists visited until the recall reaches its target; return the recall."""
-    lists = _lists(faiss, index)
+    lists = find_lists(faiss, index)
     measured = truth.recall_of(index)
     while lists and measured < target and lists.nprobe < lists.nlist:
         lists.nprobe = min(lists.nlist, 2 * lists.nprobe)
@@ -194,7 +194,7 @@ def _tune(faiss: Any, index: Any, truth: _Truth, target: float) -> float:
     return measured
 
 
-def _lists(faiss: Any, index: Any) -> Any:
+def find_lists(faiss: Any, index: Any) -> Any:
     """Find the inverted lists of an index (with `nlist` and `nprobe`); None where it has none."""
     # IVF indexes have `nprobe` themselves, on the GPU too; others may wrap one ("PCA64,IVF1024,Flat").
     return index if hasattr(index, "nprobe") else faiss.try_extract_index_ivf(index)

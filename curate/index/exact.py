@@ -4,6 +4,7 @@ Shape legend: N rows, D embedding dim, Q queries, K results.
 """
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,25 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
+
+class Matrix(Protocol):
+    """Rows float32 [N, D] that are read in parts: an array, a memory map, or what looks like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, rows: Any, /) -> Floats:
+        """Some rows, by a slice or their numbers."""
+
+
 CHUNK_NUMBERS = 1 << 24  # 64 MiB of float32
 
 
-def chunks(embeddings: Floats, products: int = 0) -> Iterator[tuple[int, Floats]]:
+def chunks(embeddings: Matrix, products: int = 0) -> Iterator[tuple[int, Floats]]:
     """Yield (first row, rows) of at most 64 MiB each, read from the memory map one after another.
 
     `products` is how many numbers will be computed for each row; they count towards the size.
@@ -25,7 +41,7 @@ def chunks(embeddings: Floats, products: int = 0) -> Iterator[tuple[int, Floats]
         yield start, np.ascontiguousarray(embeddings[start : start + size], dtype=np.float32)
 
 
-def exact_search(embeddings: Floats, queries: Floats, k: int) -> tuple[Floats, Rows]:
+def exact_search(embeddings: Matrix, queries: Floats, k: int) -> tuple[Floats, Rows]:
     """Find the `min(k, N)` rows with the largest inner products, best first.
 
     Time O(N D Q), memory one chunk and its products (64 MiB); the embeddings may be a memory map.

@@ -11,8 +11,8 @@ import numpy as np
 
 from curate.core import artifacts
 from curate.core.errors import UserError
-from curate.index.build import INDEX_FILE
-from curate.index.exact import Floats, Rows
+from curate.index.build import INDEX_FILE, find_lists
+from curate.index.exact import Floats, Rows, recall
 from curate.index.library import load_faiss, on_gpu
 
 
@@ -30,6 +30,31 @@ class Index:
     def __len__(self) -> int:
         """N, the number of rows."""
         return int(self._faiss_index.ntotal)
+
+    @property
+    def lists(self) -> int:
+        """Lists of a compressed index; 0 where search is exact."""
+        lists = find_lists(load_faiss(), self._faiss_index)
+        return lists.nlist if lists else 0
+
+    @property
+    def lists_visited(self) -> int:
+        """Lists that a search visits; 0 where it is exact."""
+        lists = find_lists(load_faiss(), self._faiss_index)
+        return lists.nprobe if lists else 0
+
+    def visit(self, count: int) -> None:
+        """Let searches visit as many lists."""
+        lists = find_lists(load_faiss(), self._faiss_index)
+        lists.nprobe = min(count, lists.nlist)
+
+    def widen(self, queries: Floats, exact: Rows, target: float) -> float:
+        """Double the number of lists visited until enough of the exact results [Q, K] are found; return the share."""
+        found = recall(self.search(queries, exact.shape[1])[1], exact)
+        while found < target and self.lists_visited < self.lists:
+            self.visit(2 * self.lists_visited)
+            found = recall(self.search(queries, exact.shape[1])[1], exact)
+        return found
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
         """Find the rows with the largest inner products, best first. For the smallest products search for `-queries`.

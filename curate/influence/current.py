@@ -58,11 +58,12 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
-_LR_SHARE = 0.1  # of the run's median lr, see `influence.direction`
+LR_SHARE = 0.1
+"""Of the run's median lr, see `influence.direction`."""
 _FORWARD_PASSES = 0.4  # of a forward+backward pass: what a forward pass costs
 _BATCH = 64  # samples read at a time
 # Names of files in an artifact; renaming one makes finished artifacts unreadable.
-_DIRECTIONS, TOKEN_VALUES = "directions.npz", "tokens.npz"
+DIRECTIONS, TOKEN_VALUES = "directions.npz", "tokens.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ def value_next_step(
         "source": name,
         "samples": samples_fingerprint(drawn),
         "targets": [target.fingerprint for target in targets],
-        "lr_share": _LR_SHARE,
+        "lr_share": LR_SHARE,
     }
     identity = fingerprint(settings)
     folder = run.folder / "influence" / f"{name}-{targets[0].name}-{identity[:8]}"
@@ -209,9 +210,9 @@ def _write_part(
         read=partial(read_together, run, source),
         scratch=scratch,
         by_token=True,
-    ) / (step_tokens(run) * _LR_SHARE)
+    ) / (step_tokens(run) * LR_SHARE)
     # kept: `measure_samples` goes along the same directions, in another process perhaps
-    write_arrays(folder / _DIRECTIONS, {"directions": directions.cpu().numpy()})
+    write_arrays(folder / DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
     with atomic_write(folder / "values.parquet") as temporary:
@@ -291,7 +292,7 @@ def _along_all_targets(
     parameters = next(replay.states(run.spec.steps, run.spec.steps + 1)).parameters
     # a retention target may have no say here
     rows = [target_positions(next_step)[name] for name in target_weights]
-    directions = parameters.new_tensor(read_arrays(next_step.folder / _DIRECTIONS)["directions"][rows])
+    directions = parameters.new_tensor(read_arrays(next_step.folder / DIRECTIONS)["directions"][rows])
     shares = parameters.new_tensor(list(target_shares(next_step.values, target_weights).values()))
     # derivatives are linear in the direction: one weighted direction costs as much as one target
     derivatives = linear_values(
@@ -303,7 +304,7 @@ def _along_all_targets(
         read=partial(read_together, run, source),
         scratch=scratch,
     )
-    values: Floats = derivatives[:, 0] / (step_tokens(run) * _LR_SHARE)
+    values: Floats = derivatives[:, 0] / (step_tokens(run) * LR_SHARE)
     return values
 
 
@@ -353,7 +354,7 @@ def _continued_replay(run: Run, targets: Sequence[Target], options: NextStepOpti
     Raises:
         UserError: a target has other tokens than the model.
     """
-    replay = Replay(ContinuedRun(run, _LR_SHARE), options.device, options.tolerance)
+    replay = Replay(ContinuedRun(run, LR_SHARE), options.device, options.tolerance)
     for target in targets:
         check_vocabulary(target, replay.task)
     return replay

@@ -3,8 +3,9 @@
 A file holds the rows of at most 4,096 samples of one MDS shard. Its name says which samples and what bytes, so that
 finished files are kept after an interruption, those of new shards stand beside the old ones, and a shard whose samples
 changed is another one. A sample is known by its content: copies, other shard layouts and other sources share its row.
+Files are memory-mapped: what is in memory is 16 bytes a sample, and what a caller asks for.
 
-N samples, D numbers of a row.
+N samples, D numbers of a row, T vectors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from curate.core.lock import locked
 from curate.core.progress import progress
 from curate.core.writing import atomic_write
 from curate.influence.current import read_together
-from curate.influence.space import captured_rows, row_capture
+from curate.influence.space import captured_rows, row_capture, row_passes
 from curate.training.fit import check_fit
 
 if TYPE_CHECKING:
@@ -45,32 +45,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _BLOCK = 4096  # samples of a file: what an interruption can cost
+_CHUNK = 1 << 16  # rows in memory at once, 64 MiB of float32
 _LARGEST = 127  # int8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Some rows.
-
-    Attributes:
-        sample_ids: (N,) content ids.
-        codes: (N, D) int8.
-        scales: (N,) float32: a row is its codes times its scale.
-    """
-
-    sample_ids: Ids
-    codes: Codes
-    scales: Floats
-
-    def products(self, vectors: Floats) -> Floats:
-        """(N, T) float32 inner products with vectors (T, D)."""
-        products: Floats = (self.codes.astype(np.float32) @ vectors.T) * self.scales[:, None]
-        return products
-
-    def take(self, positions: npt.NDArray[Any]) -> Floats:
-        """(n, D) float32 of some of the rows."""
-        rows: Floats = self.codes[positions].astype(np.float32) * self.scales[positions][..., None]
-        return rows
 
 
 def quantized(rows: Floats) -> tuple[Codes, Floats]:
@@ -80,8 +56,22 @@ def quantized(rows: Floats) -> tuple[Codes, Floats]:
     return codes.astype(np.int8), scales
 
 
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The rows of a file, memory-mapped: ids (N,), scales (N,) and codes (N, D), one array after the other."""
+
+    ids: Ids
+    scales: Floats
+    codes: Codes
+
+    def rows(self, positions: npt.NDArray[Any]) -> Floats:
+        """(n, D) of some rows."""
+        found: Floats = self.codes[positions].astype(np.float32) * self.scales[positions][:, None]
+        return found
+
+
 class RowStore:
-    """The rows in a folder; they are read when they are first asked for.
+    """The rows in a folder; their ids are read when they are first asked for.
 
     Args:
         folder: of the files.
@@ -89,47 +79,90 @@ class RowStore:
     """
 
     def __init__(self, folder: Path, numbers: int) -> None:
-        self.folder, self._numbers = folder, numbers
+        self.folder, self.numbers = folder, numbers
 
     @cached_property
-    def rows(self) -> Rows:
-        """All rows; of a sample that two files have, the first by name.
+    def _files(self) -> list[_File]:
+        return [_mapped(path, self.numbers) for path in sorted(self.folder.glob("*.npy"))]
 
-        Raises:
-            UserError: a file is damaged.
-        """
-        files = [_read(path) for path in sorted(self.folder.glob("*.npz"))]
-        empty = (np.zeros(0, np.int64), np.zeros((0, self._numbers), np.int8), np.zeros(0, np.float32))
-        ids, codes, scales = (np.concatenate(parts) for parts in zip(empty, *files, strict=True))
-        _, first = np.unique(ids, return_index=True)
-        return Rows(sample_ids=ids[first], codes=codes[first], scales=scales[first])
+    @cached_property
+    def _places(self) -> tuple[Ids, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Ids in order, and the file and the row of each; of a sample that two files have, the first by name."""
+        ids = np.concatenate([np.zeros(0, np.int64), *(file.ids for file in self._files)])
+        lengths = [len(file.ids) for file in self._files]
+        files = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        rows = np.concatenate([np.zeros(0, np.int32), *(np.arange(length, dtype=np.int32) for length in lengths)])
+        unique, first = np.unique(ids, return_index=True)
+        return unique, files[first], rows[first]
+
+    @property
+    def sample_ids(self) -> Ids:
+        """(N,) content ids of the samples that have a row, in their order."""
+        return self._places[0]
 
     def missing(self, samples: dy.DataFrame[Samples]) -> pl.DataFrame:
         """The samples without a row, by domain, shard and place."""
-        have = pl.DataFrame({"sample_id": self.rows.sample_ids})
+        have = pl.DataFrame({"sample_id": self.sample_ids})
         return samples.join(have, on="sample_id", how="anti").sort("domain", "shard", "index")
 
-    def of(self, sample_ids: Ids) -> Rows:
-        """The rows of some samples that have one, in their order."""
-        at = np.searchsorted(self.rows.sample_ids, sample_ids)
-        return Rows(sample_ids=self.rows.sample_ids[at], codes=self.rows.codes[at], scales=self.rows.scales[at])
+    def take(self, sample_ids: Ids) -> Floats:
+        """(n, D) rows of samples that have one, in their order."""
+        ids, files, rows = self._places
+        at = np.searchsorted(ids, sample_ids)
+        taken = np.empty((len(sample_ids), self.numbers), np.float32)
+        of_file = files[at]
+        # file by file, so that each is read from front to back where the samples are in its order
+        for number in np.unique(of_file):
+            here = np.flatnonzero(of_file == number)
+            taken[here] = self._files[number].rows(rows[at[here]])
+        return taken
+
+    def products(self, sample_ids: Ids, vectors: Floats) -> Floats:
+        """(n, T) float32 inner products of samples' rows with vectors (T, D)."""
+        starts = range(0, len(sample_ids), _CHUNK)
+        parts = [self.take(sample_ids[start : start + _CHUNK]) @ vectors.T for start in starts]
+        return np.concatenate([np.zeros((0, len(vectors)), np.float32), *parts])
 
     def write(self, sample_ids: Ids, rows: Floats) -> None:
         """Write the rows of one block."""
         codes, scales = quantized(rows)
-        buffer = BytesIO()
-        np.savez(buffer, sample_ids=sample_ids, codes=codes, scales=scales)
-        content = buffer.getvalue()
-        name = f"{hash_of(sample_ids.astype('<i8').tobytes())[:16]}-{hash_of(content)}.npz"
-        with atomic_write(self.folder / name) as temporary:
-            temporary.write_bytes(content)
-        self.__dict__.pop("rows", None)
+        ids = sample_ids.astype("<i8").tobytes()
+        content = np.frombuffer(ids + scales.astype("<f4").tobytes() + codes.tobytes(), np.uint8)
+        with (
+            atomic_write(self.folder / f"{hash_of(ids)[:16]}-{hash_of(content.tobytes())}.npy") as temporary,
+            temporary.open("wb") as file,
+        ):
+            np.save(file, content)
+        for name in ("_files", "_places"):
+            self.__dict__.pop(name, None)
+
+
+def _mapped(path: Path, numbers: int) -> _File:
+    """The arrays of a file, whose name ends in their hash.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError):
+        content = np.zeros(0, np.uint8)
+    if hash_of(content.data) != path.stem.rpartition("-")[2]:
+        raise UserError(f"{path} is corrupted: delete it, and its rows are made again")
+    size = len(content) // (12 + numbers)
+    return _File(
+        ids=content[: 8 * size].view("<i8"),
+        scales=content[8 * size : 12 * size].view("<f4"),
+        codes=content[12 * size :].view(np.int8).reshape(size, numbers),
+    )
 
 
 def embed_samples(
     run: Run, source: SampleSource, samples: dy.DataFrame[Samples], space: RowSpace, replay: Replay
 ) -> RowStore:
     """Make the rows of samples that have none, a block after the other; what an interruption left is kept.
+
+    The cost is logged before.
 
     Args:
         run: a finished run, whose last state is the current one.
@@ -141,17 +174,25 @@ def embed_samples(
     Raises:
         UserError: the model cannot read the samples, or a sample's gradient is not finite (names it).
     """
-    store = RowStore(space.folder / "rows", space.numbers)
-    if store.missing(samples).is_empty():
+    store = open_rows(space)
+    missing = store.missing(samples)
+    if missing.is_empty():
         return store
+    check_fit(source.catalogue, source.folders, replay.model)
+    _log.info(
+        "rows of %s samples will cost about %.0f forward+backward passes, %.1f %% of the stage's %d (%s have theirs)",
+        f"{len(missing):,}",
+        row_passes(run, len(missing)),
+        100 * row_passes(run, len(missing)) / run.spec.steps,
+        run.spec.steps,
+        f"{len(samples) - len(missing):,}",
+    )
     with locked(store.folder, wait=True):
         # asked again: whoever held the lock may have made them meanwhile
-        store = RowStore(store.folder, space.numbers)
-        missing = store.missing(samples)
-        check_fit(source.catalogue, source.folders, replay.model)
+        store = open_rows(space)
         replay.model_at(run.spec.steps)
         compression = space.compression.to(replay.device)
-        blocks = list(blocks_of(missing))
+        blocks = list(blocks_of(store.missing(samples)))
         with row_capture(space, replay) as capture:
             for block in progress(blocks, total=len(blocks), what="embed samples", unit="block"):
                 parts = [
@@ -159,23 +200,15 @@ def embed_samples(
                     for batch in read_together(run, source, block)
                 ]
                 store.write(block["sample_id"].to_numpy(), np.concatenate(parts))
-    return RowStore(store.folder, space.numbers)
+    return open_rows(space)
+
+
+def open_rows(space: RowSpace) -> RowStore:
+    """The rows of a space; it may hold none yet."""
+    return RowStore(space.folder / "rows", space.numbers)
 
 
 def blocks_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """The samples of each shard, in parts of at most 4,096: other shards beside it change no byte of a part."""
     for shard in samples.partition_by("domain", "shard", maintain_order=True):
         yield from shard.iter_slices(_BLOCK)
-
-
-def _read(path: Path) -> tuple[Ids, Codes, Floats]:
-    """The arrays of a file, whose name ends in its hash.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    content = path.read_bytes()
-    if hash_of(content) != path.stem.rpartition("-")[2]:
-        raise UserError(f"{path} is corrupted: delete it, and its rows are made again")
-    with np.load(BytesIO(content)) as stored:
-        return stored["sample_ids"], stored["codes"], stored["scales"]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from curate.core.arrays import read_arrays, write_arrays
 from curate.core.artifacts import MANIFEST, finalize, fingerprint, making, read_json
@@ -31,6 +32,7 @@ from curate.core.errors import UserError
 from curate.gradients.projection import LayerProjection
 from curate.influence.current import read_together, step_samples
 from curate.influence.draw import draw_measured
+from curate.tables import DrawnSamples
 from curate.training.samples import samples_fingerprint, usable_samples
 from curate.training.task import collate
 
@@ -39,19 +41,18 @@ if TYPE_CHECKING:
 
     import dataframely as dy
     import numpy.typing as npt
-    import polars as pl
     from torch import Tensor
 
     from curate.data.mds import Sample
     from curate.gradients.capture import GradientCapture
-    from curate.tables import DrawnSamples
-    from curate.training.layout import FlatLayout
     from curate.training.replay import Replay
     from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
 _ROW_PASSES = 0.8  # of a forward+backward pass of a sample: what its row costs
 _SPACE = "space.npz"
+# Not one that selections use: what they measure is a draw of its own.
+_FIT_SEED = 8191
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,19 @@ class RowSpace:
     def _sizes(self) -> list[int]:
         return [layer.size for layer in self.projections.values()]
 
-    def vectors(self, directions: Tensor, layout: FlatLayout, capture: GradientCapture) -> npt.NDArray[np.float32]:
+    def vectors(self, directions: Tensor, replay: Replay) -> npt.NDArray[np.float32]:
         """What targets ask for, in this space.
 
         Args:
             directions: (T, P), see `direction.target_directions`.
-            layout: of P.
-            capture: knows how the weights of layers lie.
+            replay: of the run; knows the layout of P and how the weights of layers lie.
 
         Returns:
             (T, D) `t`, whose inner products with rows are directional derivatives of samples.
         """
         import torch
 
-        rows = []
+        capture, layout, rows = _capture(replay), replay.layout, []
         for direction in directions:
             parameters = layout.views(direction.cpu())
             rows.append(
@@ -222,8 +222,12 @@ def _capture(replay: Replay, *, keep: bool = False) -> GradientCapture:
 
 def _fit_samples(run: Run, options: SpaceOptions) -> dy.DataFrame[DrawnSamples]:
     samples = usable_samples(run.unique_samples)
-    domains = samples["domain"].n_unique()
-    return draw_measured(samples, ceil(options.fit_samples / domains), 1, 0)
+    drawn = draw_measured(samples, ceil(options.fit_samples / samples["domain"].n_unique()), 1, _FIT_SEED)
+    # at most half of a domain: the others tell how good the space is for it
+    halves = samples.group_by("domain").agg(half=(pl.len() + 1) // 2)
+    place = pl.int_range(pl.len()).over("domain")
+    kept = drawn.join(halves, on="domain", maintain_order="left").filter(place < pl.col("half"))
+    return DrawnSamples.validate(kept.drop("half"))
 
 
 def _settings(

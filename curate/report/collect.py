@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.data.documents import load_tokenizer
 from curate.stats.sums import row_sum
-from curate.training.samples import SampleReader
+from curate.training.samples import sample_texts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,16 +114,12 @@ def example_table(
         values: the values frames of one target.
         rows_of: (source, "most" or "least") -> row numbers within that source, best match first.
     """
-    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
-    # Samples are found by content: the streams may have been sharded anew since the run.
-    reader, rows = SampleReader(source), []
+    rows = []
     for (name, kind), source_rows in rows_of.items():
         frame = values.filter(source=name)
-        for rank, source_row in enumerate(source_rows, start=1):
-            row = frame.row(int(source_row), named=True)
-            tokens = reader.samples([row["sample_id"]])[0].tokens.tolist()
-            # special tokens show where documents end inside a packed sample
-            text = tokenizer.decode(tokens, skip_special_tokens=False) if tokenizer else " ".join(map(str, tokens))
+        found = [frame.row(int(row), named=True) for row in source_rows]
+        texts = sample_texts(source, tokenizer_file, [row["sample_id"] for row in found])
+        for rank, (row, text) in enumerate(zip(found, texts, strict=True), start=1):
             chosen = {column: row[column] for column in ("source", "step", "domain", "sample_id")}
             chosen["value"] = row["value_total_nats"]
             rows.append({"kind": kind, "rank": rank, **chosen, "text": text})

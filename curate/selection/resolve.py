@@ -37,7 +37,7 @@ SAMPLE_RETAIN_WEIGHT = 1.0
 """Weight of the retention target's values in the choice among samples, the targets' together being 1: where no sample
 of a domain does much for the target, those are taken that are best for what must be retained."""
 # Settings of `curate.embed` that a selection fills in itself; a file of values.embed_config must not have them.
-_SET_BY_SELECT = ("run", "target", "more_targets", "retain", "window", "device", "min_target_tokens")
+_SET_BY_SELECT = ("run", "candidates", "target", "more_targets", "retain", "window", "device", "min_target_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

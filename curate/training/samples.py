@@ -11,10 +11,13 @@ import numpy as np
 import polars as pl
 
 from curate.core.errors import UserError
+from curate.data.documents import load_tokenizer
 from curate.tables import DOCUMENTS, Catalogue, Samples, WindowRows
 from curate.training.run import sample_uses
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from curate.data.mds import Sample
     from curate.training.run import Run
     from curate.training.source import SampleSource
@@ -52,6 +55,21 @@ class SampleReader:
                 "rows than theirs were trained on (other labels, special tokens, packing)"
             )
         return [self._source.streams[self._domains[row]][int(self._indexes[row])] for row in rows]
+
+
+def sample_texts(source: SampleSource, tokenizer_file: Path | None, sample_ids: Sequence[int]) -> list[str]:
+    """Texts of samples to read, in the order of their ids; special tokens show where packed documents end.
+
+    Args:
+        source: of the samples.
+        tokenizer_file: that made the tokens; None: the token ids are the text.
+        sample_ids: content ids: the streams may have been sharded anew since.
+    """
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
+    tokens = [sample.tokens.tolist() for sample in SampleReader(source).samples(sample_ids)]
+    return [
+        tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids)) for ids in tokens
+    ]
 
 
 def window_rows(run: Run, window: str, start: int, stop: int, horizon: str) -> dy.DataFrame[WindowRows]:

@@ -1,0 +1,159 @@
+"""Ask the value index for a target: which samples are worth most and least, what each domain is worth, and the trust.
+
+The target's own passes apart, a few samples of each domain are measured exactly; all else are inner products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+
+from curate.influence.current import target_positions, value_next_step
+from curate.influence.row_values import calibrate, target_vectors
+from curate.influence.rows import embed_samples
+from curate.influence.space import existing_space, open_space
+from curate.influence.value_index import build_value_index, open_value_index
+from curate.tables import FoundSamples, IndexedDomains, RowTrust
+from curate.training.samples import sample_texts, usable_samples
+from curate.training.source import CANDIDATES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import dataframely as dy
+    import numpy.typing as npt
+
+    from curate.influence.current import NextStepOptions
+    from curate.influence.row_values import Calibration
+    from curate.influence.value_index import ValueIndex
+    from curate.training.replay import Replay
+    from curate.training.run import Run
+    from curate.training.source import SampleSource
+    from curate.training.target import Target
+
+SourceName = Literal["current", "candidates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the index says for a target.
+
+    Attributes:
+        samples: of most and least value, with their texts.
+        domains: the value of each, best first.
+        trust: how well rows give exact values in each domain.
+        recall: share of the exact top 100 that the search finds.
+    """
+
+    samples: dy.DataFrame[FoundSamples]
+    domains: dy.DataFrame[IndexedDomains]
+    trust: dy.DataFrame[RowTrust]
+    recall: float
+
+
+def make_value_index(run: Run, source: SampleSource, replay: Replay) -> ValueIndex:
+    """The value index of all samples of a source; rows that are missing are made, after their cost is logged.
+
+    Raises:
+        UserError: see `rows.embed_samples`.
+    """
+    space, samples = open_space(run, replay), usable_samples(source.unique_samples)
+    embed_samples(run, source, samples, space, replay)
+    return build_value_index(space, samples)
+
+
+def ask(
+    run: Run,
+    source: SampleSource,
+    name: SourceName,
+    target: Target,
+    top: int,
+    options: NextStepOptions,
+    replay: Replay,
+    tokenizer: Any,
+) -> Found:
+    """Search the index of a source for a target.
+
+    Args:
+        run: a finished run, whose last state is the current one.
+        source: of the samples; all that predict a token must be in the index.
+        name: of the source.
+        target: what is asked for.
+        top: samples of most value, and as many of least.
+        options: how many samples of each domain are measured, and how.
+        replay: of the run.
+        tokenizer: file that made the tokens; None: texts are token ids.
+
+    Raises:
+        UserError: samples are not in the index (names the command), or the target is not of the model's tokens.
+    """
+    space, samples = existing_space(run, replay), usable_samples(source.unique_samples)
+    index = open_value_index(run.folder, space, samples, _command(run, name))
+    next_step = value_next_step(run, source, samples, [target], options, name)
+    vector = target_vectors(run, replay, space, next_step)[target_positions(next_step)[target.name]]
+    per_token = pl.col("value_total_nats") / pl.col("predicted_tokens")
+    measured = next_step.values.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
+    products = index.store.products(measured["sample_id"].to_numpy(), vector[None])[:, 0]
+    names = {"source": name, "target": target.name}
+    counts = dict(samples.group_by("domain").len().sort("domain").iter_rows())
+    calibration = calibrate(measured, products, space.fitted, counts, names, options.seed)
+    most, recall = index.search(vector, top)
+    least, least_recall = index.search(-vector, top)
+    ends = {"most": most, "least": least.with_columns(-pl.col("product"))}
+    found = pl.concat(
+        table.with_columns(pl.lit(end).alias("end"), rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
+        for end, table in ends.items()
+    )
+    texts = sample_texts(source, tokenizer, found["sample_id"].to_list())
+    trusted = calibration.trust.filter("used")["domain"]
+    rows = found.select(
+        "end", "rank", "domain", "index", "sample_id", "predicted_tokens",
+        value_per_token=pl.col("product"), trusted=pl.col("domain").is_in(trusted.to_list()), text=pl.Series(texts),
+        **{column: pl.lit(value) for column, value in names.items()},
+    )  # fmt: skip
+    return Found(
+        samples=FoundSamples.validate(rows, cast=True),
+        domains=_domains(measured, index.domain_means(vector[None]), calibration, names),
+        trust=calibration.trust,
+        recall=min(recall, least_recall),
+    )
+
+
+def _command(run: Run, name: SourceName) -> str:
+    more = " --candidates DIR" if name == CANDIDATES else ""
+    return f"python -m curate.embed --run {run.folder}{more}"
+
+
+def _domains(
+    measured: pl.DataFrame,
+    means: Mapping[str, npt.NDArray[np.float64]],
+    calibration: Calibration,
+    names: Mapping[str, str],
+) -> dy.DataFrame[IndexedDomains]:
+    """Value per token of each domain with its 95 % interval, see `row_values`."""
+    from scipy.stats import t as student
+
+    rows = []
+    for domain, samples, count in calibration.trust.select("domain", "samples", "measured").iter_rows():
+        line = calibration.lines.get(domain)
+        if line is not None:
+            value, error, degrees = line.intercept + line.slope * float(means[domain][0]), line.error, count - 2
+        else:
+            value, error, degrees = _measured_mean(measured.filter(domain=domain))
+        away = float(student.ppf(0.975, degrees)) * error if degrees > 0 else None
+        interval = {"low": None if away is None else value - away, "high": None if away is None else value + away}
+        source = "measured samples" if line is None else "rows"
+        rows.append({**names, "domain": domain, "samples": samples, "value_per_token": value, **interval, "by": source})
+    table = pl.DataFrame(rows, schema=IndexedDomains.create_empty().schema)
+    return IndexedDomains.validate(table.sort("value_per_token", "domain", descending=[True, False]))
+
+
+def _measured_mean(measured: pl.DataFrame) -> tuple[float, float, int]:
+    """Mean of the values per token of measured samples, weighted by tokens, its error and degrees of freedom."""
+    values, tokens = (measured[name].to_numpy() for name in ("value_per_token", "predicted_tokens"))
+    mean, count = float(np.average(values, weights=tokens)), len(values)
+    left = tokens * (values - mean)
+    return mean, float(np.sqrt(count / max(count - 1, 1) * (left @ left)) / tokens.sum()), count - 1
