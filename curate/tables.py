@@ -252,6 +252,8 @@ class Predicted(PredictionQuality):
     """Whose values they are."""
     also_measured = dy.Int64(nullable=True)
     """Samples measured beside `measured`, the most promising ones; null where a window's values are predicted from."""
+    by_row = dy.Int64(nullable=True)
+    """Samples that their row of the value index values instead of a prediction; null likewise."""
 
 
 class NgramRatios(dy.Schema):

@@ -15,6 +15,8 @@ from curate.stats.bootstrap import MIN_STEPS, Floats, ratio, spread, step_sums, 
 from curate.stats.deviation import pooled_deviation
 from curate.tables import MeasuredValues, ValueScores
 
+_AT_LAST_STATE = ("current", "candidates")
+
 
 def domain_scores(
     values: dy.DataFrame[MeasuredValues],
@@ -22,6 +24,7 @@ def domain_scores(
     *,
     seed: int,
     novel_shares: Mapping[str, float] | None = None,
+    adjusted: pl.DataFrame | None = None,
     resamples: int = 1000,
 ) -> dy.DataFrame[ValueScores]:
     """Score every domain of the prior for every source and target of `values`; sources are never averaged.
@@ -51,6 +54,9 @@ def domain_scores(
         values: of measured samples.
         prior: share of each domain in what was trained on; need not sum to 1.
         novel_shares: share of novel n-grams in each domain (`ngrams.hashes`); None: 1 for all.
+        adjusted: `target`, `domain`, `sample_id` and `value_adjusted_nats` of some of the samples at the last state:
+            the totals that means of domains are made from, where rows of all samples say more than the measured ones.
+            The scale stays that of measured values.
         seed: of the bootstrap; the same resamples serve every target of a source, so that their scores can be compared.
         resamples: R.
 
@@ -65,13 +71,25 @@ def domain_scores(
     """
     shares = _shares(prior, values)
     novelty = np.array([1.0 if novel_shares is None else novel_shares[domain] for domain in shares])
+    totals = _with_adjusted(values, adjusted)
     parts = [
         _score(group, shares, novelty, generator(seed, "bootstrap", str(source)), resamples).select(
             pl.lit(source).alias("source"), pl.lit(target).alias("target"), pl.all()
         )
-        for (source, target), group in values.group_by("source", "target")
+        for (source, target), group in totals.group_by("source", "target")
     ]
     return ValueScores.validate(pl.concat(parts).sort("source", "target", "domain"))
+
+
+def _with_adjusted(values: pl.DataFrame, adjusted: pl.DataFrame | None) -> pl.DataFrame:
+    """The values with `value_adjusted_nats`, the measured total where nothing was adjusted."""
+    if adjusted is None:
+        return values.with_columns(value_adjusted_nats="value_total_nats")
+    joined = values.join(adjusted, on=["target", "domain", "sample_id"], how="left", maintain_order="left")
+    # windows hold other values of the same samples
+    is_next = pl.col("source").is_in(_AT_LAST_STATE)
+    known = pl.when(is_next).then("value_adjusted_nats")
+    return joined.with_columns(value_adjusted_nats=pl.coalesce(known, "value_total_nats"))
 
 
 def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float]:
@@ -95,7 +113,7 @@ def _score(
     resamples: int,
 ) -> pl.DataFrame:
     """Scores of one source and target."""
-    sums = step_sums(group, list(prior), "value_total_nats"), step_sums(group, list(prior), "predicted_tokens")
+    sums = step_sums(group, list(prior), "value_adjusted_nats"), step_sums(group, list(prior), "predicted_tokens")
     shares, scale = np.array(list(prior.values())), pooled_deviation(group)
     weights = step_weights(len(sums[0]), resamples, random)
     means = _means(*sums, weights)

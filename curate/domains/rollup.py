@@ -55,6 +55,7 @@ def roll_up_values(
     prior_tokens: Mapping[str, int],
     novel_shares: Mapping[str, float],
     seed: int,
+    adjusted: pl.DataFrame | None = None,
 ) -> RollUps:
     """Roll values up to domains, shards and documents, and say how reliable they are.
 
@@ -64,11 +65,12 @@ def roll_up_values(
         prior_tokens: stored tokens of each domain that stand for its prior.
         novel_shares: share of novel text, by domain.
         seed: of bootstrap intervals.
+        adjusted: see `domain_scores`.
     """
     of_target = MeasuredValues.validate(values.filter(target=target))
     prior = {domain: float(tokens) for domain, tokens in prior_tokens.items()}
     return RollUps(
-        domains=domain_scores(values, prior, seed=seed, novel_shares=novel_shares),
+        domains=domain_scores(values, prior, seed=seed, novel_shares=novel_shares, adjusted=adjusted),
         shards=shard_scores(of_target),
         documents=document_values(of_target),
         between_shards=between_shards(of_target),

@@ -148,11 +148,21 @@ def open_space(run: Run, replay: Replay, options: SpaceOptions = DEFAULT) -> Row
             _log.info(
                 "the space of the value index is fitted on %d samples, for about %.0f forward+backward passes",
                 len(fit_samples),
-                row_passes(run, len(fit_samples) + options.side_samples),
+                space_passes(run, options),
             )
             _write(folder, run, replay, capture, fit_samples, options)
             finalize(folder, "value index", settings, parts=(_SPACE,))
     return _read(folder, settings)
+
+
+def find_space(run: Run) -> RowSpace | None:
+    """The space of a run's last state, without loading the model; None: there is none as it would be made now."""
+    settings = _settings(run, None, _fit_samples(run, DEFAULT), DEFAULT)
+    for manifest in sorted((run.folder / "index").glob(f"*/{MANIFEST}")):
+        stored = read_json(manifest)["settings"]
+        if stored == settings | {"layers": stored.get("layers")}:
+            return _read(manifest.parent, stored)
+    return None
 
 
 def existing_space(run: Run, replay: Replay) -> RowSpace:
@@ -161,10 +171,10 @@ def existing_space(run: Run, replay: Replay) -> RowSpace:
     Raises:
         UserError: there is none (names the command), or it was made with other settings or another torch (names them).
     """
+    found = find_space(run)
+    if found is not None:
+        return found
     settings = _settings(run, _capture(replay), _fit_samples(run, DEFAULT), DEFAULT)
-    folder = index_folder(run, settings)
-    if (folder / MANIFEST).exists():
-        return _read(folder, settings)
     for manifest in sorted((run.folder / "index").glob(f"*/{MANIFEST}")):
         stored = read_json(manifest)["settings"]
         differing = [name for name, value in settings.items() if stored.get(name) != value]
@@ -180,6 +190,11 @@ def existing_space(run: Run, replay: Replay) -> RowSpace:
 def index_folder(run: Run, settings: Mapping[str, Any]) -> Path:
     """Folder of the value index with these settings."""
     return run.folder / "index" / fingerprint(settings)[:8]
+
+
+def space_passes(run: Run, options: SpaceOptions = DEFAULT) -> float:
+    """Forward+backward passes of a training batch that fitting a space costs."""
+    return row_passes(run, len(_fit_samples(run, options)) + options.side_samples)
 
 
 def row_passes(run: Run, samples: int) -> float:
@@ -231,14 +246,14 @@ def _fit_samples(run: Run, options: SpaceOptions) -> dy.DataFrame[DrawnSamples]:
 
 
 def _settings(
-    run: Run, capture: GradientCapture, fit_samples: dy.DataFrame[DrawnSamples], options: SpaceOptions
+    run: Run, capture: GradientCapture | None, fit_samples: dy.DataFrame[DrawnSamples], options: SpaceOptions
 ) -> dict[str, Any]:
     import torch
 
     return {
         "run": run.fingerprint,
         **asdict(options),
-        "layers": {name: list(sides) for name, sides in capture.features.items()},
+        "layers": None if capture is None else {name: list(sides) for name, sides in capture.features.items()},
         "fitted_on": samples_fingerprint(fit_samples),
         # its kernels and its linear algebra may change with it
         "torch": torch.__version__,

@@ -103,6 +103,7 @@ class ReportData:
     length_bias: Mapping[str, float] = field(default_factory=dict)
     """Source -> rank correlation of value and length inside domains (`curate.domains.reliability.length_bias`)."""
     predicted: Sequence[Mapping[str, Any]] = ()
+    trust: Sequence[Mapping[str, Any]] = ()
     """Rows of `tables.Predicted`; empty where data is not chosen by predictions."""
     contamination: Sequence[Mapping[str, Any]] = ()
     """Samples of the data that share text with held-out documents, by `domain` and `file`: `samples`, `documents`,

@@ -136,6 +136,7 @@ def _tables(data: ReportData, sources: Sequence[str], order: Sequence[str], befo
     return {
         "score_table": tables.domain_table(data.domains, order, sources, per_token),
         "mixture_table": tables.mixture_table(data.mixture, order, sources, before),
+        "trust_table": tables.trust_table(data.trust) if data.trust else None,
         "predicted_table": tables.quality_table(data.predicted) if data.predicted else None,
         "phase_table": tables.phase_table(data.phases, order) if len(data.phases) > 1 else None,
         "sweep_table": tables.sweep_table(data.sweep, order),

@@ -136,7 +136,7 @@ def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
         "too few": "too few to tell",
     }
     # only a choice by next-step influence measures promising samples on top
-    also = ["promising, measured"] if quality[0]["also_measured"] is not None else []
+    also = ["by row", "promising, measured"] if quality[0]["also_measured"] is not None else []
     return Table(
         headers=["domain", "samples", "measured", "rank correlation", "low", "high", *also, "the others"],
         numeric=[False, *[True] * (5 + len(also)), False],
@@ -146,10 +146,29 @@ def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
                 count(row["samples"]),
                 count(row["measured"]),
                 *(signed(row[name]) for name in ("spearman", "low", "high")),
-                *([count(row["also_measured"])] if also else []),
+                *([count(row["by_row"]), count(row["also_measured"])] if also else []),
                 names[row["used"]],
             ]
             for row in quality
+        ],
+    )
+
+
+def trust_table(trust: Sequence[Mapping[str, Any]]) -> Table:
+    """How well rows of the value index give exact values in each domain, and whether they are used."""
+    return Table(
+        headers=["domain", "samples", "held against exact values", "rank correlation", "low", "high", "held", "rows"],
+        numeric=[False, *[True] * 6, False],
+        rows=[
+            [
+                row["domain"],
+                count(row["samples"]),
+                count(row["measured"]),
+                *(signed(row[name]) for name in ("spearman", "low", "high")),
+                "" if row["share_held"] is None else percent(max(row["share_held"], 0.0)),
+                "used" if row["used"] else "not used",
+            ]
+            for row in trust
         ],
     )
 

@@ -51,9 +51,14 @@ class ValuesConfig(Config):
     measured_per_domain: int = Field(default=100, ge=1)
     """Samples of each domain that are measured at the current state for every target: domains are scored by them, and
     all other samples predicted from them. The error of a rank correlation over n samples is about 1 / sqrt(n)."""
+    rows: bool | None = None
+    """Whether every sample is valued by its row of the value index (`python -m curate.embed`); true makes those that
+    are missing, at the cost that is logged before. none: where all of them are there, or `measured_passes` allows for
+    the missing ones."""
     measured_passes: float = Field(default=100.0, ge=0)
-    """Forward+backward passes of a training batch that measuring single samples may cost beside that: the most
-    promising of each domain, 1.25 for each one that the stage takes of it."""
+    """Forward+backward passes of a training batch that single samples may cost beside that: the rows of all of them,
+    or, where that is not enough, exact values of the most promising ones of each domain, 1.25 for each one that the
+    stage takes of it."""
     dsir_temperature: float = Field(default=1.0, gt=0)
     """Of method dsir: samples are drawn in proportion to importance ** (1 / dsir_temperature). The logarithm is a sum
     over a sample's n-grams: only temperatures of its deviation's order, a hundred for hundreds of tokens, loosen the
@@ -148,10 +153,7 @@ def _without_effect(config: SelectConfig) -> Iterator[tuple[str, str]]:
     yield from _by_mixture(config)
     if config.output.wandb == "none" or not config.is_valued:
         yield "output.wandb_texts", "nothing is logged (output.wandb none, or a method without values)"
-    # candidates were never trained on: no window has them, and branches do not draw from them
-    if config.candidates is not None:
-        yield "values.sources", "candidates are measured at the current state"
-        yield "mixture.branch_test", "it is about domains that were trained on"
+    yield from _by_source(config)
 
 
 def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
@@ -176,6 +178,17 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
         yield "candidates", f"{why} values the samples of a window"
         if "current" in (config.values.sources or ()):
             yield "values.sources", f"{why} values windows: early, late"
+
+
+def _by_source(config: SelectConfig) -> Iterator[tuple[str, str]]:
+    # candidates were never trained on: no window has them, and branches do not draw from them
+    if config.candidates is not None:
+        yield "values.sources", "candidates are measured at the current state"
+        yield "mixture.branch_test", "it is about domains that were trained on"
+    scores_current = config.candidates is not None or "current" in (config.values.sources or ("current",))
+    chooses_current = config.takes_samples and config.values.ngram_share < 1
+    if config.method != "curate" or not (scores_current or chooses_current):
+        yield "values.rows", "nothing is valued at the current state"
 
 
 def _by_mode(config: SelectConfig) -> Iterator[tuple[str, str]]:

@@ -63,7 +63,12 @@ def score_domains(plan: Resolved, source: Source, targets: Targets, values: Valu
         # baselines are what was published: n-grams have no share in them
         return Domains(table=with_ratios(table, None, 0.0), ratios=None, keys=keys)
     rolled = roll_up_values(
-        values.frame, targets.main.name, source.prior_tokens, source.samples.novel_shares, config.seed
+        values.frame,
+        targets.main.name,
+        source.prior_tokens,
+        source.samples.novel_shares,
+        config.seed,
+        None if values.rows is None else values.rows.adjusted(),
     )
     table = with_ratios(rolled.domains, ratios, plan.ngram_share)
     # only now: a branch test is of scores, which are not known before

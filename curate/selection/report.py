@@ -63,7 +63,7 @@ def selection_report(
         for name, source_values in values.by_source.items()
         for kind, rows in source_values.extremes(target, EXAMPLES).items()
     }
-    predicted = tables.get("predicted")
+    predicted, trust = tables.get("predicted"), tables.get("trust")
     return ReportData(
         run=visible(plan.run.folder.name),
         target=target.name,
@@ -92,6 +92,7 @@ def selection_report(
         targets=target_table(tables["domains"], mixture),
         group_limits={name: limit.model_dump() for name, limit in mixture.group_limits.items()},
         predicted=() if predicted is None else predicted.to_dicts(),
+        trust=() if trust is None else trust.to_dicts(),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
     )
 

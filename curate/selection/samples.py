@@ -21,7 +21,7 @@ from curate.influence.predict_window import predict_unmeasured
 from curate.mixture.decide import tilted_prior
 from curate.selection.texts import Texts, read_texts
 from curate.stats.deviation import combined_values
-from curate.tables import DomainScores, DrawKeys, NgramRatios, Predicted, Samples, SampleValues
+from curate.tables import DomainScores, DrawKeys, NgramRatios, Predicted, RowTrust, Samples, SampleValues
 
 if TYPE_CHECKING:
     from curate.influence.current import MeasuredSamples
@@ -46,6 +46,7 @@ class SampleScores:
         texts: what one reading of all texts says.
         ngram_ratios: for all targets together; None: they have no share.
         quality: how good predicted values are, see `influence.predict_next_step` and `influence.predict_window`.
+        trust: how well rows of the value index give exact values; None: there are none.
         measured: the most promising samples, measured beside the part of every domain; None: none were.
         keys: what `random` and `dsir` draw samples by; they replace the values.
         measuring_seconds: that measuring took in this call.
@@ -55,6 +56,7 @@ class SampleScores:
     texts: Texts
     ngram_ratios: dy.DataFrame[NgramRatios] | None = None
     quality: dy.DataFrame[Predicted] | None = None
+    trust: dy.DataFrame[RowTrust] | None = None
     measured: MeasuredSamples | None = None
     keys: dy.DataFrame[DrawKeys] | None = None
     measuring_seconds: float = 0.0
@@ -83,7 +85,8 @@ def score_samples(plan: Resolved, source: Source, targets: Targets, values: Valu
             source.samples, combined, weighted, MIN_RANK_CORRELATION, plan.config.seed
         )
         # a window's values are measured in one go: no samples besides
-        quality_table = _log_quality(quality.with_columns(also_measured=pl.lit(None, pl.Int64)), plan.mixture_source)
+        nothing = pl.lit(None, pl.Int64)
+        quality_table = _log_quality(quality.with_columns(also_measured=nothing, by_row=nothing), plan.mixture_source)
         return SampleScores(values=predicted, texts=texts, ngram_ratios=ratios, quality=quality_table)
     return SampleScores(values=combined, texts=texts, ngram_ratios=ratios, keys=domains.keys)
 
@@ -98,10 +101,10 @@ def _by_next_step(
     ratios: dy.DataFrame[NgramRatios] | None,
     predictor: NextStepPredictor,
 ) -> SampleScores:
-    """Predict every sample's value from its n-grams, and measure the most promising ones.
+    """Read values from rows, predict those of samples without one from n-grams, and measure the most promising of them.
 
-    A prediction costs no pass through the model, a measurement about half of one forward+backward pass of the sample:
-    so the budget of passes goes where the stage is likely to take samples.
+    A prediction costs no pass through the model, a measurement about as much as a row: so what is left of the budget of
+    passes goes where the stage is likely to take samples.
     """
     next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
     assert next_step is not None
@@ -109,12 +112,19 @@ def _by_next_step(
     predicted, quality = predictor.with_fallback(samples, texts.predicted)
     # a text that two domains hold has one value: that of the first by name
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
+    by_rows, trust = pl.DataFrame(schema=per_token.schema), None
+    if values.rows is not None:
+        by_rows, trust = values.rows.valued(weights)
+        per_token = per_token.update(by_rows, on="sample_id")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     predicted_samples = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
     every = as_sample_values(predicted_samples, next_step.name, targets.main.name)
-    promising = _promising(plan, source, every, domains, ratios)
+    promising = _promising(plan, source, values, every, domains, ratios)
+    promising = Samples.validate(promising.join(by_rows, on="sample_id", how="anti", maintain_order="left"))
+    # those of the measured part have their values, and cost nothing again
+    besides = promising.join(next_step.values, on="sample_id", how="anti")
     measured, begin = None, perf_counter()
-    if len(promising):
+    if len(besides):
         measured = measure_samples(
             plan.run, source.samples, promising, next_step, targets.every, weights, plan.next_step
         )
@@ -122,30 +132,39 @@ def _by_next_step(
         rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
         every = SampleValues.validate(pl.concat([measured.values, rest]).sort("domain", "sample_id"))
     measuring_seconds = perf_counter() - begin
-    # promising samples of the measured part cost nothing again, so they are not counted twice
-    besides = promising.join(next_step.values, on="sample_id", how="anti")
-    counts = besides.group_by("domain").agg(also_measured=pl.len().cast(pl.Int64))
-    counted = quality.join(counts, on="domain", how="left", maintain_order="left")
-    logged_quality = _log_quality(counted.with_columns(pl.col("also_measured").fill_null(0)), next_step.name)
+    counted = _counted(quality, samples, {"also_measured": besides, "by_row": by_rows})
     return SampleScores(
         values=every,
         texts=texts,
         ngram_ratios=ratios,
-        quality=logged_quality,
+        quality=_log_quality(counted, next_step.name),
+        trust=trust,
         measured=measured,
         measuring_seconds=measuring_seconds,
     )
 
 
+def _counted(quality: pl.DataFrame, samples: pl.DataFrame, valued: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """The table with the number of samples in each domain that are in other tables, by the name of the column."""
+    for name, table in valued.items():
+        counts = (
+            samples.join(table, on="sample_id", how="semi").group_by("domain").agg(pl.len().cast(pl.Int64).alias(name))
+        )
+        quality = quality.join(counts, on="domain", how="left", maintain_order="left")
+    return quality.with_columns(pl.col(*valued).fill_null(0))
+
+
 def _promising(
     plan: Resolved,
     source: Source,
-    values: dy.DataFrame[SampleValues],
+    values: Values,
+    every: dy.DataFrame[SampleValues],
     domains: Domains,
     ratios: dy.DataFrame[NgramRatios] | None,
 ) -> dy.DataFrame[Samples]:
     """The samples to measure: `MEASURED_PER_SAMPLE` for each one that the stage is about to take of a domain."""
-    if plan.config.values.measured_passes == 0:
+    left = plan.config.values.measured_passes - (0.0 if values.rows is None else values.rows.passes)
+    if left <= 0:
         return Samples.create_empty()
     # weights are shares of tokens, a choice is one of samples
     lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
@@ -159,9 +178,9 @@ def _promising(
         if domain in mean_length
     }
     # a limit in passes, in samples: one forward pass at the state, one a move along the direction
-    affordable = plan.config.values.measured_passes / forward_passes(plan.run, 1, 1)
+    affordable = left / forward_passes(plan.run, 1, 1)
     per_sample = min(MEASURED_PER_SAMPLE, affordable / max(sum(wanted.values()), 1))
-    return most_promising(source.usable, values, ratios, plan.ngram_share, wanted, per_sample)
+    return most_promising(source.usable, every, ratios, plan.ngram_share, wanted, per_sample)
 
 
 def most_promising(
@@ -207,10 +226,11 @@ def _log_quality(quality: pl.DataFrame, source: str) -> dy.DataFrame[Predicted]:
     for row in quality.iter_rows(named=True):
         correlation = "not defined" if row["spearman"] is None else f"{row['spearman']:.2f}"
         _log.info(
-            "%s: %s of %s samples measured, rank correlation %s held out; the rest: %s",
+            "%s: %s of %s samples measured, %s valued by rows; n-grams: rank correlation %s held out; the rest: %s",
             row["domain"],
             f"{row['measured']:,}",
             f"{row['samples']:,}",
+            f"{row['by_row'] or 0:,}",
             correlation,
             row["used"],
         )

@@ -20,12 +20,14 @@ from curate.embeddings.embed import embed, index_folder
 from curate.embeddings.values import embedded_values
 from curate.influence.current import value_next_step
 from curate.influence.draw import HORIZON
+from curate.selection.rows import open_source_rows
 from curate.tables import MeasuredValues
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
     from curate.influence.current import NextStep
     from curate.selection.resolve import Resolved
+    from curate.selection.rows import SourceRows
     from curate.selection.source import Source
     from curate.training.target import Target, Targets
 
@@ -113,6 +115,7 @@ class CurrentValues:
     """Values of samples at the run's last state (`current`, `candidates`), for one more step."""
 
     next_step: NextStep
+    rows: SourceRows | None
 
     @property
     def frame(self) -> dy.DataFrame[MeasuredValues]:
@@ -131,9 +134,12 @@ class CurrentValues:
 
     @property
     def costs(self) -> Sequence[Cost]:
-        """Of the measurement."""
-        step = self.next_step
-        return [Cost(phase=f"{step.name} state", folder=step.folder, seconds=step.seconds, passes=step.passes)]
+        """Of the measurement, and of the rows that were made for it."""
+        step, rows = self.next_step, self.rows
+        costs = [Cost(phase=f"{step.name} state", folder=step.folder, seconds=step.seconds, passes=step.passes)]
+        if rows is not None:
+            costs.append(Cost(phase="value index", folder=rows.space.folder, seconds=rows.seconds, passes=rows.passes))
+        return costs
 
     def extremes(self, target: Target, count: int) -> dict[str, list[int]]:
         """By sorting: there are few."""
@@ -148,11 +154,13 @@ class Values:
     Attributes:
         by_source: name of the source -> its values; windows first.
         next_step: of the current state, where anything depends on it.
+        rows: of the value index for the same samples, where there are any.
         finished: when, by `perf_counter`.
     """
 
     by_source: Mapping[str, SourceValues]
     next_step: NextStep | None
+    rows: SourceRows | None = None
     finished: float = field(default_factory=perf_counter)
 
     @property
@@ -173,25 +181,27 @@ class Values:
         return {name: values.residual for name, values in self.by_source.items() if values.residual is not None}
 
 
-def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
+def measure(plan: Resolved, source: Source, targets: Targets, *, rows: bool) -> Values:
     """Measure values of the samples of every source for every target; what was measured before is opened.
 
     Args:
         plan: of the selection.
         source: what the next stage draws from; values of the current state are of a part of it.
         targets: the targets, and what must be retained.
+        rows: whether samples are valued by rows.
     """
     by_source: dict[str, SourceValues] = {}
     if plan.windows:
         by_source |= _windows(plan, targets)
-    next_step = None
+    next_step = source_rows = None
     # also where domains are scored by a window: samples are chosen by the current state
     if plan.asks_next_step:
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
         )
-        by_source[plan.next_step_name] = CurrentValues(next_step=next_step)
-    return Values(by_source=by_source, next_step=next_step)
+        source_rows = open_source_rows(plan, source, next_step) if rows else None
+        by_source[plan.next_step_name] = CurrentValues(next_step=next_step, rows=source_rows)
+    return Values(by_source=by_source, next_step=next_step, rows=source_rows)
 
 
 def _windows(plan: Resolved, targets: Targets) -> dict[str, SourceValues]:

@@ -194,6 +194,8 @@ def _selection(
         values["ngram_share"] = NGRAM_SHARES.get(method, ValuesConfig().ngram_share)
         if values["ngram_share"] < 1:  # n-grams alone measure no samples
             values["measured_passes"] = config.measured_passes
+            # the run has rows once `indexed` has made them, and the others must not change with it
+            values["rows"] = method == "indexed"
     if method == "windowed" or method in PREDICTING:
         values["sources"] = (config.window,)
     if method in RETAINING:

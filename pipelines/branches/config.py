@@ -18,12 +18,12 @@ from pipelines.vocabulary import SMALLEST_VOCABULARY
 
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CaseName = Literal["inside", "foreign", "noisy", "two"]
-BenchMethod = Method | Literal["windowed", "values", "ngrams", "unretained", "oracle"]
+BenchMethod = Method | Literal["indexed", "windowed", "values", "ngrams", "unretained", "oracle"]
 # Read from the product, so that the bench always measures its defaults.
 DEFAULT_STRENGTH = MixtureConfig().prior_strength
 # Methods whose scores say something of domains.
 SCORED: tuple[Method, ...] = ("curate", "dsir", "grad-dot", "less", "shapley", "shuffled")
-OURS: tuple[BenchMethod, ...] = ("curate", "windowed", "values", "ngrams", "unretained")
+OURS: tuple[BenchMethod, ...] = ("curate", "indexed", "windowed", "values", "ngrams", "unretained")
 RETAINING = tuple(method for method in OURS if method != "unretained")  # they may not lose general text
 NGRAM_SHARES: Mapping[BenchMethod, float] = {"values": 0.0, "ngrams": 1.0}  # where it is not the default
 TARGETLESS: tuple[BenchMethod, ...] = ("proportional", "uniform", "random")  # one branch each, no word of the target
@@ -69,10 +69,11 @@ class BranchesConfig(Config):
     """inside: the target is one of the domains trained on. foreign: a domain never trained on. noisy: as inside, with
     noise in every domain. two: both targets at once."""
     methods: tuple[BenchMethod, ...] = (
-        "curate", "windowed", "values", "ngrams", "unretained", "proportional", "uniform", "random", "dsir", "grad-dot",
-        "less", "shapley", "shuffled", "oracle",
+        "curate", "indexed", "windowed", "values", "ngrams", "unretained", "proportional", "uniform", "random", "dsir",
+        "grad-dot", "less", "shapley", "shuffled", "oracle",
     )  # fmt: skip
-    """Methods of `curate.select`. curate has its defaults, and general text to retain; windowed is the same, domains
+    """Methods of `curate.select`. curate has its defaults, and general text to retain; indexed is the same with
+    the value index of the whole pool; windowed is the same, domains
     scored by a recorded window; unretained is curate without text to retain; values and ngrams are its two parts, each
     alone. oracle: a regression over a swarm of branches, or the pool without its noise."""
     prior_strengths: tuple[Temperature, ...] = (0.5, 0.35, 0.25, 0.15)
@@ -176,7 +177,7 @@ class BranchesConfig(Config):
 
 def small(config: BranchesConfig) -> BranchesConfig:
     """The same bench in a few minutes: short stages, a case of each pool, no parts of curate; only dsir is swept."""
-    parts_of_curate = {"windowed", "values", "ngrams", "unretained"}
+    parts_of_curate = {"indexed", "windowed", "values", "ngrams", "unretained"}
     return config.model_copy(
         update={
             "methods": tuple(method for method in config.methods if method not in parts_of_curate),

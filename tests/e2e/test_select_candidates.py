@@ -18,7 +18,7 @@ from curate.select import SelectConfig, select
 from curate.training.run import Run
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
 
-VALUES = {"min_target_tokens": 100, "measured_per_domain": 22}
+VALUES = {"min_target_tokens": 100, "measured_per_domain": 22, "rows": False}
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +136,4 @@ def test_as_on_the_command_line(folder, caplog):
     config = parse_command(SelectConfig, "select", "as a user types it", line)
     with caplog.at_level(logging.INFO):
         out = select(config, Run(config.run))
-    assert "samples measured, rank correlation" in caplog.text
     assert read_mixture(out / "mixture.yaml").samples == 40
