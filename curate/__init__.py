@@ -14,8 +14,9 @@ The names of `__all__` are the public API; each is imported when it is first use
     print(curate.read_scores(selection / "scores.parquet"))
     dataset = curate.open_dataset(selection / "data" / "mds", batch_size=64, seed=0)
 
-`curate.select` is also the module of `python -m curate.select`; so are embed, verify, branch_test, reconstruct and
-report. Each of these modules can be called (`curate.core.callable_module`), so the order of imports does not matter.
+`curate.select` is also the module of `python -m curate.select`; so are embed, search, verify, branch_test, reconstruct
+and report. Each of these modules can be called (`curate.core.callable_module`), so the order of imports does not
+matter.
 """
 
 from importlib import import_module

@@ -210,10 +210,11 @@ def make_jobs(inputs: Path, folder: Path, config: SoakConfig, seconds: dict[str,
     """The jobs of a round, each in a folder of its own."""
     target = ("--target", inputs / "target.jsonl")
     select = ("--values.sources", "[late]", "--mode", "both", "--output.wandb", "none")
+    window = ("--window", "both", "--estimator", "dvemb-adam")
     commands: dict[JobName, Callable[[Path], list[str]]] = {
         "schedule": lambda job_folder: _module("curate.schedule", "--plan", _write_plan(inputs, job_folder)),
         "select": lambda job_folder: _with_run(inputs, job_folder, "curate.select", *target, *select),
-        "embed": lambda job_folder: _with_run(inputs, job_folder, "curate.embed", *target, "--estimator", "dvemb-adam"),
+        "embed": lambda job_folder: _with_run(inputs, job_folder, "curate.embed", *target, *window),
         "prepare": lambda job_folder: _prepare(inputs, job_folder / "data"),
         "train": lambda job_folder: _train(inputs, job_folder / "run", steps=60),
     }

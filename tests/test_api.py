@@ -13,7 +13,8 @@ import curate
 from curate.__main__ import COMMANDS
 from tests.test_project import HEAVY, ROOT, commands
 
-CALLED = ("select", "embed", "verify", "branch_test", "reconstruct", "report")  # functions that are modules too
+# functions that are modules too
+CALLED = ("select", "embed", "search", "verify", "branch_test", "reconstruct", "report")
 RUNNABLE = [name.partition(".")[2] for name in commands() if name.startswith("curate.") and name.count(".") == 1]
 MADE_OF = {"select": {"curate.embed"}, "schedule": {"curate.select", "curate.embed"}}  # commands that a command calls
 
@@ -76,7 +77,7 @@ for line in ["", f"import curate.{name}", f"from curate.{name} import {name}", f
     else:
         raise AssertionError(line)
 """
-    wanted = {"select": "config,run", "embed": "config,run,targets", "verify": "config,run"}
+    wanted = dict.fromkeys(("select", "embed", "search", "verify"), "config,run")
     for before in ("", f"import curate.{name}\n"):
         done = python(before + code, name, wanted.get(name, "config"))
         assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from curate.core.config import Config, FileName, TokenCount, parse_command
 from curate.core.errors import UserError
 from curate.core.renamed import Renamed
 from curate.core.validation import changed, is_list, kinds_of
+from curate.embeddings.embed import EmbedConfig
 from curate.select import SelectConfig
 from tests.test_project import commands
 
@@ -82,7 +83,8 @@ def needed(config):
 
 def given(config, keys, value, folder, by):
     """The setting, as a command has it that is given one value by a flag or by a file."""
-    raw = needed(config) | deepcopy(BESIDE.get(".".join(keys), {}))
+    beside = {"window": "late"} if config is EmbedConfig and keys != ("candidates",) else {}
+    raw = needed(config) | beside | deepcopy(BESIDE.get(".".join(keys), {}))
     inner, group = raw, config
     for key in keys[:-1]:
         group = kinds_of(group.model_fields[key].annotation)[0]

@@ -29,8 +29,8 @@ GROUPS = (
 )  # fmt: skip
 SUFFIXES = ("yaml", "json", "parquet", "py", "pt")  # of files that are called like a group
 PARSED = (
-    "curate.select", "curate.embed", "curate.verify", "curate.schedule", "curate.branch_test", "curate.reconstruct",
-    "pipelines.pretrain",
+    "curate.select", "curate.embed", "curate.search", "curate.verify", "curate.schedule", "curate.branch_test",
+    "curate.reconstruct", "pipelines.pretrain",
 )  # fmt: skip
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -178,7 +178,8 @@ def test_yaml_files_hold_settings(page, tmp_path):
         if first.startswith("# python -m "):
             config = config_of(first.split()[3])
             assert yaml.safe_load(text).keys() <= config.model_fields.keys(), text
-            config.model_validate(yaml.safe_load(text))
+            flags = {} if "--window" not in first else {"window": first.split()[-1]}
+            config.model_validate(flags | yaml.safe_load(text))
         else:
             assert first == "# plan.yaml", text
             (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")

@@ -34,7 +34,8 @@ def select_again(work: Path) -> Outcome:
 def embed(work: Path) -> Outcome:
     from curate.embed import main
 
-    return call(main, "--run", work / ONE, "--target", work / "t.jsonl", "--min_target_tokens", 100)
+    words = ["--min_target_tokens", 100, "--window", "both"]
+    return call(main, "--run", work / ONE, "--target", work / "t.jsonl", *words)
 
 
 def embed_early(work: Path) -> Outcome:
