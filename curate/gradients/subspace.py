@@ -46,14 +46,15 @@ class SideSketch:
         test = torch.eye(features)
         if columns < features:
             random = torch.Generator().manual_seed(derive_seed(seed, "sketch", layer, side))
-            test = torch.linalg.qr(torch.randn(features, columns, generator=random, dtype=torch.float64))[0].float()
-        self._test = test.to(device)
+            test = torch.linalg.qr(torch.randn(features, columns, generator=random, dtype=torch.float64))[0]
+        self._test = test.double().to(device)
         self._sketch = torch.zeros(features, columns, dtype=torch.float64, device=device)
 
     def add(self, vectors: Tensor) -> None:
         """Add vectors (..., F)."""
-        rows = vectors.reshape(-1, self._features).float()
-        self._sketch += (rows.T @ (rows @ self._test)).double()
+        # in float32 the sum of vectors that leave out a direction (gradients below a norm) has negative eigenvalues
+        rows = vectors.reshape(-1, self._features).double()
+        self._sketch += rows.T @ (rows @ self._test)
 
     def leading(self) -> Tensor:
         """(F, min(F, k)) orthonormal float32 on the CPU, largest eigenvalue first; of sides of at most k features all.
@@ -66,7 +67,7 @@ class SideSketch:
         # rotating a side that already fits would cost time and change no inner product
         if self._features <= self._width:
             return torch.eye(self._features)
-        sketch, test = self._sketch.cpu(), self._test.cpu().double()
+        sketch, test = self._sketch.cpu(), self._test.cpu()
         if not torch.isfinite(sketch).all():
             raise ValueError("not finite")
         # a little of the identity is added, or a sum of low rank has no Cholesky factor; eigenvectors are the same

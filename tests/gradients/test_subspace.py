@@ -87,6 +87,17 @@ def test_fewer_directions_than_wanted_are_no_error(rank):
     np.testing.assert_allclose((rows @ found @ found.T).numpy(), rows.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("features", [8, 16, 40, 200])
+def test_vectors_that_leave_out_a_direction_are_no_error(features):
+    """Gradients below a layer norm sum to zero."""
+    for seed in range(5):
+        rows = vectors(features, 100, decay=0.95, seed=seed)
+        rows = rows - rows.mean(1, keepdim=True)
+        found = leading(rows, 5)
+        assert_orthonormal(found)
+        assert found.sum(0).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_scale_of_vectors_does_not_count(scale):
     rows = vectors(40)
