@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -17,8 +18,13 @@ from curate.core.artifacts import write_json
 from curate.core.config import run_command
 from curate.core.writing import atomic_write
 from curate.data.mds import write_stream
+from curate.influence.rows import embed_samples
+from curate.influence.space import open_space
 from curate.seen import main as ledger
 from curate.select import main as select
+from curate.training.replay import Replay
+from curate.training.run import Run
+from curate.training.samples import usable_samples
 from curate.training.snapshots import save_state
 from pipelines.prepare import main as prepare
 from pipelines.pretrain import main as pretrain
@@ -186,3 +192,25 @@ def test_a_disk_that_fills_up_loses_nothing(folder, said, disk):
     assert "no space left on device; free some space and run the same command again" in line
     filler.unlink()
     assert said(prepare, *words) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_up_while_rows_are_written_loses_none(folder, disk, tmp_path):
+    run = Run(folder / "run")
+    replay, samples = Replay(run), usable_samples(run.unique_samples)
+    space, small = (replace(open_space(run, replay), folder=place / "index") for place in (tmp_path, disk))
+    embed_samples(run, run.source, samples, space, replay)
+    wanted = {path.name: path.read_bytes() for path in (space.folder / "rows").iterdir() if path.suffix == ".npy"}
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 12288))
+    with pytest.raises(OSError, match="No space left") as caught:
+        embed_samples(run, run.source, samples, small, replay)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename in [str(small.folder / "rows" / name) for name in wanted]
+    kept = {path.name: path.read_bytes() for path in (small.folder / "rows").iterdir() if path.suffix == ".npy"}
+    assert kept.items() < wanted.items()
+    assert kept
+    filler.unlink()
+    embed_samples(run, run.source, samples, small, replay)
+    made = {path.name: path.read_bytes() for path in (small.folder / "rows").iterdir() if path.suffix == ".npy"}
+    assert made == wanted
