@@ -133,8 +133,12 @@ def calibrate(
 def _line(exact: Floats, products: Floats, tokens: Floats) -> Line:
     mean_product, mean_exact = np.average(products, weights=tokens), np.average(exact, weights=tokens)
     away = products - mean_product
-    slope = float((tokens * away) @ (exact - mean_exact) / ((tokens * away) @ away))
-    left = tokens * (exact - mean_exact - slope * away)
+    spread = (tokens * away) @ away
+    slope = float((tokens * away) @ (exact - mean_exact) / spread)
+    # each sample's distance from the line of the others: its own line is drawn towards it, most where few lie about it,
+    # and intervals from what is left covered 86 to 94 % instead of 95
+    own_share = tokens / tokens.sum() + tokens * away**2 / spread
+    left = tokens * (exact - mean_exact - slope * away) / np.maximum(1 - own_share, 1e-6)
     # of a ratio estimator, two degrees of freedom gone
     count = len(exact)
     error = float(np.sqrt(count / (count - 2) * (left @ left)) / tokens.sum())
