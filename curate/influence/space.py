@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import read_arrays, write_arrays
-from curate.core.artifacts import MANIFEST, finalize, fingerprint, making, read_json
+from curate.core.artifacts import MANIFEST, checked, finalize, fingerprint, is_complete, making, read_json
 from curate.core.errors import UserError
 from curate.gradients.projection import LayerProjection
 from curate.influence.current import read_together, step_samples
@@ -159,8 +159,8 @@ def find_space(run: Run) -> RowSpace | None:
     """The space of a run's last state, without loading the model; None: there is none as it would be made now."""
     settings = _settings(run, None, _fit_samples(run, DEFAULT), DEFAULT)
     for manifest in sorted((run.folder / "index").glob(f"*/{MANIFEST}")):
-        stored = read_json(manifest)["settings"]
-        if stored == settings | {"layers": stored.get("layers")}:
+        stored = read_json(checked(manifest, by=manifest.parent))["settings"]
+        if stored == settings | {"layers": stored.get("layers")} and is_complete(manifest.parent, stored):
             return _read(manifest.parent, stored)
     return None
 

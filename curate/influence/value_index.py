@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import read_arrays, read_table, write_arrays
-from curate.core.artifacts import MANIFEST, finalize, fingerprint, hash_of, making, read_json, write_json
+from curate.core.artifacts import MANIFEST, checked, finalize, fingerprint, hash_of, making, read_json, write_json
 from curate.core.errors import UserError
 from curate.core.lock import locked
 from curate.core.writing import atomic_write
@@ -209,7 +209,7 @@ def open_value_index(run_folder: Path, space: RowSpace, samples: dy.DataFrame[Sa
 
 def _kept(folder: Path, store: RowStore, samples: dy.DataFrame[Samples]) -> tuple[list[Group], pl.DataFrame]:
     """The complete groups that hold some of the samples and no others, the largest first, and the samples left."""
-    groups = [Group(folder=path.parent, store=store) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    groups = [Group(folder=checked(path).parent, store=store) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
     kept: list[Group] = []
     rest = pl.DataFrame(samples)
     for group in sorted(groups, key=lambda group: -len(group.samples)):

@@ -245,7 +245,7 @@ def test_the_index_is_the_same_bytes_whatever_the_order_of_samples(made):
     one = build_value_index(made.space, made.part(0, None))
     other = make(made.space.folder.parent / "other")
     two = build_value_index(other.space, Samples.validate(other.samples.sample(fraction=1, shuffle=True, seed=0)))
-    for name in ("samples.parquet", "sums.npz", "faiss/index.faiss"):
+    for name in ("samples.parquet", "sums.npz", "faiss/index.faiss", "manifest.json"):
         assert (one.groups[0].folder / name).read_bytes() == (two.groups[0].folder / name).read_bytes()
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_group_is_told(made):
         index.domain_means(vectors())
 
     (group,) = build_value_index(made.space, made.part(0, None)).groups
-    for name in ("samples.parquet", "sums.npz", "faiss/index.faiss"):
+    for name in ("samples.parquet", "sums.npz", "faiss/index.faiss", "manifest.json"):
         content = (group.folder / name).read_bytes()
         (group.folder / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match=f"{group.folder.name}"):

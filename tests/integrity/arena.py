@@ -89,6 +89,8 @@ def prepare_words(folder: Path, out: str, *domains: str) -> list[str]:
 
 def make(folder: Path) -> None:
     """Below `folder`: prepared data, a plan with two finished stages and selections, an interrupted training."""
+    from curate.embed import main as embed
+    from curate.search import main as search
     from curate.select import SelectConfig, select
     from pipelines.prepare import main as prepare
 
@@ -120,8 +122,16 @@ def make(folder: Path) -> None:
         budget_tokens=config.budget_tokens, values={"min_target_tokens": 100}, mixture={"max_epochs": 20},
     )  # fmt: skip
     select(plain, Run(plan.run_folder(1)))
+    assert call(embed, "--run", plan.run_folder(0)).status == 0
+    assert call(search, *search_words(folder)).status == 0
     for name, seed in (("half", 0), ("other-half", 1)):
         interrupt(half_words(folder, name, seed))
+
+
+def search_words(folder: Path) -> list[object]:
+    """Arguments of a search of the first stage's value index."""
+    places = ("--run", folder / "plan/one/run", "--target", folder / "t.jsonl", "--out", folder / "found")
+    return [*places, "--min_target_tokens", 100, "--top", 5]
 
 
 def half_words(folder: Path, name: str, seed: int = 0) -> list[str]:

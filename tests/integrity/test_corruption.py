@@ -46,6 +46,18 @@ def embed_early(work: Path) -> Outcome:
     return call(main, "--run", work / ONE, "--target", work / "t.jsonl", *words)
 
 
+def index(work: Path) -> Outcome:
+    from curate.embed import main
+
+    return call(main, "--run", work / ONE)
+
+
+def search(work: Path) -> Outcome:
+    from curate.search import main
+
+    return call(main, *arena.search_words(work))
+
+
 def scheduled(work: Path) -> Outcome:
     from curate.schedule import main
 
@@ -157,6 +169,17 @@ ARTIFACTS = (
         _same_of_two(f"{ONE}/influence/measured-*/{name}", select_again, SELECTED)
         for name in ("values.parquet", "timings.json", "manifest.json", SUMS)
     ),
+    *(
+        Artifact(f"{ONE}/index/*/{name}", search)
+        for name in (
+            "space.npz", "groups/*/samples.parquet", "groups/*/sums.npz", f"groups/*/{SUMS}",
+            "groups/*/faiss/index.faiss", "groups/*/faiss/manifest.json",
+        )
+    ),
+    *(
+        Artifact(f"{ONE}/index/*/{name}", index)
+        for name in ("space.npz", "manifest.json", SUMS, "groups/*/manifest.json", "groups/*/samples.parquet")
+    ),
     *(_same_of_two(f"{SELECTED}/{name}.parquet", select_again) for name in TABLES),
     *(
         _same_of_two(f"{SELECTED}/{name}", select_again)
@@ -191,7 +214,7 @@ ARTIFACTS = (
     *(Artifact(f"half/{part}*", resume, f"other-half/{part}*") for part in PARTS),
 )  # fmt: skip
 CASES = [(artifact, damage) for artifact in ARTIFACTS for damage in DAMAGES if artifact.other or damage != "another"]
-QUICK = {select_again, dry_run, ledger, report, prepare_again, scheduled, resume, train_finished}
+QUICK = {select_again, index, search, dry_run, ledger, report, prepare_again, scheduled, resume, train_finished}
 
 
 def name_of(case: tuple[Artifact, str]) -> str:
