@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,21 @@ def test_selections_at_once_with_the_same_settings_all_end_with_the_same_bytes(f
     assert made == wanted  # nothing lies there besides
     for name in ("scores.parquet", "mixture.yaml", "domains.parquet", "data/mds/index.json"):
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_value_indexes_made_at_once_have_every_row_once(tmp_path):
+    write_tiny_streams(tmp_path / "data")
+    Training({name: tmp_path / "data" / name for name in ("json", "dataclasses")}).run(tmp_path / "run")
+    at_once = [start("curate.embed", "--run", tmp_path / "run") for _ in range(2)]
+    for process in at_once:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    files = [np.load(path) for path in tmp_path.glob("run/index/*/rows/*.npy")]
+    (index,) = (tmp_path / "run" / "index").iterdir()
+    numbers = np.load(index / "space.npz")["compression"].shape[1]
+    assert sum(map(len, files)) == 160 * (numbers + 12)
+    assert len(list((index / "groups").glob(f"*/{MANIFEST}"))) == 1
 
 
 @pytest.mark.slow

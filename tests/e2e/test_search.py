@@ -259,3 +259,19 @@ def test_a_further_target_costs_no_pass_over_the_data(indexed, monkeypatch):
     with pytest.raises(TypeError):  # while new rows would be captured
         curate.embed(candidates, run)
     assert len(make_value_index(run, run.source, Replay(run))) == 160
+
+
+@pytest.mark.parametrize("per_domain", [1, 2])
+def test_domains_of_which_hardly_any_is_measured_have_their_mean(indexed, per_domain):
+    run = Run(indexed / "run")
+    config = curate.SearchConfig(
+        target=indexed / "target.jsonl", min_target_tokens=100, measured_per_domain=per_domain, top=3
+    )
+    found = curate.search(config, run)
+    assert not found.trust["used"].any()
+    assert set(found.domains["by"]) == {"measured samples"}
+    assert found.domains["low"].null_count() == (2 if per_domain == 1 else 0)
+    assert not found.samples["trusted"].any()
+    # what is found does not depend on what it is judged by
+    more = config.model_copy(update={"measured_per_domain": 30})
+    assert curate.search(more, run).samples.drop("trusted").equals(found.samples.drop("trusted"))
