@@ -131,7 +131,8 @@ def make(folder: Path) -> None:
 def search_words(folder: Path) -> list[object]:
     """Arguments of a search of the first stage's value index."""
     places = ("--run", folder / "plan/one/run", "--target", folder / "t.jsonl", "--out", folder / "found")
-    return [*places, "--min_target_tokens", 100, "--top", 5]
+    # as many as the selection measures: it is the same artifact
+    return [*places, "--min_target_tokens", 100, "--measured_per_domain", 20, "--top", 5]
 
 
 def half_words(folder: Path, name: str, seed: int = 0) -> list[str]:
