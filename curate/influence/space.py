@@ -171,10 +171,10 @@ def existing_space(run: Run, replay: Replay) -> RowSpace:
     Raises:
         UserError: there is none (names the command), or it was made with other settings or another torch (names them).
     """
-    found = find_space(run)
-    if found is not None:
-        return found
     settings = _settings(run, _capture(replay), _fit_samples(run, DEFAULT), DEFAULT)
+    folder = index_folder(run, settings)
+    if is_complete(folder, settings):
+        return _read(folder, settings)
     for manifest in sorted((run.folder / "index").glob(f"*/{MANIFEST}")):
         stored = read_json(manifest)["settings"]
         differing = [name for name, value in settings.items() if stored.get(name) != value]
