@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from curate.core.artifacts import fingerprint
+from curate.core.artifacts import file_fingerprint, fingerprint
 from curate.core.callable_module import make_callable
 from curate.core.config import Config, parse_command, run_command
 from curate.core.escape import terminal
@@ -16,7 +16,7 @@ from curate.core.progress import start_logging
 from curate.core.writing import atomic_write
 from curate.influence.ask import Found, ask
 from curate.influence.current import NextStepOptions
-from curate.selection.candidates import open_candidates
+from curate.selection.candidates import candidate_streams, open_candidates, streams_fingerprint
 from curate.training.replay import Replay
 from curate.training.run import open_run
 from curate.training.source import CANDIDATES, CURRENT
@@ -84,7 +84,10 @@ def main() -> None:
     start_logging()
     run = open_run(config.run, config.streams, config.tokenizer)
     found = search(config, run)
-    identity = [run.fingerprint, str(config.target.resolve()), str(config.candidates), config.top]
+    # what decides the tables: another search never replaces them
+    identity = [run.fingerprint, file_fingerprint(config.target), config.top, config.measured_per_domain]
+    if config.candidates is not None:
+        identity.append(streams_fingerprint(candidate_streams(config.candidates)))
     out = config.out or run.folder / "searches" / f"{found.trust['target'][0]}-{fingerprint(identity)[:8]}"
     for name, table in (("samples", found.samples), ("domains", found.domains), ("trust", found.trust)):
         _write(out / f"{name}.parquet", table)

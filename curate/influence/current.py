@@ -162,7 +162,8 @@ def value_next_step(
     with making(folder, settings) as missing:
         if missing:
             replay = _continued_replay(run, targets, options)
-            check_fit(source.catalogue, source.folders, replay.model)  # all that may be drawn, not the part alone
+            # all that may be drawn, not the part alone
+            check_fit(source.catalogue, source.folders, replay.model, replay.task.vocabulary)
             _say_cost(run, targets, len(drawn))
             with timed(folder, replay) as scratch:
                 _write_part(run, source, replay, drawn, targets, options, scratch, folder)

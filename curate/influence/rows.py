@@ -178,7 +178,7 @@ def embed_samples(
     missing = store.missing(samples)
     if missing.is_empty():
         return store
-    check_fit(source.catalogue, source.folders, replay.model)
+    check_fit(source.catalogue, source.folders, replay.model, replay.task.vocabulary)
     _log.info(
         "rows of %s samples will cost about %.0f forward+backward passes, %.1f %% of the stage's %d (%s have theirs)",
         f"{len(missing):,}",

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
-_ROW_PASSES = 0.8  # of a forward+backward pass of a sample: what its row costs
+_ROW_PASSES = 0.85  # of a forward+backward pass of a sample: what its row costs
 _SPACE = "space.npz"
 # Not one that selections use: what they measure is a draw of its own.
 _FIT_SEED = 8191

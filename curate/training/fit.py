@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_fit(catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], model: nn.Module) -> None:
-    """Refuse token ids and lengths that a model does not have, where its config says how many it has.
+def check_fit(
+    catalogue: dy.DataFrame[Catalogue], streams: Mapping[str, Path], model: nn.Module, vocabulary: int | None = None
+) -> None:
+    """Refuse token ids and lengths that a model does not have, where it is known how many it has.
 
     Args:
         catalogue: as `Run.catalogue`.
         streams: MDS folder of each domain.
-        model: a Hugging Face model, or any other.
+        model: a Hugging Face model, whose config says how many it has, or any other.
+        vocabulary: of the model; None: what its config says.
 
     Raises:
         UserError: names the first such sample.
     """
     config: Any = getattr(model, "config", None)
-    vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    vocabulary = getattr(config, "vocab_size", None) if vocabulary is None else vocabulary
     # isinstance: a model of the user's own may keep anything under these names
     if isinstance(vocabulary, int):
         where, largest = _first_above(catalogue, streams, "largest_token_id", vocabulary - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,14 +205,7 @@ def check_vocabulary(target: Target, task: Task) -> None:
     Raises:
         UserError: names the largest id and the vocabulary.
     """
-    import torch
-
-    vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
-    # a model of the user's own has no config to ask: run token 0, which every vocabulary has, and look at the logits
-    if vocabulary is None:
-        first = target.halves[0].split(1)[0].to(task.device)
-        with torch.no_grad():
-            vocabulary = task.logits(replace(first, tokens=torch.zeros_like(first.tokens))).shape[-1]
+    vocabulary = task.vocabulary
     largest = max(int(half.tokens.max()) for half in target.halves)
     if largest >= vocabulary:
         raise UserError(

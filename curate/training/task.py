@@ -119,6 +119,20 @@ class Task:
         # a factory may return a wrapped model, whose functional call wants its own names
         self._wrapped_names = {unwrapped_name(name): name for name, _ in self.model.named_parameters()}
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has."""
+        import torch
+
+        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if isinstance(known, int):
+            return known
+        # a model of the user's own has no config to ask: run token 0, which every vocabulary has, look at the logits
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        batch = Batch(tokens=tokens, loss_mask=tokens == 0, weights=torch.ones(1, device=self.device))
+        with torch.no_grad():
+            return int(self.logits(batch).shape[-1])
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context that the run trained in."""
         import torch
