@@ -1,0 +1,185 @@
+"""`python -m pipelines.fidelity.rows --run RUN --targets '[a.jsonl, b.jsonl]'`: how good rows of the value index are.
+
+Samples that the space was not fitted on are drawn from every domain. Their rows' products with each target's vector are
+held against exact values of the next step, domain by domain. The cost of a row is measured beside the training's own
+forward+backward pass of the same samples, in turns, in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from curate.core.artifacts import write_json
+from curate.core.config import Config, parse_command, run_command
+from curate.core.progress import start_logging
+from curate.core.rng import generator
+from curate.core.writing import atomic_write
+from curate.influence.current import NextStepOptions, read_together, target_positions, value_next_step
+from curate.influence.row_values import calibrate, target_vectors
+from curate.influence.rows import embed_samples
+from curate.influence.space import DEFAULT, SpaceOptions, captured_rows, open_space, row_capture
+from curate.selection.candidates import open_candidates
+from curate.tables import Samples
+from curate.training.replay import Replay
+from curate.training.run import open_run
+from curate.training.samples import usable_samples
+from curate.training.source import CANDIDATES, CURRENT
+from curate.training.target import load_target
+from curate.training.task import collate
+
+if TYPE_CHECKING:
+    from curate.influence.space import RowSpace
+    from curate.training.run import Run
+
+_log = logging.getLogger(__name__)
+_BATCHES = 4  # of each round: one alone is too short to time
+_NUMBERS = ("spearman", "low", "high", "share_held")
+
+
+class RowsConfig(Config):
+    """What to measure."""
+
+    run: Path = Path("runs")
+    """Recorded run, or a folder of runs: the newest finished one is taken."""
+    targets: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Target documents, one JSONL file for each target."""
+    candidates: Path | None = None
+    """Measure data that was never trained on (MDS folders of domains, or a streams.yaml) instead of the run's own."""
+    samples_per_domain: int = Field(default=100, ge=8)
+    """Samples of each domain that are measured."""
+    seed: int = Field(default=1, ge=0)
+    """Of the draw."""
+    width: int = Field(default=DEFAULT.width, ge=1)
+    """Numbers that each side of a layer keeps."""
+    numbers: int = Field(default=DEFAULT.numbers, ge=1)
+    """Numbers of a row."""
+    side_samples: int = Field(default=DEFAULT.side_samples, ge=1)
+    """Samples that the sides of layers are fitted on."""
+    fit_samples: int = Field(default=DEFAULT.fit_samples, ge=1)
+    """Samples that the compression is fitted on."""
+    rounds: int = Field(default=12, ge=1)
+    """Times that the cost of a row is measured."""
+    min_target_tokens: int = Field(default=1000, ge=1)
+    """Fewest predicted tokens of a target."""
+    device: str = "cpu"
+    """Device to run on."""
+    out: Path | None = None
+    """Folder of the table (rows.parquet) and of what it sums up to (rows.json); none: only print."""
+
+    @property
+    def space(self) -> SpaceOptions:
+        """How the space is fitted."""
+        return SpaceOptions(
+            width=self.width, numbers=self.numbers, side_samples=self.side_samples, fit_samples=self.fit_samples
+        )
+
+
+def measure(config: RowsConfig, run: Run) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Hold rows against exact values, and time them.
+
+    Returns:
+        The table of trust by target and domain; its mean and least rank correlation, and the cost of a row.
+    """
+    replay = Replay(run, config.device)
+    source = run.source if config.candidates is None else open_candidates(config.candidates, run)
+    name: Literal["current", "candidates"] = CURRENT if config.candidates is None else CANDIDATES
+    space = open_space(run, replay, config.space)
+    targets = [load_target(path, run.spec, config.min_target_tokens) for path in config.targets]
+    held_out = usable_samples(source.unique_samples).filter(~pl.col("sample_id").is_in(space.fitted.tolist()))
+    options = NextStepOptions(per_domain=config.samples_per_domain, seed=config.seed, device=config.device)
+    next_step = value_next_step(run, source, Samples.validate(held_out), targets, options, name)
+    vectors = target_vectors(run, replay, space, next_step)
+    counts = dict(held_out.group_by("domain").len().sort("domain").iter_rows())
+    tables = []
+    for target, position in target_positions(next_step).items():
+        exact = next_step.values.filter(target=target).with_columns(
+            value_per_token=pl.col("value_total_nats") / pl.col("predicted_tokens")
+        )
+        if position == 0:
+            samples = held_out.join(exact, on="sample_id", how="semi")
+            store = embed_samples(run, source, Samples.validate(samples), space, replay)
+        products = store.products(exact["sample_id"].to_numpy(), vectors[position, None])[:, 0]
+        names = {"source": name, "target": target}
+        tables.append(calibrate(exact, products, space.fitted, counts, names, config.seed).trust)
+    table = pl.concat(tables)
+    ranks = table["spearman"].drop_nulls()
+    summary = {"run": run.fingerprint, "source": name, "numbers": space.numbers, "width": config.width}
+    summary |= {"bytes": space.numbers + 4, "mean": ranks.mean(), "least": ranks.min()}
+    return table, summary | _cost(config, run, replay, space)
+
+
+def _cost(config: RowsConfig, run: Run, replay: Replay, space: RowSpace) -> dict[str, float]:
+    """Time of rows in forward+backward passes of the same samples: the median of rounds, and its 95 % upper bound."""
+    random = generator(config.seed, "row cost")
+    shuffled = usable_samples(run.unique_samples)[random.permutation(len(usable_samples(run.unique_samples)))]
+    batches = list(islice(read_together(run, run.source, shuffled[:4096]), _BATCHES))
+    replay.model_at(run.spec.steps)
+    compression = space.compression.to(replay.device)
+
+    def rows() -> None:
+        with row_capture(space, replay) as capture:
+            for batch in batches:
+                (captured_rows(replay, capture, batch) @ compression).cpu()
+
+    def passes() -> None:
+        for batch in batches:
+            replay.model.zero_grad(set_to_none=True)
+            weights = np.ones(len(batch), np.float32)
+            replay.task.sample_losses(collate(batch, weights).to(replay.device)).sum().backward()
+        replay.model.zero_grad(set_to_none=True)
+
+    ratios = []
+    for number in range(config.rounds + 1):
+        # in turns: which of both comes first must not decide
+        works = [rows, passes] if number % 2 else [passes, rows]
+        seconds = {work: _seconds(config.device, work) for work in works}
+        ratios.append(seconds[rows] / seconds[passes])
+    kept = np.array(ratios[1:])  # the first round warms up
+    medians = np.median(random.choice(kept, (10_000, len(kept))), axis=1)
+    return {"cost": float(np.median(kept)), "cost_at_most": float(np.quantile(medians, 0.95))}
+
+
+def _seconds(device: str, work: Callable[[], None]) -> float:
+    """CPU time of the process, or time where the work is a GPU's."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    clock = process_time if device == "cpu" else perf_counter
+    begin = clock()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return clock() - begin
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_command(RowsConfig, "python -m pipelines.fidelity.rows", "How good rows of the value index are.")
+    start_logging()
+    table, summary = measure(config, open_run(config.run))
+    for row in table.iter_rows(named=True):
+        # null where a domain has too few samples
+        numbers = " ".join("    -" if row[name] is None else f"{row[name]:5.2f}" for name in _NUMBERS)
+        sys.stdout.write(f"{row['target']:24}{row['domain']:24}{row['measured']:6} {numbers}\n")
+    for key, value in summary.items():
+        sys.stdout.write(f"{key}: {value:.3f}\n" if isinstance(value, float) else f"{key}: {value}\n")
+    if config.out is not None:
+        with atomic_write(config.out / "rows.parquet") as temporary:
+            table.write_parquet(temporary)
+        write_json(config.out / "rows.json", summary)
+        _log.info("wrote %s", config.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
