@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
@@ -38,6 +38,7 @@ from curate.training.target import load_target
 from curate.training.task import collate
 
 if TYPE_CHECKING:
+    from curate.data.mds import Sample
     from curate.influence.space import RowSpace
     from curate.training.run import Run
 
@@ -126,30 +127,38 @@ def _cost(config: RowsConfig, run: Run, replay: Replay, space: RowSpace) -> dict
     replay.model_at(run.spec.steps)
     compression = space.compression.to(replay.device)
 
-    def rows() -> None:
+    def rows() -> float:
+        # the hooks are put up once for all rows of a source: not part of a row's cost
         with row_capture(space, replay) as capture:
-            for batch in batches:
-                (captured_rows(replay, capture, batch) @ compression).cpu()
+            return _seconds(
+                config.device,
+                lambda: [(captured_rows(replay, capture, batch) @ compression).cpu() for batch in batches],
+            )
 
-    def passes() -> None:
-        for batch in batches:
-            replay.model.zero_grad(set_to_none=True)
-            weights = np.ones(len(batch), np.float32)
-            replay.task.sample_losses(collate(batch, weights).to(replay.device)).sum().backward()
+    def passes() -> float:
+        seconds = _seconds(config.device, lambda: [_pass(replay, batch) for batch in batches])
         replay.model.zero_grad(set_to_none=True)
+        return seconds
 
     ratios = []
     for number in range(config.rounds + 1):
         # in turns: which of both comes first must not decide
         works = [rows, passes] if number % 2 else [passes, rows]
-        seconds = {work: _seconds(config.device, work) for work in works}
+        seconds = {work: work() for work in works}
         ratios.append(seconds[rows] / seconds[passes])
     kept = np.array(ratios[1:])  # the first round warms up
     medians = np.median(random.choice(kept, (10_000, len(kept))), axis=1)
     return {"cost": float(np.median(kept)), "cost_at_most": float(np.quantile(medians, 0.95))}
 
 
-def _seconds(device: str, work: Callable[[], None]) -> float:
+def _pass(replay: Replay, samples: Sequence[Sample]) -> None:
+    """A forward and backward pass with the gradients of all parameters, as training takes it."""
+    replay.model.zero_grad(set_to_none=True)
+    batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
+    replay.task.sample_losses(batch).sum().backward()
+
+
+def _seconds(device: str, work: Callable[[], object]) -> float:
     """CPU time of the process, or time where the work is a GPU's."""
     import torch
 
