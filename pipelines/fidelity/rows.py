@@ -136,7 +136,7 @@ def _cost(config: RowsConfig, run: Run, replay: Replay, space: RowSpace) -> dict
             )
 
     def passes() -> float:
-        seconds = _seconds(config.device, lambda: [_pass(replay, batch) for batch in batches])
+        seconds = _seconds(config.device, lambda: _passes(replay, batches))
         replay.model.zero_grad(set_to_none=True)
         return seconds
 
@@ -151,11 +151,12 @@ def _cost(config: RowsConfig, run: Run, replay: Replay, space: RowSpace) -> dict
     return {"cost": float(np.median(kept)), "cost_at_most": float(np.quantile(medians, 0.95))}
 
 
-def _pass(replay: Replay, samples: Sequence[Sample]) -> None:
-    """A forward and backward pass with the gradients of all parameters, as training takes it."""
-    replay.model.zero_grad(set_to_none=True)
-    batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
-    replay.task.sample_losses(batch).sum().backward()
+def _passes(replay: Replay, batches: Sequence[Sequence[Sample]]) -> None:
+    """Forward and backward passes with the gradients of all parameters, as training takes them."""
+    for samples in batches:
+        replay.model.zero_grad(set_to_none=True)
+        batch = collate(samples, np.ones(len(samples), np.float32)).to(replay.device)
+        replay.task.sample_losses(batch).sum().backward()
 
 
 def _seconds(device: str, work: Callable[[], object]) -> float:
