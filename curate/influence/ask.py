@@ -99,7 +99,7 @@ def ask(
     products = index.store.products(measured["sample_id"].to_numpy(), vector[None])[:, 0]
     names = {"source": name, "target": target.name}
     counts = dict(samples.group_by("domain").len().sort("domain").iter_rows())
-    calibration = calibrate(measured, products, space.fitted, counts, names, options.seed)
+    calibration = calibrate(measured, products[:, None], space.fitted, counts, names, options.seed)
     most, recall = index.search(vector, top)
     least, least_recall = index.search(-vector, top)
     ends = {"most": most, "least": least.with_columns(-pl.col("product"))}
@@ -140,7 +140,7 @@ def _domains(
     for domain, samples, count in calibration.trust.select("domain", "samples", "measured").iter_rows():
         line = calibration.lines.get(domain)
         if line is not None:
-            value, error, degrees = line.intercept + line.slope * float(means[domain][0]), line.error, count - 2
+            value, error, degrees = line.intercept + float(line.slopes[0] * means[domain][0]), line.error, count - 2
         else:
             value, error, degrees = _measured_mean(measured.filter(domain=domain))
         away = float(student.ppf(0.975, degrees)) * error if degrees > 0 else None

@@ -47,22 +47,22 @@ _FEWEST = 8  # measured samples that a correlation is made from
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """The line of one domain.
+    """The line of one domain, a plane where there are two predictors.
 
     Attributes:
         intercept: a.
-        slope: b.
+        slopes: (F,) b, one for each predictor.
         error: standard error of the domain's mean.
     """
 
     intercept: float
-    slope: float
+    slopes: Floats
     error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How products with one vector are read as values.
+    """How predictors of values are read as values.
 
     Attributes:
         trust: by domain; `used`: whether rows are.
@@ -72,12 +72,12 @@ class Calibration:
     trust: dy.DataFrame[RowTrust]
     lines: Mapping[str, Line]
 
-    def values(self, domains: npt.NDArray[Any], products: Floats) -> Floats:
-        """(N,) values per token; NaN in domains where rows are not used."""
-        values = np.full(len(products), np.nan)
+    def values(self, domains: npt.NDArray[Any], predictors: Floats) -> Floats:
+        """(N,) values per token from predictors (N, F); NaN in domains where rows are not used."""
+        values = np.full(len(predictors), np.nan)
         for domain, line in self.lines.items():
-            here = domains == domain
-            values[here] = line.intercept + line.slope * products[here]
+            here, acts = domains == domain, line.slopes != 0
+            values[here] = line.intercept + predictors[here][:, acts] @ line.slopes[acts]
         return values
 
 
@@ -92,54 +92,76 @@ def target_vectors(run: Run, replay: Replay, space: RowSpace, next_step: NextSte
 
 def calibrate(
     measured: pl.DataFrame,
-    products: Floats,
+    predictors: Floats,
     fitted: npt.NDArray[np.int64],
     samples: Mapping[str, int],
     names: Mapping[str, str],
     seed: int,
 ) -> Calibration:
-    """Hold products against exact values.
+    """Hold products, and what else predicts values, against exact values.
+
+    One predictor is judged as it is, several by what fits to the other samples say of each.
 
     Args:
         measured: `domain`, `sample_id`, `predicted_tokens` and `value_per_token` of n samples.
-        products: (n,) of their rows with the vector.
+        predictors: (n, F), first the products of their rows with the vector. Others must not have seen the sample's
+            value (cross-validated); where one is not finite in a domain, products stand alone there.
         fitted: content ids of the samples that the space was fitted on; they say nothing of how good it is.
         samples: domain -> how many it has.
         names: `source` and `target` of the rows of `trust`.
         seed: of intervals.
     """
-    table = measured.with_columns(product=pl.Series(np.asarray(products, np.float64)))
-    table = table.filter(~pl.col("sample_id").is_in(fitted.tolist()))
+    held_out = ~measured["sample_id"].is_in(fitted.tolist()).to_numpy()
     rows, lines = [], {}
     for domain, count in samples.items():
-        known = table.filter(domain=domain)
-        exact, product, tokens = (known[name].to_numpy() for name in ("value_per_token", "product", "predicted_tokens"))
-        r = low = high = share = None
-        if len(known) >= _FEWEST:
-            r = spearman(product, exact)
-            whole = float(tokens @ exact**2)
-            share = 1 - float(tokens @ (exact - product) ** 2) / whole if whole else None
-        if r is not None:
-            low, high = spearman_interval(product, exact, np.arange(len(known)), seed)
-        used = r is not None and r >= MIN_RANK_CORRELATION and low is not None and low > 0
-        if used:
-            lines[domain] = _line(exact, product, tokens)
-        correlation = {"spearman": r, "low": low, "high": high, "share_held": share}
-        counts = {"domain": domain, "samples": count, "measured": len(known)}
+        here = held_out & (measured["domain"] == domain).to_numpy()
+        exact, tokens = (measured[name].to_numpy()[here] for name in ("value_per_token", "predicted_tokens"))
+        known = np.asarray(predictors[here], np.float64)
+        correlation, line = _held_against(exact, known, tokens, seed)
+        used = line is not None
+        if line is not None:
+            lines[domain] = line
+        counts = {"domain": domain, "samples": count, "measured": len(exact)}
         rows.append({**names, **counts, **correlation, "used": used})
     return Calibration(trust=RowTrust.validate(pl.DataFrame(rows, schema=RowTrust.create_empty().schema)), lines=lines)
 
 
-def _line(exact: Floats, products: Floats, tokens: Floats) -> Line:
-    mean_product, mean_exact = np.average(products, weights=tokens), np.average(exact, weights=tokens)
-    away = products - mean_product
-    spread = (tokens * away) @ away
-    slope = float((tokens * away) @ (exact - mean_exact) / spread)
+def _held_against(
+    exact: Floats, predictors: Floats, tokens: Floats, seed: int
+) -> tuple[dict[str, float | None], Line | None]:
+    """Rank correlation with its interval and the share that products hold, and the line where they are good enough."""
+    facts: dict[str, float | None] = dict.fromkeys(("spearman", "low", "high", "share_held"))
+    if len(exact) < _FEWEST:
+        return facts, None
+    whole = float(tokens @ exact**2)
+    facts["share_held"] = 1 - float(tokens @ (exact - predictors[:, 0]) ** 2) / whole if whole else None
+    usable = predictors if np.isfinite(predictors).all() else predictors[:, :1]
+    facts["spearman"] = r = spearman(usable[:, 0], exact)
+    if r is None:  # products or exact values do not differ
+        return facts, None
+    line, without = _line(exact, usable, tokens)
+    judged = usable[:, 0] if usable.shape[1] == 1 else without
+    facts["spearman"] = r = spearman(judged, exact)
+    facts["low"], facts["high"] = low, _ = spearman_interval(judged, exact, np.arange(len(exact)), seed)
+    used = r is not None and r >= MIN_RANK_CORRELATION and low is not None and low > 0
+    unused = predictors.shape[1] - usable.shape[1]
+    padded = Line(intercept=line.intercept, slopes=np.append(line.slopes, np.zeros(unused)), error=line.error)
+    return facts, padded if used else None
+
+
+def _line(exact: Floats, predictors: Floats, tokens: Floats) -> tuple[Line, Floats]:
+    """Weighted least squares, and what the fits to the other samples say of each."""
+    means, mean_exact = np.average(predictors, axis=0, weights=tokens), np.average(exact, weights=tokens)
+    away = predictors - means
+    # pinv: a predictor that is a multiple of another, or does not differ, adds nothing
+    spread = np.linalg.pinv((tokens[:, None] * away).T @ away, rcond=1e-10, hermitian=True)
+    slopes = spread @ ((tokens[:, None] * away).T @ (exact - mean_exact))
     # each sample's distance from the line of the others: its own line is drawn towards it, most where few lie about it,
     # and intervals from what is left covered 86 to 94 % instead of 95
-    own_share = tokens / tokens.sum() + tokens * away**2 / spread
-    left = tokens * (exact - mean_exact - slope * away) / np.maximum(1 - own_share, 1e-6)
-    # of a ratio estimator, two degrees of freedom gone
+    own_share = tokens / tokens.sum() + tokens * ((away @ spread) * away).sum(axis=1)
+    left = (exact - mean_exact - away @ slopes) / np.maximum(1 - own_share, 1e-6)
+    # of a ratio estimator; a degree of freedom is gone for the mean and for each slope
     count = len(exact)
-    error = float(np.sqrt(count / (count - 2) * (left @ left)) / tokens.sum())
-    return Line(intercept=float(mean_exact - slope * mean_product), slope=slope, error=error)
+    error = np.sqrt(count / (count - 1 - predictors.shape[1]) * ((tokens * left) @ (tokens * left))) / tokens.sum()
+    line = Line(intercept=float(mean_exact - means @ slopes), slopes=slopes, error=float(error))
+    return line, exact - left

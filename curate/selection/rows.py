@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from curate.selection.source import Source
     from curate.tables import RowTrust, Samples
 
+    Floats = npt.NDArray[np.floating[Any]]
     Vector = npt.NDArray[np.float32]
 
 
@@ -62,11 +63,18 @@ class SourceRows:
     passes: float
     seconds: float
 
-    def valued(self, weights: Mapping[str, float]) -> tuple[pl.DataFrame, dy.DataFrame[RowTrust]]:
-        """Values of all targets together by rows, in domains where rows are trusted.
+    def valued(
+        self, weights: Mapping[str, float], predicted: Floats, cross_validated: Floats
+    ) -> tuple[pl.DataFrame, dy.DataFrame[RowTrust]]:
+        """Values of all targets together by rows and n-grams, in domains where that is trusted.
+
+        Rows hold what linear layers say, n-grams much of what token embeddings do: together they rank better than each
+        (docs/benchmarks.md, "The value index").
 
         Args:
             weights: target -> weight, the main target first: the values go by its name.
+            predicted: (N,) values per token that n-grams predict of the samples.
+            cross_validated: (n,) of the measured samples, by fits without them.
 
         Returns:
             `sample_id` and `value_per_token` of samples that were not measured exactly.
@@ -76,9 +84,11 @@ class SourceRows:
         positions, shares = target_positions(self.next_step), target_shares(self.next_step.values, weights)
         rows = self.vectors[[positions[name] for name in shares]]
         vector = (np.array(list(shares.values())) @ rows).astype(np.float32)
-        calibration = self._calibrated(measured, "value_total", vector, next(iter(weights)))
-        rest = self.samples.join(measured, on="sample_id", how="anti", maintain_order="left")
-        values = calibration.values(rest["domain"].to_numpy().astype(str), self._products(rest, vector))
+        calibration = self._calibrated(measured, "value_total", vector, next(iter(weights)), cross_validated)
+        every = self.samples.with_columns(predicted=pl.Series(predicted, dtype=pl.Float64))
+        rest = every.join(measured, on="sample_id", how="anti", maintain_order="left")
+        both = np.column_stack([self._products(rest, vector), rest["predicted"].to_numpy()])
+        values = calibration.values(rest["domain"].to_numpy().astype(str), both)
         valued = rest.select("sample_id", value_per_token=pl.Series(values, dtype=pl.Float64))
         return valued.filter(pl.col("value_per_token").is_not_nan()), calibration.trust
 
@@ -100,17 +110,20 @@ class SourceRows:
         known = measured.filter(pl.col("domain").is_in(list(lines)))
         domains = known["domain"].to_list()
         away = np.array([means[domain] for domain in domains]) - self._products(known, vector)
-        shift = np.array([lines[domain].slope for domain in domains]) * away
+        shift = np.array([lines[domain].slopes[0] for domain in domains]) * away
         total = known["value_total_nats"].to_numpy() + known["predicted_tokens"].to_numpy() * shift
         return known.select("target", "domain", "sample_id", value_adjusted_nats=pl.Series(total, dtype=pl.Float64))
 
-    def _calibrated(self, measured: pl.DataFrame, total: str, vector: Vector, target: str) -> Calibration:
-        """Hold the rows of measured samples against their exact values, the column `total`."""
+    def _calibrated(
+        self, measured: pl.DataFrame, total: str, vector: Vector, target: str, *predictors: Floats
+    ) -> Calibration:
+        """Hold the rows of measured samples, and other predictors, against their exact values, the column `total`."""
         per_token = pl.col(total) / pl.col("predicted_tokens")
         exact = measured.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
         counts = dict(self.samples.group_by("domain").len().sort("domain").iter_rows())
         names = {"source": self.next_step.name, "target": target}
-        return calibrate(exact, self._products(exact, vector), self.space.fitted, counts, names, self.seed)
+        known = np.column_stack([self._products(exact, vector), *predictors])
+        return calibrate(exact, known, self.space.fitted, counts, names, self.seed)
 
     def _products(self, samples: pl.DataFrame, vector: Vector) -> npt.NDArray[np.float64]:
         products = self.store.products(samples["sample_id"].to_numpy(), vector[None])[:, 0]

@@ -114,7 +114,7 @@ def _by_next_step(
     per_token = predicted.unique("sample_id", keep="first").select("sample_id", "value_per_token")
     by_rows, trust = pl.DataFrame(schema=per_token.schema), None
     if values.rows is not None:
-        by_rows, trust = values.rows.valued(weights)
+        by_rows, trust = values.rows.valued(weights, texts.predicted, predictor.cross_validated)
         per_token = per_token.update(by_rows, on="sample_id")
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     predicted_samples = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)

@@ -1,15 +1,15 @@
 """`python -m pipelines.fidelity.rows --run RUN --targets '[a.jsonl, b.jsonl]'`: how good rows of the value index are.
 
 Samples that the space was not fitted on are drawn from every domain. Their rows' products with each target's vector are
-held against exact values of the next step, domain by domain. The cost of a row is measured beside the training's own
-forward+backward pass of the same samples, in turns, in one process.
+held against exact values of the next step, domain by domain: alone, and beside what n-grams predict. The cost of a row
+is measured beside the training's own forward+backward pass of the same samples, in turns, in one process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
@@ -25,10 +25,12 @@ from curate.core.progress import start_logging
 from curate.core.rng import generator
 from curate.core.writing import atomic_write
 from curate.influence.current import NextStepOptions, read_together, target_positions, value_next_step
+from curate.influence.predict_next_step import fit_predictor
 from curate.influence.row_values import calibrate, target_vectors
 from curate.influence.rows import embed_samples
 from curate.influence.space import DEFAULT, SpaceOptions, captured_rows, open_space, row_capture
 from curate.selection.candidates import open_candidates
+from curate.stats.rank_correlation import spearman
 from curate.tables import Samples
 from curate.training.replay import Replay
 from curate.training.run import open_run
@@ -38,13 +40,17 @@ from curate.training.target import load_target
 from curate.training.task import collate
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from curate.data.mds import Sample
     from curate.influence.space import RowSpace
     from curate.training.run import Run
 
+    Floats = npt.NDArray[np.floating[Any]]
+
 _log = logging.getLogger(__name__)
 _BATCHES = 4  # of each round: one alone is too short to time
-_NUMBERS = ("spearman", "low", "high", "share_held")
+_NUMBERS = ("spearman", "low", "high", "share_held", "ngrams", "with_ngrams")
 
 
 class RowsConfig(Config):
@@ -111,12 +117,26 @@ def measure(config: RowsConfig, run: Run) -> tuple[pl.DataFrame, dict[str, Any]]
             store = embed_samples(run, source, Samples.validate(samples), space, replay)
         products = store.products(exact["sample_id"].to_numpy(), vectors[position, None])[:, 0]
         names = {"source": name, "target": target}
-        tables.append(calibrate(exact, products, space.fitted, counts, names, config.seed).trust)
+        trust = calibrate(exact, products[:, None], space.fitted, counts, names, config.seed).trust
+        # as a selection reads them: what n-grams predict of the same samples beside the row
+        predicted = fit_predictor(source, next_step, {target: 1.0}, config.seed).cross_validated
+        both = calibrate(exact, np.column_stack([products, predicted]), space.fitted, counts, names, config.seed)
+        alone = [spearman(*pair) for pair in _by_domain(exact, predicted, list(counts))]
+        tables.append(trust.with_columns(ngrams=pl.Series(alone, dtype=pl.Float64), with_ngrams=both.trust["spearman"]))
     table = pl.concat(tables)
-    ranks = table["spearman"].drop_nulls()
+    ranks, with_ngrams = table["spearman"].drop_nulls(), table["with_ngrams"].drop_nulls()
     summary = {"run": run.fingerprint, "source": name, "numbers": space.numbers, "width": config.width}
     summary |= {"bytes": space.numbers + 4, "mean": ranks.mean(), "least": ranks.min()}
+    summary |= {"mean_with_ngrams": with_ngrams.mean(), "least_with_ngrams": with_ngrams.min()}
     return table, summary | _cost(config, run, replay, space)
+
+
+def _by_domain(exact: pl.DataFrame, predicted: Floats, domains: Sequence[str]) -> Iterator[tuple[Floats, Floats]]:
+    """Predicted and exact values of each domain."""
+    table = exact.with_columns(predicted=pl.Series(predicted))
+    for domain in domains:
+        known = table.filter(pl.col("predicted").is_finite(), domain=domain)
+        yield known["predicted"].to_numpy(), known["value_per_token"].to_numpy()
 
 
 def _cost(config: RowsConfig, run: Run, replay: Replay, space: RowSpace) -> dict[str, float]:

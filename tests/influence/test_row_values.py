@@ -31,7 +31,7 @@ def population(size, seed, noise=0.5, domain="a", first=0):
 
 def calibrated(table, fitted=NONE, seed=0, counts=None):
     counts = counts or dict(table.group_by("domain").len().sort("domain").iter_rows())
-    return calibrate(table.drop("product"), table["product"].to_numpy(), fitted, counts, NAMES, seed)
+    return calibrate(table.drop("product"), table["product"].to_numpy()[:, None], fitted, counts, NAMES, seed)
 
 
 def arrays_of(table):
@@ -46,7 +46,7 @@ def test_the_line_is_weighted_least_squares():
     for domain, line in found.lines.items():
         values, products, tokens = arrays_of(table.filter(domain=domain))
         slope, intercept = np.polyfit(products, values, 1, w=np.sqrt(tokens))
-        assert (line.intercept, line.slope) == pytest.approx((intercept, slope))
+        assert (line.intercept, line.slopes[0]) == pytest.approx((intercept, slope))
         design = np.stack([np.ones(len(values)), products], 1) * np.sqrt(tokens)[:, None]
         leverage = np.diag(design @ np.linalg.pinv(design))
         left = tokens * (values - intercept - slope * products) / (1 - leverage)
@@ -54,8 +54,8 @@ def test_the_line_is_weighted_least_squares():
         assert line.error == pytest.approx(error)
     # samples are read by the line of their domain
     domains, products = table["domain"].to_numpy(), table["product"].to_numpy()
-    wanted = [found.lines[d].intercept + found.lines[d].slope * x for d, x in zip(domains, products, strict=True)]
-    np.testing.assert_allclose(found.values(domains, products), wanted)
+    wanted = [found.lines[d].intercept + found.lines[d].slopes[0] * x for d, x in zip(domains, products, strict=True)]
+    np.testing.assert_allclose(found.values(domains, products[:, None]), wanted)
 
 
 def test_trust_says_how_ranks_agree_and_what_share_rows_hold():
@@ -84,7 +84,7 @@ def test_the_mean_of_a_domain_is_nearly_unbiased_and_its_interval_covers_it(monk
         if "a" not in found.lines:  # rows of so few are not always trusted
             continue
         line = found.lines["a"]
-        estimates.append(line.intercept + line.slope * mean_product)
+        estimates.append(line.intercept + line.slopes[0] * mean_product)
         covered.append(abs(estimates[-1] - truth) < student.ppf(0.975, count - 2) * line.error)
         some, _, weights = arrays_of(drawn)
         plain.append(np.average(some, weights=weights))
@@ -115,7 +115,7 @@ def test_rows_that_rank_badly_or_that_nobody_could_judge_are_not_used(spoil):
     assert set(found.lines) == {"a"}
     assert found.trust["samples"].to_list() == [100, 200]
     assert found.trust["measured"].to_list() == [30, len(bad)]
-    values = found.values(np.array(["a", "b", "c"]), np.ones(3))
+    values = found.values(np.array(["a", "b", "c"]), np.ones((3, 1)))
     assert np.isfinite(values).tolist() == [True, False, False]
 
 
@@ -155,3 +155,39 @@ def test_one_sample_that_makes_the_line_is_no_error():
     table = population(12, 0).with_columns(product=pl.Series([0.0] * 11 + [1.0]), value_per_token=pl.Series(range(12)))
     line = calibrated(table.with_columns(pl.col("value_per_token").cast(float))).lines.get("a")
     assert line is None or np.isfinite(line.error)
+
+
+def test_two_predictors_are_judged_by_fits_to_the_other_samples():
+    table, other = population(40, 3), np.random.default_rng(4).standard_normal(40)
+    values = table["value_per_token"] + pl.Series(3 * other)
+    both = np.stack([table["product"].to_numpy(), other], 1)
+    measured = table.with_columns(value_per_token=values)
+    found = calibrate(measured, both, NONE, {"a": 40}, NAMES, 0)
+    exact, tokens = values.to_numpy(), table["predicted_tokens"].to_numpy()
+    design = np.column_stack([np.ones(40), both])
+
+    def fitted(rows):
+        root = np.sqrt(tokens[rows])[:, None]
+        return np.linalg.lstsq(design[rows] * root, exact[rows] * root[:, 0], rcond=None)[0]
+
+    line = found.lines["a"]
+    np.testing.assert_allclose([line.intercept, *line.slopes], fitted(np.arange(40)))
+    without = [design[row] @ fitted(np.delete(np.arange(40), row)) for row in range(40)]
+    assert found.trust["spearman"].item() == pytest.approx(spearmanr(without, exact).statistic)
+    np.testing.assert_allclose(found.values(np.array(["a"] * 40), both), design @ fitted(np.arange(40)))
+    # together they rank better than each: that is what the second one is for
+    assert found.trust["spearman"].item() > max(abs(spearmanr(column, exact).statistic) for column in both.T)
+
+
+def test_products_stand_alone_where_the_other_predictor_is_not_known_or_says_nothing_new():
+    table = population(40, 5)
+    products = table["product"].to_numpy()
+    alone = calibrated(table)
+    for other in (np.where(np.arange(40) == 7, np.nan, 1.0), 2 * products, np.ones(40)):
+        both = np.stack([products, other], 1)
+        found = calibrate(table, both, NONE, {"a": 40}, NAMES, 0)
+        known = np.isfinite(other)
+        wanted = alone.values(np.array(["a"] * 40), products[:, None])
+        got = found.values(np.array(["a"] * 40), both)
+        np.testing.assert_allclose(got[known], wanted[known])
+        assert np.isfinite(got).all()
