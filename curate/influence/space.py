@@ -66,10 +66,10 @@ class SpaceOptions:
         fit_samples: samples that the compression is fitted on: an even part of each domain.
     """
 
-    width: int = 16
+    width: int = 32
     numbers: int = 252
     side_samples: int = 64
-    fit_samples: int = 384
+    fit_samples: int = 1024
 
 
 DEFAULT = SpaceOptions()

@@ -56,9 +56,9 @@ class ValuesConfig(Config):
     are missing, at the cost that is logged before. none: where all of them are there, or `measured_passes` allows for
     the missing ones."""
     measured_passes: float = Field(default=100.0, ge=0)
-    """Forward+backward passes of a training batch that single samples may cost beside that: the rows of all of them,
-    or, where that is not enough, exact values of the most promising ones of each domain, 1.25 for each one that the
-    stage takes of it."""
+    """Forward+backward passes of a training batch that measuring single samples may cost beside that: the most
+    promising of each domain, 1.25 for each one that the stage takes of it. Rows of all samples are made before where
+    they cost no more than that either (`rows`)."""
     dsir_temperature: float = Field(default=1.0, gt=0)
     """Of method dsir: samples are drawn in proportion to importance ** (1 / dsir_temperature). The logarithm is a sum
     over a sample's n-grams: only temperatures of its deviation's order, a hundred for hundreds of tokens, loosen the

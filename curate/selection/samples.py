@@ -101,10 +101,10 @@ def _by_next_step(
     ratios: dy.DataFrame[NgramRatios] | None,
     predictor: NextStepPredictor,
 ) -> SampleScores:
-    """Read values from rows, predict those of samples without one from n-grams, and measure the most promising of them.
+    """Predict every sample's value from its n-grams, and its row where there are rows; measure the most promising ones.
 
-    A prediction costs no pass through the model, a measurement about as much as a row: so what is left of the budget of
-    passes goes where the stage is likely to take samples.
+    A prediction costs no pass through the model, a measurement about half of one forward+backward pass of the sample:
+    so the budget of passes goes where the stage is likely to take samples.
     """
     next_step, weights, samples = values.next_step, plan.sample_weights, source.usable
     assert next_step is not None
@@ -119,8 +119,7 @@ def _by_next_step(
     value_total = pl.col("value_per_token") * pl.col("predicted_tokens")
     predicted_samples = samples.join(per_token, on="sample_id").with_columns(value_total=value_total)
     every = as_sample_values(predicted_samples, next_step.name, targets.main.name)
-    promising = _promising(plan, source, values, every, domains, ratios)
-    promising = Samples.validate(promising.join(by_rows, on="sample_id", how="anti", maintain_order="left"))
+    promising = _promising(plan, source, every, domains, ratios)
     # those of the measured part have their values, and cost nothing again
     besides = promising.join(next_step.values, on="sample_id", how="anti")
     measured, begin = None, perf_counter()
@@ -157,14 +156,12 @@ def _counted(quality: pl.DataFrame, samples: pl.DataFrame, valued: Mapping[str, 
 def _promising(
     plan: Resolved,
     source: Source,
-    values: Values,
-    every: dy.DataFrame[SampleValues],
+    values: dy.DataFrame[SampleValues],
     domains: Domains,
     ratios: dy.DataFrame[NgramRatios] | None,
 ) -> dy.DataFrame[Samples]:
     """The samples to measure: `MEASURED_PER_SAMPLE` for each one that the stage is about to take of a domain."""
-    left = plan.config.values.measured_passes - (0.0 if values.rows is None else values.rows.passes)
-    if left <= 0:
+    if plan.config.values.measured_passes == 0:
         return Samples.create_empty()
     # weights are shares of tokens, a choice is one of samples
     lengths = source.usable.group_by("domain").agg(pl.col("stored_tokens").mean())
@@ -178,9 +175,9 @@ def _promising(
         if domain in mean_length
     }
     # a limit in passes, in samples: one forward pass at the state, one a move along the direction
-    affordable = left / forward_passes(plan.run, 1, 1)
+    affordable = plan.config.values.measured_passes / forward_passes(plan.run, 1, 1)
     per_sample = min(MEASURED_PER_SAMPLE, affordable / max(sum(wanted.values()), 1))
-    return most_promising(source.usable, every, ratios, plan.ngram_share, wanted, per_sample)
+    return most_promising(source.usable, values, ratios, plan.ngram_share, wanted, per_sample)
 
 
 def most_promising(

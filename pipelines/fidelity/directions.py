@@ -3,8 +3,7 @@
 Rows of a window would need one vector of a target for all of its steps. Here such directions are held against `adjoint`
 with exact derivatives of every sample at the state of its step, so that no projection decides:
 
-- gradient: the target's own gradient at the window's end, times the step's lr;
-- last: that gradient pulled back through the window's last update, times the ratio of lr;
+- last: the target's gradient at the window's end pulled back through the window's last update, times the ratio of lr;
 - own: through the sample's own update;
 - carried: through all updates from the window's end back to the sample's (momentum, clipping, Adam's scale), without
   the curvature of the training loss.
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from curate.training.target import Target
 
 _log = logging.getLogger(__name__)
-_DIRECTIONS = ("gradient", "last", "own", "carried")
+_DIRECTIONS = ("last", "own", "carried")
 
 
 class DirectionsConfig(Config):
@@ -101,7 +100,7 @@ def _along_directions(config: DirectionsConfig, run: Run, target: Target) -> pl.
     tables = []
     for step, (state, back) in enumerate(zip(states, carried, strict=True), start=start):
         share = _lr(state) / _lr(states[-1])
-        directions = torch.cat([-_lr(state) * gradient, share * last, _pulled(replay, state, end)[0], back])
+        directions = torch.cat([share * last, _pulled(replay, state, end)[0], back])
         ids = [sample_id for sample_ids, _ in state.record.micro_batches for sample_id in sample_ids]
         moves = moves_along(directions, state.parameters)
         values = -sample_derivatives(replay, state.parameters, moves, reader.samples(ids))

@@ -19,6 +19,6 @@ def test_directions_part_where_steps_follow(tmp_path):
         np.testing.assert_allclose(last[name], last["last"], rtol=1e-4, atol=1e-12)
     assert not np.allclose(before["own"], before["carried"], rtol=1e-2)
     table = directions.measure(config, run)
-    assert set(table["direction"]) == {"gradient", "last", "own", "carried"}
+    assert set(table["direction"]) == {"last", "own", "carried"}
     assert set(table.filter(table["domain"].is_null())["samples"]) == {len(values)}
     assert table["spearman"].is_between(-1, 1).all()
