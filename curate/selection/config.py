@@ -51,14 +51,13 @@ class ValuesConfig(Config):
     measured_per_domain: int = Field(default=100, ge=1)
     """Samples of each domain that are measured at the current state for every target: domains are scored by them, and
     all other samples predicted from them. The error of a rank correlation over n samples is about 1 / sqrt(n)."""
-    rows: bool | None = None
-    """Whether every sample is valued by its row of the value index (`python -m curate.embed`); true makes those that
-    are missing, at the cost that is logged before. none: where all of them are there, or `measured_passes` allows for
-    the missing ones."""
+    rows: bool = False
+    """Value every sample by its row of the value index too (`python -m curate.embed`): rows that are missing are made,
+    at a cost that is logged before. A further target on the same rows costs no pass over the data but the measured
+    samples'."""
     measured_passes: float = Field(default=100.0, ge=0)
     """Forward+backward passes of a training batch that measuring single samples may cost beside that: the most
-    promising of each domain, 1.25 for each one that the stage takes of it. Rows of all samples are made before where
-    they cost no more than that either (`rows`)."""
+    promising of each domain, 1.25 for each one that the stage takes of it."""
     dsir_temperature: float = Field(default=1.0, gt=0)
     """Of method dsir: samples are drawn in proportion to importance ** (1 / dsir_temperature). The logarithm is a sum
     over a sample's n-grams: only temperatures of its deviation's order, a hundred for hundreds of tokens, loosen the

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Settings that say where something lies or how fast it is done; what lies there counts by its content.
 _ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("run", "source", "target", "more_targets", "retain", "candidates", "out", "device"), True),
-    "values": {"embed_config", "sources", "rows"},
+    "values": {"embed_config", "sources"},
     "mixture": {"branch_test"},
     "filter": {"held_out", "unseen_only"},
     "output": {"wandb", "wandb_texts"},
@@ -36,14 +36,8 @@ _EMBEDDING: dict[str, Any] = {
 }
 
 
-def identity_of(plan: Resolved, targets: Targets, *, rows: bool) -> Json:
-    """What decides what is selected.
-
-    Args:
-        plan: of the selection.
-        targets: and what must be retained.
-        rows: whether samples are valued by rows, see `rows.decide_rows`.
-    """
+def identity_of(plan: Resolved, targets: Targets) -> Json:
+    """What decides what is selected."""
     config = plan.config
     weights: list[float | str] = [1.0, *config.more_targets.values(), *([] if targets.retain is None else ["retain"])]
     held_out = [file_fingerprint(Path(path)) for path in config.filter.held_out]
@@ -54,7 +48,6 @@ def identity_of(plan: Resolved, targets: Targets, *, rows: bool) -> Json:
         "sources": list(plan.sources),
         "budget_tokens": plan.budget_tokens,
         "unseen_only": plan.unseen_only,
-        "rows": rows,
         "branch_test": None if plan.branch_test is None else fingerprint(plan.branch_test.model_dump(mode="json")),
         "held_out": held_out,
         # the version of a rule is part of what decides the bytes: a change of rule makes a new selection

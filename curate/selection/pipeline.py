@@ -32,7 +32,6 @@ from curate.selection.domains import score_domains
 from curate.selection.identity import check_samples, identity_of
 from curate.selection.mixture import filter_samples, solve_mixture
 from curate.selection.resolve import Resolved, resolve
-from curate.selection.rows import decide_rows, recorded_rows
 from curate.selection.samples import score_samples
 from curate.selection.source import Source, open_source
 from curate.selection.values import Cost, Values, measure
@@ -65,7 +64,7 @@ def select(config: SelectConfig, run: Run) -> Path:
     source = open_source(plan)
     with _selection(plan, targets, source) as job:
         if job.is_missing:
-            values = measure(plan, source, targets, rows=job.rows)
+            values = measure(plan, source, targets)
             domains = score_domains(plan, source, targets, values)
             samples = score_samples(plan, source, targets, values, domains)
             kept = filter_samples(plan, source, samples)
@@ -82,8 +81,7 @@ def is_selected(config: SelectConfig, run: Run) -> bool:
     """
     assert config.out is not None
     plan = resolve(config, run)
-    rows = recorded_rows(config.out)
-    return rows is not None and is_complete(config.out, identity_of(plan, load_plan_targets(plan), rows=rows))
+    return is_complete(config.out, identity_of(plan, load_plan_targets(plan)))
 
 
 def load_plan_targets(plan: Resolved) -> Targets:
@@ -106,7 +104,6 @@ class _Job:
     identity: Json  # settings and parents that decide the bytes
     source_fingerprint: str  # of the samples that are drawn from
     is_missing: bool
-    rows: bool  # whether samples are valued by rows
     started: float  # seconds, by `perf_counter`
 
 
@@ -127,9 +124,7 @@ class _Result:
 @contextmanager
 def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Job]:
     """The selection's folder, locked; a complete one is held against its settings and samples."""
-    started, source_fingerprint = perf_counter(), source.fingerprint
-    rows = decide_rows(plan, source)
-    identity = identity_of(plan, targets, rows=rows)
+    started, identity, source_fingerprint = perf_counter(), identity_of(plan, targets), source.fingerprint
     name = f"{targets.main.name}-{fingerprint({**identity, 'data': source_fingerprint})[:8]}"
     out = plan.config.out or plan.run.folder / SELECTIONS / name
     # asked before anything is measured: `begin` would refuse such a folder too, but only hours later
@@ -149,7 +144,6 @@ def _selection(plan: Resolved, targets: Targets, source: Source) -> Iterator[_Jo
             identity=identity,
             source_fingerprint=source_fingerprint,
             is_missing=missing,
-            rows=rows,
             started=started,
         )
 

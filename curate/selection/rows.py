@@ -1,4 +1,4 @@
-"""Rows of the value index in a selection: every sample has one, or none is looked at.
+"""Rows of the value index in a selection (`values.rows`): every sample has one.
 
 Rows that exist cost nothing, whoever made them: `curate.embed`, or a selection for another target.
 """
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.core.artifacts import MANIFEST, STARTED, read_json
 from curate.influence.current import target_positions
 from curate.influence.row_values import calibrate, target_vectors
 from curate.influence.rows import embed_samples, open_rows
@@ -22,7 +21,6 @@ from curate.training.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import dataframely as dy
     import numpy.typing as npt
@@ -137,41 +135,14 @@ class SourceRows:
         return dict(table.group_by("domain").agg(total).iter_rows())
 
 
-def decide_rows(plan: Resolved, source: Source) -> bool:
-    """Whether samples are valued by rows: as set, as was decided where the selection lies, else where they are there.
-
-    What was decided stands: rows that came since change nothing of a selection that was begun.
-    """
-    config = plan.config
-    if not plan.asks_next_step:
-        return False
-    if config.values.rows is not None:
-        return config.values.rows
-    decided = None if config.out is None else recorded_rows(config.out)
-    if decided is not None:
-        return decided
-    space = find_space(plan.run)
-    missing = len(source.usable if space is None else open_rows(space).missing(source.usable))
-    return _missing_passes(plan, space, missing) <= config.values.measured_passes
-
-
-def recorded_rows(out: Path) -> bool | None:
-    """What a selection that was begun or finished in a folder decided; None: there is none."""
-    for name in (MANIFEST, STARTED):
-        if (out / name).exists():
-            stored = read_json(out / name)
-            return bool(stored.get("settings", stored).get("rows", False))
-    return None
-
-
 def open_source_rows(plan: Resolved, source: Source, next_step: NextStep) -> SourceRows:
     """The rows of a source's samples; those that are missing are made, after their cost is logged."""
     run, begin = plan.run, perf_counter()
     replay = Replay(run, plan.config.device, plan.embedding.tolerance)
     space = find_space(run)
-    missing = len(source.usable if space is None else open_rows(space).missing(source.usable))
-    passes = _missing_passes(plan, space, missing)
+    passes = space_passes(run) if space is None else 0.0
     space = open_space(run, replay)
+    passes += row_passes(run, len(open_rows(space).missing(source.usable)))
     store = embed_samples(run, source.samples, source.usable, space, replay)
     return SourceRows(
         samples=source.usable,
@@ -183,8 +154,3 @@ def open_source_rows(plan: Resolved, source: Source, next_step: NextStep) -> Sou
         passes=passes,
         seconds=perf_counter() - begin,
     )
-
-
-def _missing_passes(plan: Resolved, space: RowSpace | None, missing: int) -> float:
-    """Forward+backward passes of a training batch that rows which are missing cost."""
-    return row_passes(plan.run, missing) + (space_passes(plan.run) if space is None else 0.0)

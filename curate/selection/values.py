@@ -181,14 +181,13 @@ class Values:
         return {name: values.residual for name, values in self.by_source.items() if values.residual is not None}
 
 
-def measure(plan: Resolved, source: Source, targets: Targets, *, rows: bool) -> Values:
+def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
     """Measure values of the samples of every source for every target; what was measured before is opened.
 
     Args:
         plan: of the selection.
         source: what the next stage draws from; values of the current state are of a part of it.
         targets: the targets, and what must be retained.
-        rows: whether samples are valued by rows.
     """
     by_source: dict[str, SourceValues] = {}
     if plan.windows:
@@ -199,7 +198,8 @@ def measure(plan: Resolved, source: Source, targets: Targets, *, rows: bool) -> 
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
         )
-        source_rows = open_source_rows(plan, source, next_step) if rows else None
+        if plan.config.values.rows:
+            source_rows = open_source_rows(plan, source, next_step)
         by_source[plan.next_step_name] = CurrentValues(next_step=next_step, rows=source_rows)
     return Values(by_source=by_source, next_step=next_step, rows=source_rows)
 

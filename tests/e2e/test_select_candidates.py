@@ -18,7 +18,7 @@ from curate.select import SelectConfig, select
 from curate.training.run import Run
 from tests.tiny import SEQ_LEN, record_tiny_run, write_tiny_target
 
-VALUES = {"min_target_tokens": 100, "measured_per_domain": 22, "rows": False}
+VALUES = {"min_target_tokens": 100, "measured_per_domain": 22}
 
 
 @pytest.fixture(scope="module")

@@ -29,26 +29,25 @@ DOMAINS = ("json", "dataclasses")
 CLOSE = 2e-3  # relative to the largest number of a list
 LATE = {"sources": ["late"]}
 WINDOWS = {"sources": ["early", "late"]}
-EXACT = {"rows": False}
 PHASES = {"early_share": 0.2, "late_share": 0.3}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "weights": {"mode": "weights", "values": WINDOWS},
-    "samples": {"values": WINDOWS | EXACT},
-    "samples by the early window": {"values": {"sources": ["early"], **EXACT}},
-    "samples by the current state": {"values": EXACT},
-    "weights by the current state": {"mode": "weights", "values": EXACT},
+    "samples": {"values": WINDOWS},
+    "samples by the early window": {"values": {"sources": ["early"]}},
+    "samples by the current state": {},
+    "weights by the current state": {"mode": "weights"},
     "samples by rows": {"retain": "general.jsonl", "values": {"rows": True, "measured_per_domain": 30}},
     "early-and-late schedule": {
-        "mode": "both", "values": WINDOWS | EXACT, "mixture": {"schedule": "early-and-late", **PHASES},
+        "mode": "both", "values": WINDOWS, "mixture": {"schedule": "early-and-late", **PHASES},
     },
     "anneal schedule": {
-        "mode": "both", "values": WINDOWS | EXACT, "mixture": {"schedule": "anneal", "late_share": 0.3},
+        "mode": "both", "values": WINDOWS, "mixture": {"schedule": "anneal", "late_share": 0.3},
     },
-    "candidates": {"candidates": "new", "values": {"measured_per_domain": 20, **EXACT}},
-    "candidates by weights": {"candidates": "new", "mode": "weights", "values": {"measured_per_domain": 20, **EXACT}},
+    "candidates": {"candidates": "new", "values": {"measured_per_domain": 20}},
+    "candidates by weights": {"candidates": "new", "mode": "weights", "values": {"measured_per_domain": 20}},
     "candidates by rows": {"candidates": "new", "values": {"measured_per_domain": 30, "rows": True}},
     "several targets with retention": {
-        "values": LATE | EXACT, "more_targets": {"other.jsonl": 0.5}, "retain": "general.jsonl",
+        "values": LATE, "more_targets": {"other.jsonl": 0.5}, "retain": "general.jsonl",
     },
     "read at the stage's end": {"mode": "weights", "values": WINDOWS, "embedding": {"horizon": "stage_end"}},
     "anchors": {

@@ -50,11 +50,9 @@ def asked(monkeypatch):
 
 
 def selected(folder, out, values=None, filtering=None, **settings):
-    # a pool this small would be valued by rows
-    exact = {"rows": False} if not {"method"} & settings.keys() and "sources" not in (values or {}) else {}
     config = SelectConfig(
         run=folder / "run", target=folder / "target.jsonl", budget_tokens=20 * SEQ_LEN, out=out,
-        values={"min_target_tokens": 100, **exact, **(values or {})},
+        values={"min_target_tokens": 100, **(values or {})},
         filter={"contamination_overlap": None, **(filtering or {})}, output={"wandb": "none"}, **settings,
     )  # fmt: skip
     return select(config, Run(config.run))
@@ -65,7 +63,7 @@ def test_a_stage_takes_the_samples_of_the_largest_values(folder, run, general, t
     """Whatever sets the weights of domains; all samples measured, and drawn without noise."""
     monkeypatch.setattr(module, "MEASURED_PER_SAMPLE", 1e6)
     monkeypatch.setitem(choose.__kwdefaults__, "noise", 0.0)
-    values = {"sources": sources, "rows": False, "ngram_share": 0, "measured_per_domain": 6, "measured_passes": 1e6}
+    values = {"sources": sources, "ngram_share": 0, "measured_per_domain": 6, "measured_passes": 1e6}
     filtering = {"drop_fraction": 0.5, "duplicate_overlap": 1}
     out = selected(folder, tmp_path / "out", values, filtering, retain=general)
     targets = [load_target(path, run.spec, 100) for path in (folder / "target.jsonl", general)]
@@ -94,7 +92,7 @@ def test_a_stage_takes_the_samples_of_the_largest_values(folder, run, general, t
 
 def test_a_window_that_is_valued_for_the_report_changes_no_byte_of_the_data(folder, tmp_path):
     first, second = (
-        selected(folder, tmp_path / str(len(sources)), {"sources": sources, "rows": False, "measured_per_domain": 6})
+        selected(folder, tmp_path / str(len(sources)), {"sources": sources, "measured_per_domain": 6})
         for sources in (("late", "current"), ("current",))
     )
     names = sorted(path.relative_to(first / "data") for path in (first / "data").rglob("*") if path.is_file())
