@@ -31,7 +31,7 @@ __all__ = ["Found", "SearchConfig", "search"]
 
 _log = logging.getLogger(__name__)
 _EXCERPT = 100  # characters of a text in the terminal; the table has all of it
-_SHOWN = 10  # samples of each end in the terminal, unless more are asked for
+_SHOWN = 10  # samples of each end in the terminal; the table has all
 
 
 class SearchConfig(Config):
@@ -92,7 +92,9 @@ def main() -> None:
     for name, table in (("samples", found.samples), ("domains", found.domains), ("trust", found.trust)):
         _write(out / f"{name}.parquet", table)
     _show(found)
-    _log.info("%d samples of each end, with whole texts -> %s", config.top, out / "samples.parquet")
+    if found.recall < 1:
+        _log.info("the search found %.2f of the samples that an exact one would", found.recall)
+    _log.info("whole texts, domains and trust -> %s", out / "{samples,domains,trust}.parquet")
 
 
 def _write(path: Path, table: pl.DataFrame) -> None:
@@ -103,24 +105,28 @@ def _write(path: Path, table: pl.DataFrame) -> None:
 def _show(found: Found) -> None:
     """Log the tables for a reader."""
     for end in ("most", "least"):
-        _log.info("%s value for %s (nats per token of the target)", end, terminal(found.trust["target"][0]))
+        name = terminal(found.trust["target"][0])
+        _log.info("%s value for %s, per predicted token of a sample (nats per token of the target)", end, name)
         for row in found.samples.filter(end=end).head(_SHOWN).iter_rows(named=True):
             text = terminal(" ".join(row["text"].split()))[:_EXCERPT]
-            mark = " " if row["trusted"] else "?"
-            _log.info("%4d %+.3e%s %-20s %s", row["rank"], row["value_per_token"], mark, terminal(row["domain"]), text)
-    _log.info("%-20s %8s  %10s  %s", "domain", "samples", "value", "95 % interval, rank correlation with exact values")
+            by = {"measured": "=", "row": " ", "domain mean": "?"}[row["by"]]
+            _log.info("%4d %+.3e%s %-20s %s", row["rank"], row["value_per_token"], by, terminal(row["domain"]), text)
+    _log.info("= measured exactly, ? the mean of its domain, else by its row")
+    about = "95 % interval; rank correlation of rows with exact values [95 %] over n samples"
+    _log.info("%-20s %8s  %10s  %s", "domain", "samples", "mean", about)
     both = found.domains.join(found.trust, on="domain", maintain_order="left")
     for row in both.iter_rows(named=True):
         interval = "-" if row["low"] is None else f"[{row['low']:+.2e}, {row['high']:+.2e}]"
-        r = "not known" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        numbers = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("spearman", "low_right", "high_right")]
+        r = f"{numbers[0]} [{numbers[1]}, {numbers[2]}] over {row['measured']}"
         cells = terminal(row["domain"]), f"{row['samples']:,}", row["value_per_token"], interval, r
         _log.info("%-20s %8s  %+.3e  %s, %s", *cells)
     weak = found.trust.filter(~found.trust["used"])
     for row in weak.iter_rows(named=True):
         held = "" if row["share_held"] is None else f", rows hold {max(row['share_held'], 0):.0%} of the values there"
         _log.warning(
-            "%s: rows are not trusted for this target (?): rank correlation with exact values %s over %d samples%s; "
-            "its value is that of the measured samples. More of them (--measured_per_domain) would tell better",
+            "%s: rows are not trusted for this target: rank correlation with exact values %s over %d samples%s; "
+            "its values are the mean of the measured samples. More of them (--measured_per_domain) may tell better",
             terminal(row["domain"]),
             "not known" if row["spearman"] is None else f"{row['spearman']:.2f}",
             row["measured"],

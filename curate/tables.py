@@ -159,12 +159,14 @@ class RowTrust(dy.Schema):
 
     source = dy.String(nullable=False, regex=_SOURCES)
     target = dy.String(nullable=False)
+    predictors = dy.String(nullable=False, regex="^(rows|rows and n-grams)$")
+    """rows: as domains are scored for each target; rows and n-grams: as samples are chosen for all targets together."""
     domain = dy.String(nullable=False)
     samples = dy.Int64(nullable=False)
     measured = dy.Int64(nullable=False)
     """Exactly, of those that the space was not fitted on."""
     spearman = dy.Float64(nullable=True)
-    """Of rows with exact values; null where too few were measured, or they do not differ."""
+    """Of what they say with exact values; null where too few were measured, or they do not differ."""
     low = dy.Float64(nullable=True)
     high = dy.Float64(nullable=True)
     share_held = dy.Float64(nullable=True)
@@ -185,9 +187,12 @@ class FoundSamples(dy.Schema):
     sample_id = dy.Int64(nullable=False, min=0)
     predicted_tokens = dy.Int64(nullable=False, min=1)
     value_per_token = dy.Float64(nullable=False)
-    """By its row, nats per token of the target."""
-    trusted = dy.Bool(nullable=False)
-    """Whether rows give exact values well enough in its domain."""
+    """Nats per token of the target, for each predicted token of the sample."""
+    by = dy.String(nullable=False, regex="^(measured|row|domain mean)$")
+    """measured exactly; row: by its row and its domain's line; domain mean: of the measured samples, where rows are not
+    trusted."""
+    product = dy.Float64(nullable=False)
+    """Of its row with what the target asks for."""
     text = dy.String(nullable=False)
 
 

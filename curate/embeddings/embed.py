@@ -123,8 +123,8 @@ class EmbedConfig(Config):
             idle = sorted(set(changed(self)) - _OF_INDEX, key=str)
             if idle:
                 raise ValueError(
-                    f"{', '.join(idle)} have no effect without a window: the value index serves every target; set "
-                    "--window late, early or both, or leave them out"
+                    f"without a window these settings have no effect: {', '.join(idle)}; the value index serves every "
+                    "target. Set --window late, early or both, or leave them out"
                 )
         elif self.candidates is not None:
             raise ValueError("candidates have no effect with a window, which has what was trained on; leave one out")

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from curate.training.source import SampleSource
     from curate.training.target import Target
 
+# How many samples of each end are valued for each one that is shown, and at least: of smaller sources all are.
+_WIDER, _WIDEST = 20, 10_000
 SourceName = Literal["current", "candidates"]
 
 
@@ -98,28 +100,47 @@ def ask(
     measured = next_step.values.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
     products = index.store.products(measured["sample_id"].to_numpy(), vector[None])[:, 0]
     names = {"source": name, "target": target.name}
+    predictors = {"predictors": "rows"}
     counts = dict(samples.group_by("domain").len().sort("domain").iter_rows())
-    calibration = calibrate(measured, products[:, None], space.fitted, counts, names, options.seed)
-    most, recall = index.search(vector, top)
-    least, least_recall = index.search(-vector, top)
-    ends = {"most": most, "least": least.with_columns(-pl.col("product"))}
-    found = pl.concat(
-        table.with_columns(pl.lit(end).alias("end"), rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
-        for end, table in ends.items()
-    )
+    calibration = calibrate(measured, products[:, None], space.fitted, counts, names | predictors, options.seed)
+    # more than are wanted: lines differ between domains, so that the order of values is not that of products
+    wide = max(_WIDER * top, _WIDEST)
+    most, recall = index.search(vector, wide)
+    least, least_recall = index.search(-vector, wide)
+    reached = pl.concat([most, least.with_columns(-pl.col("product"))]).unique("sample_id", maintain_order=True)
+    valued = _valued(reached, measured, calibration)
+    found = pl.concat(_farthest(valued, end, top) for end in ("most", "least"))
     texts = sample_texts(source, tokenizer, found["sample_id"].to_list())
-    trusted = calibration.trust.filter("used")["domain"]
-    rows = found.select(
-        "end", "rank", "domain", "index", "sample_id", "predicted_tokens",
-        value_per_token=pl.col("product"), trusted=pl.col("domain").is_in(trusted.to_list()), text=pl.Series(texts),
-        **{column: pl.lit(value) for column, value in names.items()},
-    )  # fmt: skip
+    rows = found.with_columns(text=pl.Series(texts), **{column: pl.lit(value) for column, value in names.items()})
     return Found(
-        samples=FoundSamples.validate(rows, cast=True),
+        samples=FoundSamples.validate(rows.select(FoundSamples.column_names()), cast=True),
         domains=_domains(measured, index.domain_means(vector[None]), calibration, names),
         trust=calibration.trust,
         recall=min(recall, least_recall),
     )
+
+
+def _valued(samples: pl.DataFrame, measured: pl.DataFrame, calibration: Calibration) -> pl.DataFrame:
+    """Samples with `value_per_token` and where it is from: exact, by its row, or the mean of its domain."""
+    products = samples["product"].to_numpy()[:, None]
+    by_row = calibration.values(samples["domain"].to_numpy().astype(str), products)
+    exact = measured.select("domain", "sample_id", exact="value_per_token")
+    tokens = pl.col("predicted_tokens")
+    means = measured.group_by("domain").agg(mean=(pl.col("value_per_token") * tokens).sum() / tokens.sum())
+    both = samples.with_columns(by_row=pl.Series(by_row, dtype=pl.Float64).fill_nan(None))
+    both = both.join(exact, on=["domain", "sample_id"], how="left", maintain_order="left")
+    both = both.join(means, on="domain", how="left", maintain_order="left")
+    is_exact, has_row = pl.col("exact").is_not_null(), pl.col("by_row").is_not_null()
+    origin = pl.when(is_exact).then(pl.lit("measured")).when(has_row).then(pl.lit("row"))
+    return both.with_columns(
+        value_per_token=pl.coalesce("exact", "by_row", "mean"), by=origin.otherwise(pl.lit("domain mean"))
+    )
+
+
+def _farthest(valued: pl.DataFrame, end: str, top: int) -> pl.DataFrame:
+    """The samples of most or least value, farthest first; by content where values are equal."""
+    ordered = valued.sort("value_per_token", "sample_id", descending=[end == "most", False]).head(top)
+    return ordered.with_columns(pl.lit(end).alias("end"), rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
 
 
 def _command(run: Run, name: SourceName) -> str:
@@ -143,6 +164,9 @@ def _domains(
             value, error, degrees = line.intercept + float(line.slopes[0] * means[domain][0]), line.error, count - 2
         else:
             value, error, degrees = _measured_mean(measured.filter(domain=domain))
+        if len(measured.filter(domain=domain)) == samples:
+            # every sample is known exactly: nothing is left to estimate
+            value, error, line = _measured_mean(measured.filter(domain=domain))[0], 0.0, None
         away = float(student.ppf(0.975, degrees)) * error if degrees > 0 else None
         interval = {"low": None if away is None else value - away, "high": None if away is None else value + away}
         source = "measured samples" if line is None else "rows"

@@ -1,8 +1,9 @@
 """Values of samples from their rows: what a target asks for as a vector, held against exact values by domain.
 
 The value of a sample z of n tokens for a target is `n <E_z, t>` with `t` the target's direction in the space of rows
-(`space`), in the unit of `direction`. Rows leave out what the space leaves out, so some samples of every domain are
-measured exactly too (`current.value_next_step`). In each domain a line is fitted by weighted least squares,
+(`space`), minus, and divided by the tokens and the lr of the added step (`target_vectors`). Rows leave out what the
+space leaves out, so some samples of every domain are measured exactly too (`current.value_next_step`). In each domain a
+line is fitted by weighted least squares,
 
     v_z / n_z ~ a + b <E_z, t>          (weights n_z)
 
@@ -15,7 +16,7 @@ N samples, n of them measured, D numbers of a row, T targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import polars as pl
 
 from curate.core.arrays import read_arrays
 from curate.influence.current import DIRECTIONS, LR_SHARE, step_tokens
+from curate.influence.space import DEFAULT, VERSION
 from curate.stats.rank_correlation import spearman, spearman_interval
 from curate.tables import RowTrust
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 MIN_RANK_CORRELATION = 0.5
 """Rank correlation with exact values from which a domain's rows are used, if it is certainly positive. Choosing by rows
 gains about this share of what choosing by exact values would; below it the predictions from n-grams gain as much."""
+ROWS = ("rows and n-grams, a plane by weighted least squares", VERSION, *asdict(DEFAULT).values())
+"""How rows are read as values, part of the identity of what is made from them: who changes a rule changes it."""
 _FEWEST = 8  # measured samples that a correlation is made from
 
 
@@ -108,7 +112,7 @@ def calibrate(
             value (cross-validated); where one is not finite in a domain, products stand alone there.
         fitted: content ids of the samples that the space was fitted on; they say nothing of how good it is.
         samples: domain -> how many it has.
-        names: `source` and `target` of the rows of `trust`.
+        names: `source`, `target` and `predictors` of the rows of `trust`.
         seed: of intervals.
     """
     held_out = ~measured["sample_id"].is_in(fitted.tolist()).to_numpy()

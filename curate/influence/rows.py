@@ -53,7 +53,8 @@ def quantized(rows: Floats) -> tuple[Codes, Floats]:
     """Rows (N, D) as int8 codes and a scale for each, the largest entry at 127; a row of zeros has scale 0."""
     scales = (np.abs(rows).max(axis=1) / _LARGEST).astype(np.float32)
     codes = np.rint(np.divide(rows, scales[:, None], out=np.zeros_like(rows), where=scales[:, None] > 0))
-    return codes.astype(np.int8), scales
+    # clip: the scale of the smallest numbers is rounded so much that codes would wrap around
+    return codes.clip(-_LARGEST, _LARGEST).astype(np.int8), scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,16 @@ class RowStore:
         self.folder, self.numbers = folder, numbers
 
     @cached_property
-    def _files(self) -> list[_File]:
-        return [_mapped(path, self.numbers) for path in sorted(self.folder.glob("*.npy"))]
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("*.npy"))
 
     @cached_property
     def _places(self) -> tuple[Ids, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Ids in order, and the file and the row of each; of a sample that two files have, the first by name."""
-        ids = np.concatenate([np.zeros(0, np.int64), *(file.ids for file in self._files)])
-        lengths = [len(file.ids) for file in self._files]
+        # copies: a map that is referred to keeps a file open
+        parts = [np.array(_mapped(path, self.numbers, check=True).ids) for path in self._paths]
+        ids = np.concatenate([np.zeros(0, np.int64), *parts])
+        lengths = [len(part) for part in parts]
         files = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         rows = np.concatenate([np.zeros(0, np.int32), *(np.arange(length, dtype=np.int32) for length in lengths)])
         unique, first = np.unique(ids, return_index=True)
@@ -106,15 +109,25 @@ class RowStore:
         return samples.join(have, on="sample_id", how="anti").sort("domain", "shard", "index")
 
     def take(self, sample_ids: Ids) -> Floats:
-        """(n, D) rows of samples that have one, in their order."""
+        """(n, D) rows of samples, in their order.
+
+        Raises:
+            UserError: a sample has none.
+        """
         ids, files, rows = self._places
         at = np.searchsorted(ids, sample_ids)
+        lacking = np.ones(len(sample_ids), bool) if len(ids) == 0 else ids[at.clip(max=len(ids) - 1)] != sample_ids
+        if lacking.any():
+            raise UserError(
+                f"{self.folder} has no row of {lacking.sum():,} samples that were indexed, the first one "
+                f"{sample_ids[lacking][0]}: files were deleted; make them again with python -m curate.embed"
+            )
         taken = np.empty((len(sample_ids), self.numbers), np.float32)
         of_file = files[at]
-        # file by file, so that each is read from front to back where the samples are in its order
+        # file by file, so that each is open once, and read from front to back where the samples are in its order
         for number in np.unique(of_file):
             here = np.flatnonzero(of_file == number)
-            taken[here] = self._files[number].rows(rows[at[here]])
+            taken[here] = _mapped(self._paths[number], self.numbers).rows(rows[at[here]])
         return taken
 
     def products(self, sample_ids: Ids, vectors: Floats) -> Floats:
@@ -133,21 +146,21 @@ class RowStore:
             temporary.open("wb") as file,
         ):
             np.save(file, content)
-        for name in ("_files", "_places"):
+        for name in ("_paths", "_places"):
             self.__dict__.pop(name, None)
 
 
-def _mapped(path: Path, numbers: int) -> _File:
+def _mapped(path: Path, numbers: int, *, check: bool = False) -> _File:
     """The arrays of a file, whose name ends in their hash.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged; its hash is compared where `check` is set.
     """
     try:
         content = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError):
+    except (ValueError, EOFError):  # not OSError: a limit of open files is no damage
         content = np.zeros(0, np.uint8)
-    if hash_of(content.data) != path.stem.rpartition("-")[2]:
+    if not len(content) or (check and hash_of(content.data) != path.stem.rpartition("-")[2]):
         raise UserError(f"{path} is corrupted: delete it, and its rows are made again")
     size = len(content) // (12 + numbers)
     return _File(
@@ -195,10 +208,8 @@ def embed_samples(
         blocks = list(blocks_of(store.missing(samples)))
         with row_capture(space, replay) as capture:
             for block in progress(blocks, total=len(blocks), what="embed samples", unit="block"):
-                parts = [
-                    (captured_rows(replay, capture, batch) @ compression).cpu().numpy()
-                    for batch in read_together(run, source, block)
-                ]
+                batches = read_together(run, source, block)
+                parts = [captured_rows(replay, capture, batch, compression).cpu().numpy() for batch in batches]
                 store.write(block["sample_id"].to_numpy(), np.concatenate(parts))
     return open_rows(space)
 

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _ROW_PASSES = 0.85  # of a forward+backward pass of a sample: what its row costs
 _SPACE = "space.npz"
+VERSION = 1
+"""Of the rules of this module and of `gradients.subspace`: who changes them changes it."""
 # Not one that selections use: what they measure is a draw of its own.
 _FIT_SEED = 8191
 
@@ -155,6 +157,15 @@ def open_space(run: Run, replay: Replay, options: SpaceOptions = DEFAULT) -> Row
     return _read(folder, settings)
 
 
+def check_layers(replay: Replay) -> None:
+    """Refuse a model that has no layers for a space.
+
+    Raises:
+        UserError: it has no trained linear layer beside the head.
+    """
+    _capture(replay)
+
+
 def find_space(run: Run) -> RowSpace | None:
     """The space of a run's last state, without loading the model; None: there is none as it would be made now."""
     settings = _settings(run, None, _fit_samples(run, DEFAULT), DEFAULT)
@@ -211,14 +222,22 @@ def row_capture(space: RowSpace, replay: Replay) -> Iterator[GradientCapture]:
         yield capture
 
 
-def captured_rows(replay: Replay, capture: GradientCapture, samples: Sequence[Sample]) -> Tensor:
-    """(B, S) rows of some samples before compression, of the gradient of each one's mean loss."""
+def captured_rows(
+    replay: Replay, capture: GradientCapture, samples: Sequence[Sample], compression: Tensor | None = None
+) -> Tensor:
+    """(B, S) rows of some samples before compression, of the gradient of each one's mean loss, or (B, D) after it.
+
+    Raises:
+        UserError: one is not finite (names the sample).
+    """
     import torch
 
     weights = np.ones(len(samples), np.float32)
     batch = collate(samples, weights).to(replay.device)
     replay.task.sample_losses(batch).sum().backward()
     rows = capture.take(torch.from_numpy(weights).to(replay.device))
+    if compression is not None:
+        rows = rows @ compression
     finite = torch.isfinite(rows).all(dim=1)
     if not finite.all():
         raise UserError(
@@ -231,8 +250,14 @@ def captured_rows(replay: Replay, capture: GradientCapture, samples: Sequence[Sa
 def _capture(replay: Replay, *, keep: bool = False) -> GradientCapture:
     from curate.gradients.capture import GradientCapture
 
-    # width 1: the drawn projections are replaced before anything is captured
-    return GradientCapture(replay.model, 1, 0, keep=keep, frozen=True)
+    try:
+        # width 1: the drawn projections are replaced before anything is captured
+        return GradientCapture(replay.model, 1, 0, keep=keep, frozen=True)
+    except UserError as error:
+        raise UserError(
+            f"the value index needs trained linear layers beside the head ({error}): do without it, curate.select "
+            "values samples by derivatives and n-grams (values.rows false)"
+        ) from None
 
 
 def _fit_samples(run: Run, options: SpaceOptions) -> dy.DataFrame[DrawnSamples]:
@@ -255,6 +280,7 @@ def _settings(
         **asdict(options),
         "layers": None if capture is None else {name: list(sides) for name, sides in capture.features.items()},
         "fitted_on": samples_fingerprint(fit_samples),
+        "version": VERSION,
         # its kernels and its linear algebra may change with it
         "torch": torch.__version__,
     }
@@ -274,14 +300,17 @@ def _write(
 
     replay.model_at(run.spec.steps)
     # every k-th one: the table is by domain, and each domain has its part
-    few = fit_samples[:: max(len(fit_samples) // options.side_samples, 1)]
+    few = fit_samples[:: ceil(len(fit_samples) / options.side_samples)]
     sides = _fit_sides(run, replay, few, options.width)
     projections = {name: LayerProjection(input=sides[name][0], output=sides[name][1]) for name in capture.layers}
     capture.project_onto(projections)
     batches = read_together(run, run.source, fit_samples)
     with capture:
         rows = torch.cat([captured_rows(replay, capture, batch).cpu() for batch in batches])
-    arrays = {"compression": leading_rows(rows, options.numbers).numpy(), "fitted": fit_samples["sample_id"].to_numpy()}
+    compression = leading_rows(rows, options.numbers)
+    if compression.shape[1] == 0:
+        raise UserError(f"no sample of {run.folder} has a gradient in the linear layers at the run's last state")
+    arrays = {"compression": compression.numpy(), "fitted": fit_samples["sample_id"].to_numpy()}
     for name, layer in projections.items():
         arrays |= {f"{name}:input": layer.input.numpy(), f"{name}:output": layer.output.numpy()}
     write_arrays(folder / _SPACE, arrays)
@@ -307,8 +336,10 @@ def _fit_sides(run: Run, replay: Replay, samples: pl.DataFrame, width: int) -> d
             replay.task.sample_losses(batch).sum().backward()
             for name, calls in capture.take_factors(torch.ones(len(batch))).factors.items():
                 for factors in calls:
+                    # padding has no gradient: its inputs are part of nobody's row
+                    used = (factors[1] != 0).any(dim=-1)
                     for sketch, factor in zip(sketches[name], factors, strict=True):
-                        sketch.add(factor)
+                        sketch.add(factor[used])
     try:
         return {name: (inputs.leading(), outputs.leading()) for name, (inputs, outputs) in sketches.items()}
     except ValueError:

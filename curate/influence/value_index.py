@@ -95,7 +95,7 @@ class Group:
         }
 
     def search(self, vector: Floats, k: int) -> tuple[npt.NDArray[np.int64], float]:
-        """Rows of largest product with a vector (D,), best first, and the share of the exact top 100 among such.
+        """Rows of largest product with a vector (D,), best first, and the share of the exact ones that are among them.
 
         A compressed index visits as many lists as this very vector needs; what was needed is kept, so that the exact
         search that it is measured against is done once.
@@ -103,17 +103,18 @@ class Group:
         index = open_index(self.folder / "faiss")
         recall = 1.0
         if index.lists:
-            path = self.folder / _RECALL / f"{hash_of(vector.tobytes())[:16]}.json"
+            k = max(k, RECALL_AT)
+            path = self.folder / _RECALL / f"{hash_of(vector.tobytes())[:16]}-{k}.json"
             if path.exists():
                 stored = read_json(path)
                 index.visit(stored["lists_visited"])
-                recall = stored["recall_at_100"]
+                recall = stored["recall"]
             else:
                 ids = self.samples["sample_id"].to_numpy()
-                exact = exact_search(_Rows(store=self.store, sample_ids=ids), vector[None], RECALL_AT)[1]
+                exact = exact_search(_Rows(store=self.store, sample_ids=ids), vector[None], k)[1]
                 recall = index.widen(vector[None], exact, _INDEX.recall_target)
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, {"recall_at_100": recall, "lists_visited": index.lists_visited})
+                write_json(path, {"recall": recall, "lists_visited": index.lists_visited})
         rows = index.search(vector[None], k)[1][0]
         return rows[rows >= 0], recall
 
@@ -143,7 +144,7 @@ class ValueIndex:
 
         Returns:
             The samples, largest product first, products computed from the rows themselves.
-            The least of the groups' recalls: the share of the exact top 100 that this vector's search finds.
+            The least of the groups' recalls: the share of the exact k best (at least 100) that are found.
         """
         found, recalls = [], [1.0]
         for group in self.groups:
@@ -181,10 +182,8 @@ def build_value_index(space: RowSpace, samples: dy.DataFrame[Samples], seed: int
     with locked(folder, wait=True):
         kept, rest = _kept(folder, store, samples)
         # small groups join what is new: their number stays of the order of log N
-        if len(rest):
-            large = [group for group in kept if len(group.samples) > min(len(rest), _GROUP // 2)]
-            rest = pl.concat([rest, *(group.samples for group in kept if group not in large)])
-            kept = large
+        while len(rest) and kept and len(kept[-1].samples) <= min(len(rest), _GROUP // 2):
+            rest = pl.concat([rest, kept.pop().samples])
         for part in rest.sort(_KEY).iter_slices(_GROUP):
             kept.append(_build_group(space, store, folder, Samples.validate(part), seed))
     return ValueIndex(groups=kept, store=store)
@@ -198,11 +197,13 @@ def open_value_index(run_folder: Path, space: RowSpace, samples: dy.DataFrame[Sa
     """
     store = open_rows(space)
     kept, rest = _kept(space.folder / "groups", store, samples)
+    # a file of rows may have been deleted since
+    rest = pl.concat([rest, store.missing(samples).select(rest.columns)]).unique("sample_id")
     if len(rest):
         domains = ", ".join(f"{name} {count:,}" for name, count in rest.group_by("domain").len().sort("domain").rows())
         raise UserError(
-            f"{len(rest):,} of {len(samples):,} samples are not in the value index of {run_folder} ({domains}): new "
-            f"or changed since; {command} makes what is missing"
+            f"{len(rest):,} of {len(samples):,} samples are not in the value index of {run_folder} ({domains}): it is "
+            f"not finished, or they are new or changed since; {command} makes what is missing"
         )
     return ValueIndex(groups=kept, store=store)
 

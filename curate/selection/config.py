@@ -165,6 +165,7 @@ def _by_method(config: SelectConfig) -> Iterator[tuple[str, str]]:
         yield "values.measured_passes", f"{why} measures nothing at the current state"
     if config.values.ngram_share == 1:
         yield "values.measured_passes", "values.ngram_share 1 leaves values no say in the choice of samples"
+        yield "values.rows", "values.ngram_share 1 leaves values no say in scores and choice"
     if not config.is_valued:
         for setting in ("values.sources", "values.embed_config", "mixture.branch_test"):
             yield setting, f"{why} values no samples"

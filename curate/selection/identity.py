@@ -9,6 +9,7 @@ from curate.core.artifacts import MANIFEST, file_fingerprint, fingerprint, read_
 from curate.core.errors import UserError
 from curate.filter.choose import CHOICE
 from curate.influence.extrapolate import PREDICTOR
+from curate.influence.row_values import ROWS
 from curate.ngrams.regression import PREDICTOR as NGRAM_PREDICTOR
 from curate.selection.candidates import candidate_streams, streams_fingerprint
 from curate.training.token_accounting import stages_identity
@@ -53,6 +54,7 @@ def identity_of(plan: Resolved, targets: Targets) -> Json:
         # the version of a rule is part of what decides the bytes: a change of rule makes a new selection
         "choice": list(CHOICE) if config.takes_samples or config.method == "curate" else None,
         "candidates": None if config.candidates is None else streams_fingerprint(candidate_streams(config.candidates)),
+        "row_rules": list(ROWS) if config.values.rows else None,
         "predictor": list(NGRAM_PREDICTOR if plan.measures_samples else PREDICTOR if plan.predicts_samples else ()),
     }
     if plan.windows:

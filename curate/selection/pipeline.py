@@ -21,6 +21,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import polars as pl
+
 from curate.core.artifacts import begin, check_can_begin, check_contents, finalize, fingerprint, is_complete, making
 from curate.core.writing import atomic_write
 from curate.domains.scores_file import write_scores
@@ -39,8 +41,6 @@ from curate.training.target import Targets, load_targets
 from curate.training.token_accounting import domains_seen
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from curate.core.artifacts import Json
     from curate.mixture.record import Mixture
     from curate.output.plan import SamplePlan
@@ -191,8 +191,10 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
     tables["contamination"] = result.kept.contamination
     if result.samples.quality is not None:
         tables["predicted"] = result.samples.quality
-    if result.samples.trust is not None:
-        tables["trust"] = result.samples.trust
+    rows, chosen_by = result.values.rows, result.samples.trust
+    if rows is not None:
+        # the last rows are those that samples are chosen by
+        tables["trust"] = pl.concat([rows.trust(), *([] if chosen_by is None else [chosen_by])])
     return tables
 
 

@@ -92,7 +92,8 @@ def selection_report(
         targets=target_table(tables["domains"], mixture),
         group_limits={name: limit.model_dump() for name, limit in mixture.group_limits.items()},
         predicted=() if predicted is None else predicted.to_dicts(),
-        trust=() if trust is None else trust.to_dicts(),
+        # of the main target's domains, or of what samples are chosen by, which comes last
+        trust=() if trust is None else trust.filter(predictors=trust["predictors"][-1], target=target.name).to_dicts(),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
     )
 

@@ -17,6 +17,7 @@ from curate.influence.row_values import calibrate, target_vectors
 from curate.influence.rows import embed_samples, open_rows
 from curate.influence.space import find_space, open_space, row_passes, space_passes
 from curate.stats.deviation import combined_values, target_shares
+from curate.tables import RowTrust
 from curate.training.replay import Replay
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from curate.influence.space import RowSpace
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
-    from curate.tables import RowTrust, Samples
+    from curate.tables import Samples
 
     Floats = npt.NDArray[np.floating[Any]]
     Vector = npt.NDArray[np.float32]
@@ -90,6 +91,17 @@ class SourceRows:
         valued = rest.select("sample_id", value_per_token=pl.Series(values, dtype=pl.Float64))
         return valued.filter(pl.col("value_per_token").is_not_nan()), calibration.trust
 
+    def trust(self) -> dy.DataFrame[RowTrust]:
+        """How well rows give exact values for each target, by domain."""
+        positions = target_positions(self.next_step)
+        tables = [
+            self._calibrated(
+                self.next_step.values.filter(target=name), "value_total_nats", self.vectors[at], name
+            ).trust
+            for name, at in positions.items()
+        ]
+        return RowTrust.validate(pl.concat(tables))
+
     def adjusted(self) -> pl.DataFrame:
         """Totals of the measured samples whose mean over a domain is what all of its rows say.
 
@@ -120,6 +132,7 @@ class SourceRows:
         exact = measured.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
         counts = dict(self.samples.group_by("domain").len().sort("domain").iter_rows())
         names = {"source": self.next_step.name, "target": target}
+        names["predictors"] = "rows and n-grams" if predictors else "rows"
         known = np.column_stack([self._products(exact, vector), *predictors])
         return calibrate(exact, known, self.space.fitted, counts, names, self.seed)
 

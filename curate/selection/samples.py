@@ -131,7 +131,8 @@ def _by_next_step(
         rest = every.join(measured.values, on="sample_id", how="anti", maintain_order="left")
         every = SampleValues.validate(pl.concat([measured.values, rest]).sort("domain", "sample_id"))
     measuring_seconds = perf_counter() - begin
-    counted = _counted(quality, samples, {"also_measured": besides, "by_row": by_rows})
+    by_row = by_rows.join(besides, on="sample_id", how="anti")
+    counted = _counted(quality, samples, {"also_measured": besides, "by_row": by_row})
     return SampleScores(
         values=every,
         texts=texts,

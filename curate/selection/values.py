@@ -20,8 +20,10 @@ from curate.embeddings.embed import embed, index_folder
 from curate.embeddings.values import embedded_values
 from curate.influence.current import value_next_step
 from curate.influence.draw import HORIZON
+from curate.influence.space import check_layers
 from curate.selection.rows import open_source_rows
 from curate.tables import MeasuredValues
+from curate.training.replay import Replay
 
 if TYPE_CHECKING:
     from curate.embeddings.store import Embedding
@@ -195,6 +197,9 @@ def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
     next_step = source_rows = None
     # also where domains are scored by a window: samples are chosen by the current state
     if plan.asks_next_step:
+        if plan.config.values.rows:
+            # before anything is measured: a model may have no layers for it
+            check_layers(Replay(plan.run, plan.config.device, plan.embedding.tolerance))
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
         )

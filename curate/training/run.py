@@ -100,6 +100,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, streams: Mapping[str, Path] | None = None, tokenizer: Path | None = None) -> None:
+        folder = Path(folder)  # a string is what people type
         self.folder = folder
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder, {folder.parent}")

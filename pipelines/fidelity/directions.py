@@ -99,7 +99,7 @@ def _along_directions(config: DirectionsConfig, run: Run, target: Target) -> pl.
     last, carried = _pulled(replay, states[-1], end)[0], _carried(replay, states, end)
     tables = []
     for step, (state, back) in enumerate(zip(states, carried, strict=True), start=start):
-        share = _lr(state) / _lr(states[-1])
+        share = _lr(state) / max(_lr(states[-1]), 1e-12)
         directions = torch.cat([share * last, _pulled(replay, state, end)[0], back])
         ids = [sample_id for sample_ids, _ in state.record.micro_batches for sample_id in sample_ids]
         moves = moves_along(directions, state.parameters)

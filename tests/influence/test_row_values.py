@@ -9,7 +9,7 @@ from scipy.stats import t as student
 from curate.influence.row_values import MIN_RANK_CORRELATION, calibrate
 from curate.tables import RowTrust
 
-NAMES = {"source": "current", "target": "t"}
+NAMES = {"source": "current", "target": "t", "predictors": "rows"}
 NONE = np.zeros(0, np.int64)
 
 
