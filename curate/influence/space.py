@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from curate.training.run import Run
 
 _log = logging.getLogger(__name__)
-_ROW_PASSES = 0.85  # of a forward+backward pass of a sample: what its row costs
+_ROW_PASSES = 0.9  # of a forward+backward pass of a sample: what its row costs
 _SPACE = "space.npz"
 VERSION = 1
 """Of the rules of this module and of `gradients.subspace`: who changes them changes it."""

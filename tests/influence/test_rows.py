@@ -264,3 +264,10 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(run, tmp
     assert again.returncode == 0, again.stderr
     assert made_of(tmp_path / "killed") == made_of(tmp_path / "whole")
     assert len(made_of(tmp_path / "whole")) == rows[1] + 4
+
+
+def test_codes_of_the_smallest_numbers_keep_their_signs():
+    rows = np.array([[1.9e-43, -1.9e-43, 1e-43, 0.0]], np.float32)
+    codes, scales = quantized(rows)
+    assert (np.sign(codes) == np.sign(rows)).all()
+    assert np.isfinite(codes * scales[:, None]).all()

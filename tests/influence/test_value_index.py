@@ -261,3 +261,54 @@ def test_a_damaged_group_is_told(made):
         with pytest.raises(UserError, match=f"{group.folder.name}"):
             ask(build_value_index(made.space, made.part(0, None)))
         (group.folder / name).write_bytes(content)
+
+
+def test_a_row_that_is_gone_is_refused_and_never_another_sample_s(made):
+    build_value_index(made.space, made.part(0, None))
+    ids = made.samples["sample_id"].to_numpy()
+    next((made.space.folder / "rows").iterdir()).unlink()
+    store = open_rows(made.space)
+    gone = ids[~np.isin(ids, store.sample_ids)]
+    assert 0 < len(gone) < len(ids)
+    for asked in (gone[:1], ids):
+        with pytest.raises(UserError, match=rf"\b{gone[0]}\b"):
+            store.take(asked)
+    np.testing.assert_array_equal(store.take(store.sample_ids[:3]), open_rows(made.space).take(store.sample_ids[:3]))
+    with pytest.raises(UserError, match="made by this"):
+        open_value_index(made.space.folder, made.space, made.part(0, None), "made by this")
+
+
+def test_a_compressed_group_is_measured_at_as_many_samples_as_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_build, "EXACT_UP_TO", 100)
+    made = make(tmp_path / "index", 5000)
+    index = build_value_index(made.space, made.part(0, None))
+    for vector in vectors(2):
+        found, said = index.search(vector, 2000)
+        share = len(set(found["sample_id"]) & set(made.brute(vector, 2000).tolist())) / 2000
+        assert len(found) == 2000
+        assert share >= 0.93
+        assert abs(share - said) < 0.02
+
+
+def test_many_small_additions_leave_few_groups(made):
+    for stop in range(20, 601, 20):
+        index = build_value_index(made.space, made.part(0, stop))
+        assert len(index.groups) <= np.log2(stop) + 1
+
+
+def test_more_files_than_may_be_open_at_once_are_read(made):
+    resource = pytest.importorskip("resource")
+    store = open_rows(made.space)
+    ids = made.samples["sample_id"].to_numpy()
+    whole = store.take(ids)
+    spread = RowStore(made.space.folder / "many", NUMBERS)
+    spread.folder.mkdir()
+    for place in range(len(ids)):
+        spread.write(ids[place : place + 1], whole[place : place + 1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        taken = RowStore(spread.folder, NUMBERS).take(ids)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_allclose(taken, whole, rtol=1e-2, atol=1e-2 * np.abs(whole).max())
