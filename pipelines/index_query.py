@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.core.arrays import read_arrays, write_arrays
+from curate.core.arrays import read_arrays, read_table, write_arrays
 from curate.core.artifacts import read_json, write_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.progress import progress, start_logging
@@ -83,7 +83,7 @@ def measure(config: QueryConfig, run: Run) -> dict[str, Any]:
     if not (config.out / _BUILD).exists():
         _build(config, run)
     vectors: Floats = read_arrays(config.out / _VECTORS)["vectors"]
-    samples = Samples.validate(pl.read_parquet(config.out / _SAMPLES))
+    samples = Samples.validate(read_table(config.out / _SAMPLES))
     space = replace(existing_space(run, Replay(run)), folder=config.out, compression=torch.zeros(1, vectors.shape[1]))
     begin = perf_counter()
     index = open_value_index(config.out, space, samples, "this bench")

@@ -72,6 +72,8 @@ def example(annotation):
     kind = kinds_of(annotation)[0]
     if is_group(kind) or get_origin(kind) is dict:
         return {}
+    if get_origin(kind) is tuple:
+        return [example(get_args(kind)[0])]
     return get_args(kind)[0] if get_origin(kind) else {int: 3, float: 0.5}.get(kind, "x")
 
 

@@ -116,7 +116,7 @@ def measure(config: RowsConfig, run: Run) -> tuple[pl.DataFrame, dict[str, Any]]
             samples = held_out.join(exact, on="sample_id", how="semi")
             store = embed_samples(run, source, Samples.validate(samples), space, replay)
         products = store.products(exact["sample_id"].to_numpy(), vectors[position, None])[:, 0]
-        names = {"source": name, "target": target}
+        names = {"source": name, "target": target, "predictors": "rows"}
         trust = calibrate(exact, products[:, None], space.fitted, counts, names, config.seed).trust
         # as a selection reads them: what n-grams predict of the same samples beside the row
         predicted = fit_predictor(source, next_step, {target: 1.0}, config.seed).cross_validated

@@ -306,7 +306,10 @@ def test_more_files_than_may_be_open_at_once_are_read(made):
     for place in range(len(ids)):
         spread.write(ids[place : place + 1], whole[place : place + 1])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    # the next number that a file would get: of what the process has open already nothing is known
+    with (made.space.folder / "probe").open("w") as probe:
+        limit = probe.fileno() + 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         taken = RowStore(spread.folder, NUMBERS).take(ids)
     finally:
