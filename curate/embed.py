@@ -10,7 +10,7 @@ from curate.core.config import parse_command, run_command
 from curate.core.progress import start_logging
 from curate.embeddings.embed import EmbedConfig
 from curate.embeddings.embed import embed as embed_windows
-from curate.influence.ask import make_value_index
+from curate.influence.value_index import make_value_index
 from curate.selection.candidates import open_candidates
 from curate.training.replay import Replay
 from curate.training.run import open_run

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from curate.core.arrays import write_table
 from curate.core.artifacts import file_fingerprint, fingerprint
 from curate.core.callable_module import make_callable
 from curate.core.config import Config, parse_command, run_command
 from curate.core.escape import terminal
 from curate.core.progress import start_logging
-from curate.core.writing import atomic_write
-from curate.influence.ask import Found, ask
+from curate.influence.ask import Found, SourceName, ask
 from curate.influence.current import NextStepOptions
 from curate.selection.candidates import candidate_streams, open_candidates, streams_fingerprint
 from curate.training.replay import Replay
@@ -23,8 +23,6 @@ from curate.training.source import CANDIDATES, CURRENT
 from curate.training.target import load_target
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from curate.training.run import Run
 
 __all__ = ["Found", "SearchConfig", "search"]
@@ -69,7 +67,7 @@ def search(config: SearchConfig, run: Run) -> Found:
     target = load_target(config.target, run.spec, config.min_target_tokens)
     source = run.source if config.candidates is None else open_candidates(config.candidates, run)
     options = NextStepOptions(per_domain=config.measured_per_domain, device=config.device)
-    name: Literal["current", "candidates"] = CURRENT if config.candidates is None else CANDIDATES
+    name: SourceName = CURRENT if config.candidates is None else CANDIDATES
     return ask(run, source, name, target, config.top, options, Replay(run, config.device), run.spec.tokenizer)
 
 
@@ -90,16 +88,11 @@ def main() -> None:
         identity.append(streams_fingerprint(candidate_streams(config.candidates)))
     out = config.out or run.folder / "searches" / f"{found.trust['target'][0]}-{fingerprint(identity)[:8]}"
     for name, table in (("samples", found.samples), ("domains", found.domains), ("trust", found.trust)):
-        _write(out / f"{name}.parquet", table)
+        write_table(out / f"{name}.parquet", table)
     _show(found)
     if found.recall < 1:
         _log.info("the search found %.2f of the samples that an exact one would", found.recall)
     _log.info("whole texts, domains and trust -> %s", out / "{samples,domains,trust}.parquet")
-
-
-def _write(path: Path, table: pl.DataFrame) -> None:
-    with atomic_write(path) as temporary:
-        table.write_parquet(temporary)
 
 
 def _show(found: Found) -> None:

@@ -18,12 +18,11 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from curate.core.arrays import read_arrays, read_table, write_arrays
+from curate.core.arrays import read_arrays, read_table, write_arrays, write_table
 from curate.core.artifacts import read_json, write_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.progress import progress, start_logging
 from curate.core.rng import generator
-from curate.core.writing import atomic_write
 from curate.influence.current import NextStepOptions, value_next_step
 from curate.influence.row_values import target_vectors
 from curate.influence.rows import RowStore, open_rows
@@ -119,8 +118,7 @@ def _build(config: QueryConfig, run: Run) -> None:
     written = perf_counter()
     build_value_index(here, table, config.seed)
     built = perf_counter()
-    with atomic_write(config.out / _SAMPLES) as temporary:
-        table.write_parquet(temporary)
+    write_table(config.out / _SAMPLES, table)
     sizes = {name: _bytes(config.out / name) for name in ("rows", "groups")}
     seconds = {"write_seconds": written - begin, "index_seconds": built - written}
     write_json(config.out / _BUILD, {"rows": len(table), "numbers": space.numbers, **seconds, "bytes": sizes})

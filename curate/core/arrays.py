@@ -100,6 +100,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
         raise UserError(f"{path} is corrupted ({first_line(error)}): {remedy_of(path.parent)}") from None
 
 
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Replace `path` atomically with a Parquet file of a table."""
+    with atomic_write(path) as temporary:
+        table.write_parquet(temporary)
+
+
 def create_memmap(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     """Create a memory-mapped file of float32 zeros whose disk space is allocated: later writes cannot fill the disk.
 

@@ -15,8 +15,6 @@ from curate.stats.bootstrap import MIN_STEPS, Floats, ratio, spread, step_sums, 
 from curate.stats.deviation import pooled_deviation
 from curate.tables import MeasuredValues, ValueScores
 
-_AT_LAST_STATE = ("current", "candidates")
-
 
 def domain_scores(
     values: dy.DataFrame[MeasuredValues],
@@ -54,9 +52,8 @@ def domain_scores(
         values: of measured samples.
         prior: share of each domain in what was trained on; need not sum to 1.
         novel_shares: share of novel n-grams in each domain (`ngrams.hashes`); None: 1 for all.
-        adjusted: `target`, `domain`, `sample_id` and `value_adjusted_nats` of some of the samples at the last state:
-            the totals that means of domains are made from, where rows of all samples say more than the measured ones.
-            The scale stays that of measured values.
+        adjusted: `source`, `target`, `domain`, `sample_id` and `value_adjusted_nats`: totals that means of domains are
+            made from instead, where more is known of a domain than its measured samples; the scale stays theirs.
         seed: of the bootstrap; the same resamples serve every target of a source, so that their scores can be compared.
         resamples: R.
 
@@ -85,11 +82,9 @@ def _with_adjusted(values: pl.DataFrame, adjusted: pl.DataFrame | None) -> pl.Da
     """The values with `value_adjusted_nats`, the measured total where nothing was adjusted."""
     if adjusted is None:
         return values.with_columns(value_adjusted_nats="value_total_nats")
-    joined = values.join(adjusted, on=["target", "domain", "sample_id"], how="left", maintain_order="left")
-    # windows hold other values of the same samples
-    is_next = pl.col("source").is_in(_AT_LAST_STATE)
-    known = pl.when(is_next).then("value_adjusted_nats")
-    return joined.with_columns(value_adjusted_nats=pl.coalesce(known, "value_total_nats"))
+    keys = ["source", "target", "domain", "sample_id"]
+    joined = values.join(adjusted, on=keys, how="left", maintain_order="left")
+    return joined.with_columns(value_adjusted_nats=pl.coalesce("value_adjusted_nats", "value_total_nats"))
 
 
 def _shares(prior: Mapping[str, float], values: pl.DataFrame) -> dict[str, float]:

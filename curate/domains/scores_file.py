@@ -5,9 +5,9 @@ from pathlib import Path
 import dataframely as dy
 import polars as pl
 
+from curate.core.arrays import write_table
 from curate.core.artifacts import checked
 from curate.core.errors import UserError
-from curate.core.writing import atomic_write
 from curate.tables import Scores
 
 
@@ -17,9 +17,7 @@ def write_scores(path: Path, values: pl.DataFrame) -> None:
     Raises:
         UserError: a column is missing, of another type, null, or not finite (the model diverged).
     """
-    scores = _validated(values, "the values")
-    with atomic_write(path) as temporary:
-        scores.write_parquet(temporary)
+    write_table(path, _validated(values, "the values"))
 
 
 def read_scores(path: Path) -> dy.DataFrame[Scores]:

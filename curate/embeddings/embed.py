@@ -120,7 +120,7 @@ class EmbedConfig(Config):
     @model_validator(mode="after")
     def _every_setting_acts(self) -> Self:
         if self.window is None:
-            idle = sorted(set(changed(self)) - _OF_INDEX, key=str)
+            idle = sorted(set(changed(self)) - _OF_INDEX)
             if idle:
                 raise ValueError(
                     f"without a window these settings have no effect: {', '.join(idle)}; the value index serves every "

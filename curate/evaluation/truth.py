@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from curate.core.arrays import read_table
+from curate.core.arrays import read_table, write_table
 from curate.core.progress import progress
-from curate.core.writing import atomic_write
 
 if TYPE_CHECKING:
     from curate.evaluation.draw import Removal
@@ -61,9 +60,9 @@ def collect(
     for truth in outcomes:
         table = table.vstack(_rows(truth, targets))
         if monotonic() - saved > _SAVE_SECONDS:
-            _save(path, table)
+            write_table(path, table)
             saved = monotonic()
-    _save(path, table)
+    write_table(path, table)
     return table.filter(pl.col("removal").is_in([removal.name for removal in removals]))
 
 
@@ -82,8 +81,3 @@ def _rows(truth: Truth, targets: Sequence[str]) -> pl.DataFrame:
         for target, value in zip(targets, values, strict=True)
     ]
     return pl.DataFrame(rows, schema=TRUTH)
-
-
-def _save(path: Path, table: pl.DataFrame) -> None:
-    with atomic_write(path) as temporary:
-        table.write_parquet(temporary)

@@ -13,9 +13,8 @@ import polars as pl
 
 from curate.influence.current import target_positions, value_next_step
 from curate.influence.row_values import calibrate, target_vectors
-from curate.influence.rows import embed_samples
-from curate.influence.space import existing_space, open_space
-from curate.influence.value_index import build_value_index, open_value_index
+from curate.influence.space import existing_space
+from curate.influence.value_index import open_value_index
 from curate.tables import FoundSamples, IndexedDomains, RowTrust
 from curate.training.samples import sample_texts, usable_samples
 from curate.training.source import CANDIDATES
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from curate.influence.current import NextStepOptions
     from curate.influence.row_values import Calibration
-    from curate.influence.value_index import ValueIndex
     from curate.training.replay import Replay
     from curate.training.run import Run
     from curate.training.source import SampleSource
@@ -47,24 +45,13 @@ class Found:
         samples: of most and least value, with their texts.
         domains: the value of each, best first.
         trust: how well rows give exact values in each domain.
-        recall: share of the exact top 100 that the search finds.
+        recall: share of the samples that an exact search would find, see `value_index.ValueIndex.search`.
     """
 
     samples: dy.DataFrame[FoundSamples]
     domains: dy.DataFrame[IndexedDomains]
     trust: dy.DataFrame[RowTrust]
     recall: float
-
-
-def make_value_index(run: Run, source: SampleSource, replay: Replay) -> ValueIndex:
-    """The value index of all samples of a source; rows that are missing are made, after their cost is logged.
-
-    Raises:
-        UserError: see `rows.embed_samples`.
-    """
-    space, samples = open_space(run, replay), usable_samples(source.unique_samples)
-    embed_samples(run, source, samples, space, replay)
-    return build_value_index(space, samples)
 
 
 def ask(
@@ -100,9 +87,9 @@ def ask(
     measured = next_step.values.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
     products = index.store.products(measured["sample_id"].to_numpy(), vector[None])[:, 0]
     names = {"source": name, "target": target.name}
-    predictors = {"predictors": "rows"}
     counts = dict(samples.group_by("domain").len().sort("domain").iter_rows())
-    calibration = calibrate(measured, products[:, None], space.fitted, counts, names | predictors, options.seed)
+    of_trust = names | {"predictors": "rows"}
+    calibration = calibrate(measured, products[:, None], space.fitted, counts, of_trust, options.seed)
     # more than are wanted: lines differ between domains, so that the order of values is not that of products
     wide = max(_WIDER * top, _WIDEST)
     most, recall = index.search(vector, wide)
@@ -123,7 +110,7 @@ def ask(
 def _valued(samples: pl.DataFrame, measured: pl.DataFrame, calibration: Calibration) -> pl.DataFrame:
     """Samples with `value_per_token` and where it is from: exact, by its row, or the mean of its domain."""
     products = samples["product"].to_numpy()[:, None]
-    by_row = calibration.values(samples["domain"].to_numpy().astype(str), products)
+    by_row = calibration.values(samples["domain"].to_numpy(), products)
     exact = measured.select("domain", "sample_id", exact="value_per_token")
     tokens = pl.col("predicted_tokens")
     means = measured.group_by("domain").agg(mean=(pl.col("value_per_token") * tokens).sum() / tokens.sum())
@@ -159,14 +146,14 @@ def _domains(
 
     rows = []
     for domain, samples, count in calibration.trust.select("domain", "samples", "measured").iter_rows():
-        line = calibration.lines.get(domain)
-        if line is not None:
+        known, line = measured.filter(domain=domain), calibration.lines.get(domain)
+        if len(known) == samples:
+            # every sample is known exactly: nothing is left to estimate
+            line, (value, _, degrees), error = None, _measured_mean(known), 0.0
+        elif line is not None:
             value, error, degrees = line.intercept + float(line.slopes[0] * means[domain][0]), line.error, count - 2
         else:
-            value, error, degrees = _measured_mean(measured.filter(domain=domain))
-        if len(measured.filter(domain=domain)) == samples:
-            # every sample is known exactly: nothing is left to estimate
-            value, error, line = _measured_mean(measured.filter(domain=domain))[0], 0.0, None
+            value, error, degrees = _measured_mean(known)
         away = float(student.ppf(0.975, degrees)) * error if degrees > 0 else None
         interval = {"low": None if away is None else value - away, "high": None if away is None else value + away}
         source = "measured samples" if line is None else "rows"

@@ -28,10 +28,9 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
-from curate.core.arrays import read_arrays, read_table, write_arrays
+from curate.core.arrays import read_arrays, read_table, write_arrays, write_table
 from curate.core.artifacts import finalize, fingerprint, making
 from curate.core.progress import progress
-from curate.core.writing import atomic_write
 from curate.embeddings.store import add_time, read_timings
 from curate.influence.direction import moves_along, sample_derivatives, target_directions, token_derivatives
 from curate.influence.draw import as_measured_values, as_sample_values, draw_measured
@@ -216,11 +215,9 @@ def _write_part(
     write_arrays(folder / DIRECTIONS, {"directions": directions.cpu().numpy()})
     write_arrays(folder / TOKEN_VALUES, {"values": tokens.astype(np.float32)})
     of_samples = means(tokens, drawn["predicted_tokens"].to_numpy())
-    with atomic_write(folder / "values.parquet") as temporary:
-        # a target by its position, not its name: the same text under another file name is the same artifact
-        pl.concat(_of_target(drawn, position, values) for position, values in enumerate(of_samples.T)).write_parquet(
-            temporary
-        )
+    # a target by its position, not its name: the same text under another file name is the same artifact
+    tables = (_of_target(drawn, position, values) for position, values in enumerate(of_samples.T))
+    write_table(folder / "values.parquet", pl.concat(tables))
 
 
 def measure_samples(
@@ -268,9 +265,8 @@ def measure_samples(
                 values_per_token = _along_all_targets(
                     run, source, replay, unmeasured, next_step, target_weights, scratch
                 )
-                with atomic_write(folder / "values.parquet") as temporary:
-                    table = unmeasured.select("domain", "sample_id", value_per_token=pl.Series(values_per_token))
-                    table.write_parquet(temporary)
+                table = unmeasured.select("domain", "sample_id", value_per_token=pl.Series(values_per_token))
+                write_table(folder / "values.parquet", table)
             finalize(folder, "measured samples", settings, targets=[target.name for target in targets])
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     stored = unmeasured.join(read_table(folder / "values.parquet"), on=["domain", "sample_id"], maintain_order="left")

@@ -140,8 +140,7 @@ def _held_against(
     whole = float(tokens @ exact**2)
     facts["share_held"] = 1 - float(tokens @ (exact - predictors[:, 0]) ** 2) / whole if whole else None
     usable = predictors if np.isfinite(predictors).all() else predictors[:, :1]
-    facts["spearman"] = r = spearman(usable[:, 0], exact)
-    if r is None:  # products or exact values do not differ
+    if spearman(usable[:, 0], exact) is None:  # products or exact values do not differ
         return facts, None
     line, without = _line(exact, usable, tokens)
     judged = usable[:, 0] if usable.shape[1] == 1 else without

@@ -140,12 +140,10 @@ class RowStore:
         """Write the rows of one block."""
         codes, scales = quantized(rows)
         ids = sample_ids.astype("<i8").tobytes()
-        content = np.frombuffer(ids + scales.astype("<f4").tobytes() + codes.tobytes(), np.uint8)
-        with (
-            atomic_write(self.folder / f"{hash_of(ids)[:16]}-{hash_of(content.tobytes())}.npy") as temporary,
-            temporary.open("wb") as file,
-        ):
-            np.save(file, content)
+        content = ids + scales.astype("<f4").tobytes() + codes.tobytes()
+        path = self.folder / f"{hash_of(ids)[:16]}-{hash_of(content)}.npy"
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.frombuffer(content, np.uint8))
         for name in ("_paths", "_places"):
             self.__dict__.pop(name, None)
 
@@ -211,7 +209,7 @@ def embed_samples(
                 batches = read_together(run, source, block)
                 parts = [captured_rows(replay, capture, batch, compression).cpu().numpy() for batch in batches]
                 store.write(block["sample_id"].to_numpy(), np.concatenate(parts))
-    return open_rows(space)
+    return store
 
 
 def open_rows(space: RowSpace) -> RowStore:

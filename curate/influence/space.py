@@ -18,7 +18,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from curate.core.arrays import read_arrays, write_arrays
-from curate.core.artifacts import MANIFEST, checked, finalize, fingerprint, is_complete, making, read_json
+from curate.core.artifacts import MANIFEST, finalize, fingerprint, is_complete, making, read_json
 from curate.core.errors import UserError
 from curate.gradients.projection import LayerProjection
 from curate.influence.current import read_together, step_samples
@@ -59,7 +58,7 @@ _FIT_SEED = 8191
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceOptions:
-    """How a space is fitted. The defaults were measured best per byte (docs/benchmarks.md, "The value index").
+    """How a space is fitted; what was measured beside the defaults: docs/benchmarks.md, "The value index".
 
     Attributes:
         width: k, numbers that each side of a layer keeps.
@@ -99,10 +98,6 @@ class RowSpace:
     def numbers(self) -> int:
         """D."""
         return int(self.compression.shape[1])
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        return [layer.size for layer in self.projections.values()]
 
     def vectors(self, directions: Tensor, replay: Replay) -> npt.NDArray[np.float32]:
         """What targets ask for, in this space.
@@ -150,7 +145,7 @@ def open_space(run: Run, replay: Replay, options: SpaceOptions = DEFAULT) -> Row
             _log.info(
                 "the space of the value index is fitted on %d samples, for about %.0f forward+backward passes",
                 len(fit_samples),
-                space_passes(run, options),
+                row_passes(run, len(fit_samples) + options.side_samples),
             )
             _write(folder, run, replay, capture, fit_samples, options)
             finalize(folder, "value index", settings, parts=(_SPACE,))
@@ -164,16 +159,6 @@ def check_layers(replay: Replay) -> None:
         UserError: it has no trained linear layer beside the head.
     """
     _capture(replay)
-
-
-def find_space(run: Run) -> RowSpace | None:
-    """The space of a run's last state, without loading the model; None: there is none as it would be made now."""
-    settings = _settings(run, None, _fit_samples(run, DEFAULT), DEFAULT)
-    for manifest in sorted((run.folder / "index").glob(f"*/{MANIFEST}")):
-        stored = read_json(checked(manifest, by=manifest.parent))["settings"]
-        if stored == settings | {"layers": stored.get("layers")} and is_complete(manifest.parent, stored):
-            return _read(manifest.parent, stored)
-    return None
 
 
 def existing_space(run: Run, replay: Replay) -> RowSpace:
@@ -203,9 +188,13 @@ def index_folder(run: Run, settings: Mapping[str, Any]) -> Path:
     return run.folder / "index" / fingerprint(settings)[:8]
 
 
-def space_passes(run: Run, options: SpaceOptions = DEFAULT) -> float:
-    """Forward+backward passes of a training batch that fitting a space costs."""
-    return row_passes(run, len(_fit_samples(run, options)) + options.side_samples)
+def space_passes(run: Run, replay: Replay) -> float:
+    """Forward+backward passes of a training batch that fitting the space costs; 0 where it is fitted."""
+    fit_samples = _fit_samples(run, DEFAULT)
+    settings = _settings(run, _capture(replay), fit_samples, DEFAULT)
+    if is_complete(index_folder(run, settings), settings):
+        return 0.0
+    return row_passes(run, len(fit_samples) + DEFAULT.side_samples)
 
 
 def row_passes(run: Run, samples: int) -> float:
@@ -271,14 +260,14 @@ def _fit_samples(run: Run, options: SpaceOptions) -> dy.DataFrame[DrawnSamples]:
 
 
 def _settings(
-    run: Run, capture: GradientCapture | None, fit_samples: dy.DataFrame[DrawnSamples], options: SpaceOptions
+    run: Run, capture: GradientCapture, fit_samples: dy.DataFrame[DrawnSamples], options: SpaceOptions
 ) -> dict[str, Any]:
     import torch
 
     return {
         "run": run.fingerprint,
         **asdict(options),
-        "layers": None if capture is None else {name: list(sides) for name, sides in capture.features.items()},
+        "layers": {name: list(sides) for name, sides in capture.features.items()},
         "fitted_on": samples_fingerprint(fit_samples),
         "version": VERSION,
         # its kernels and its linear algebra may change with it

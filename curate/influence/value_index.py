@@ -11,7 +11,7 @@ N samples, D numbers of a row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from curate.core.arrays import read_arrays, read_table, write_arrays
+from curate.core.arrays import read_arrays, read_table, write_arrays, write_table
 from curate.core.artifacts import MANIFEST, checked, finalize, fingerprint, hash_of, making, read_json, write_json
 from curate.core.errors import UserError
 from curate.core.lock import locked
-from curate.core.writing import atomic_write
 from curate.index.build import RECALL_AT, IndexConfig, build
-from curate.index.exact import exact_search
+from curate.index.exact import chunks, exact_search
 from curate.index.open import open_index
-from curate.influence.rows import open_rows
+from curate.influence.rows import embed_samples, open_rows
+from curate.influence.space import open_space
 from curate.tables import IndexedSamples, Samples
-from curate.training.samples import samples_fingerprint
+from curate.training.samples import usable_samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
 
     from curate.influence.rows import RowStore
     from curate.influence.space import RowSpace
+    from curate.training.replay import Replay
+    from curate.training.run import Run
+    from curate.training.source import SampleSource
 
     Floats = npt.NDArray[np.float32]
 
 _log = logging.getLogger(__name__)
 _GROUP = 1 << 20  # samples: an index of bfloat16 of them has half a GiB
-_CHUNK = 1 << 16  # rows in memory at once
 _SAMPLES, _SUMS, _RECALL = "samples.parquet", "sums.npz", "recall"
 _INDEX = IndexConfig()
 _KEY = ["domain", "shard", "index", "sample_id"]
@@ -85,6 +87,11 @@ class Group:
         """Its samples; position = row of the index."""
         return Samples.validate(read_table(self.folder / _SAMPLES))
 
+    @property
+    def rows(self) -> _Rows:
+        """(N, D) of its samples."""
+        return _Rows(store=self.store, sample_ids=self.samples["sample_id"].to_numpy())
+
     @cached_property
     def sums(self) -> dict[str, tuple[int, Floats]]:
         """Domain -> predicted tokens and the sum of rows times predicted tokens, float64 (D,)."""
@@ -110,8 +117,7 @@ class Group:
                 index.visit(stored["lists_visited"])
                 recall = stored["recall"]
             else:
-                ids = self.samples["sample_id"].to_numpy()
-                exact = exact_search(_Rows(store=self.store, sample_ids=ids), vector[None], k)[1]
+                exact = exact_search(self.rows, vector[None], k)[1]
                 recall = index.widen(vector[None], exact, _INDEX.recall_target)
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, {"recall": recall, "lists_visited": index.lists_visited})
@@ -169,6 +175,17 @@ class ValueIndex:
         return {domain: vectors.astype(np.float64) @ rows[domain] / tokens[domain] for domain in sorted(rows)}
 
 
+def make_value_index(run: Run, source: SampleSource, replay: Replay) -> ValueIndex:
+    """The value index of all samples of a source; rows that are missing are made, after their cost is logged.
+
+    Raises:
+        UserError: see `rows.embed_samples`.
+    """
+    space, samples = open_space(run, replay), usable_samples(source.unique_samples)
+    embed_samples(run, source, samples, space, replay)
+    return build_value_index(space, samples)
+
+
 def build_value_index(space: RowSpace, samples: dy.DataFrame[Samples], seed: int = 0) -> ValueIndex:
     """Index samples that have rows; complete groups are kept.
 
@@ -222,24 +239,18 @@ def _kept(folder: Path, store: RowStore, samples: dy.DataFrame[Samples]) -> tupl
 
 
 def _build_group(space: RowSpace, store: RowStore, folder: Path, samples: dy.DataFrame[Samples], seed: int) -> Group:
-    settings = {"space": space.fingerprint, "samples": samples_fingerprint(samples), "places": _places(samples)}
-    path = folder / fingerprint(settings)[:8]
-    with making(path, settings) as missing:
+    # with their places: a re-sharded stream has the same samples in others
+    settings = {"space": space.fingerprint, "samples": hash_of(samples.select(_KEY).write_csv().encode())}
+    group = Group(folder=folder / fingerprint(settings)[:8], store=store)
+    with making(group.folder, settings) as missing:
         if missing:
-            rows = _Rows(store=store, sample_ids=samples["sample_id"].to_numpy())
-            _log.info("indexing %s rows of %d numbers", f"{len(rows):,}", store.numbers)
-            with atomic_write(path / _SAMPLES) as temporary:
-                samples.write_parquet(temporary)
-            write_arrays(path / _SUMS, _sums(samples, rows))
+            _log.info("indexing %s rows of %d numbers", f"{len(samples):,}", store.numbers)
+            write_table(group.folder / _SAMPLES, samples)
+            write_arrays(group.folder / _SUMS, _sums(samples, group.rows))
             none = np.zeros((0, store.numbers), np.float32)  # real targets are asked when they come, `Group.search`
-            build(rows, path / "faiss", _INDEX, queries=none, seed=seed, parents=settings)
-            finalize(path, "value index", settings, parts=(_SAMPLES, _SUMS, "faiss"), rows=len(rows))
-    return Group(folder=path, store=store)
-
-
-def _places(samples: pl.DataFrame) -> str:
-    # a re-sharded stream has the same samples in other places
-    return hash_of(samples.select(_KEY).write_csv().encode())
+            build(group.rows, group.folder / "faiss", _INDEX, queries=none, seed=seed, parents=settings)
+            finalize(group.folder, "value index", settings, parts=(_SAMPLES, _SUMS, "faiss"), rows=len(samples))
+    return group
 
 
 def _sums(samples: pl.DataFrame, rows: _Rows) -> dict[str, npt.NDArray[Any]]:
@@ -247,15 +258,10 @@ def _sums(samples: pl.DataFrame, rows: _Rows) -> dict[str, npt.NDArray[Any]]:
     tokens = samples["predicted_tokens"].to_numpy()
     domains = np.searchsorted(names, samples["domain"].to_numpy().astype(str))
     sums = np.zeros((len(names), rows.shape[1]))
-    for chunk in _chunks(len(rows)):
-        taken, weights = rows[chunk].astype(np.float64), tokens[chunk]
-        for domain in np.unique(domains[chunk]):
-            here = domains[chunk] == domain
-            sums[domain] += weights[here] @ taken[here]
+    for start, taken in chunks(rows):
+        here = slice(start, start + len(taken))
+        for domain in np.unique(domains[here]):
+            own = domains[here] == domain
+            sums[domain] += tokens[here][own] @ taken[own].astype(np.float64)
     counts = np.bincount(domains, tokens, len(names)).astype(np.int64)
     return {"domains": np.array(names), "tokens": counts, "rows": sums}
-
-
-def _chunks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _CHUNK):
-        yield slice(start, start + _CHUNK)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from curate.core.arrays import write_table
 from curate.core.artifacts import begin, check_can_begin, check_contents, finalize, fingerprint, is_complete, making
-from curate.core.writing import atomic_write
 from curate.domains.scores_file import write_scores
 from curate.mixture.decide import NOTHING_RETAINED
 from curate.mixture.record import write_mixture
@@ -155,7 +155,7 @@ def _finish(job: _Job, result: _Result) -> None:
     begin(folder.root, job.identity)  # only now: what fails while it measures leaves nothing that looks begun
     write_scores(folder.scores, result.values.frame)
     for name, table in tables.items():
-        _write_table(folder.table(name), table)
+        write_table(folder.table(name), table)
     data = export(
         folder,
         result.source.samples,
@@ -194,7 +194,7 @@ def _tables(plan: Resolved, result: _Result) -> dict[str, pl.DataFrame]:
     rows, chosen_by = result.values.rows, result.samples.trust
     if rows is not None:
         # the last rows are those that samples are chosen by
-        tables["trust"] = pl.concat([rows.trust(), *([] if chosen_by is None else [chosen_by])])
+        tables["trust"] = pl.concat([rows.trust, *([] if chosen_by is None else [chosen_by])])
     return tables
 
 
@@ -213,13 +213,8 @@ def _report(job: _Job, result: _Result, tables: Mapping[str, pl.DataFrame], data
     selecting_seconds = perf_counter() - result.values.finished - result.samples.measuring_seconds
     costs = cost_table(job.plan.run, phases, job.folder.root, selecting_seconds)
     # after the others: their bytes are a row of it
-    _write_table(job.folder.table("costs"), costs)
+    write_table(job.folder.table("costs"), costs)
     report = selection_report(
         job.plan, result.source, result.targets.main, result.values, result.mixture, {**tables, "costs": costs}, data
     )
     publish(job.folder, report, job.plan.config.output.tracking)
-
-
-def _write_table(path: Path, table: pl.DataFrame) -> None:
-    with atomic_write(path) as temporary:
-        table.write_parquet(temporary)

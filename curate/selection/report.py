@@ -63,7 +63,7 @@ def selection_report(
         for name, source_values in values.by_source.items()
         for kind, rows in source_values.extremes(target, EXAMPLES).items()
     }
-    predicted, trust = tables.get("predicted"), tables.get("trust")
+    predicted = tables.get("predicted")
     return ReportData(
         run=visible(plan.run.folder.name),
         target=target.name,
@@ -92,10 +92,14 @@ def selection_report(
         targets=target_table(tables["domains"], mixture),
         group_limits={name: limit.model_dump() for name, limit in mixture.group_limits.items()},
         predicted=() if predicted is None else predicted.to_dicts(),
-        # of the main target's domains, or of what samples are chosen by, which comes last
-        trust=() if trust is None else trust.filter(predictors=trust["predictors"][-1], target=target.name).to_dicts(),
+        trust=_trust(tables.get("trust"), target.name),
         contamination=contamination_table(tables["contamination"]).to_dicts(),
     )
+
+
+def _trust(trust: pl.DataFrame | None, target: str) -> Sequence[Mapping[str, object]]:
+    """How far rows are trusted: in the choice of samples, which comes last, or else in the main target's scores."""
+    return () if trust is None else trust.filter(predictors=trust["predictors"][-1], target=target).to_dicts()
 
 
 def _estimator(plan: Resolved) -> str:

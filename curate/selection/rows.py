@@ -6,6 +6,7 @@ Rows that exist cost nothing, whoever made them: `curate.embed`, or a selection 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ import polars as pl
 from curate.influence.current import target_positions
 from curate.influence.row_values import calibrate, target_vectors
 from curate.influence.rows import embed_samples, open_rows
-from curate.influence.space import find_space, open_space, row_passes, space_passes
+from curate.influence.space import open_space, row_passes, space_passes
 from curate.stats.deviation import combined_values, target_shares
 from curate.tables import RowTrust
-from curate.training.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from curate.selection.resolve import Resolved
     from curate.selection.source import Source
     from curate.tables import Samples
+    from curate.training.replay import Replay
 
     Floats = npt.NDArray[np.floating[Any]]
-    Vector = npt.NDArray[np.float32]
+
+_KEYS = ("source", "target", "domain", "sample_id")
+_SLOPES = {"domain": pl.String, "slope": pl.Float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +82,18 @@ class SourceRows:
             `sample_id` and `value_per_token` of samples that were not measured exactly.
             How well rows give exact values, by domain.
         """
-        measured = combined_values(self.next_step.values, weights)
-        positions, shares = target_positions(self.next_step), target_shares(self.next_step.values, weights)
-        rows = self.vectors[[positions[name] for name in shares]]
-        vector = (np.array(list(shares.values())) @ rows).astype(np.float32)
-        calibration = self._calibrated(measured, "value_total", vector, next(iter(weights)), cross_validated)
-        every = self.samples.with_columns(predicted=pl.Series(predicted, dtype=pl.Float64))
+        measured, shares = combined_values(self.next_step.values, weights), self._shares(weights)
+        every = self.samples.with_columns(product=pl.Series(self._products @ shares), predicted=pl.Series(predicted))
+        calibration = self._calibrated(measured, "value_total", every, next(iter(weights)), cross_validated)
         rest = every.join(measured, on="sample_id", how="anti", maintain_order="left")
-        both = np.column_stack([self._products(rest, vector), rest["predicted"].to_numpy()])
-        values = calibration.values(rest["domain"].to_numpy().astype(str), both)
+        values = calibration.values(rest["domain"].to_numpy(), rest.select("product", "predicted").to_numpy())
         valued = rest.select("sample_id", value_per_token=pl.Series(values, dtype=pl.Float64))
         return valued.filter(pl.col("value_per_token").is_not_nan()), calibration.trust
 
+    @property
     def trust(self) -> dy.DataFrame[RowTrust]:
         """How well rows give exact values for each target, by domain."""
-        positions = target_positions(self.next_step)
-        tables = [
-            self._calibrated(
-                self.next_step.values.filter(target=name), "value_total_nats", self.vectors[at], name
-            ).trust
-            for name, at in positions.items()
-        ]
-        return RowTrust.validate(pl.concat(tables))
+        return RowTrust.validate(pl.concat(calibration.trust for calibration in self._by_target.values()))
 
     def adjusted(self) -> pl.DataFrame:
         """Totals of the measured samples whose mean over a domain is what all of its rows say.
@@ -109,51 +102,66 @@ class SourceRows:
         that resampling the samples gives its error.
 
         Returns:
-            `target`, `domain`, `sample_id` and `value_adjusted_nats`, of domains where rows are trusted for the target.
+            `source`, `target`, `domain`, `sample_id` and `value_adjusted_nats`, of domains where rows are trusted for
+            the target.
         """
-        tables = [self._adjusted(name, self.vectors[at]) for name, at in target_positions(self.next_step).items()]
+        tokens = pl.col("predicted_tokens")
+        mean = (pl.col("product") * tokens).sum().over("domain") / tokens.sum().over("domain")
+        tables = []
+        for target, calibration in self._by_target.items():
+            away = self._of_target(target).select("domain", "sample_id", away=mean - pl.col("product"))
+            slopes = {domain: float(line.slopes[0]) for domain, line in calibration.lines.items()}
+            lines = pl.DataFrame({"domain": list(slopes), "slope": list(slopes.values())}, schema=_SLOPES)
+            known = self.next_step.values.filter(target=target).join(away, on=["domain", "sample_id"])
+            adjusted = pl.col("value_total_nats") + tokens * pl.col("slope") * pl.col("away")
+            tables.append(known.join(lines, on="domain").select(*_KEYS, value_adjusted_nats=adjusted))
         return pl.concat(tables)
 
-    def _adjusted(self, target: str, vector: Vector) -> pl.DataFrame:
-        measured = self.next_step.values.filter(target=target)
-        lines, means = self._calibrated(measured, "value_total_nats", vector, target).lines, self._means(vector)
-        known = measured.filter(pl.col("domain").is_in(list(lines)))
-        domains = known["domain"].to_list()
-        away = np.array([means[domain] for domain in domains]) - self._products(known, vector)
-        shift = np.array([lines[domain].slopes[0] for domain in domains]) * away
-        total = known["value_total_nats"].to_numpy() + known["predicted_tokens"].to_numpy() * shift
-        return known.select("target", "domain", "sample_id", value_adjusted_nats=pl.Series(total, dtype=pl.Float64))
+    @cached_property
+    def _by_target(self) -> dict[str, Calibration]:
+        values = self.next_step.values
+        return {
+            target: self._calibrated(values.filter(target=target), "value_total_nats", self._of_target(target), target)
+            for target in target_positions(self.next_step)
+        }
 
     def _calibrated(
-        self, measured: pl.DataFrame, total: str, vector: Vector, target: str, *predictors: Floats
+        self, measured: pl.DataFrame, total: str, products: pl.DataFrame, target: str, *predictors: Floats
     ) -> Calibration:
-        """Hold the rows of measured samples, and other predictors, against their exact values, the column `total`."""
+        """Hold products of measured samples, and other predictors, against their exact values, the column `total`."""
+        known = measured.join(
+            products.select("domain", "sample_id", "product"), on=["domain", "sample_id"], maintain_order="left"
+        )
         per_token = pl.col(total) / pl.col("predicted_tokens")
-        exact = measured.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
+        exact = known.select("domain", "sample_id", "predicted_tokens", value_per_token=per_token)
         counts = dict(self.samples.group_by("domain").len().sort("domain").iter_rows())
         names = {"source": self.next_step.name, "target": target}
         names["predictors"] = "rows and n-grams" if predictors else "rows"
-        known = np.column_stack([self._products(exact, vector), *predictors])
-        return calibrate(exact, known, self.space.fitted, counts, names, self.seed)
+        columns = np.column_stack([known["product"].to_numpy(), *predictors])
+        return calibrate(exact, columns, self.space.fitted, counts, names, self.seed)
 
-    def _products(self, samples: pl.DataFrame, vector: Vector) -> npt.NDArray[np.float64]:
-        products = self.store.products(samples["sample_id"].to_numpy(), vector[None])[:, 0]
-        return products.astype(np.float64)
+    def _of_target(self, target: str) -> pl.DataFrame:
+        """The samples with the `product` of their rows for a target."""
+        column = self._products[:, target_positions(self.next_step)[target]]
+        return self.samples.with_columns(product=pl.Series(column))
 
-    def _means(self, vector: Vector) -> dict[str, float]:
-        """Domain -> mean product over all of its tokens."""
-        products = pl.Series(self._products(self.samples, vector))
-        table = self.samples.select("domain", "predicted_tokens", product=products)
-        total: Any = (pl.col("product") * pl.col("predicted_tokens")).sum() / pl.col("predicted_tokens").sum()
-        return dict(table.group_by("domain").agg(total).iter_rows())
+    def _shares(self, weights: Mapping[str, float]) -> Floats:
+        """(T,) what each target's values are multiplied by, 0 where it has no say."""
+        shares = np.zeros(len(self.vectors))
+        for target, share in target_shares(self.next_step.values, weights).items():
+            shares[target_positions(self.next_step)[target]] = share
+        return shares
+
+    @cached_property
+    def _products(self) -> npt.NDArray[np.float64]:
+        """(N, T) of the samples' rows with every target's vector: rows are read once."""
+        return self.store.products(self.samples["sample_id"].to_numpy(), self.vectors).astype(np.float64)
 
 
-def open_source_rows(plan: Resolved, source: Source, next_step: NextStep) -> SourceRows:
+def open_source_rows(plan: Resolved, source: Source, next_step: NextStep, replay: Replay) -> SourceRows:
     """The rows of a source's samples; those that are missing are made, after their cost is logged."""
     run, begin = plan.run, perf_counter()
-    replay = Replay(run, plan.config.device, plan.embedding.tolerance)
-    space = find_space(run)
-    passes = space_passes(run) if space is None else 0.0
+    passes = space_passes(run, replay)
     space = open_space(run, replay)
     passes += row_passes(run, len(open_rows(space).missing(source.usable)))
     store = embed_samples(run, source.samples, source.usable, space, replay)

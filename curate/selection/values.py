@@ -197,14 +197,15 @@ def measure(plan: Resolved, source: Source, targets: Targets) -> Values:
     next_step = source_rows = None
     # also where domains are scored by a window: samples are chosen by the current state
     if plan.asks_next_step:
+        replay = None
         if plan.config.values.rows:
-            # before anything is measured: a model may have no layers for it
-            check_layers(Replay(plan.run, plan.config.device, plan.embedding.tolerance))
+            replay = Replay(plan.run, plan.config.device, plan.embedding.tolerance)
+            check_layers(replay)  # before anything is measured: a model may have none
         next_step = value_next_step(
             plan.run, source.samples, source.usable, targets.every, plan.next_step, plan.next_step_name
         )
-        if plan.config.values.rows:
-            source_rows = open_source_rows(plan, source, next_step)
+        if replay is not None:
+            source_rows = open_source_rows(plan, source, next_step, replay)
         by_source[plan.next_step_name] = CurrentValues(next_step=next_step, rows=source_rows)
     return Values(by_source=by_source, next_step=next_step, rows=source_rows)
 

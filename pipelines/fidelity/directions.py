@@ -11,7 +11,6 @@ with exact derivatives of every sample at the state of its step, so that no proj
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from curate.training.run import Run
     from curate.training.target import Target
 
-_log = logging.getLogger(__name__)
 _DIRECTIONS = ("last", "own", "carried")
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
+from curate.core.arrays import write_table
 from curate.core.artifacts import write_json
 from curate.core.config import Config, parse_command, run_command
 from curate.core.progress import start_logging
 from curate.core.rng import generator
-from curate.core.writing import atomic_write
 from curate.influence.current import NextStepOptions, read_together, target_positions, value_next_step
 from curate.influence.predict_next_step import fit_predictor
 from curate.influence.row_values import calibrate, target_vectors
@@ -205,8 +205,7 @@ def main() -> None:
     for key, value in summary.items():
         sys.stdout.write(f"{key}: {value:.3f}\n" if isinstance(value, float) else f"{key}: {value}\n")
     if config.out is not None:
-        with atomic_write(config.out / "rows.parquet") as temporary:
-            table.write_parquet(temporary)
+        write_table(config.out / "rows.parquet", table)
         write_json(config.out / "rows.json", summary)
         _log.info("wrote %s", config.out)
 

@@ -17,8 +17,8 @@ import curate
 from curate import tables
 from curate.data.mds import COLUMNS, content_id, write_stream
 from curate.embed import main as embed_main
-from curate.influence.ask import make_value_index
 from curate.influence.current import NextStepOptions, value_next_step
+from curate.influence.value_index import make_value_index
 from curate.search import SearchConfig
 from curate.search import main as search_main
 from curate.training.replay import Replay

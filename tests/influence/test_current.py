@@ -120,7 +120,7 @@ def test_values_are_continued_and_kept(run, targets, monkeypatch):
     monkeypatch.setattr("curate.influence.extrapolate._BLOCK", 50)
     for name, make in (("tokens", lambda: next_step(run, targets, 6)), ("samples", lambda: measured(run, targets))):
         with monkeypatch.context() as patch:
-            patch.setattr("curate.influence.current.atomic_write", None)  # the blocks are there, the table is not
+            patch.setattr("curate.influence.current.write_table", None)  # the blocks are there, the table is not
             with pytest.raises(TypeError):
                 make()
         assert list(run.folder.glob(f"influence/*/scratch/{name}-*.npz"))

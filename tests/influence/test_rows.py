@@ -22,7 +22,6 @@ from curate.embed import EmbedConfig, embed
 from curate.influence import rows as rows_module
 from curate.influence.rows import RowStore, blocks_of, embed_samples, quantized
 from curate.influence.space import captured_rows, open_space, row_capture
-from curate.training.replay import Replay
 from curate.training.run import Run
 from curate.training.samples import usable_samples
 from curate.training.source import SampleSource
@@ -30,16 +29,6 @@ from tests.crash import crash_environment
 from tests.tiny import STEPS, Training
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def run(folder):
-    return Run(folder / "run")
-
-
-@pytest.fixture(scope="module")
-def replay(run):
-    return Replay(run)
 
 
 @pytest.fixture(scope="module")

@@ -67,16 +67,6 @@ def task_of(name, folder):
 
 
 @pytest.fixture(scope="module")
-def run(folder):
-    return Run(folder / "run")
-
-
-@pytest.fixture(scope="module")
-def replay(run):
-    return Replay(run)
-
-
-@pytest.fixture(scope="module")
 def samples(run):
     """Two batches of different domains."""
     table = usable_samples(run.unique_samples)

@@ -229,7 +229,6 @@ def test_means_of_domains_are_weighted_by_tokens(made):
 
 def test_no_more_than_a_chunk_of_rows_is_in_memory(made, monkeypatch):
     taken, take = [], RowStore.take
-    monkeypatch.setattr(value_index, "_CHUNK", 64)
     monkeypatch.setattr(rows_module, "_CHUNK", 64)
     monkeypatch.setattr(exact, "CHUNK_NUMBERS", 64 * NUMBERS)
     monkeypatch.setattr(index_build, "_RECALL_ROWS", 16)
