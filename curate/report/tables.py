@@ -147,17 +147,32 @@ def quality_table(quality: Sequence[Mapping[str, Any]]) -> Table:
                 count(row["measured"]),
                 *(signed(row[name]) for name in ("spearman", "low", "high")),
                 *([count(row["by_row"]), count(row["also_measured"])] if also else []),
-                names[row["used"]],
+                names[row["used"]] if _left(row) else "none left",
             ]
             for row in quality
         ],
     )
 
 
+def _left(row: Mapping[str, Any]) -> int:
+    """How many samples of a domain are neither measured nor valued by their rows."""
+    valued: int = row["measured"] + (row["also_measured"] or 0) + (row["by_row"] or 0)
+    return int(row["samples"]) - valued
+
+
 def trust_table(trust: Sequence[Mapping[str, Any]]) -> Table:
     """How well rows of the value index give exact values in each domain, and whether they are used."""
     return Table(
-        headers=["domain", "samples", "held against exact values", "rank correlation", "low", "high", "held", "rows"],
+        headers=[
+            "domain",
+            "samples",
+            "held against exact values",
+            "rank correlation",
+            "low",
+            "high",
+            "held by rows",
+            "rows are",
+        ],
         numeric=[False, *[True] * 6, False],
         rows=[
             [
